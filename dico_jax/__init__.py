@@ -1,0 +1,1 @@
+"""DiCo, the Diffusion ConvNet, in JAX and Flax."""
