@@ -1,0 +1,248 @@
+"""DiCo, the Diffusion ConvNet (arXiv 2505.11196, section 3): a U of five stages of conv blocks."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dico_jax.errors import UsageError
+from dico_jax.models.layers import (
+    Conv3x3,
+    DepthwiseConv,
+    LayerNorm,
+    Modulation,
+    Stage,
+    TimestepEmbedder,
+    accumulation_dtype,
+    add_gated,
+    check_model_options,
+    drop_labels,
+    label_table,
+    linear_xavier_uniform,
+    modulate,
+    pixel_shuffle,
+    pixel_unshuffle,
+    xavier_uniform,
+    zeros,
+)
+from dico_jax.ops.gelu import gelu
+
+
+class ChannelAttention(nn.Module):
+    """Compact channel attention: (N, H, W, C) to gates sigmoid(Linear(mean)), (N, 1, 1, C)."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        # The mean in float32: in bfloat16 a mean over 1024 positions is off by 1e-2.
+        mean = x.mean((1, 2), keepdims=True, dtype=accumulation_dtype(x.dtype))
+        width = x.shape[-1]
+        dense = nn.Dense(width, kernel_init=xavier_uniform, dtype=self.dtype, name="1")
+        return jax.nn.sigmoid(dense(mean))
+
+
+class DiCoBlock(nn.Module):
+    """Conv module and feed-forward, each modulated and gated by the conditioning (figure 4)."""
+
+    width: int
+    mlp_ratio: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, c):  # x (N, H, W, width), c (N, width)
+        def conv1x1(features, name):
+            return nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, name=name)
+
+        modulation = Modulation(6, self.width, self.dtype, name="adaLN_modulation")(c)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+
+        h = modulate(LayerNorm(name="norm1")(x), shift1, scale1)
+        h = conv1x1(self.width, "conv1")(h)
+        h = gelu(DepthwiseConv(self.dtype, name="conv2")(h))
+        h = h * ChannelAttention(self.dtype, name="ca")(h)
+        x = add_gated(x, gate1, conv1x1(self.width, "conv3")(h))
+
+        h = modulate(LayerNorm(name="norm2")(x), shift2, scale2)
+        h = conv1x1(int(self.mlp_ratio * self.width), "conv4")(h)
+        h = conv1x1(self.width, "conv5")(gelu(h))
+        return add_gated(x, gate2, h)
+
+
+class InputConv(nn.Module):
+    """(N, H, W, in_channels) to (N, H, W, width), initialised as a linear layer of its patches."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        return Conv3x3(self.width, self.dtype, kernel_init=linear_xavier_uniform, name="proj")(x)
+
+
+class BiaslessConv(nn.Module):
+    """A 3x3 convolution without bias."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        return Conv3x3(self.width, self.dtype, use_bias=False, name="0")(x)
+
+
+class Downsample(nn.Module):
+    """(N, H, W, C) to (N, H/2, W/2, 2C)."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        return pixel_unshuffle(BiaslessConv(x.shape[-1] // 2, self.dtype, name="body")(x))
+
+
+class Upsample(nn.Module):
+    """(N, H, W, C) to (N, 2H, 2W, C/2)."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        return pixel_shuffle(BiaslessConv(2 * x.shape[-1], self.dtype, name="body")(x))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (N,) to one vector per table: (N, D), (N, 2D), (N, 4D)."""
+
+    num_rows: int
+    widths: tuple[int, ...]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, y):
+        return [
+            label_table(self.num_rows, width, self.dtype, f"embedding_table_{k}")(y)
+            for k, width in enumerate(self.widths)
+        ]
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm, modulation and a 3x3 convolution to the output channels; zero at first."""
+
+    out_channels: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, c):
+        modulation = Modulation(2, x.shape[-1], self.dtype, name="adaLN_modulation")(c)
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        h = modulate(LayerNorm(name="norm_final")(x), shift, scale)
+        return Conv3x3(self.out_channels, self.dtype, kernel_init=zeros, name="out_proj")(h)
+
+
+class DiCo(nn.Module):
+    """A DiCo network. `create_model` makes the published sizes.
+
+    Attributes:
+      hidden_size: width D of the first stage, even; the stages are D, 2D, 4D, 2D, 2D wide.
+      depth: number of blocks of the five stages: encoder 1 and 2, latent, decoder 2 and 1.
+      mlp_ratio: feed-forward width over block width (the product is cut to an integer).
+      in_channels: channels of the input, 4 for Stable Diffusion latents.
+      num_classes: number of classes; label `num_classes` is the null class.
+      class_dropout_prob: probability of dropping the label in training; at 0 there is no null
+      class. learn_sigma: whether the output also has the variance interpolation, in [-1, 1] by
+      training. dtype: dtype of activations and matrix products; parameters are float32.
+    """
+
+    hidden_size: int = 128
+    depth: tuple[int, ...] = (5, 4, 4, 4, 4)
+    mlp_ratio: float = 2.0
+    in_channels: int = 4
+    num_classes: int = 1000
+    class_dropout_prob: float = 0.1
+    learn_sigma: bool = True
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    size_divisor = 4  # the network halves height and width twice
+
+    def __post_init__(self):
+        check_model_options(self)
+        if self.hidden_size % 2:
+            raise UsageError(f"model.hidden_size={self.hidden_size} must be even")
+        if len(self.depth) != 5 or min(self.depth) < 1:
+            raise UsageError(
+                f"model.depth={tuple(self.depth)} must give the number of blocks of five stages, "
+                "each at least 1, such as (5, 4, 4, 4, 4)"
+            )
+        super().__post_init__()
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for no label, or None for a model trained without one."""
+        return self.num_classes if self.class_dropout_prob > 0 else None
+
+    @nn.compact
+    def __call__(self, x, t, y, *, train: bool = False):
+        """Predicts the noise (and the variance interpolation) of noisy latents.
+
+        Args:
+          x: (N, H, W, in_channels) noisy latents; H and W divide by 4.
+          t: (N,) timesteps of the original process, 0..999, integer or fractional.
+          y: (N,) int labels, 0..num_classes - 1, or `null_class`.
+          train: whether to drop labels at random; needs the RNG stream "label_dropout".
+
+        Returns:
+          (N, H, W, 2 * in_channels) with learn_sigma, noise first, else (N, H, W, in_channels);
+          float32 or better.
+
+        Raises:
+          UsageError: height or width do not divide by 4.
+        """
+        check_divides(x, self.size_divisor, "the network halves it twice")
+        if train and self.class_dropout_prob > 0:
+            # One draw for all three tables: an example is conditional or it is not.
+            key = self.make_rng("label_dropout")
+            y = drop_labels(key, y, self.class_dropout_prob, self.num_classes)
+
+        d, dtype, wide = self.hidden_size, self.dtype, accumulation_dtype(self.dtype)
+        widths = (d, 2 * d, 4 * d)
+        num_rows = self.num_classes + (self.class_dropout_prob > 0)
+        labels = LabelEmbedder(num_rows, widths, wide, name="y_embedder")(y)
+        c1, c2, c3 = (
+            TimestepEmbedder(width, wide, name=f"t_embedder_{k}")(t) + label
+            for k, (width, label) in enumerate(zip(widths, labels, strict=True), start=1)
+        )
+
+        def stage(i, width, name):
+            block = functools.partial(DiCoBlock, width, self.mlp_ratio, dtype)
+            return Stage(self.depth[i], block, name=name)
+
+        def fuse(x, skip, name):  # the upsampled part first, then the skip connection
+            x = jnp.concatenate([x, skip], axis=-1)
+            return nn.Dense(2 * d, kernel_init=xavier_uniform, dtype=dtype, name=name)(x)
+
+        x = InputConv(d, dtype, name="x_embedder")(x)
+        skip1 = stage(0, d, "encoder_level_1")(x, c1)  # (N, H, W, D)
+        x = Downsample(dtype, name="down1_2")(skip1)
+        skip2 = stage(1, 2 * d, "encoder_level_2")(x, c2)  # (N, H/2, W/2, 2D)
+        x = Downsample(dtype, name="down2_3")(skip2)
+        x = stage(2, 4 * d, "latent")(x, c3)  # (N, H/4, W/4, 4D)
+        x = Upsample(dtype, name="up3_2")(x)
+        x = fuse(x, skip2, "reduce_chan_level2")
+        x = stage(3, 2 * d, "decoder_level_2")(x, c2)  # (N, H/2, W/2, 2D)
+        x = Upsample(dtype, name="up2_1")(x)
+        x = fuse(x, skip1, "reduce_chan_level1")
+        x = stage(4, 2 * d, "decoder_level_1")(x, c2)  # (N, H, W, 2D): 2D wide, unlike encoder 1
+        out_channels = self.in_channels * (2 if self.learn_sigma else 1)
+        return FinalLayer(out_channels, dtype, name="final_layer")(x, c2).astype(wide)
+
+
+def check_divides(x, divisor: int, reason: str) -> None:
+    """Raises UsageError where height or width of x (N, H, W, C) do not divide by `divisor`."""
+    height, width = x.shape[1:3]
+    if height % divisor or width % divisor or not height or not width:
+        raise UsageError(
+            f"input of {height}x{width} positions: both must be multiples of {divisor}, "
+            f"because {reason}"
+        )

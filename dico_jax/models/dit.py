@@ -1,0 +1,228 @@
+"""DiT, the Diffusion Transformer (arXiv 2212.09748), which the DiCo paper compares itself with."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dico_jax.errors import UsageError
+from dico_jax.models.dico import check_divides
+from dico_jax.models.layers import (
+    LayerNorm,
+    Modulation,
+    Stage,
+    TimestepEmbedder,
+    accumulation_dtype,
+    add_gated,
+    check_model_options,
+    drop_labels,
+    label_table,
+    linear_xavier_uniform,
+    modulate,
+    xavier_uniform,
+    zeros,
+)
+
+
+def position_embedding(height: int, width: int, channels: int) -> np.ndarray:
+    """The fixed sine-cosine table, (height * width, channels) float64, rows before columns.
+
+    The first half of the channels encodes the column, the second the row; each sines, then cosines.
+    """
+    quarter = channels // 4
+    frequencies = 10000.0 ** (-np.arange(quarter) / quarter)
+
+    def encode(positions):  # (T,) to (T, channels / 2)
+        angles = positions[:, None] * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    rows, columns = np.divmod(np.arange(height * width, dtype=np.float64), width)
+    return np.concatenate([encode(columns), encode(rows)], axis=1)
+
+
+class PatchEmbed(nn.Module):
+    """(N, H, W, C) to tokens (N, T, width), T running over rows, then columns."""
+
+    patch_size: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        p = self.patch_size
+        x = nn.Conv(
+            self.width, (p, p), strides=(p, p), padding=0, kernel_init=linear_xavier_uniform,
+            dtype=self.dtype, name="proj",
+        )(x)  # fmt: skip
+        return x.reshape(x.shape[0], -1, self.width)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (N, T, C)."""
+
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        n, tokens, width = x.shape
+        head = width // self.num_heads
+        dense = functools.partial(nn.Dense, kernel_init=xavier_uniform, dtype=self.dtype)
+        qkv = dense(3 * width, name="qkv")(x).reshape(n, tokens, 3, self.num_heads, head)
+        q, k, v = qkv[:, :, 0] / math.sqrt(head), qkv[:, :, 1], qkv[:, :, 2]
+        logits = jnp.einsum(
+            "nqhd,nkhd->nhqk", q, k, preferred_element_type=accumulation_dtype(q.dtype)
+        )
+        weights = jax.nn.softmax(logits).astype(v.dtype)
+        out = jnp.einsum("nhqk,nkhd->nqhd", weights, v)
+        return dense(width, name="proj")(out.reshape(n, tokens, width))
+
+
+class Mlp(nn.Module):
+    """Linear, tanh GELU, Linear."""
+
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        dense = functools.partial(nn.Dense, kernel_init=xavier_uniform, dtype=self.dtype)
+        return dense(x.shape[-1], name="fc2")(
+            jax.nn.gelu(dense(self.hidden, name="fc1")(x), approximate=True)
+        )
+
+
+class DiTBlock(nn.Module):
+    """A transformer block with adaLN-Zero conditioning (section 3.2)."""
+
+    width: int
+    num_heads: int
+    mlp_ratio: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, c):  # x (N, T, width), c (N, width)
+        modulation = Modulation(6, self.width, self.dtype, name="adaLN_modulation")(c)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+        h = modulate(LayerNorm(name="norm1")(x), shift1, scale1)
+        x = add_gated(x, gate1, Attention(self.num_heads, self.dtype, name="attn")(h))
+        h = modulate(LayerNorm(name="norm2")(x), shift2, scale2)
+        mlp = Mlp(int(self.mlp_ratio * self.width), self.dtype, name="mlp")
+        return add_gated(x, gate2, mlp(h))
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm, modulation and a linear layer to the pixels of each patch; zero at first."""
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, c):
+        modulation = Modulation(2, x.shape[-1], self.dtype, name="adaLN_modulation")(c)
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        h = modulate(LayerNorm(name="norm_final")(x), shift, scale)
+        return nn.Dense(self.features, kernel_init=zeros, dtype=self.dtype, name="linear")(h)
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (N,) to vectors (N, width)."""
+
+    num_rows: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, y):
+        return label_table(self.num_rows, self.width, self.dtype, "embedding_table")(y)
+
+
+class DiT(nn.Module):
+    """A DiT network. `create_model` makes the published sizes.
+
+    Attributes:
+      hidden_size: width of the tokens, divisible by num_heads and by 4.
+      depth: number of blocks.
+      num_heads: number of attention heads.
+      patch_size: side of a patch.
+      mlp_ratio, in_channels, num_classes, class_dropout_prob, learn_sigma, dtype: as in `DiCo`.
+    """
+
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    patch_size: int = 2
+    mlp_ratio: float = 4.0
+    in_channels: int = 4
+    num_classes: int = 1000
+    class_dropout_prob: float = 0.1
+    learn_sigma: bool = True
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    def __post_init__(self):
+        check_model_options(self)
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise UsageError(
+                f"model.hidden_size={self.hidden_size} must divide by model.num_heads="
+                f"{self.num_heads} and by 4"
+            )
+        if self.depth < 1 or self.patch_size < 1:
+            raise UsageError(
+                f"model.depth={self.depth}, model.patch_size={self.patch_size}: "
+                "both must be at least 1"
+            )
+        super().__post_init__()
+
+    @property
+    def size_divisor(self) -> int:
+        """What height and width of the input must divide by."""
+        return self.patch_size
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for no label, or None for a model trained without one."""
+        return self.num_classes if self.class_dropout_prob > 0 else None
+
+    @nn.compact
+    def __call__(self, x, t, y, *, train: bool = False):
+        """Predicts the noise (and the variance interpolation) of noisy latents, as `DiCo` does.
+
+        Args:
+          x: (N, H, W, in_channels) noisy latents; H and W divide by patch_size.
+          t: (N,) timesteps of the original process, 0..999, integer or fractional.
+          y: (N,) int labels, 0..num_classes - 1, or `null_class`.
+          train: whether to drop labels at random; needs the RNG stream "label_dropout".
+
+        Returns:
+          (N, H, W, 2 * in_channels) with learn_sigma, else (N, H, W, in_channels); float32 or
+          better.
+
+        Raises:
+          UsageError: height or width do not divide by patch_size.
+        """
+        check_divides(x, self.patch_size, "the network cuts it into patches")
+        if train and self.class_dropout_prob > 0:
+            key = self.make_rng("label_dropout")
+            y = drop_labels(key, y, self.class_dropout_prob, self.num_classes)
+        n, height, width, _ = x.shape
+        rows, columns, p = height // self.patch_size, width // self.patch_size, self.patch_size
+        d, dtype, wide = self.hidden_size, self.dtype, accumulation_dtype(self.dtype)
+
+        num_rows = self.num_classes + (self.class_dropout_prob > 0)
+        label = LabelEmbedder(num_rows, d, wide, name="y_embedder")(y)
+        c = TimestepEmbedder(d, wide, name="t_embedder")(t) + label
+
+        x = PatchEmbed(p, d, dtype, name="x_embedder")(x)  # (N, T, D)
+        # The reference stores the table in float32, whatever it computes in.
+        table = position_embedding(rows, columns, d).astype(np.float32)
+        x = x + jnp.asarray(table, x.dtype)
+        block = functools.partial(DiTBlock, d, self.num_heads, self.mlp_ratio, dtype)
+        x = Stage(self.depth, block, name="blocks")(x, c)
+        out_channels = self.in_channels * (2 if self.learn_sigma else 1)
+        x = FinalLayer(p * p * out_channels, dtype, name="final_layer")(x, c)
+
+        x = x.reshape(n, rows, columns, p, p, out_channels)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, height, width, out_channels).astype(wide)

@@ -1,0 +1,198 @@
+"""Layers that DiCo and DiT share.
+
+Submodules carry the names of the published PyTorch modules, positions inside its Sequentials
+included ("mlp/0", "adaLN_modulation/1"), so that converting a parameter path is a join with dots.
+
+Numerics: `dtype` is the dtype of activations and matrix products. Statistics, time features and
+conditioning vectors are computed in float32 or better, whatever `dtype` is; parameters are float32.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dico_jax.errors import UsageError
+from dico_jax.ops.conv import conv3x3
+from dico_jax.ops.depthwise import depthwise_conv3x3
+
+xavier_uniform = nn.initializers.xavier_uniform()
+normal_002 = nn.initializers.normal(0.02)
+zeros = nn.initializers.zeros_init()
+
+NUM_TIME_FEATURES = 256
+
+
+def accumulation_dtype(dtype) -> jnp.dtype:
+    """The dtype of statistics and sums for activations of `dtype`: float32 or better."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def linear_xavier_uniform(key, shape, dtype=jnp.float32):
+    """Xavier-uniform of a kernel (..., out) with the fans of a linear layer from prod(...) to out.
+
+    The reference initialises its input convolution and patch embedding so.
+    """
+    fan_in, fan_out = math.prod(shape[:-1]), shape[-1]
+    bound = math.sqrt(6.0 / (fan_in + fan_out))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def modulate(x, shift, scale):
+    """X * (1 + scale) + shift, with (N, C) vectors over x (N, ..., C)."""
+    axes = tuple(range(1, x.ndim - 1))
+    return x * (1 + jnp.expand_dims(scale, axes)) + jnp.expand_dims(shift, axes)
+
+
+def add_gated(x, gate, update):
+    """X + gate * update, with a (N, C) gate over (N, ..., C)."""
+    return x + jnp.expand_dims(gate, tuple(range(1, x.ndim - 1))) * update
+
+
+def pixel_unshuffle(x):
+    """(N, H, W, C) to (N, H/2, W/2, 4C); channel c at sub-position (i, j) goes to 4c + 2i + j."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h // 2, 2, w // 2, 2, c)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(n, h // 2, w // 2, 4 * c)
+
+
+def pixel_shuffle(x):
+    """(N, H, W, 4C) to (N, 2H, 2W, C), the inverse of `pixel_unshuffle`."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h, w, c // 4, 2, 2)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(n, 2 * h, 2 * w, c // 4)
+
+
+def time_features(t, dtype=jnp.float32):
+    """Sinusoidal features of timesteps: (N,) to (N, 256), 128 cosines, then 128 sines.
+
+    `t` may be integer or fractional, in the units of the original process (0..999). The frequencies
+    exp(-ln(10000) i / 128) are taken in float64 on the host: rounding them once, at the end, keeps
+    the angle of t = 999 as exact as `dtype` (float32 or float64) allows.
+    """
+    half = NUM_TIME_FEATURES // 2
+    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / half)
+    angles = t[:, None].astype(dtype) * jnp.asarray(frequencies, dtype)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def drop_labels(key, y, probability: float, null_class: int):
+    """Labels (N,) int, each replaced by the null class with `probability`."""
+    return jnp.where(jax.random.bernoulli(key, probability, y.shape), null_class, y)
+
+
+class LayerNorm(nn.Module):
+    """Normalisation over channels, no affine parameters, eps 1e-6; returns float32 or better."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x.astype(accumulation_dtype(x.dtype))
+        centred = x - x.mean(-1, keepdims=True)
+        return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+
+
+class Modulation(nn.Module):
+    """Linear(SiLU(c)), zero at initialisation: c (N, W) to `num` vectors of (N, width)."""
+
+    num: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, c):
+        dense = nn.Dense(self.num * self.width, kernel_init=zeros, dtype=self.dtype, name="1")
+        return dense(jax.nn.silu(c))
+
+
+class TimestepMLP(nn.Module):
+    """Linear, SiLU, Linear of the time features."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, features):
+        h = nn.Dense(self.width, kernel_init=normal_002, dtype=self.dtype, name="0")(features)
+        return nn.Dense(self.width, kernel_init=normal_002, dtype=self.dtype, name="2")(
+            jax.nn.silu(h)
+        )
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (N,) to vectors (N, width) of `dtype` (float32 or better)."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, t):
+        return TimestepMLP(self.width, self.dtype, name="mlp")(time_features(t, self.dtype))
+
+
+def label_table(num_rows: int, width: int, dtype, name: str) -> nn.Embed:
+    """An embedding table for class labels, N(0, 0.02)."""
+    return nn.Embed(num_rows, width, embedding_init=normal_002, dtype=dtype, name=name)
+
+
+class Conv3x3(nn.Module):
+    """3x3 convolution with padding 1; kernel (3, 3, C, width)."""
+
+    width: int
+    dtype: jnp.dtype
+    use_bias: bool = True
+    kernel_init: Callable = xavier_uniform
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (3, 3, x.shape[-1], self.width)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+        y = conv3x3(x, kernel)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", zeros, (self.width,), jnp.float32)
+        return y + bias.astype(self.dtype)
+
+
+class DepthwiseConv(nn.Module):
+    """3x3 depthwise convolution with bias; kernel (3, 3, 1, C), Xavier fans 9 and 9C."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        kernel = self.param("kernel", xavier_uniform, (3, 3, 1, width), jnp.float32)
+        bias = self.param("bias", zeros, (width,), jnp.float32)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return depthwise_conv3x3(x, kernel, bias)
+
+
+class Stage(nn.Module):
+    """`depth` equal blocks one after the other, named "0", "1", ..., made by `block(name=...)`."""
+
+    depth: int
+    block: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x, c):
+        for i in range(self.depth):
+            x = self.block(name=str(i))(x, c)
+        return x
+
+
+def check_model_options(model) -> None:
+    """Raises UsageError for options of a DiCo or DiT that no network can have."""
+    for field in ("in_channels", "num_classes", "hidden_size"):
+        if getattr(model, field) < 1:
+            raise UsageError(f"model.{field}={getattr(model, field)} must be at least 1")
+    if not 0 <= model.class_dropout_prob < 1:
+        raise UsageError(
+            f"model.class_dropout_prob={model.class_dropout_prob} must be in [0, 1): "
+            "the published models use 0.1"
+        )
+    if int(model.mlp_ratio * model.hidden_size) < 1:
+        raise UsageError(f"model.mlp_ratio={model.mlp_ratio} leaves the feed-forward no channels")

@@ -1,0 +1,121 @@
+"""Networks by name."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dico_jax.errors import UsageError
+from dico_jax.models.dico import DiCo
+from dico_jax.models.dit import DiT
+
+# Paper table 1 (DiCo-H: table 5) and the DiT paper's table 1.
+_DICO = {
+    "DiCo-S": {"hidden_size": 128, "depth": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
+    "DiCo-B": {"hidden_size": 256, "depth": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
+    "DiCo-L": {"hidden_size": 352, "depth": (9, 8, 9, 8, 9), "mlp_ratio": 2.0},
+    "DiCo-XL": {"hidden_size": 416, "depth": (9, 9, 10, 9, 9), "mlp_ratio": 2.0},
+    "DiCo-H": {"hidden_size": 416, "depth": (14, 12, 10, 12, 14), "mlp_ratio": 4.0},
+}
+_DIT = {
+    "DiT-S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "DiT-B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "DiT-L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "DiT-XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
+
+MODELS: dict[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
+    **{name: (DiCo, sizes) for name, sizes in _DICO.items()},
+    **{
+        f"{name}/{patch}": (DiT, {**sizes, "patch_size": patch})
+        for name, sizes in _DIT.items()
+        for patch in (2, 4, 8)
+    },
+    "DiCo": (DiCo, {}),
+    "DiT": (DiT, {}),
+}
+
+_DTYPES = ("float32", "bfloat16", "float64")
+
+
+def model_options(name: str) -> dict[str, Any]:
+    """The options of model `name` with their defaults: sizes, in_channels, num_classes, dtype, ...
+
+    Raises:
+      UsageError: no model has that name; the message gives the closest ones.
+    """
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4) or list(MODELS)
+        raise UsageError(f"model.name={name!r} is unknown: use {' or '.join(map(repr, close))}")
+    cls, sizes = MODELS[name]
+    fields = {
+        f.name: f.default
+        for f in cls.__dataclass_fields__.values()  # type: ignore[attr-defined]
+        if f.name not in ("parent", "name")
+    }
+    return {**fields, **sizes}
+
+
+def create_model(name: str, **options) -> nn.Module:
+    """A network by name: "DiCo-S" to "DiCo-H", "DiT-S/2" to "DiT-XL/8", "DiCo" or "DiT".
+
+    Args:
+      name: a key of `MODELS`.
+      **options: attributes of `DiCo` or `DiT`. The sizes of a published model are fixed: give
+        hidden_size, depth, mlp_ratio (DiT: num_heads, patch_size) with the names "DiCo" and "DiT".
+        `dtype` is "float32" (default), "bfloat16" or "float64" (which needs jax_enable_x64).
+
+    Returns:
+      A linen module: `model.apply({"params": params}, x, t, y)`, see `DiCo.__call__`.
+
+    Raises:
+      UsageError: an unknown name or option, or a value that no network can have.
+    """
+    known = model_options(name)
+    cls, sizes = MODELS[name]
+    for option, value in options.items():
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+            raise UsageError(f"model.{option}={value!r}: model {name!r} has no such option; {hint}")
+        if option in sizes and value != sizes[option]:
+            raise UsageError(
+                f"model.{option}={value!r} contradicts model.name={name!r}, which has "
+                f"{sizes[option]!r}: use model.name={cls.__name__!r} for sizes of your own"
+            )
+    merged = {**sizes, **options}
+    if isinstance(merged.get("depth"), list):
+        merged["depth"] = tuple(merged["depth"])  # linen attributes are hashed
+    if "dtype" in merged:
+        merged["dtype"] = _parse_dtype(merged["dtype"])
+    return cls(**merged)
+
+
+def _parse_dtype(dtype) -> jnp.dtype:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in _DTYPES:
+        raise UsageError(f"model.dtype={dtype!r} is unknown: use one of {', '.join(_DTYPES)}")
+    return jnp.dtype(name)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of trainable parameters, from shapes alone.
+
+    The DiT paper counts its fixed position table as well (tokens * hidden_size); it is a constant
+    here and not counted.
+    """
+    return sum(x.size for x in jax.tree.leaves(abstract_params(model)))
+
+
+def abstract_params(model: nn.Module) -> Any:
+    """The parameter tree of `model` as `jax.ShapeDtypeStruct`s, without computing anything."""
+    side = model.size_divisor
+    x = jax.ShapeDtypeStruct((1, side, side, model.in_channels), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), x, t, t)["params"]

@@ -1,0 +1,1 @@
+"""The few operations worth tuning, each with one signature and several implementations."""

@@ -1,0 +1,101 @@
+"""3x3 depthwise convolution, the spatial mixing of every DiCo block (paper section 3.2).
+
+XLA lowers grouped convolutions poorly (jax-ml/jax#23713, openxla/xla#34273), so the default is a
+sum of nine shifted products, with its gradient written by hand: the derived one pads and adds nine
+full arrays for the input and reduces nine strided products for the kernel.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dico_jax.errors import UsageError
+
+Implementation = Literal["auto", "shifted", "lax"]
+_TAPS = [(i, j) for i in range(3) for j in range(3)]
+
+
+def depthwise_conv3x3(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, *, implementation: Implementation = "auto"
+) -> jax.Array:
+    """Depthwise 3x3 convolution with zero padding 1 and stride 1.
+
+    Args:
+      x: (N, H, W, C) activations, any floating dtype.
+      kernel: (3, 3, 1, C) in HWIO layout (I = 1 input channel per group), dtype of x.
+      bias: (C,), dtype of x.
+      implementation: "shifted" (nine shifted products, own gradient), "lax" (XLA's grouped
+        convolution), or "auto", which is "shifted" on every platform.
+
+    Returns:
+      (N, H, W, C) of x's dtype; sums are taken in float32 or better.
+
+    Raises:
+      UsageError: an unknown implementation.
+    """
+    if implementation in ("auto", "shifted"):
+        return _shifted(x, kernel, bias)
+    if implementation == "lax":
+        return _grouped(x, kernel) + bias
+    raise UsageError(
+        f"implementation={implementation!r} of depthwise_conv3x3 is unknown: "
+        f"use one of {', '.join(get_args(Implementation))}"
+    )
+
+
+def _grouped(x, kernel):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(1, 1),
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def _pad(x):
+    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+def _sum_of_taps(x, kernel):
+    """Sum over (i, j) of x shifted by (i - 1, j - 1), times kernel[i, j]; float32 or better."""
+    _, height, width, _ = x.shape
+    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    padded, kernel = _pad(x), kernel.astype(accumulator)
+    total = None
+    for i, j in _TAPS:
+        term = padded[:, i : i + height, j : j + width] * kernel[i, j, 0]
+        total = term if total is None else total + term
+    return total
+
+
+@jax.custom_vjp
+def _shifted(x, kernel, bias):
+    return (_sum_of_taps(x, kernel) + bias).astype(x.dtype)
+
+
+def _shifted_fwd(x, kernel, bias):
+    return _shifted(x, kernel, bias), (x, kernel)
+
+
+def _shifted_bwd(residuals, dy):
+    x, kernel = residuals
+    _, height, width, _ = x.shape
+    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    # The transpose of a zero-padded convolution is the convolution by the rotated kernel.
+    dx = _sum_of_taps(dy, kernel[::-1, ::-1]).astype(x.dtype)
+    padded = _pad(x)
+
+    def reduce(product):  # fused with the product on every platform
+        return jnp.sum(product, axis=(0, 1, 2), dtype=accumulator)
+
+    wide = dy.astype(accumulator)
+    taps = [reduce(padded[:, i : i + height, j : j + width] * wide) for i, j in _TAPS]
+    dkernel = jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
+    return dx, dkernel, reduce(wide).astype(dy.dtype)
+
+
+_shifted.defvjp(_shifted_fwd, _shifted_bwd)
