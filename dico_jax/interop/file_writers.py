@@ -1,0 +1,99 @@
+"""Files that are there whole or not at all, and the arrays that go into them."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, Protocol, runtime_checkable
+
+import numpy as np
+
+from dico_jax.errors import UsageError
+
+_CHUNK = 4 << 20  # bytes per write, between two calls of on_bytes
+
+
+@runtime_checkable
+class LazyTensor(Protocol):
+    """A tensor that is made when it is written; `TensorRef` is one.
+
+    Attributes:
+      dtype: NumPy's dtype.
+      shape: the shape.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """The array of that dtype and shape."""
+
+
+class Deferred:
+    """A tensor given by a function that makes it, for the writers.
+
+    Args:
+      dtype: its dtype.
+      shape: its shape.
+      make: returns the array; called once, when its turn comes.
+    """
+
+    def __init__(self, dtype: Any, shape: tuple[int, ...], make: Callable[[], Any]):
+        self.dtype = np.dtype(dtype)
+        self.shape = tuple(shape)
+        self.read = make
+
+
+def is_tensor(value: object) -> bool:
+    """Whether the writers take `value` as a tensor: it has dtype and shape, and is no scalar."""
+    return hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, np.generic)
+
+
+def write_array(
+    stream: BinaryIO, tensor: Any, on_bytes: Callable[[int], object] | None, name: str
+) -> None:
+    """Writes the numbers of a tensor, row-major, holding it and nothing else.
+
+    Raises:
+      ValueError: a lazy tensor made an array of another shape or dtype than it had said.
+    """
+    array = np.asarray(tensor.read() if isinstance(tensor, LazyTensor) else tensor)
+    if array.shape != tuple(tensor.shape) or array.dtype != np.dtype(tensor.dtype):
+        raise ValueError(
+            f"{name} was announced as {np.dtype(tensor.dtype).name}{list(tensor.shape)} and came "
+            f"as {array.dtype.name}{list(array.shape)}"
+        )
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("<"))
+    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    for at in range(0, len(raw), _CHUNK):
+        part = raw[at : at + _CHUNK]
+        stream.write(part)
+        if on_bytes:
+            on_bytes(len(part))
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A stream whose bytes appear as file `path` when the block ends, and nowhere when it fails.
+
+    They go to a temporary file in the same folder, which then replaces an older `path`.
+
+    Raises:
+      UsageError: the folder does not exist, may not be written to, or is full.
+    """
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    # Not tempfile: its files are private to the user, whatever the umask says.
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
+    try:
+        if not name or os.path.isdir(path):
+            raise UsageError(f"{path} is a folder; name the file to write")
+        with open(temporary, "xb") as stream:
+            yield stream
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
