@@ -1,0 +1,116 @@
+"""Classifier-free guidance (arXiv 2207.12598), and the published code's form of it.
+
+The published models are sampled, and their scores measured, with guidance on the first three of the
+four latent channels only. That is `cfg_channels="first_three"`; "all" is the paper's formula.
+"""
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dico_jax.diffusion.gaussian import as_float
+from dico_jax.errors import UsageError
+
+# How many of C noise channels are guided.
+CFG_CHANNELS: dict[str, Callable[[int], int]] = {
+    "first_three": lambda num_channels: min(3, num_channels),
+    "all": lambda num_channels: num_channels,
+}
+
+
+def classifier_free_guidance(
+    cond, uncond, scale, num_channels: int, cfg_channels: str = "first_three"
+) -> jax.Array:
+    """The guided output: uncond + scale * (cond - uncond) in the guided channels, cond elsewhere.
+
+    Variance channels are never guided.
+
+    Args:
+      cond: the model's output with the condition, (N, ..., C) or (N, ..., 2C): the prediction's
+        channels, then the variance's.
+      uncond: its output with the null condition, of the same shape.
+      scale: the guidance scale, a number or an array (); 1 is no guidance, 0 the null condition.
+      num_channels: C, the channels of the data.
+      cfg_channels: a key of `CFG_CHANNELS`. "first_three" guides min(3, C) channels of the
+        prediction, as the published code does; "all" guides all C.
+
+    Returns:
+      The shape of cond, in float32 or better.
+
+    Raises:
+      UsageError: an unknown cfg_channels, or outputs whose channels are neither C nor 2C.
+    """
+    guided = _num_guided(num_channels, cfg_channels)
+    cond, uncond = as_float(cond, uncond)
+    if cond.shape != uncond.shape or cond.shape[-1] not in (num_channels, 2 * num_channels):
+        raise UsageError(
+            f"guidance of outputs {cond.shape} (condition) and {uncond.shape} (null) for "
+            f"num_channels={num_channels}: both must have {num_channels} or {2 * num_channels} "
+            "channels, on the last axis, and one shape"
+        )
+    scale = jnp.asarray(scale, cond.dtype)
+    mixed = uncond[..., :guided] + scale * (cond[..., :guided] - uncond[..., :guided])
+    return jnp.concatenate([mixed, cond[..., guided:]], axis=-1)
+
+
+def guided_model_fn(
+    model_fn: Callable[[jax.Array, jax.Array, Any], jax.Array],
+    y: Any,
+    null_class: Any,
+    scale,
+    num_channels: int,
+    cfg_channels: str = "first_three",
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """A model of (x, t) that is guided towards y, for `sample_loop`.
+
+    Args:
+      model_fn: model_fn(x, t, y) is the model's output.
+      y: the condition: labels (N,), or a tree of arrays (N, ...).
+      null_class: the null condition: the number of classes, or a tree like y of arrays that
+        broadcast to y's.
+      scale: the guidance scale. The Python number 1 runs the model on N examples, without
+        guidance; every other number, and every array (traced or not), on 2N.
+      num_channels: C, the channels of the data.
+      cfg_channels: a key of `CFG_CHANNELS`, see `classifier_free_guidance`.
+
+    Returns:
+      f(x, t): (N, ..., C) and (N,) to the guided output for y.
+
+    Raises:
+      UsageError: an unknown cfg_channels.
+    """
+    _num_guided(num_channels, cfg_channels)
+    if isinstance(scale, numbers.Number) and scale == 1:
+        return lambda x, t: model_fn(x, t, y)
+    y = jax.tree.map(jnp.asarray, y)
+    null = jax.tree.map(
+        lambda a, n: jnp.broadcast_to(jnp.asarray(n, a.dtype), a.shape), y, null_class
+    )
+    pairs = jax.tree.map(_interleave, y, null)
+
+    def guided(x, t):
+        output = model_fn(_interleave(x, x), _interleave(t, t), pairs)
+        return classifier_free_guidance(
+            output[0::2], output[1::2], scale, num_channels, cfg_channels
+        )
+
+    return guided
+
+
+def _interleave(a, b) -> jax.Array:
+    """a[0], b[0], a[1], b[1], ...: a batch of 2N.
+
+    An example stays beside its null twin: with the batch split over devices, one half after the
+    other would send all of it to other devices, at every step.
+    """
+    return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
+
+
+def _num_guided(num_channels: int, cfg_channels: str) -> int:
+    if cfg_channels not in CFG_CHANNELS:
+        choices = " or ".join(map(repr, CFG_CHANNELS))
+        raise UsageError(f"cfg_channels={cfg_channels!r} is unknown: use {choices}")
+    return CFG_CHANNELS[cfg_channels](num_channels)
