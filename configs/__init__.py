@@ -1,0 +1,1 @@
+"""Experiments, one file each; `default.py` holds every field with its meaning."""

@@ -1,0 +1,97 @@
+"""Every field of a config, with its meaning and the published value (DiCo at 256x256).
+
+Not an experiment of its own: the other files start from it and change fields. A config is locked,
+so a field that is not here cannot be set by mistake.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config():
+    config = config_dict.ConfigDict()
+
+    # All randomness of a run follows from (seed, step) or (seed, image index).
+    config.seed = 0
+
+    config.data = config_dict.ConfigDict()
+    # Where examples come from: "digits" (scikit-learn's 1,797 digits) or "arrays" (NumPy files).
+    config.data.source = "arrays"
+    # Folder of the source, where it needs one.
+    config.data.path = config_dict.placeholder(str)
+    # Side of the (square) images in pixels; latents are smaller by the autoencoder's factor.
+    config.data.image_size = 256
+    # Examples per step, over all devices.
+    config.data.batch_size = 256
+    # Mirror each example with probability 1/2.
+    config.data.horizontal_flip = True
+
+    config.autoencoder = config_dict.ConfigDict()
+    # "identity" for models of pixels; "latent_preview" for models of Stable Diffusion latents that
+    # were prepared elsewhere, shown as small false-colour pictures.
+    config.autoencoder.name = "latent_preview"
+
+    config.model = config_dict.ConfigDict()
+    # A published size such as "DiCo-XL" or "DiT-XL/2", or "DiCo" or "DiT" with the sizes below.
+    config.model.name = "DiCo-S"
+    # Sizes of "DiCo" and "DiT"; published sizes have their own (leave these unset).
+    config.model.hidden_size = config_dict.placeholder(int)
+    config.model.depth = config_dict.placeholder(object)  # five numbers for DiCo, one for DiT
+    config.model.mlp_ratio = config_dict.placeholder(float)
+    config.model.num_heads = config_dict.placeholder(int)  # DiT only
+    config.model.patch_size = config_dict.placeholder(int)  # DiT only
+    # Channels of the latents (or pixels) that the network sees.
+    config.model.in_channels = 4
+    config.model.num_classes = 1000
+    # Probability of dropping the label in training, which guidance needs; 0 for no null class.
+    config.model.class_dropout_prob = 0.1
+    # Whether the network also predicts the variance.
+    config.model.learn_sigma = True
+    # Dtype of activations: "float32", or "bfloat16" on accelerators. Parameters are float32.
+    config.model.dtype = "float32"
+
+    config.diffusion = config_dict.ConfigDict()
+    config.diffusion.diffusion_steps = 1000
+    # "linear" or "squaredcos_cap_v2".
+    config.diffusion.noise_schedule = "linear"
+
+    config.optimizer = config_dict.ConfigDict()
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+
+    config.training = config_dict.ConfigDict()
+    config.training.num_steps = 400_000
+    # Decay per step of the averaged weights, which are the ones that are sampled and evaluated.
+    config.training.ema_decay = 0.9999
+    config.training.log_every_steps = 100
+    config.training.checkpoint_every_steps = 10_000
+    # How many of the newest checkpoints to keep.
+    config.training.keep_checkpoints = 3
+
+    config.sampling = config_dict.ConfigDict()
+    # "ddpm" (ancestral) or "ddim".
+    config.sampling.sampler = "ddpm"
+    # Sampling steps, respaced from diffusion.diffusion_steps.
+    config.sampling.num_steps = 250
+    # 0 for deterministic DDIM, 1 for as much noise as DDPM.
+    config.sampling.ddim_eta = 0.0
+    # Classifier-free guidance scale; 1 for none.
+    config.sampling.cfg_scale = 1.4
+    # Which noise channels are guided: "first_three" (as the released code does) or "all".
+    config.sampling.cfg_channels = "first_three"
+    config.sampling.batch_size = 64
+    # A grid of samples of the averaged weights is saved this often (0: never), with this many rows
+    # (classes) and columns.
+    config.sampling.grid_every_steps = 10_000
+    config.sampling.grid_rows = 8
+    config.sampling.grid_columns = 8
+
+    config.eval = config_dict.ConfigDict()
+    # At the end, this many samples are judged by a classifier fitted on the real pictures (0:
+    # none). For small labelled sets in pixel space, such as the digits; all are held in memory.
+    config.eval.class_agreement_samples = 0
+
+    config.lock()
+    return config

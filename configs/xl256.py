@@ -1,0 +1,21 @@
+r"""DiCo-XL (701.2M parameters) on ImageNet 256x256.
+
+    python -m dico_jax.main --config=configs/xl256.py --workdir=DIR \
+        --config.data.path=LATENTS --config.model.dtype=bfloat16
+
+Data: LATENTS/examples.npy and labels.npy, see `dico_jax.data.sources.ArraySource`.
+Hardware: 8 GPUs with 80 GB, or a TPU slice (not measured yet).
+Expected: FID 11.67, IS 100.42 at 400K steps without guidance; FID 2.05, IS 282.17 at
+    3,750K steps with guidance 1.4 (paper).
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.model.name = "DiCo-XL"
+    config.training.num_steps = 3_750_000
+    config.training.checkpoint_every_steps = 50_000
+    config.sampling.grid_every_steps = 50_000
+    return config

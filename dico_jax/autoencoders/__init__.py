@@ -1,0 +1,5 @@
+"""Between pictures and what the network sees. Latents are scaled here and nowhere else."""
+
+from dico_jax.autoencoders.registry import AUTOENCODERS, Autoencoder, create_autoencoder, to_uint8
+
+__all__ = ["AUTOENCODERS", "Autoencoder", "create_autoencoder", "to_uint8"]

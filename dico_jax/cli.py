@@ -1,0 +1,89 @@
+"""What every command shares: flag parsing, one-line errors, exit statuses.
+
+Light on purpose: `--help` answers before JAX is imported.
+"""
+
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from dico_jax.errors import UsageError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and runs `main()`; exits 0 when done, 2 for wrong usage.
+
+    A `UsageError` is printed as one line on stderr, any other exception is a bug and
+    keeps its traceback.
+    """
+    app.run(lambda _: _main(main), flags_parser=_parse_flags)
+
+
+def _main(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except UsageError as error:
+        _fail(error)
+
+
+def _fail(message) -> NoReturn:
+    line = " ".join(str(message).split())
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    _make_sibling_configs_importable(argv)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    try:
+        rest = flags.FLAGS(argv)
+    except (AttributeError, KeyError) as error:  # how config_flags reports an unknown field
+        _fail(_unknown_field(argv, str(error)))
+    except (flags.Error, TypeError, ValueError) as error:
+        _fail(error)
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+    return rest
+
+
+def _make_sibling_configs_importable(argv: Sequence[str]) -> None:
+    """Lets a config file import the ones beside it as `configs.x`, wherever the command is run."""
+    for arg in argv:
+        match = re.match(r"--?config=([^:]+\.py)", arg)
+        if match:
+            sys.path.append(str(pathlib.Path(match[1]).resolve().parent.parent))
+
+
+def _unknown_field(argv: Sequence[str], error: str) -> str:
+    """One line for config_flags' error about an override of a field that does not exist."""
+    name = re.search(r"""['"](\w+)['"]""", error.replace("\\", ""))
+    suggestion = re.search(r'Did you mean "(\w+)"', error)
+    for arg in argv:
+        field = arg.lstrip("-").split("=")[0]
+        if name and arg.startswith("--config.") and name[1] in field.split("."):
+            hint = (
+                f"did you mean {field.replace(name[1], suggestion[1])}?"
+                if suggestion
+                else "configs/default.py lists the fields"
+            )
+            return f"{arg.lstrip('-')}: no config field {field}; {hint}"
+    return error
+
+
+def load_config(flag: flags.FlagHolder):
+    """The locked ConfigDict of a config_flags flag.
+
+    Raises:
+      UsageError: the file is missing or not a config.
+    """
+    config = flag.value
+    try:
+        config.to_dict()
+    except Exception as error:  # whatever the file raises when it is run
+        path = flags.FLAGS[flag.name].config_filename  # type: ignore[attr-defined]
+        raise UsageError(f"--{flag.name}={path}: {error}") from error
+    return config

@@ -1,0 +1,1 @@
+"""Training examples: where they come from, and their order."""

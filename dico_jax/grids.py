@@ -1,0 +1,62 @@
+"""Grids of images as one picture."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_MIN_CELL = 64  # smaller images are enlarged, pixel by pixel, to at least this side
+_GAP = 2
+_PAPER = (255, 255, 255)
+_INK = (0, 0, 0)
+
+
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 1 or 3) to (H, W, 3)."""
+    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+
+
+def class_name(names: Sequence[str], label: int) -> str:
+    """The name of class `label`, or its number where it has none."""
+    return names[label] if label < len(names) else str(label)
+
+
+def image_grid(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
+    """Rows of images, each with a label at its left.
+
+    Args:
+      rows: per row, uint8 (N, H, W, 1 or 3); N may differ between rows.
+      labels: one text per row.
+
+    Returns:
+      uint8 (height, width, 3).
+    """
+    height, width = rows[0].shape[1:3]
+    zoom = max(1, _MIN_CELL // max(height, width))
+    height, width, columns = height * zoom, width * zoom, max(map(len, rows))
+    font = ImageFont.load_default(size=max(12, min(height // 4, 32)))
+    margin = round(max(font.getlength(text) for text in labels)) + 12
+    sheet = Image.new(
+        "RGB",
+        (margin + columns * (width + _GAP) + _GAP, len(rows) * (height + _GAP) + _GAP),
+        _PAPER,
+    )
+    draw = ImageDraw.Draw(sheet)
+    for r, (images, label) in enumerate(zip(rows, labels, strict=True)):
+        top = _GAP + r * (height + _GAP)
+        draw.text((margin - 6, top + height // 2), label, fill=_INK, font=font, anchor="rm")
+        for c, image in enumerate(images):
+            cell = Image.fromarray(to_rgb(image)).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(cell, (margin + _GAP + c * (width + _GAP), top))
+    return np.asarray(sheet)
+
+
+def save_png(path, image: np.ndarray) -> None:
+    """Writes uint8 (H, W, 1 or 3) as a PNG file."""
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
+
+
+def load_png(path) -> np.ndarray:
+    """Reads a PNG file of `save_png`: uint8 (H, W, 1 or 3)."""
+    image = np.asarray(Image.open(path))
+    return image[..., None] if image.ndim == 2 else image

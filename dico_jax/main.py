@@ -1,0 +1,26 @@
+"""Trains a model: python -m dico_jax.main --config=configs/digits.py --workdir=DIR"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from dico_jax import cli
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, see configs/; --config.a.b=value changes a field.",
+)  # fmt: skip
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; a run that is in it already goes on.", required=True
+)
+
+
+def main() -> None:
+    """Parses flags and trains."""
+    config = cli.load_config(_CONFIG)
+    from dico_jax.training.loop import train  # late: --help answers before JAX is imported
+
+    train(config, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    cli.run(main)

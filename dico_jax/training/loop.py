@@ -1,0 +1,206 @@
+"""The training loop."""
+
+import pathlib
+import time
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dico_jax.build import (
+    Experiment,
+    check_training,
+    config_errors,
+    experiment_from_config,
+    sampling_from_config,
+    source_from_config,
+)
+from dico_jax.data.pipeline import training_batches
+from dico_jax.data.sources import Source
+from dico_jax.generation import generate_images, make_generate_fn
+from dico_jax.grids import class_name, image_grid, save_png
+from dico_jax.mesh import batch_sharding, check_batch_size, create_mesh, replicated, to_global
+from dico_jax.metrics.class_agreement import ClassAgreement, class_agreement, require_sklearn
+from dico_jax.training.checkpoints import Checkpointer
+from dico_jax.training.logging import RunLogger
+from dico_jax.training.state import TrainState, create_optimizer, create_state
+from dico_jax.training.step import make_train_step
+from dico_jax.training.workdir import config_to_dict, open_workdir
+
+
+def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
+    """Trains what `config` describes in `workdir`, from its newest checkpoint if it has one.
+
+    Args:
+      config: a locked config, see configs/default.py.
+      workdir: folder for config.json, checkpoints/, samples/, metrics.jsonl and events.
+
+    Returns:
+      What the classifier says of the final samples, where `config.eval` asks for it.
+
+    Raises:
+      UsageError: something in the config or the workdir cannot work; nothing is changed then.
+    """
+    run = Run(config, workdir)
+    training = config.training
+    with run.checkpointer() as saver, run.logger(saver.latest_step() or 0) as log:
+        state = run.initial_state()
+        if saver.latest_step() is not None:
+            state = saver.restore(saver.latest_step(), state)
+        start = int(state.step)
+        steps = range(start + 1, training.num_steps + 1)
+        meter = Meter(config.data.batch_size)
+        for step, batch in zip(steps, run.batches(start), strict=False):  # batches have no end
+            state, metrics = run.train_step(state, batch)
+            meter.add(metrics)
+            log.advance()
+            last = step == training.num_steps
+            if last or step % training.log_every_steps == 0:
+                values = meter.read()
+                log.scalars(step, values)
+                log.show(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_second']:.0f}")
+            if run.is_grid_step(step):
+                log.image(step, "samples", run.save_grid(step, state))
+                meter.restart()
+            if last or step % training.checkpoint_every_steps == 0:
+                saver.save(step, state)
+        result = run.judge(state)
+        if result is not None:
+            log.say(str(result))
+            log.scalars(int(state.step), {f"eval/{k}": v for k, v in vars(result).items()})
+    return result
+
+
+class Run:
+    """The parts of a run, built and checked from its config."""
+
+    def __init__(self, config: ConfigDict, workdir: str):
+        self.config = config
+        self.mesh = create_mesh()
+        check_training(config)
+        check_batch_size(config.data.batch_size, self.mesh.size, "config.data.batch_size")
+        self.experiment: Experiment = experiment_from_config(config)
+        process, options = sampling_from_config(config)
+        self.source: Source = source_from_config(config, self.experiment)
+        with config_errors():
+            self.optimizer = create_optimizer(config.optimizer)
+            self.generate = make_generate_fn(
+                self.experiment.model,
+                process,
+                self.experiment.autoencoder,
+                self.experiment.latent_shape,
+                options,
+                self.mesh,
+            )
+            if config.eval.class_agreement_samples:
+                require_sklearn("eval.class_agreement_samples")
+        self.workdir: pathlib.Path = open_workdir(workdir, config)
+        self.train_step = make_train_step(
+            self.experiment.model,
+            self.experiment.diffusion,
+            self.optimizer,
+            ema_decay=config.training.ema_decay,
+            seed=config.seed,
+            mesh=self.mesh,
+        )
+
+    def checkpointer(self) -> Checkpointer:
+        meta = {"config": config_to_dict(self.config), "class_names": self.source.class_names}
+        return Checkpointer(self.workdir, meta, self.config.training.keep_checkpoints)
+
+    def logger(self, start_step: int) -> RunLogger:
+        return RunLogger(self.workdir, start_step, self.config.training.num_steps)
+
+    def initial_state(self) -> TrainState:
+        return create_state(
+            self.experiment.model,
+            self.optimizer,
+            self.experiment.latent_shape,
+            self.config.seed,
+            replicated(self.mesh),
+        )
+
+    def batches(self, start_step: int):
+        """Global arrays on the mesh, from the batch after `start_step` on."""
+        data, sharding = self.config.data, batch_sharding(self.mesh)
+        for batch in training_batches(
+            self.source,
+            batch_size=data.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            horizontal_flip=data.horizontal_flip,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ):
+            yield to_global(batch, sharding)
+
+    def sample(self, state: TrainState, labels: np.ndarray) -> np.ndarray:
+        """Images of the averaged weights, uint8 (N, H, W, C)."""
+        batches = generate_images(
+            self.generate,
+            state.ema_params,
+            labels,
+            self.config.sampling.batch_size,
+            self.mesh.size,
+        )
+        return np.concatenate(list(batches))
+
+    def is_grid_step(self, step: int) -> bool:
+        every = self.config.sampling.grid_every_steps
+        return every > 0 and step % every == 0
+
+    def save_grid(self, step: int, state: TrainState) -> np.ndarray:
+        """Writes samples/step_N.png, a row per class, and returns it."""
+        sampling, num_classes = self.config.sampling, self.experiment.model.num_classes
+        rows = min(sampling.grid_rows, num_classes)
+        classes = np.linspace(0, num_classes - 1, rows).round().astype(int)  # spread over all
+        images = self.sample(state, np.repeat(classes, sampling.grid_columns))
+        grid = image_grid(
+            np.split(images, rows), [class_name(self.source.class_names, c) for c in classes]
+        )
+        folder = self.workdir / "samples"
+        folder.mkdir(exist_ok=True)
+        save_png(folder / f"step_{step:07d}.png", grid)
+        return grid
+
+    def judge(self, state: TrainState) -> ClassAgreement | None:
+        """Samples every class in turn and asks a classifier fitted on the real pictures."""
+        num_samples = self.config.eval.class_agreement_samples
+        if not num_samples:
+            return None
+        examples = [self.source[i] for i in range(len(self.source))]
+        labels = np.arange(num_samples) % self.experiment.model.num_classes
+        return class_agreement(
+            np.stack([e["image"] for e in examples]),
+            np.array([e["label"] for e in examples]),
+            self.sample(state, labels),
+            labels,
+        )
+
+
+class Meter:
+    """Means of step metrics and the throughput since the last reading.
+
+    Metrics stay on the devices until they are read, so that steps are not waited for one by one.
+    """
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the clock again, after work that is no training."""
+        self._pending: list[dict] = []
+        self._since = time.monotonic()
+
+    def add(self, metrics: dict) -> None:
+        """Takes the metrics of one step."""
+        self._pending.append(metrics)
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading, with "images_per_second"; waits for the steps."""
+        values = jax.device_get(self._pending)
+        rate = len(values) * self._batch_size / (time.monotonic() - self._since)
+        self.restart()
+        means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+        return means | {"images_per_second": rate}
