@@ -69,6 +69,9 @@ def get_config():
     config.training.checkpoint_every_steps = 10_000
     # How many of the newest checkpoints to keep.
     config.training.keep_checkpoints = 3
+    # Workdir or converted checkpoint whose (averaged) weights a new run starts from. It may have
+    # another number of classes, whose label tables then start fresh, and another image size.
+    config.training.init_from = config_dict.placeholder(str)
 
     config.sampling = config_dict.ConfigDict()
     # "ddpm" (ancestral) or "ddim".

@@ -15,25 +15,25 @@ def get_config():
     config = default.get_config()
     config.data.source = "digits"
     config.data.image_size = 8
-    config.data.batch_size = 128
+    config.data.batch_size = 64
     config.data.horizontal_flip = False
     config.autoencoder.name = "identity"
 
     config.model.name = "DiCo"
     config.model.hidden_size = 24
-    config.model.depth = (2, 2, 2, 2, 2)
+    config.model.depth = (1, 1, 1, 1, 1)
     config.model.mlp_ratio = 2.0
     config.model.in_channels = 1
     config.model.num_classes = 10
 
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     config.training.num_steps = 1_500
-    config.training.ema_decay = 0.995
+    config.training.ema_decay = 0.99
     config.training.log_every_steps = 50
     config.training.checkpoint_every_steps = 500
 
     config.sampling.num_steps = 100
-    config.sampling.cfg_scale = 1.5
+    config.sampling.cfg_scale = 1.4
     config.sampling.cfg_channels = "all"
     config.sampling.batch_size = 100
     config.sampling.grid_every_steps = 500

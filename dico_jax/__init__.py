@@ -1,1 +1,18 @@
-"""DiCo, the Diffusion ConvNet, in JAX and Flax."""
+"""DiCo, the Diffusion ConvNet, in JAX and Flax.
+
+The names below are imported when they are used: the commands answer --help before JAX is loaded.
+"""
+
+import importlib
+
+_HOMES = {
+    "create_diffusion": "dico_jax.diffusion",
+    "create_model": "dico_jax.models",
+}
+__all__ = ["create_diffusion", "create_model"]  # noqa: F822  (see __getattr__)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

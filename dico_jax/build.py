@@ -18,7 +18,6 @@ from dico_jax.errors import UsageError
 from dico_jax.generation import SamplingOptions
 from dico_jax.models import create_model
 
-
 # Every field of a config. configs/default.py says what they mean.
 _FIELDS = {
     "": "seed",
@@ -28,7 +27,8 @@ _FIELDS = {
     "class_dropout_prob learn_sigma dtype",
     "diffusion.": "diffusion_steps noise_schedule",
     "optimizer.": "learning_rate b1 b2 eps weight_decay",
-    "training.": "num_steps ema_decay log_every_steps checkpoint_every_steps keep_checkpoints",
+    "training.": "num_steps ema_decay log_every_steps checkpoint_every_steps keep_checkpoints "
+    "init_from",
     "sampling.": "sampler num_steps ddim_eta cfg_scale cfg_channels batch_size grid_every_steps "
     "grid_rows grid_columns",
     "eval.": "class_agreement_samples",
@@ -90,7 +90,6 @@ def experiment_from_config(config: ConfigDict) -> Experiment:
     Raises:
       UsageError: naming the field, its value and the fix.
     """
-    check_fields(config)
     with config_errors():
         options = {k: v for k, v in config.model.items() if k != "name" and v is not None}
         model = create_model(config.model.name, **options)

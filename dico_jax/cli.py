@@ -41,6 +41,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
     try:
         rest = flags.FLAGS(argv)
+    except OSError as error:
+        _fail(_unreadable_config(argv, error))
     except (AttributeError, KeyError) as error:  # how config_flags reports an unknown field
         _fail(_unknown_field(argv, str(error)))
     except (flags.Error, TypeError, ValueError) as error:
@@ -74,16 +76,20 @@ def _unknown_field(argv: Sequence[str], error: str) -> str:
     return error
 
 
+def _unreadable_config(argv: Sequence[str], error: OSError) -> str:
+    paths = [arg.lstrip("-") for arg in argv if arg.lstrip("-").startswith("config=")]
+    return f"--{paths[-1]} cannot be read ({error.strerror or 'no such file'})"
+
+
 def load_config(flag: flags.FlagHolder):
     """The locked ConfigDict of a config_flags flag.
 
     Raises:
-      UsageError: the file is missing or not a config.
+      UsageError: the file cannot be read. What the file itself raises when it is run is passed on.
     """
     config = flag.value
     try:
-        config.to_dict()
-    except Exception as error:  # whatever the file raises when it is run
-        path = flags.FLAGS[flag.name].config_filename  # type: ignore[attr-defined]
-        raise UsageError(f"--{flag.name}={path}: {error}") from error
+        config.to_dict()  # the flag keeps an error of the file until it is used
+    except OSError as error:
+        raise UsageError(_unreadable_config(sys.argv, error)) from error
     return config

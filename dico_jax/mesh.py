@@ -27,7 +27,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def check_batch_size(batch_size: int, num_devices: int, field: str = "data.batch_size") -> None:
     """Raises UsageError unless a batch can be split over the devices."""
     if batch_size < 1 or batch_size % num_devices:
-        below = batch_size // num_devices * num_devices
+        below = max(batch_size, 0) // num_devices * num_devices
         choices = [str(b) for b in (below, below + num_devices) if b > 0]
         raise UsageError(
             f"{field}={batch_size} does not divide over {num_devices} devices: "

@@ -1,8 +1,18 @@
-"""Test setup, done before jax is imported: eight CPU devices, so that meshes are really tested."""
+"""Test setup, done before jax is imported.
+
+Eight CPU devices, so that meshes are really tested; and a compiler in a hurry: the tests compile
+much and compute little.
+"""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_flag = "--xla_force_host_platform_device_count=8"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [_given, *(flag for flag in _FLAGS if flag.split("=")[0] not in _given)]
+).strip()

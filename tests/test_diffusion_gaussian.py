@@ -175,6 +175,20 @@ def test_variance_channels_span_posterior_to_beta():
         np.testing.assert_allclose(np.exp(p.log_variance), p.variance, rtol=1e-6)
 
 
+def test_fixed_variances():
+    s, x, t = create_diffusion().schedule, draw(3, 1, 1, 4), np.array([0, 1, 999])
+    small = create_diffusion(learn_sigma=False, sigma_small=True)
+    large = create_diffusion(learn_sigma=False)
+    first = s.posterior_variance[1]  # instead of 0, whose logarithm no likelihood can use
+    for d, variance, clipped in (
+        (small, s.posterior_variance[t], [first, *s.posterior_variance[t[1:]]]),
+        (large, [first, *s.betas[t[1:]]], [first, *s.betas[t[1:]]]),
+    ):
+        p = p_mean_variance(d, x, x, t)
+        np.testing.assert_allclose(p.variance[:, 0, 0, 0], variance, rtol=1e-6)
+        np.testing.assert_allclose(p.log_variance[:, 0, 0, 0], np.log(clipped), rtol=1e-6)
+
+
 def test_denoised_fn_comes_before_clipping():
     d = create_diffusion(predict_xstart=True, learn_sigma=False)
     x = jnp.full((1, 4), 3.0)

@@ -134,6 +134,15 @@ def test_bound_of_the_true_posterior_is_zero():
     np.testing.assert_allclose(terms["vb"], (ratio - 1 - np.log(ratio)) / 2 / math.log(2))
 
 
+def test_bound_at_index_zero_is_the_likelihood_of_the_data():
+    # A model that knows the data: the mean is x_0, and v = -1 the scale of index 1.
+    d, x0, t = create_diffusion(), draw(2, 3, 3, 4).clip(-0.9, 0.9), np.array([0, 0])
+    noise = jnp.asarray(draw(2, 3, 3, 4, seed=1))
+    vb = training_losses(d, perfect_model(noise, -1.0), x0, t, noise)["vb"]
+    mass = bin_mass(0.0, 0.0, math.sqrt(d.schedule.posterior_variance[1]))
+    np.testing.assert_allclose(vb, -math.log2(mass), rtol=1e-4)
+
+
 class Constant:
     """A model whose output is its parameters; remembers the x and timesteps it was given."""
 

@@ -46,7 +46,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_scale) -> jax.Array:
     """
     # The mass is the difference of two sigmoids, F(a) - F(b). Subtracted as such, as the published
     # code does, it is rounding noise in float32 from four standard deviations on; its logarithm
-    # log F(a) + log F(-b) + log(1 - exp(b - a)) is exact everywhere.
+    # log F(a) + log F(-b) + log(1 - exp(b - a)) loses nothing.
     inverse_scale = jnp.exp(-log_scale)
     lower = (x - mean - _HALF_BIN) * inverse_scale
     upper = (x - mean + _HALF_BIN) * inverse_scale

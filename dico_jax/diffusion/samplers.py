@@ -227,13 +227,18 @@ def image_keys(seed: int, indices: Sequence[int] | np.ndarray | jax.Array) -> ja
     whatever `jax_default_prng_impl` says, since others do not promise that.
 
     Args:
-      seed: the seed of a set of images.
+      seed: the seed of a set of images, 0 to 2**32 - 1.
       indices: (N,) non-negative indices of images within the set.
 
     Returns:
       (N,) typed keys for `initial_noise` and `step_noise`, which fold in 0..T. Fold in numbers from
       2**31 on for draws of your own.
+
+    Raises:
+      UsageError: a seed out of range, which JAX would cut to 32 bits without a word.
     """
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed={seed} must be from 0 to {2**32 - 1}")
     key = jax.random.key(seed, impl="threefry2x32")
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices, jnp.uint32))
 

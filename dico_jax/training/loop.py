@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from dico_jax.build import (
     Experiment,
+    check_fields,
     check_training,
     config_errors,
     experiment_from_config,
@@ -25,6 +26,7 @@ from dico_jax.training.checkpoints import Checkpointer
 from dico_jax.training.logging import RunLogger
 from dico_jax.training.state import TrainState, create_optimizer, create_state
 from dico_jax.training.step import make_train_step
+from dico_jax.training.warm_start import open_warm_start
 from dico_jax.training.workdir import config_to_dict, open_workdir
 
 
@@ -77,6 +79,7 @@ class Run:
     def __init__(self, config: ConfigDict, workdir: str):
         self.config = config
         self.mesh = create_mesh()
+        check_fields(config)
         check_training(config)
         check_batch_size(config.data.batch_size, self.mesh.size, "config.data.batch_size")
         self.experiment: Experiment = experiment_from_config(config)
@@ -94,6 +97,8 @@ class Run:
             )
             if config.eval.class_agreement_samples:
                 require_sklearn("eval.class_agreement_samples")
+        init_from = config.training.init_from
+        self.warm_start = open_warm_start(init_from, workdir, self.experiment.model)
         self.workdir: pathlib.Path = open_workdir(workdir, config)
         self.train_step = make_train_step(
             self.experiment.model,
@@ -112,13 +117,18 @@ class Run:
         return RunLogger(self.workdir, start_step, self.config.training.num_steps)
 
     def initial_state(self) -> TrainState:
-        return create_state(
+        state = create_state(
             self.experiment.model,
             self.optimizer,
             self.experiment.latent_shape,
             self.config.seed,
             replicated(self.mesh),
         )
+        if self.warm_start is None:
+            return state
+        if jax.process_index() == 0:
+            print(self.warm_start)
+        return self.warm_start.apply(state)
 
     def batches(self, start_step: int):
         """Global arrays on the mesh, from the batch after `start_step` on."""

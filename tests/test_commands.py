@@ -1,0 +1,218 @@
+"""The commands as a user types them, right and wrong."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+COMMANDS = sorted(
+    f"dico_jax.{file.stem}"
+    for file in (ROOT / "dico_jax").glob("*.py")
+    if "cli.run(" in file.read_text() and file.stem != "cli"
+)
+# The digits experiment in seconds instead of minutes.
+QUICK = [
+    "--config=configs/digits.py",
+    "--config.data.batch_size=16",
+    "--config.model.hidden_size=4",
+    "--config.training.num_steps=4",
+    "--config.sampling.num_steps=2",
+    "--config.sampling.batch_size=10",
+    "--config.sampling.grid_every_steps=0",
+    "--config.eval.class_agreement_samples=0",
+]
+
+
+# A compiler in a hurry, for commands that compute little.
+HURRY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def call(module, *args, cwd=ROOT, devices=1, xla_flags=HURRY):
+    """Runs a command in a process of its own, on CPU devices."""
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags}",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, args)],
+        cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A finished run of four steps."""
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    done = call("dico_jax.main", *QUICK, f"--workdir={path}")
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_answers_within_two_seconds(module):
+    assert {"dico_jax.main", "dico_jax.sample"} <= set(COMMANDS)
+    start = time.monotonic()
+    done = call(module, "--help")
+    assert "flags:" in done.stdout
+    assert done.returncode in (0, 1)  # absl answers --help with 1
+    # The bar is 2 s on a machine of its own; tests share theirs.
+    assert time.monotonic() - start < 6
+    # What makes it quick: nothing heavy is imported.
+    code = f"import sys, {module}; print('jax' in sys.modules, 'sklearn' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.split() == ["False", "False"], out.stderr
+
+
+def test_main_leaves_what_it_promises(workdir):
+    assert json.loads((workdir / "config.json").read_text())["model"]["hidden_size"] == 4
+    assert (workdir / "checkpoints" / "4").is_dir()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4
+    assert {"loss", "mse", "vb", "grad_norm", "images_per_second"} <= set(lines[-1])
+    assert list(workdir.glob("events.out.tfevents.*"))
+
+
+def test_sample_writes_images_a_grid_and_an_npz(workdir, tmp_path):
+    out, npz = tmp_path / "out", tmp_path / "samples.npz"
+    args = [f"--ckpt={workdir}", f"--out={out}", "--num_images=12", "--classes=3,1"]
+    done = call("dico_jax.sample", *args, f"--npz={npz}")
+    assert done.returncode == 0, done.stderr
+    files = sorted(out.glob("[0-9]*.png"))
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(12)]
+    images = np.stack([np.asarray(Image.open(file)) for file in files])
+    assert images.shape == (12, 8, 8)
+    assert Image.open(out / "grid.png").size[1] > 2 * 64  # two rows of enlarged digits
+    with np.load(npz) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], images[..., None])
+        np.testing.assert_array_equal(arrays["arr_1"], [3, 1] * 6)
+    settings = json.loads((out / "sampling.json").read_text())["settings"]
+    assert settings["step"] == 4
+    assert settings["sampling"]["cfg_scale"] == 1.4
+
+    # Images that are missing are made again, as they were, whatever the batch size and devices.
+    for index in (5, 6, 11):
+        files[index].unlink()
+    before = files[0].stat().st_mtime_ns
+    assert call("dico_jax.sample", *args, "--batch_size=3", devices=2).returncode == 0
+    again = np.stack([np.asarray(Image.open(file)) for file in files])
+    assert np.abs(again.astype(int) - images).max() <= 1  # one grey level, where rounding decides
+    assert files[0].stat().st_mtime_ns == before
+
+    other = call("dico_jax.sample", *args, "--cfg_scale=3")
+    assert_refused(other, "--out=", "holds images made with other settings (sampling")
+    np.testing.assert_array_equal(np.asarray(Image.open(files[0])), images[0])
+
+
+def assert_refused(done, *parts):
+    """Exit status 2, and one line on stderr that has all parts."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--config.data.batchsize=4"], ["config.data.batchsize", "did you mean", "batch_size"]),
+        (["--config.datas.batch_size=4"], ["config.datas.batch_size", "config.data.batch_size"]),
+        (["--config.data.batch_size=four"], ["config.data.batch_size", "four"]),
+        (["--config.data.batch_size=0"], ["config.data.batch_size=0", "use 1"]),
+        (["--config.model.name=DiCo-M"], ["config.model.name='DiCo-M'", "'DiCo-"]),
+        (["--config.model.hidden_size=7"], ["config.model.hidden_size=7", "even"]),
+        (["--config.data.image_size=10"], ["config.data.image_size=10", "use 8 or 12"]),
+        (["--config.data.image_size=12"], ["config.data.image_size=12", "DigitsSource() has"]),
+        (["--config.data.source=mnist"], ["config.data.source='mnist'", "arrays, digits"]),
+        (["--config.model.num_classes=9"], ["config.model.num_classes=9", "use 10"]),
+        (["--config.model.class_dropout_prob=0.0"], ["config.sampling.cfg_scale=1.4"]),
+        (["--config.diffusion.noise_schedule=cos"], ["config.diffusion.noise_schedule='cos'"]),
+        (["--config.diffusion.diffusion_steps=5"], ["config.diffusion.diffusion_steps=5"]),
+        (["--config.sampling.sampler=dpm"], ["config.sampling.sampler='dpm'", "ddpm, ddim"]),
+        (["--config.sampling.num_steps=2000"], ["config.sampling.num_steps=2000"]),
+        (["--config.sampling.cfg_channels=4"], ["config.sampling.cfg_channels='4'", "first_three"]),
+        (["--config.autoencoder.name=vae"], ["config.autoencoder.name='vae'", "identity"]),
+        (["--config.optimizer.b1=1.5"], ["config.optimizer.b1=1.5", "[0, 1)"]),
+        (["--config.training.ema_decay=2.0"], ["config.training.ema_decay=2.0", "[0, 1)"]),
+        (["--config.training.num_steps=0"], ["config.training.num_steps=0", "at least 1"]),
+        (["--config=configs/nothing.py"], ["--config=configs/nothing.py"]),
+        (["--wrkdir=x"], ["wrkdir", "workdir"]),
+        (["extra"], ["extra", "--name=value"]),
+    ],
+)
+def test_main_refuses(tmp_path, args, parts):
+    workdir = tmp_path / "run"
+    done = call("dico_jax.main", *QUICK, f"--workdir={workdir}", *args)
+    assert_refused(done, *parts)
+    assert not workdir.exists()
+
+
+def test_main_refuses_a_batch_that_the_devices_cannot_split(tmp_path):
+    args = [*QUICK, "--config.data.batch_size=250", f"--workdir={tmp_path / 'run'}"]
+    done = call("dico_jax.main", *args, devices=8)
+    assert_refused(done, "config.data.batch_size=250 does not divide over 8 devices: use 248 or 25")
+
+
+def test_main_refuses_a_config_that_is_not_there(tmp_path):
+    done = call("dico_jax.main", "--config=configs/no.py", f"--workdir={tmp_path}")
+    assert_refused(done, "--config=configs/no.py cannot be read")
+
+
+def test_main_needs_its_flags():
+    assert_refused(call("dico_jax.main", *QUICK), "workdir")
+    assert_refused(call("dico_jax.main", "--workdir=x"), "config")
+
+
+def test_main_refuses_the_workdir_of_another_config_and_leaves_it_alone(workdir):
+    before = {file: file.stat().st_mtime_ns for file in workdir.rglob("*")}
+    done = call("dico_jax.main", *QUICK, f"--workdir={workdir}", "--config.seed=1")
+    assert_refused(
+        done, f"--workdir={workdir} belongs to a run of another", "config.seed was 0, is 1"
+    )
+    assert {file: file.stat().st_mtime_ns for file in workdir.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--classes=3,10"], ["--classes=3,10", "no class 10, use 0 to 9"]),
+        (["--classes=-1"], ["no class -1"]),
+        (["--classes=cat"], ["--classes='cat'", "numbers such as"]),
+        (["--num_images=0"], ["num_images", "0"]),
+        (["--sampler=euler"], ["sampler='euler'", "ddpm, ddim"]),
+        (["--steps=0"], ["num_steps=0", "at least 1"]),
+        (["--cfg_scale=-1"], ["cfg_scale=-1"]),
+        (["--step=3"], ["--step=3", "has steps 4"]),
+        (["--ckpt=/no/such/folder"], ["--ckpt=/no/such/folder", "no such folder"]),
+        (["--ckpt=tests"], ["--ckpt=tests holds no checkpoint"]),
+        (["--weights=raw"], ["weights", "raw"]),
+    ],
+)
+def test_sample_refuses(workdir, tmp_path, args, parts):
+    out = tmp_path / "out"
+    done = call("dico_jax.sample", f"--ckpt={workdir}", f"--out={out}", "--num_images=2", *args)
+    assert_refused(done, *parts)
+    assert not list(out.glob("*.png"))
+
+
+def test_sample_refuses_to_mix_with_images_of_unknown_origin(workdir, tmp_path):
+    (tmp_path / "000000.png").write_bytes(b"mine")
+    done = call("dico_jax.sample", f"--ckpt={workdir}", f"--out={tmp_path}")
+    assert_refused(done, "holds images but no sampling.json")
+    assert (tmp_path / "000000.png").read_bytes() == b"mine"
+
+
+def test_commands_run_from_anywhere(tmp_path):
+    """A config is found by its path, and its sibling default.py with it."""
+    args = [f"--config={ROOT / 'configs' / 'digits.py'}", "--config.seed=x", "--workdir=run"]
+    done = call("dico_jax.main", *args, cwd=tmp_path)
+    assert_refused(done, "config.seed")
+    assert "No module named" not in done.stderr

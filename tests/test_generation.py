@@ -1,0 +1,135 @@
+"""Images depend on (seed, index, label) and on nothing else; grids; the digits' judge."""
+
+import jax
+import numpy as np
+import pytest
+
+from dico_jax.autoencoders import create_autoencoder, to_uint8
+from dico_jax.diffusion import create_diffusion
+from dico_jax.errors import UsageError
+from dico_jax.generation import SamplingOptions, generate_images, make_generate_fn
+from dico_jax.grids import image_grid, load_png, save_png
+from dico_jax.inference import parse_classes
+from dico_jax.mesh import create_mesh
+from dico_jax.metrics.class_agreement import class_agreement, mean_pairwise_distance
+from dico_jax.models import create_model
+from tests import golden
+
+
+def make_images(num_devices, batch_size, num_images=10, seed=0, **options):
+    model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
+    generate = make_generate_fn(
+        model,
+        create_diffusion("4"),
+        create_autoencoder("identity"),
+        (8, 8, 1),
+        SamplingOptions(seed=seed, cfg_channels="all", **options),
+        create_mesh(jax.devices()[:num_devices]),
+    )
+    params = golden.drawn_params(model, 3, "A")
+    labels = np.arange(num_images) % 10
+    batches = list(generate_images(generate, params, labels, batch_size, num_devices))
+    assert max(map(len, batches)) <= -(-batch_size // num_devices) * num_devices
+    return np.concatenate(batches)
+
+
+def test_an_image_is_the_same_whatever_the_batch_and_the_devices():
+    images = make_images(1, 10)
+    assert images.shape == (10, 8, 8, 1)
+    assert images.dtype == np.uint8
+    assert len(np.unique(images.reshape(10, -1), axis=0)) == 10
+    for num_devices, batch_size in [(1, 3), (8, 8), (4, 6)]:
+        again = make_images(num_devices, batch_size)
+        # One grey level where a value lies on the edge and rounding decides.
+        assert np.abs(again.astype(int) - images).max() <= 1
+        assert np.mean(again != images) < 0.01
+    np.testing.assert_array_equal(make_images(1, 10, num_images=10), images)
+    assert (make_images(1, 10, seed=1) != images).mean() > 0.3
+
+
+def test_options_matter():
+    images = make_images(1, 10)
+    for options in ({"cfg_scale": 3.0}, {"sampler": "ddim"}, {"sampler": "ddim", "ddim_eta": 1.0}):
+        assert (make_images(1, 10, **options) != images).any(), options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "heun"}, "sampling.sampler='heun' is unknown: use one of ddpm, ddim"),
+        ({"cfg_channels": "two"}, "sampling.cfg_channels='two' is unknown: use one of first_three"),
+        ({"ddim_eta": 2.0}, r"sampling.ddim_eta=2.0 must be in \[0, 1\]"),
+        ({"cfg_scale": float("nan")}, "sampling.cfg_scale=nan must be at least 0"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(UsageError, match=message):
+        SamplingOptions(**options)
+
+
+def test_guidance_needs_a_null_class():
+    model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, class_dropout_prob=0.0)
+    with pytest.raises(UsageError, match=r"sampling.cfg_scale=2.0 needs .* use sampling.cfg_scale"):
+        make_generate_fn(
+            model, create_diffusion("4"), create_autoencoder("identity"), (8, 8, 4),
+            SamplingOptions(cfg_scale=2.0), create_mesh(),
+        )  # fmt: skip
+
+
+def test_classes():
+    np.testing.assert_array_equal(parse_classes("all", 5, 3, 0), [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(parse_classes("7,2", 3, 10, 0), [7, 2, 7])
+    drawn = parse_classes("random", 1000, 10, 0)
+    assert set(drawn) == set(range(10))
+    np.testing.assert_array_equal(parse_classes("random", 500, 10, 0), drawn[:500])
+    assert (parse_classes("random", 1000, 10, 1) != drawn).any()
+
+
+def test_to_uint8_cuts_as_the_released_code_does():
+    values = np.float32([-2, -1, -0.9999, 0, 0.999, 1, 2])
+    np.testing.assert_array_equal(to_uint8(values), [0, 0, 0, 128, 255, 255, 255])
+    assert int(to_uint8(np.float32([0.5 / 127.5]))[0]) == 128
+
+
+def test_latent_preview():
+    preview = create_autoencoder("latent_preview")
+    assert preview.decode(np.zeros((2, 4, 6, 4), np.float32)).shape == (2, 4, 6, 3)
+    with pytest.raises(UsageError, match="autoencoder.name='sd' is unknown: use one of identity"):
+        create_autoencoder("sd")
+
+
+def test_grids_and_png_files(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8) for n in (3, 2)]
+    grid = image_grid(rows, ["0", "a long name"])
+    assert grid.shape[0] == 2 * (64 + 2) + 2
+    assert grid.shape[1] > 3 * (64 + 2)
+    # The last image of the first row is at the right edge, each pixel enlarged to 8 x 8.
+    cell = grid[2 : 2 + 64, -66:-2, 0]
+    np.testing.assert_array_equal(cell[::8, ::8], rows[0][2, ..., 0])
+    for shape in ((8, 8, 1), (8, 8, 3)):
+        image = rng.integers(0, 256, shape, dtype=np.uint8)
+        save_png(tmp_path / "x.png", image)
+        np.testing.assert_array_equal(load_png(tmp_path / "x.png"), image)
+
+
+def test_the_judge_knows_real_from_shuffled_and_spread_from_collapse():
+    from dico_jax.data.sources import DigitsSource
+
+    digits = DigitsSource()
+    images, labels = digits.images[:500], digits.labels[:500]
+    good = class_agreement(digits.images, digits.labels, images, labels)
+    assert good.classifier_accuracy >= 0.97
+    assert good.agreement > 0.98
+    assert 0.9 < good.spread < 1.1
+    wrong = class_agreement(digits.images, digits.labels, images, np.roll(labels, 1))
+    assert wrong.agreement < 0.3
+    means = np.stack([digits.images[digits.labels == c].mean(0) for c in range(10)])
+    noise = np.random.default_rng(0).integers(0, 30, images.shape)
+    collapsed = np.clip(means[labels] + noise, 0, 255).astype(np.uint8)
+    assert class_agreement(digits.images, digits.labels, collapsed, labels).spread < 0.5
+
+
+def test_mean_pairwise_distance():
+    x = np.array([[0.0, 0], [3, 4], [0, 0]])
+    np.testing.assert_allclose(mean_pairwise_distance(x), (5 + 0 + 5) / 3)

@@ -1,0 +1,23 @@
+"""The project's own small set of numbers, which is always there (see make_numbers.py)."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.golden import distance
+from tests.make_numbers import FILE, MODELS, compute
+
+BARS = {"float64": 1e-10, "float32": 5e-5}
+
+
+@pytest.mark.parametrize("dtype", BARS)
+@pytest.mark.parametrize("name", MODELS)
+def test_own_numbers(name, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        ours = compute(name, dtype)
+    with np.load(FILE) as recorded:
+        assert {k for k in recorded.files if k.startswith(f"{name}/")} == {
+            f"{name}/{key}" for key in ours
+        }
+        for key, value in ours.items():
+            assert distance(value, recorded[f"{name}/{key}"]) < BARS[dtype], key

@@ -1,0 +1,173 @@
+"""The step on meshes, checkpoints, resuming, and the workdir."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from dico_jax.diffusion import create_diffusion
+from dico_jax.errors import UsageError
+from dico_jax.mesh import batch_sharding, check_batch_size, create_mesh, replicated, to_global
+from dico_jax.models import create_model
+from dico_jax.training.ema import update_ema
+from dico_jax.training.loop import train
+from dico_jax.training.state import create_optimizer, create_state
+from dico_jax.training.step import make_train_step
+from dico_jax.training.workdir import open_workdir
+
+
+def tiny_config():
+    """The digits experiment, as small as it gets."""
+    config = digits.get_config()
+    config.data.batch_size = 16
+    config.model.hidden_size = 4
+    config.training.num_steps = 6
+    config.training.log_every_steps = 2
+    config.training.checkpoint_every_steps = 3
+    config.sampling.num_steps = 2
+    config.sampling.batch_size = 16
+    config.sampling.grid_every_steps = 3
+    config.sampling.grid_columns = 2
+    config.eval.class_agreement_samples = 20
+    return config
+
+
+def run_steps(devices, num_steps=3):
+    mesh = create_mesh(devices)
+    model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
+    optimizer = create_optimizer(digits.get_config().optimizer)
+    state = create_state(model, optimizer, (8, 8, 1), 0, replicated(mesh))
+    step = make_train_step(model, create_diffusion(), optimizer, ema_decay=0.9, seed=0, mesh=mesh)
+    rng, losses = np.random.default_rng(0), []
+    for _ in range(num_steps):
+        batch = {
+            "x": rng.normal(size=(16, 8, 8, 1)).astype(np.float32),
+            "y": rng.integers(0, 10, 16).astype(np.int32),
+        }
+        state, metrics = step(state, to_global(batch, batch_sharding(mesh)))
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state)
+
+
+def test_one_four_and_eight_devices_train_alike():
+    devices = jax.devices()
+    assert len(devices) == 8
+    losses, state = run_steps(devices[:1])
+    for count in (4, 8):
+        other_losses, other = run_steps(devices[:count])
+        np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+        # AdamW turns the rounding of a near-zero gradient into a step of up to the learning rate.
+        differences = jax.tree.map(lambda a, b: np.square(a - b).mean(), other.params, state.params)
+        assert np.sqrt(np.mean(jax.tree.leaves(differences))) < 0.02 * 1e-3
+
+
+def test_examples_of_one_step_get_different_noise_and_timesteps():
+    from dico_jax.training.step import draw_noise
+
+    x = jnp.zeros((16, 8, 8, 1))
+    mesh = create_mesh()
+    draw = jax.jit(
+        lambda k, x: draw_noise(k, x, 1000), in_shardings=(replicated(mesh), batch_sharding(mesh))
+    )
+    t, noise, _ = draw(jax.random.key(0), x)
+    assert (draw(jax.random.key(1), x)[0] != t).any()
+    assert len(np.unique(t)) > 10
+    flat = np.asarray(noise).reshape(16, -1)
+    assert np.abs(np.corrcoef(flat) - np.eye(16)).max() < 0.5
+
+
+def test_ema():
+    ema, params = {"a": jnp.array([1.0])}, {"a": jnp.array([2.0])}
+    np.testing.assert_allclose(update_ema(ema, params, 0.9)["a"], [1.1])
+    np.testing.assert_array_equal(update_ema(ema, params, 0.0)["a"], params["a"])
+
+
+def test_a_run_in_parts_equals_a_run_in_one(tmp_path, capfd):
+    config = tiny_config()
+    result = train(config, str(tmp_path / "whole"))
+    assert result.num_samples == 20
+    printed = capfd.readouterr()
+    assert "class agreement" in printed.out
+    for part in ("6/6", "loss=", "img_s="):
+        assert part in printed.err
+
+    config.training.num_steps = 4
+    train(config, str(tmp_path / "parts"))
+    config.training.num_steps = 6
+    assert train(config, str(tmp_path / "parts")) == result
+    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    # The whole run logs at 2, 4 and 6; so does the other one, and the numbers are the same.
+    assert [line["step"] for line in whole] == [2, 4, 6, 6]
+    for a, b in zip(whole, [p for p in parts if p["step"] != 4 or "loss" in p], strict=True):
+        assert {**a, "images_per_second": 0} == {**b, "images_per_second": 0}
+    for name in ("step_0000003.png", "step_0000006.png"):
+        pictures = [(tmp_path / run / "samples" / name).read_bytes() for run in ("whole", "parts")]
+        assert pictures[0] == pictures[1]
+    assert list((tmp_path / "whole").glob("events.out.tfevents.*"))
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_of_an_interrupted_run_are_written_again(tmp_path):
+    from dico_jax.training.logging import RunLogger
+
+    with RunLogger(tmp_path, 0, 10) as log:
+        for step in (2, 4, 6):
+            log.scalars(step, {"loss": float(step)})
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 8, "lo')  # cut by a kill
+    with RunLogger(tmp_path, 4, 10) as log:
+        log.scalars(6, {"loss": float("nan")})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 6]
+    assert read_metrics(tmp_path)[-1]["loss"] == "nan"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "message"),
+    [(250, "use 248 or 256"), (3, "use 8$"), (0, "use 8$"), (-8, "use 8$")],
+)
+def test_batches_that_devices_cannot_split(batch_size, message):
+    with pytest.raises(UsageError, match=f"batch_size={batch_size} does not divide.*{message}"):
+        check_batch_size(batch_size, 8)
+
+
+def test_a_workdir_belongs_to_one_config(tmp_path):
+    config = tiny_config()
+    folder = open_workdir(str(tmp_path / "run"), config)
+    before = (folder / "config.json").read_text()
+
+    other = tiny_config()
+    other.optimizer.learning_rate = 0.5
+    other.model.hidden_size = 8
+    with pytest.raises(UsageError) as error:
+        open_workdir(str(folder), other)
+    assert "config.model.hidden_size was 4, is 8" in str(error.value)
+    assert "config.optimizer.learning_rate was 0.001, is 0.5" in str(error.value)
+    assert (folder / "config.json").read_text() == before
+
+    longer = tiny_config()
+    longer.training.num_steps = 100
+    longer.sampling.cfg_scale = 2.0
+    open_workdir(str(folder), longer)
+    assert json.loads((folder / "config.json").read_text())["training"]["num_steps"] == 100
+
+
+def test_workdirs_that_are_none(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(UsageError, match="is a file: give a folder"):
+        open_workdir(str(file), tiny_config())
+    with pytest.raises(UsageError, match="cannot be written"):
+        open_workdir(str(file / "below"), tiny_config())
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UsageError, match="has checkpoints but no config.json"):
+        open_workdir(str(tmp_path / "old"), tiny_config())
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="config.json is not JSON"):
+        open_workdir(str(tmp_path / "broken"), tiny_config())
+    assert file.read_text() == "mine"
