@@ -146,7 +146,7 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     with pytest.raises(UsageError) as error:
         open_workdir(str(folder), other)
     assert "config.model.hidden_size was 4, is 8" in str(error.value)
-    assert "config.optimizer.learning_rate was 0.001, is 0.5" in str(error.value)
+    assert "config.optimizer.learning_rate was 0.002, is 0.5" in str(error.value)
     assert (folder / "config.json").read_text() == before
 
     longer = tiny_config()

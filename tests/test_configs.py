@@ -1,0 +1,119 @@
+"""Every experiment builds, and every field of a config is known and used."""
+
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from configs import default, digits
+from dico_jax.build import (
+    FIELDS,
+    check_fields,
+    check_training,
+    experiment_from_config,
+    flatten,
+    sampling_from_config,
+    source_from_config,
+)
+from dico_jax.errors import UsageError
+from dico_jax.models import abstract_params, count_parameters
+from dico_jax.training.state import create_optimizer
+from dico_jax.training.step import loss_fn
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+PARAMETERS = {
+    "s256": 33_137_672,
+    "b256": 129_992_712,
+    "l256": 463_897_992,
+    "xl256": 701_151_368,
+    "h256": 1_037_408_328,
+    "xl512": 701_151_368,
+}
+
+
+def test_the_published_sizes_have_configs():
+    assert set(NAMES) == {"default", "digits", *PARAMETERS}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_builds_and_its_loss_can_be_traced(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    assert config.is_locked
+    if name != "default":
+        assert f"--config=configs/{name}.py --workdir=" in module.__doc__
+        assert "Hardware: " in module.__doc__
+        assert "Expected: " in module.__doc__
+    check_fields(config)
+    check_training(config)
+    create_optimizer(config.optimizer)
+    process, _ = sampling_from_config(config)
+    assert process.num_steps == config.sampling.num_steps
+
+    experiment = experiment_from_config(config)
+    model, (height, width, channels) = experiment.model, experiment.latent_shape
+    if name in PARAMETERS:
+        assert count_parameters(model) == PARAMETERS[name]
+        assert height == width == (64 if name == "xl512" else 32)
+    x = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
+    t = jax.ShapeDtypeStruct((2,), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    loss, terms = jax.eval_shape(
+        lambda p, x, y, t, noise, key: loss_fn(
+            p, model, experiment.diffusion, {"x": x, "y": y}, t, noise, key
+        ),
+        abstract_params(model), x, t, t, x, key,
+    )  # fmt: skip
+    assert loss.shape == ()
+    assert set(terms) == {"loss", "mse", "vb"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtype_reaches_the_model(dtype):
+    config = default.get_config()
+    config.model.dtype = dtype
+    assert experiment_from_config(config).model.dtype == dtype
+
+
+def test_fields_are_those_of_the_default_config():
+    assert flatten(default.get_config().to_dict()).keys() == FIELDS
+
+
+def test_unknown_and_missing_fields():
+    with pytest.raises(AttributeError, match="batch_size"):
+        default.get_config().data.batchsize = 3
+    config = ConfigDict(default.get_config().to_dict())
+    config.data.batchsize = 3
+    with pytest.raises(UsageError, match="config.data.batchsize: no such .* config.data.batch_si"):
+        check_fields(config)
+    del config.data["batchsize"]
+    del config.training["ema_decay"]
+    with pytest.raises(UsageError, match="config.training.ema_decay is missing"):
+        check_fields(config)
+
+
+def test_every_field_is_read_somewhere():
+    """A field that nothing reads would be a promise without effect."""
+    code = "\n".join(p.read_text() for p in (ROOT / "dico_jax").rglob("*.py"))
+    code = code[: code.index("_FIELDS = {")] + code[code.index("FIELDS = frozenset") :]
+    for field in FIELDS - {f for f in FIELDS if f.startswith("model.")}:
+        section, _, name = field.rpartition(".")
+        assert f".{name}" in code or f'"{name}"' in code, field
+        assert not section or f"config.{section}" in code, section
+
+
+def test_source_must_fit_the_model():
+    config = digits.get_config()
+    config.model.in_channels = 3
+    with pytest.raises(
+        UsageError, match="config.data.image_size=8 with config.model.in_channels=3"
+    ):
+        source_from_config(config, experiment_from_config(config))
+    config = default.get_config()
+    config.model.in_channels = 3
+    with pytest.raises(UsageError, match="config.model.in_channels=3 does not fit config.autoenc"):
+        experiment_from_config(config)
