@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dico_jax.errors import UsageError
+from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.layers import (
     Conv3x3,
     DepthwiseConv,
@@ -16,8 +17,6 @@ from dico_jax.models.layers import (
     TimestepEmbedder,
     accumulation_dtype,
     add_gated,
-    check_model_options,
-    drop_labels,
     label_table,
     linear_xavier_uniform,
     modulate,
@@ -141,33 +140,22 @@ class FinalLayer(nn.Module):
         return Conv3x3(self.out_channels, self.dtype, kernel_init=zeros, name="out_proj")(h)
 
 
-class DiCo(nn.Module):
-    """A DiCo network. `create_model` makes the published sizes.
+class DiCo(Denoiser):
+    """A DiCo network, called as every `Denoiser`. `create_model` makes the published sizes.
 
     Attributes:
       hidden_size: width D of the first stage, even; the stages are D, 2D, 4D, 2D, 2D wide.
       depth: number of blocks of the five stages: encoder 1 and 2, latent, decoder 2 and 1.
       mlp_ratio: feed-forward width over block width (the product is cut to an integer).
-      in_channels: channels of the input, 4 for Stable Diffusion latents.
-      num_classes: number of classes; label `num_classes` is the null class.
-      class_dropout_prob: probability of dropping the label in training; at 0 there is no null
-      class. learn_sigma: whether the output also has the variance interpolation, in [-1, 1] by
-      training. dtype: dtype of activations and matrix products; parameters are float32.
     """
 
     hidden_size: int = 128
     depth: tuple[int, ...] = (5, 4, 4, 4, 4)
     mlp_ratio: float = 2.0
-    in_channels: int = 4
-    num_classes: int = 1000
-    class_dropout_prob: float = 0.1
-    learn_sigma: bool = True
-    dtype: jnp.dtype = jnp.dtype("float32")
 
     size_divisor = 4  # the network halves height and width twice
 
     def __post_init__(self):
-        check_model_options(self)
         if self.hidden_size % 2:
             raise UsageError(f"model.hidden_size={self.hidden_size} must be even")
         if len(self.depth) != 5 or min(self.depth) < 1:
@@ -177,38 +165,13 @@ class DiCo(nn.Module):
             )
         super().__post_init__()
 
-    @property
-    def null_class(self) -> int | None:
-        """The label that stands for no label, or None for a model trained without one."""
-        return self.num_classes if self.class_dropout_prob > 0 else None
-
     @nn.compact
     def __call__(self, x, t, y, *, train: bool = False):
-        """Predicts the noise (and the variance interpolation) of noisy latents.
-
-        Args:
-          x: (N, H, W, in_channels) noisy latents; H and W divide by 4.
-          t: (N,) timesteps of the original process, 0..999, integer or fractional.
-          y: (N,) int labels, 0..num_classes - 1, or `null_class`.
-          train: whether to drop labels at random; needs the RNG stream "label_dropout".
-
-        Returns:
-          (N, H, W, 2 * in_channels) with learn_sigma, noise first, else (N, H, W, in_channels);
-          float32 or better.
-
-        Raises:
-          UsageError: height or width do not divide by 4.
-        """
-        check_divides(x, self.size_divisor, "the network halves it twice")
-        if train and self.class_dropout_prob > 0:
-            # One draw for all three tables: an example is conditional or it is not.
-            key = self.make_rng("label_dropout")
-            y = drop_labels(key, y, self.class_dropout_prob, self.num_classes)
-
-        d, dtype, wide = self.hidden_size, self.dtype, accumulation_dtype(self.dtype)
+        self.check_input(x)
+        d, dtype, wide = self.hidden_size, self.dtype, self.wide_dtype
         widths = (d, 2 * d, 4 * d)
-        num_rows = self.num_classes + (self.class_dropout_prob > 0)
-        labels = LabelEmbedder(num_rows, widths, wide, name="y_embedder")(y)
+        y = self.training_labels(y, train)
+        labels = LabelEmbedder(self.num_label_rows, widths, wide, name="y_embedder")(y)
         c1, c2, c3 = (
             TimestepEmbedder(width, wide, name=f"t_embedder_{k}")(t) + label
             for k, (width, label) in enumerate(zip(widths, labels, strict=True), start=1)
@@ -234,15 +197,4 @@ class DiCo(nn.Module):
         x = Upsample(dtype, name="up2_1")(x)
         x = fuse(x, skip1, "reduce_chan_level1")
         x = stage(4, 2 * d, "decoder_level_1")(x, c2)  # (N, H, W, 2D): 2D wide, unlike encoder 1
-        out_channels = self.in_channels * (2 if self.learn_sigma else 1)
-        return FinalLayer(out_channels, dtype, name="final_layer")(x, c2).astype(wide)
-
-
-def check_divides(x, divisor: int, reason: str) -> None:
-    """Raises UsageError where height or width of x (N, H, W, C) do not divide by `divisor`."""
-    height, width = x.shape[1:3]
-    if height % divisor or width % divisor or not height or not width:
-        raise UsageError(
-            f"input of {height}x{width} positions: both must be multiples of {divisor}, "
-            f"because {reason}"
-        )
+        return FinalLayer(self.out_channels, dtype, name="final_layer")(x, c2).astype(wide)

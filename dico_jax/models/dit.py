@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dico_jax.errors import UsageError
-from dico_jax.models.dico import check_divides
+from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.layers import (
     LayerNorm,
     Modulation,
@@ -17,8 +17,6 @@ from dico_jax.models.layers import (
     TimestepEmbedder,
     accumulation_dtype,
     add_gated,
-    check_model_options,
-    drop_labels,
     label_table,
     linear_xavier_uniform,
     modulate,
@@ -140,15 +138,15 @@ class LabelEmbedder(nn.Module):
         return label_table(self.num_rows, self.width, self.dtype, "embedding_table")(y)
 
 
-class DiT(nn.Module):
-    """A DiT network. `create_model` makes the published sizes.
+class DiT(Denoiser):
+    """A DiT network, called as every `Denoiser`. `create_model` makes the published sizes.
 
     Attributes:
       hidden_size: width of the tokens, divisible by num_heads and by 4.
       depth: number of blocks.
       num_heads: number of attention heads.
       patch_size: side of a patch.
-      mlp_ratio, in_channels, num_classes, class_dropout_prob, learn_sigma, dtype: as in `DiCo`.
+      mlp_ratio: feed-forward width over hidden_size.
     """
 
     hidden_size: int = 1152
@@ -156,14 +154,8 @@ class DiT(nn.Module):
     num_heads: int = 16
     patch_size: int = 2
     mlp_ratio: float = 4.0
-    in_channels: int = 4
-    num_classes: int = 1000
-    class_dropout_prob: float = 0.1
-    learn_sigma: bool = True
-    dtype: jnp.dtype = jnp.dtype("float32")
 
     def __post_init__(self):
-        check_model_options(self)
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise UsageError(
                 f"model.hidden_size={self.hidden_size} must divide by model.num_heads="
@@ -181,38 +173,15 @@ class DiT(nn.Module):
         """What height and width of the input must divide by."""
         return self.patch_size
 
-    @property
-    def null_class(self) -> int | None:
-        """The label that stands for no label, or None for a model trained without one."""
-        return self.num_classes if self.class_dropout_prob > 0 else None
-
     @nn.compact
     def __call__(self, x, t, y, *, train: bool = False):
-        """Predicts the noise (and the variance interpolation) of noisy latents, as `DiCo` does.
-
-        Args:
-          x: (N, H, W, in_channels) noisy latents; H and W divide by patch_size.
-          t: (N,) timesteps of the original process, 0..999, integer or fractional.
-          y: (N,) int labels, 0..num_classes - 1, or `null_class`.
-          train: whether to drop labels at random; needs the RNG stream "label_dropout".
-
-        Returns:
-          (N, H, W, 2 * in_channels) with learn_sigma, else (N, H, W, in_channels); float32 or
-          better.
-
-        Raises:
-          UsageError: height or width do not divide by patch_size.
-        """
-        check_divides(x, self.patch_size, "the network cuts it into patches")
-        if train and self.class_dropout_prob > 0:
-            key = self.make_rng("label_dropout")
-            y = drop_labels(key, y, self.class_dropout_prob, self.num_classes)
+        self.check_input(x)
         n, height, width, _ = x.shape
         rows, columns, p = height // self.patch_size, width // self.patch_size, self.patch_size
-        d, dtype, wide = self.hidden_size, self.dtype, accumulation_dtype(self.dtype)
+        d, dtype, wide = self.hidden_size, self.dtype, self.wide_dtype
 
-        num_rows = self.num_classes + (self.class_dropout_prob > 0)
-        label = LabelEmbedder(num_rows, d, wide, name="y_embedder")(y)
+        y = self.training_labels(y, train)
+        label = LabelEmbedder(self.num_label_rows, d, wide, name="y_embedder")(y)
         c = TimestepEmbedder(d, wide, name="t_embedder")(t) + label
 
         x = PatchEmbed(p, d, dtype, name="x_embedder")(x)  # (N, T, D)
@@ -221,8 +190,7 @@ class DiT(nn.Module):
         x = x + jnp.asarray(table, x.dtype)
         block = functools.partial(DiTBlock, d, self.num_heads, self.mlp_ratio, dtype)
         x = Stage(self.depth, block, name="blocks")(x, c)
-        out_channels = self.in_channels * (2 if self.learn_sigma else 1)
-        x = FinalLayer(p * p * out_channels, dtype, name="final_layer")(x, c)
+        x = FinalLayer(p * p * self.out_channels, dtype, name="final_layer")(x, c)
 
-        x = x.reshape(n, rows, columns, p, p, out_channels)
-        return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, height, width, out_channels).astype(wide)
+        x = x.reshape(n, rows, columns, p, p, self.out_channels)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, height, width, -1).astype(wide)

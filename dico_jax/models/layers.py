@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dico_jax.errors import UsageError
 from dico_jax.ops.conv import conv3x3
 from dico_jax.ops.depthwise import depthwise_conv3x3
 
@@ -182,17 +181,3 @@ class Stage(nn.Module):
         for i in range(self.depth):
             x = self.block(name=str(i))(x, c)
         return x
-
-
-def check_model_options(model) -> None:
-    """Raises UsageError for options of a DiCo or DiT that no network can have."""
-    for field in ("in_channels", "num_classes", "hidden_size"):
-        if getattr(model, field) < 1:
-            raise UsageError(f"model.{field}={getattr(model, field)} must be at least 1")
-    if not 0 <= model.class_dropout_prob < 1:
-        raise UsageError(
-            f"model.class_dropout_prob={model.class_dropout_prob} must be in [0, 1): "
-            "the published models use 0.1"
-        )
-    if int(model.mlp_ratio * model.hidden_size) < 1:
-        raise UsageError(f"model.mlp_ratio={model.mlp_ratio} leaves the feed-forward no channels")

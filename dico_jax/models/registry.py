@@ -4,11 +4,11 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dico_jax.errors import UsageError
+from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.dico import DiCo
 from dico_jax.models.dit import DiT
 
@@ -27,7 +27,7 @@ _DIT = {
     "DiT-XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
 }
 
-MODELS: dict[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
+MODELS: dict[str, tuple[Callable[..., Denoiser], Mapping[str, Any]]] = {
     **{name: (DiCo, sizes) for name, sizes in _DICO.items()},
     **{
         f"{name}/{patch}": (DiT, {**sizes, "patch_size": patch})
@@ -59,7 +59,7 @@ def model_options(name: str) -> dict[str, Any]:
     return {**fields, **sizes}
 
 
-def create_model(name: str, **options) -> nn.Module:
+def create_model(name: str, **options) -> Denoiser:
     """A network by name: "DiCo-S" to "DiCo-H", "DiT-S/2" to "DiT-XL/8", "DiCo" or "DiT".
 
     Args:
@@ -69,7 +69,7 @@ def create_model(name: str, **options) -> nn.Module:
         `dtype` is "float32" (default), "bfloat16" or "float64" (which needs jax_enable_x64).
 
     Returns:
-      A linen module: `model.apply({"params": params}, x, t, y)`, see `DiCo.__call__`.
+      A linen module: `model.apply({"params": params}, x, t, y)`, see `Denoiser`.
 
     Raises:
       UsageError: an unknown name or option, or a value that no network can have.
@@ -104,7 +104,7 @@ def _parse_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def count_parameters(model: nn.Module) -> int:
+def count_parameters(model: Denoiser) -> int:
     """The number of trainable parameters, from shapes alone.
 
     The DiT paper counts its fixed position table as well (tokens * hidden_size); it is a constant
@@ -113,7 +113,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(x.size for x in jax.tree.leaves(abstract_params(model)))
 
 
-def abstract_params(model: nn.Module) -> Any:
+def abstract_params(model: Denoiser) -> Any:
     """The parameter tree of `model` as `jax.ShapeDtypeStruct`s, without computing anything."""
     side = model.size_divisor
     x = jax.ShapeDtypeStruct((1, side, side, model.in_channels), jnp.float32)
