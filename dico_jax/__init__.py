@@ -8,8 +8,9 @@ import importlib
 _HOMES = {
     "create_diffusion": "dico_jax.diffusion",
     "create_model": "dico_jax.models",
+    "load_pytorch": "dico_jax.conversion",
 }
-__all__ = ["create_diffusion", "create_model"]  # noqa: F822  (see __getattr__)
+__all__ = ["create_diffusion", "create_model", "load_pytorch"]
 
 
 def __getattr__(name: str):

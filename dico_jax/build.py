@@ -43,7 +43,9 @@ def check_fields(config: ConfigDict) -> None:
         raise UsageError(f"config.{field} is missing: start from configs/default.py")
     for field in sorted(fields - FIELDS):
         close = difflib.get_close_matches(field, FIELDS, n=1)
-        hint = f"did you mean config.{close[0]}?" if close else "configs/default.py lists the fields"
+        hint = (
+            f"did you mean config.{close[0]}?" if close else "configs/default.py lists the fields"
+        )
         raise UsageError(f"config.{field}: no such field; {hint}")
 
 

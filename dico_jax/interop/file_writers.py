@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import pathlib
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
@@ -97,3 +99,58 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder that appears as `path` when the block ends, and nowhere when it fails.
+
+    It is a temporary folder beside `path` at first, see `check_new` for what may be there already.
+
+    Raises:
+      UsageError: the parent does not exist or may not be written to, or there is something at
+        `path` in the end.
+    """
+    target = pathlib.Path(path).absolute()
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with _os_errors(path):
+            temporary.mkdir()
+        yield temporary
+        with _os_errors(path):
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _os_errors(path: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def check_new(path: str | os.PathLike, nbytes: int) -> None:
+    """Checks that `path` is free (or an empty folder or file) and that the disk has room.
+
+    Args:
+      path: the file or folder to make.
+      nbytes: about how large it will be.
+
+    Raises:
+      UsageError: there is something already, the parent does not exist, or the disk is too full.
+    """
+    target = pathlib.Path(path).absolute()
+    if target.is_dir() and any(target.iterdir()):
+        raise UsageError(f"--out={path} exists and is not empty: give another name, or remove it")
+    if target.is_file() and target.stat().st_size:
+        raise UsageError(f"--out={path} exists: give another name, or remove it")
+    if not target.parent.is_dir():
+        raise UsageError(f"--out={path}: the folder {target.parent} does not exist, make it first")
+    free = shutil.disk_usage(target.parent).free
+    if free < nbytes:
+        raise UsageError(
+            f"--out={path} needs about {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
+            "there: make room, or give another place"
+        )

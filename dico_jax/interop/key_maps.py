@@ -1,13 +1,17 @@
 """Names and layouts of parameters: this project's trees against PyTorch state dicts.
 
 Modules carry the published names (see `dico_jax.models.layers`), so a name is the path joined with
-dots, and only the leaf is renamed. A network's `KeyMap` says the rest. Layouts:
+dots, and only the leaf is renamed. What else differs is data: a `KeyMap` per network, read by the
+functions below, which know no network. A new network adds a `KeyMap` and no code.
 
   Flax leaf                        PyTorch tensor
   kernel (in, out)                 weight: linear (out, in), or 1x1 convolution (out, in, 1, 1)
   kernel (kh, kw, in/groups, out)  weight: convolution (out, in/groups, kh, kw)
   embedding (rows, width)          weight, the same
-  bias (width,)                    bias, the same
+  scale, bias (width,)             weight, bias, the same
+  mean, var (width,)               running_mean, running_var (batch norm), the same
+
+Layouts of NumPy dtypes that PyTorch has too are only permuted: both ways are exact to the bit.
 """
 
 import dataclasses
@@ -21,62 +25,226 @@ import numpy as np
 
 from dico_jax.errors import UsageError
 
-_LEAF_NAMES = {"kernel": "weight", "embedding": "weight", "bias": "bias"}
+Path = tuple[str, ...]
+
+_MAX_HINTS = 40  # closest names are slow to find, and of no use where a whole model differs
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the axes of a Flax leaf lie in the PyTorch tensor.
+
+    Attributes:
+      axes: the leaf's axis for each axis of the tensor; None leaves them as they are.
+      ones: axes of length 1 that follow in the tensor.
+    """
+
+    axes: tuple[int, ...] | None = None
+    ones: int = 0
+
+    def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's shape for a leaf of `shape`."""
+        permuted = shape if self.axes is None else tuple(shape[a] for a in self.axes)
+        return permuted + (1,) * self.ones
+
+    def to_torch(self, value: np.ndarray) -> np.ndarray:
+        """The tensor of a leaf, as a view."""
+        permuted = value if self.axes is None else value.transpose(self.axes)
+        return permuted.reshape(permuted.shape + (1,) * self.ones) if self.ones else permuted
+
+    def to_jax(self, value: np.ndarray) -> np.ndarray:
+        """The leaf of a tensor, as a view; axes of length 1 at the tensor's end may be missing."""
+        if self.axes is None:
+            return value
+        value = value.reshape(value.shape[: len(self.axes)])
+        return value.transpose(tuple(np.argsort(self.axes)))
+
+
+SAME = Layout()
+LINEAR = Layout((1, 0))
+CONV1X1 = Layout((1, 0), ones=2)
+CONV = Layout((3, 2, 0, 1))
+
+# Flax leaf and its number of axes to PyTorch's name and layout.
+LEAVES: Mapping[tuple[str, int], tuple[str, Layout]] = {
+    ("kernel", 2): ("weight", LINEAR),
+    ("kernel", 4): ("weight", CONV),
+    ("embedding", 2): ("weight", SAME),
+    ("scale", 1): ("weight", SAME),
+    ("bias", 1): ("bias", SAME),
+    ("mean", 1): ("running_mean", SAME),
+    ("var", 1): ("running_var", SAME),
+}
+_TORCH_NAMES = {leaf: name for (leaf, _), (name, _) in LEAVES.items()}
+_LEAF_ORDER = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyMap:
-    """How a network's state dict differs from the plain rules above.
+    """How a network's state dict differs from the plain rules above. All patterns are regexes.
 
     Attributes:
-      conv1x1: matches the names of modules whose (in, out) kernel PyTorch keeps as a convolution.
-      constants: tensors of the state dict that follow from the architecture and are no weights.
+      declaration: names of modules, with spaces between, in the order in which the published code
+        declares them, which is the order of its state dict. Names of different levels may mix, and
+        numbers need no mention.
+      conv1x1: matches modules whose (in, out) kernel PyTorch keeps as a convolution.
+      constants: matches tensors of the state dict that follow from the architecture and are no
+        weights; they may be absent.
+      renames: (pattern, replacement), applied in order to the name that a path gives: for modules
+        that could not carry the published name, for prefixes and collections.
+      aliases: (pattern, replacement), applied in order to the names in a file: other names that
+        files of the same network have.
+      loose_ones: whether a file's tensor may have more axes of length 1 at its end.
     """
 
-    conv1x1: re.Pattern
-    constants: frozenset[str] = frozenset()
+    declaration: str = ""
+    conv1x1: re.Pattern = re.compile(r"(?!)")
+    constants: re.Pattern = re.compile(r"(?!)")
+    renames: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    loose_ones: bool = False
 
 
 KEY_MAPS = {
-    "DiCo": KeyMap(re.compile(r"(^|\.)(conv[1345]|ca\.1|reduce_chan_level[12])$")),
-    "DiT": KeyMap(re.compile(r"(?!)"), frozenset({"pos_embed"})),  # no 1x1 convolutions
+    "DiCo": KeyMap(
+        declaration="x_embedder t_embedder_1 y_embedder t_embedder_2 t_embedder_3 encoder_level_1 "
+        "down1_2 encoder_level_2 down2_3 latent up3_2 reduce_chan_level2 decoder_level_2 up2_1 "
+        "reduce_chan_level1 decoder_level_1 final_layer "
+        "embedding_table_0 embedding_table_1 embedding_table_2 "  # of y_embedder
+        "conv1 conv2 conv3 ca conv4 conv5 "  # of a block
+        "out_proj adaLN_modulation",
+        conv1x1=re.compile(r"(^|\.)(conv[1345]|ca\.1|reduce_chan_level[12])$"),
+    ),
+    "DiT": KeyMap(
+        declaration="pos_embed x_embedder t_embedder y_embedder blocks final_layer "
+        "attn qkv proj mlp fc1 fc2 linear adaLN_modulation",
+        constants=re.compile(r"^pos_embed$"),
+    ),
 }
 
 
-def torch_key(path: tuple[str, ...]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A parameter on both sides.
+
+    Attributes:
+      key: its name in the state dict.
+      path: its path in the tree.
+      shape: its shape in the tree.
+      layout: between the two.
+    """
+
+    key: str
+    path: Path
+    shape: tuple[int, ...]
+    layout: Layout
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor in the state dict."""
+        return self.layout.torch_shape(self.shape)
+
+    def to_jax(self, tensor: np.ndarray) -> np.ndarray:
+        """The leaf of a tensor of the state dict, as a view where possible."""
+        return self.layout.to_jax(tensor).reshape(self.shape)
+
+    def to_torch(self, leaf: np.ndarray) -> np.ndarray:
+        """The tensor of a leaf, contiguous."""
+        return np.ascontiguousarray(self.layout.to_torch(leaf))
+
+
+def entries(abstract_params: Any, key_map: KeyMap) -> list[Entry]:
+    """The parameters of a tree of arrays or ShapeDtypeStructs, in the state dict's order.
+
+    Raises:
+      KeyError: a leaf has a name or a number of axes that `LEAVES` does not list.
+    """
+    flat = flax.traverse_util.flatten_dict(abstract_params)
+    found = [_entry(path, tuple(leaf.shape), key_map) for path, leaf in flat.items()]
+    return sorted(found, key=lambda entry: declaration_order(entry.key, key_map))
+
+
+def _entry(path: Path, shape: tuple[int, ...], key_map: KeyMap) -> Entry:
+    _, layout = LEAVES[path[-1], len(shape)]
+    if layout == LINEAR and key_map.conv1x1.search(".".join(path[:-1])):
+        layout = CONV1X1
+    return Entry(torch_key(path, key_map), path, shape, layout)
+
+
+def declaration_order(key: str, key_map: KeyMap) -> tuple[int, ...]:
+    """Sorts keys as the published code declares them; names that are not listed come last."""
+    names = [*key_map.declaration.split(), *_LEAF_ORDER]
+    parts = key.split(".")
+    return tuple(
+        int(part) if part.isdecimal() else names.index(part) if part in names else len(names)
+        for part in parts
+    )
+
+
+def torch_key(path: Path, key_map: KeyMap = KeyMap()) -> str:
     """The state dict key of a parameter path: ("latent", "0", "conv1", "kernel") and so on."""
-    return ".".join([*path[:-1], _LEAF_NAMES[path[-1]]])
+    return _substituted(".".join([*path[:-1], _TORCH_NAMES[path[-1]]]), key_map.renames)
 
 
-def torch_shape(path: tuple[str, ...], shape: tuple[int, ...], key_map: KeyMap) -> tuple[int, ...]:
-    """The shape in the state dict of the parameter at `path` that has `shape` here."""
-    if path[-1] != "kernel":
-        return shape
-    if len(shape) == 4:
-        return (shape[3], shape[2], shape[0], shape[1])
-    is_conv = key_map.conv1x1.search(".".join(path[:-1]))
-    return (shape[1], shape[0], 1, 1) if is_conv else (shape[1], shape[0])
+def _substituted(key: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def known_names(tensors: Mapping[str, Any], key_map: KeyMap) -> dict[str, Any]:
+    """The tensors of a file under the names of `entries`, without the constants.
+
+    Raises:
+      UsageError: two of them come to the same name.
+    """
+    found: dict[str, Any] = {}
+    for key, value in tensors.items():
+        name = _substituted(key, key_map.aliases)
+        if name in found:
+            raise UsageError(f"the file has {name} twice, once of them as {key}")
+        found[name] = value
+    return {key: value for key, value in found.items() if not key_map.constants.search(key)}
 
 
 def state_dict_shapes(abstract_params: Any, key_map: KeyMap) -> dict[str, tuple[int, ...]]:
-    """Key to PyTorch shape of every parameter of a tree of arrays or ShapeDtypeStructs."""
-    flat = flax.traverse_util.flatten_dict(abstract_params)
-    return {torch_key(p): torch_shape(p, v.shape, key_map) for p, v in flat.items()}
+    """Key to PyTorch shape of every parameter, in the state dict's order, without constants."""
+    return {entry.key: entry.torch_shape for entry in entries(abstract_params, key_map)}
 
 
-def to_jax_layout(value: np.ndarray, path: tuple[str, ...], rank: int) -> np.ndarray:
-    """A state dict tensor in the layout of the Flax leaf of `rank` at `path`, as a view."""
-    if path[-1] != "kernel":
-        return value
-    return value.transpose(2, 3, 1, 0) if rank == 4 else value.reshape(value.shape[:2]).T
+def check_tensors(tensors: Mapping[str, Any], wanted: list[Entry], key_map: KeyMap) -> None:
+    """Checks that the tensors (anything with a shape) are those of `wanted`, no more and no less.
+
+    Raises:
+      UsageError: tensors are missing, left over or of another shape; all of them are listed, with
+        the closest names on the other side.
+    """
+    expected = {entry.key: entry.torch_shape for entry in wanted}
+    missing = [key for key in expected if key not in tensors]
+    extra = [key for key in tensors if key not in expected]
+    problems = [f"missing {key}{hint}" for key, hint in _closest(missing, extra or list(tensors))]
+    for key, shape in expected.items():
+        if key in tensors and not _fits(tuple(tensors[key].shape), shape, key_map):
+            problems.append(f"{key} is {tuple(tensors[key].shape)} instead of {shape}")
+    problems += [f"unexpected {key}{hint}" for key, hint in _closest(extra, missing or [*expected])]
+    if problems:
+        raise UsageError("the weights do not fit the model: " + "; ".join(problems))
 
 
-def to_torch_layout(value: np.ndarray, path: tuple[str, ...], key_map: KeyMap) -> np.ndarray:
-    """The Flax leaf at `path` in the layout of the state dict, contiguous."""
-    if path[-1] == "kernel":
-        shape = torch_shape(path, value.shape, key_map)
-        value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T.reshape(shape)
-    return np.ascontiguousarray(value)
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], key_map: KeyMap) -> bool:
+    surplus = set(shape[len(wanted) :])
+    return shape == wanted or (
+        key_map.loose_ones and shape[: len(wanted)] == wanted and surplus == {1}
+    )
+
+
+def _closest(keys: list[str], others: list[str]) -> list[tuple[str, str]]:
+    """Each key with a hint: the name among `others` that is most like it."""
+    hints = []
+    for i, key in enumerate(keys):
+        close = difflib.get_close_matches(key, others, n=1) if i < _MAX_HINTS else []
+        hints.append((key, f" (closest: {close[0]})" if close else ""))
+    return hints
 
 
 def from_state_dict(
@@ -96,28 +264,18 @@ def from_state_dict(
     Raises:
       UsageError: tensors are missing, left over or of another shape; all of them are listed.
     """
-    flat = flax.traverse_util.flatten_dict(abstract_params)
-    unused = set(state_dict) - key_map.constants
-    problems, out = [], {}
-    for path, target in flat.items():
-        key, shape = torch_key(path), torch_shape(path, target.shape, key_map)
-        if key not in state_dict:
-            close = difflib.get_close_matches(key, state_dict, n=1)
-            problems.append(f"missing {key}" + (f" (closest: {close[0]})" if close else ""))
-            continue
-        unused.discard(key)
-        value = np.asarray(state_dict[key])
-        if value.shape != shape:
-            problems.append(f"{key} is {value.shape} instead of {shape}")
-            continue
-        out[path] = to_jax_layout(value, path, len(target.shape))
-    problems += [f"unexpected {key}" for key in sorted(unused)]
-    if problems:
-        raise UsageError("the weights do not fit the model: " + "; ".join(problems))
-    return flax.traverse_util.unflatten_dict(out)
+    wanted, tensors = entries(abstract_params, key_map), known_names(state_dict, key_map)
+    arrays = {key: np.asarray(value) for key, value in tensors.items()}
+    check_tensors(arrays, wanted, key_map)
+    return flax.traverse_util.unflatten_dict(
+        {entry.path: entry.to_jax(arrays[entry.key]) for entry in wanted}
+    )
 
 
 def to_state_dict(params: Any, key_map: KeyMap) -> dict[str, np.ndarray]:
     """The PyTorch state dict of a parameter tree, without the constants; dtypes unchanged."""
     flat = flax.traverse_util.flatten_dict(params)
-    return {torch_key(p): to_torch_layout(np.asarray(v), p, key_map) for p, v in flat.items()}
+    return {
+        entry.key: entry.to_torch(np.asarray(flat[entry.path]))
+        for entry in entries(params, key_map)
+    }

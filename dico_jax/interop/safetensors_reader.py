@@ -114,6 +114,18 @@ def read_sharded(
     return {name: tensors[name] for name in weight_map}, metadata, files
 
 
+def shard_names(index_path: str | os.PathLike) -> list[str]:
+    """The files that an index names, which must be beside it.
+
+    Raises:
+      UsageError: it is no index, or it names something else.
+    """
+    names = list(dict.fromkeys(_weight_map(index_path).values()))
+    for name in names:
+        _check_plain(index_path, name)
+    return names
+
+
 def _json_object(file: FileBytes, what: str, start: int, length: int) -> dict[str, Any]:
     """The JSON object in `length` bytes from `start` on, without repeated keys."""
     if length > _MAX_JSON:
@@ -208,12 +220,7 @@ def _check_inside(index_path: str | os.PathLike, shard: str) -> None:
     In the cache of huggingface_hub, index and shards are links to files that lie together in
     another folder; so a shard may also be where the index itself really is.
     """
-    where = f"{os.fspath(index_path)}: the shard {shown(shard)}"
-    plain = os.path.basename(shard) == shard and shard not in ("", ".", "..")
-    if not plain or any(c in shard for c in "/\\:\0"):
-        raise UsageError(f"{where} is not a file in the index's own folder, refused")
-    if not shard.endswith(".safetensors"):
-        raise UsageError(f"{where} is not a .safetensors file, refused")
+    where = _check_plain(index_path, shard)
     folder = os.path.dirname(os.path.abspath(index_path))
     allowed = {os.path.realpath(folder), os.path.dirname(os.path.realpath(index_path))}
     path = os.path.join(folder, shard)
@@ -221,6 +228,17 @@ def _check_inside(index_path: str | os.PathLike, shard: str) -> None:
         raise UsageError(f"{where} is a link to a file outside of the index's folder, refused")
     if not os.path.exists(path):
         raise UsageError(f"{where} is missing; put all files of the index into one folder")
+
+
+def _check_plain(index_path: str | os.PathLike, shard: str) -> str:
+    """Refuses names that are not those of a file beside the index; what messages call it."""
+    where = f"{os.fspath(index_path)}: the shard {shown(shard)}"
+    plain = os.path.basename(shard) == shard and shard not in ("", ".", "..")
+    if not plain or any(c in shard for c in "/\\:\0"):
+        raise UsageError(f"{where} is not a file in the index's own folder, refused")
+    if not shard.endswith(".safetensors"):
+        raise UsageError(f"{where} is not a .safetensors file, refused")
+    return where
 
 
 def _check_shard(

@@ -3,6 +3,9 @@
 A folder of checkpoints holds one folder per step with the items `params`, `ema_params`, `opt_state`
 and `meta` (JSON: config, class names, versions). The items are apart so that sampling reads the
 averaged weights alone. A run needs no other state: data order and randomness follow from the step.
+
+A converted checkpoint has the same layout, with `ema_params` alone or with all items; its meta also
+says, under "converted", where it came from (see docs/conversion.md).
 """
 
 import importlib.metadata
@@ -13,7 +16,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from dico_jax.errors import UsageError
+from dico_jax.interop.file_writers import Deferred
 from dico_jax.training.state import TrainState
+from dico_jax.training.streaming import deferred_handler, stored_leaves
 
 FOLDER = "checkpoints"
 WEIGHTS = {"ema": "ema_params", "params": "params"}
@@ -79,7 +84,18 @@ class Checkpointer:
             raise RuntimeError(f"Orbax refused to save step {step} in {self._manager.directory}")
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at `step`, with the shapes, dtypes and shardings of `like`."""
+        """The state saved at `step`, with the shapes, dtypes and shardings of `like`.
+
+        Raises:
+          UsageError: the checkpoint has converted weights and no optimizer state.
+        """
+        folder = pathlib.Path(self._manager.directory)
+        if not (folder / str(step) / "opt_state").is_dir():
+            raise UsageError(
+                f"{folder} has converted weights without a training state, so no run can go on "
+                "from there: give another --workdir, and "
+                f"--config.training.init_from={folder.parent} to start from these weights"
+            )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = self._manager.restore(
             step,
@@ -93,6 +109,34 @@ class Checkpointer:
         return TrainState(step_array, items.params, items.ema_params, items.opt_state)
 
 
+def write_checkpoint(
+    workdir: pathlib.Path, step: int, items: dict[str, Any], meta: dict[str, Any]
+) -> None:
+    """Writes one checkpoint leaf by leaf, in the layout of `Checkpointer`.
+
+    Args:
+      workdir: an existing folder.
+      step: the checkpoint's step.
+      items: trees of `Deferred` leaves, by item: params, ema_params, opt_state.
+      meta: what to write beside them: "config", "class_names", ...
+    """
+    handlers: dict[str, Any] = {name: deferred_handler() for name in items}
+    with ocp.CheckpointManager(
+        (workdir / FOLDER).absolute(),
+        item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+    ) as manager:
+        saved = manager.save(
+            step,
+            args=ocp.args.Composite(
+                meta=ocp.args.JsonSave(meta | {"versions": library_versions()}),
+                **{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()},
+            ),
+        )
+    if not saved:
+        raise RuntimeError(f"Orbax refused to save step {step} in {workdir}")
+
+
 class SavedWeights:
     """The weights of a checkpoint, for reading.
 
@@ -101,10 +145,16 @@ class SavedWeights:
       step: the step of the checkpoint.
       config: the config it was made with, a dict.
       class_names: of the classes it was trained on.
+      converted: of a converted checkpoint, where it came from; else None.
     """
 
-    def __init__(self, folder: str, step: int | None = None):
+    def __init__(self, folder: str, step: int | None = None, flag: str = "--ckpt"):
         """Opens the newest checkpoint of a workdir (or of a converted one), or that of `step`.
+
+        Args:
+          folder: the workdir.
+          step: of the checkpoint; the newest if None.
+          flag: what messages call the folder.
 
         Raises:
           UsageError: there is no such folder, no checkpoint in it, or no such step.
@@ -112,12 +162,15 @@ class SavedWeights:
         self.folder = folder
         path = pathlib.Path(folder).absolute()
         if not path.is_dir():
-            raise UsageError(f"--ckpt={folder}: no such folder; give the workdir of a run")
-        steps = _saved_steps(path / FOLDER)
+            raise UsageError(
+                f"{flag}={folder}: no such folder; give the workdir of a run or a converted "
+                "checkpoint"
+            )
+        steps = saved_steps(path)
         if not steps:
             raise UsageError(
-                f"--ckpt={folder} holds no checkpoint (looked for {FOLDER}/STEP in it): "
-                "give the workdir of a run"
+                f"{flag}={folder} holds no checkpoint (looked for {FOLDER}/STEP in it): "
+                "give the workdir of a run or a converted checkpoint"
             )
         if step is not None and step not in steps:
             raise UsageError(
@@ -127,6 +180,7 @@ class SavedWeights:
         self._path = path / FOLDER / str(self.step)
         meta = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(self._path / "meta")
         self.config, self.class_names = meta["config"], meta["class_names"]
+        self.converted = meta.get("converted")
 
     def read(self, weights: str, abstract_params: Any) -> Any:
         """The parameter tree called `weights`: "ema" or "params".
@@ -138,18 +192,43 @@ class SavedWeights:
         Raises:
           UsageError: this checkpoint does not have those weights.
         """
-        item = self._path / WEIGHTS[weights]
-        if not item.is_dir():
-            available = [name for name, folder in WEIGHTS.items() if (self._path / folder).is_dir()]
-            raise UsageError(
-                f"--weights={weights}: {self._path} has only {', '.join(available) or 'none'}"
-            )
+        item = self._item(weights)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             return reader.restore(item, args=ocp.args.StandardRestore(abstract_params))
 
+    def available(self) -> list[str]:
+        """The weights that this checkpoint has, of "ema" and "params"."""
+        return [name for name, folder in WEIGHTS.items() if (self._path / folder).is_dir()]
 
-def _saved_steps(folder: pathlib.Path) -> set[int]:
+    def leaves(self, weights: str) -> dict[tuple[str, ...], Deferred]:
+        """The arrays of the parameter tree called `weights` by path, each read when asked for.
+
+        Raises:
+          UsageError: this checkpoint does not have those weights.
+        """
+        return stored_leaves(self._item(weights))
+
+    def optimizer_leaves(self) -> dict[tuple[str, ...], Deferred]:
+        """The arrays of the optimizer's state by path, each read when asked for.
+
+        Raises:
+          UsageError: this checkpoint has none.
+        """
+        if not (self._path / "opt_state").is_dir():
+            raise UsageError(f"{self._path} has weights alone, and no state of an optimizer")
+        return stored_leaves(self._path / "opt_state")
+
+    def _item(self, weights: str) -> pathlib.Path:
+        item = self._path / WEIGHTS[weights]
+        if not item.is_dir():
+            have = ", ".join(self.available()) or "none"
+            raise UsageError(f"--weights={weights}: {self._path} has only {have}")
+        return item
+
+
+def saved_steps(workdir: pathlib.Path) -> set[int]:
     """Steps whose save was finished: Orbax renames a folder to its number at the end."""
+    folder = workdir / FOLDER
     if not folder.is_dir():
         return set()
     return {int(p.name) for p in folder.iterdir() if p.name.isdecimal() and (p / "meta").is_dir()}

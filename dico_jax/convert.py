@@ -1,0 +1,117 @@
+r"""Weights in from PyTorch and out again.
+
+python -m dico_jax.convert from_pytorch --input=FILE --out=DIR
+    [--model=DiCo-XL --weights=auto|ema|model --image_size=256 --training]
+    FILE: .pt, .pth, .safetensors, an index of .safetensors, or hf://OWNER/REPO/FILE.
+    DIR: a checkpoint for sample, evaluate, and config.training.init_from of main.
+
+python -m dico_jax.convert to_pytorch --ckpt=DIR --out=FILE.pt|FILE.safetensors
+    [--weights=ema|params --step=N --training]
+
+With --training the whole state of a run goes over: both sets of weights, AdamW's averages and step.
+"""
+
+import sys
+
+from absl import flags
+
+from dico_jax import cli
+from dico_jax.errors import UsageError
+
+flags.DEFINE_string("input", None, "from_pytorch: the file to read.")
+flags.DEFINE_string("ckpt", None, "to_pytorch: workdir of a run, or a converted checkpoint.")
+flags.DEFINE_string("out", None, "What to write: a new folder, or a new file.")
+_WEIGHTS = flags.DEFINE_string(
+    "weights", None,
+    "from_pytorch: ema, model, or auto, the averaged ones where there are some [auto]. "
+    "to_pytorch: ema or params [ema].",
+)  # fmt: skip
+_TRAINING = flags.DEFINE_bool("training", False, "Convert the whole state of a training run.")
+_MODEL = flags.DEFINE_string("model", None, "from_pytorch: its name [found from the shapes].")
+_IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", None, "from_pytorch: side of the images in pixels [the run's, or 256].",
+    lower_bound=1,
+)  # fmt: skip
+_NUM_CLASSES = flags.DEFINE_integer(
+    "num_classes", None, "from_pytorch: number of classes [one less than rows in the label table].",
+    lower_bound=1,
+)  # fmt: skip
+_NUM_HEADS = flags.DEFINE_integer(
+    "num_heads", None, "from_pytorch: attention heads of a DiT of no published width.",
+    lower_bound=1,
+)  # fmt: skip
+_STEP = flags.DEFINE_integer("step", None, "to_pytorch: of the checkpoint [the newest].")
+
+# Per action, the flags that it needs, and those that it may have.
+_ACTIONS = {
+    "from_pytorch": (
+        "input out",
+        "model weights image_size num_classes num_heads training",
+    ),
+    "to_pytorch": ("ckpt out", "weights step training"),
+}
+_WEIGHTS_OF = {"from_pytorch": ("auto", "ema", "model"), "to_pytorch": ("ema", "params")}
+
+
+def take_action(argv: list[str]) -> str | None:
+    """Removes what to do from the command line: its first argument that is no flag, or None."""
+    action = next((arg for arg in argv[1:] if arg in _ACTIONS), None)
+    if action is None and len(argv) > 1 and not argv[1].startswith("-"):
+        action = argv[1]
+    if action is not None:
+        argv.remove(action)
+    return action
+
+
+def main(action: str | None) -> None:
+    """Parses flags and converts."""
+    _check(action)
+    from dico_jax import conversion  # late: --help answers before JAX is imported
+
+    given = flags.FLAGS
+    if action == "from_pytorch":
+        done = conversion.from_pytorch(
+            given.input,
+            given.out,
+            model=_MODEL.value,
+            weights=_WEIGHTS.value or "auto",
+            image_size=_IMAGE_SIZE.value,
+            num_classes=_NUM_CLASSES.value,
+            num_heads=_NUM_HEADS.value,
+            training=_TRAINING.value,
+        )
+    else:
+        done = conversion.to_pytorch(
+            given.ckpt,
+            given.out,
+            step=_STEP.value,
+            weights=_WEIGHTS.value or "ema",
+            training=_TRAINING.value,
+        )
+    print(done)
+
+
+def _check(action: str | None) -> None:
+    """Raises UsageError for an unknown action, a missing flag, or a flag of the other action."""
+    if action not in _ACTIONS:
+        said = f"{action!r} is unknown" if action else "what to do is missing"
+        raise UsageError(f"{said}: use {' or '.join(f'convert {name}' for name in _ACTIONS)}")
+    needed, optional = (names.split() for names in _ACTIONS[action])
+    for name in needed:
+        if not flags.FLAGS[name].value:
+            raise UsageError(f"{action} needs --{name}")
+    for other, (first, second) in _ACTIONS.items():
+        for name in f"{first} {second}".split():
+            if flags.FLAGS[name].present and name not in needed + optional:
+                raise UsageError(f"--{name} is for {other}, not for {action}")
+    if _WEIGHTS.present and _WEIGHTS.value not in _WEIGHTS_OF[action]:
+        raise UsageError(
+            f"--weights={_WEIGHTS.value}: {action} knows {', '.join(_WEIGHTS_OF[action])}"
+        )
+    if _WEIGHTS.present and _TRAINING.value:
+        raise UsageError("--weights: with --training all weights are converted; leave it out")
+
+
+if __name__ == "__main__":
+    _action = take_action(sys.argv)
+    cli.run(lambda: main(_action))

@@ -1,0 +1,245 @@
+"""Which network a state dict belongs to, from the shapes of its tensors.
+
+What can be seen: family, widths, depths, input channels, classes, whether the variance is learned.
+What cannot: the number of attention heads (known for published widths), and whether the last row of
+the label tables is a null class: taken to be, as in all released models, unless it is the only row
+or there are 1000, the classes of ImageNet.
+
+Every size is read off several tensors and the most frequent answer wins, so that a file with a few
+missing or misshapen tensors still gives the right model, and an error that names just these.
+"""
+
+import collections
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dico_jax.errors import UsageError
+from dico_jax.models import MODELS
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_STAGES = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
+_STAGE_WIDTHS = (1, 2, 4, 2, 2)  # over hidden_size
+_MAX_SIZE = 1 << 20
+_MAX_BLOCKS = 1000
+_RELEASED_DROPOUT = 0.1
+
+# Where a size can be read: tensor, axis, and what the length there is divided by.
+_DICO_SIZES = {
+    "hidden_size": (
+        ("x_embedder.proj.weight", 0, 1),
+        ("x_embedder.proj.bias", 0, 1),
+        ("t_embedder_1.mlp.0.bias", 0, 1),
+        ("t_embedder_2.mlp.0.bias", 0, 2),
+        ("t_embedder_3.mlp.0.bias", 0, 4),
+        ("y_embedder.embedding_table_0.weight", 1, 1),
+        ("reduce_chan_level1.bias", 0, 2),
+    ),
+    "rows": (
+        ("y_embedder.embedding_table_0.weight", 0, 1),
+        ("y_embedder.embedding_table_1.weight", 0, 1),
+        ("y_embedder.embedding_table_2.weight", 0, 1),
+    ),
+    "in_channels": (("x_embedder.proj.weight", 1, 1),),
+    "outputs": (("final_layer.out_proj.weight", 0, 1), ("final_layer.out_proj.bias", 0, 1)),
+}
+_DIT_SIZES = {
+    "hidden_size": (
+        ("x_embedder.proj.weight", 0, 1),
+        ("x_embedder.proj.bias", 0, 1),
+        ("t_embedder.mlp.0.bias", 0, 1),
+        ("y_embedder.embedding_table.weight", 1, 1),
+        ("final_layer.linear.weight", 1, 1),
+    ),
+    "patch_size": (("x_embedder.proj.weight", 2, 1), ("x_embedder.proj.weight", 3, 1)),
+    "rows": (("y_embedder.embedding_table.weight", 0, 1),),
+    "in_channels": (("x_embedder.proj.weight", 1, 1),),
+    "outputs": (("final_layer.linear.weight", 0, 1), ("final_layer.linear.bias", 0, 1)),
+}
+
+
+def detect_model(
+    shapes: Shapes,
+    name: str | None = None,
+    *,
+    num_classes: int | None = None,
+    likely_classes: object = None,
+    num_heads: int | None = None,
+) -> dict[str, Any]:
+    """The model of a state dict, as the fields of `config.model` (see configs/default.py).
+
+    Args:
+      shapes: PyTorch key to shape, see `key_maps.known_names`.
+      name: the model, where it is known: a published one, whose sizes are then its own, or "DiCo"
+        or "DiT". None finds it: the published model of these sizes, or "DiCo" or "DiT" with sizes.
+      num_classes: where it is known. With as many rows in the label tables there is no null class.
+      likely_classes: the same from a source that may be wrong: used where it fits.
+      num_heads: of a DiT, which is needed where its width is none of the published ones.
+
+    Raises:
+      UsageError: no network has such tensors, the file is of another family than `name`, or a size
+        cannot be told; the message says what to give.
+    """
+    family = _family(shapes)
+    if name is not None and MODELS[name][0].__name__ != family:
+        raise UsageError(f"--model={name}: these are the weights of a {family}")
+    if num_heads is not None and (family != "DiT" or (name and MODELS[name][1])):
+        raise UsageError(f"--num_heads={num_heads} is for --model=DiT; not for {name or family}")
+    sizes = dict(MODELS[name][1]) if name is not None else {}
+    if not sizes:
+        sizes = _dico_sizes(shapes) if family == "DiCo" else _dit_sizes(shapes, num_heads)
+        name = _published_name(family, sizes)
+    options = _interface(shapes, family, sizes, num_classes, likely_classes)
+    known = {} if name in MODELS and MODELS[name][1] else sizes
+    fields = dict.fromkeys(("hidden_size", "depth", "mlp_ratio", "num_heads", "patch_size"))
+    return {"name": name, **fields, **known, **options, "dtype": "float32"}
+
+
+def _family(shapes: Shapes) -> str:
+    dico = sum(key.startswith(_STAGES) for key in shapes)
+    dit = sum(key.startswith("blocks.") for key in shapes)
+    if not dico and not dit:
+        some = ", ".join(list(shapes)[:5])
+        raise UsageError(
+            f"these are not the weights of a DiCo or DiT: {len(shapes)} tensors such as {some}"
+        )
+    return "DiCo" if dico >= dit else "DiT"
+
+
+def _published_name(family: str, sizes: Mapping[str, Any]) -> str:
+    """The model of exactly these sizes, or the family."""
+    ratio = {"DiCo": 2.0, "DiT": 4.0}[family]
+    for name, (cls, published) in MODELS.items():
+        if cls.__name__ == family and published and {"mlp_ratio": ratio, **published} == sizes:
+            return name
+    return family
+
+
+def _dico_sizes(shapes: Shapes) -> dict[str, Any]:
+    width = _size(shapes, _DICO_SIZES, "hidden_size")
+    return {
+        "hidden_size": width,
+        "depth": tuple(_depth(shapes, stage) for stage in _STAGES),
+        "mlp_ratio": _mlp_ratio(
+            (shape[0], factor * width)
+            for stage, factor in zip(_STAGES, _STAGE_WIDTHS, strict=True)
+            for shape in _of_blocks(shapes, stage, "conv4.weight")
+        ),
+    }
+
+
+def _dit_sizes(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
+    width = _size(shapes, _DIT_SIZES, "hidden_size")
+    published = {s["hidden_size"]: s["num_heads"] for c, s in MODELS.values() if "num_heads" in s}
+    num_heads = num_heads or published.get(width)
+    if num_heads is None:
+        raise UsageError(
+            f"a DiT of width {width} is none of the published ones, and the number of attention "
+            "heads does not show in the weights: give --num_heads"
+        )
+    return {
+        "hidden_size": width,
+        "depth": _depth(shapes, "blocks"),
+        "num_heads": num_heads,
+        "patch_size": _size(shapes, _DIT_SIZES, "patch_size"),
+        "mlp_ratio": _mlp_ratio(
+            (shape[0], width) for shape in _of_blocks(shapes, "blocks", "mlp.fc1.weight")
+        ),
+    }
+
+
+def _interface(
+    shapes: Shapes,
+    family: str,
+    sizes: Mapping[str, Any],
+    num_classes: int | None,
+    likely_classes: object,
+) -> dict[str, Any]:
+    """The options that are not sizes: channels, classes, the variance."""
+    places = _DICO_SIZES if family == "DiCo" else _DIT_SIZES
+    channels = _size(shapes, places, "in_channels")
+    outputs = _vote(shapes, places["outputs"])
+    rows = _size(shapes, places, "rows")
+    if num_classes is None and type(likely_classes) is int and 0 <= rows - likely_classes <= 1:
+        num_classes = max(likely_classes, 1)
+    elif num_classes is None:
+        num_classes = rows if rows in (1, 1000) else rows - 1
+    if rows not in (num_classes, num_classes + 1):
+        raise UsageError(
+            f"--num_classes={num_classes} does not fit: the label tables have {rows} rows, which "
+            f"is {rows - 1} classes and a null class, or {rows} classes"
+        )
+    return {
+        "in_channels": channels,
+        "num_classes": num_classes,
+        "class_dropout_prob": _RELEASED_DROPOUT if rows > num_classes else 0.0,
+        "learn_sigma": outputs != channels * sizes.get("patch_size", 1) ** 2,
+    }
+
+
+def _size(shapes: Shapes, places: Mapping[str, Any], what: str) -> int:
+    """The size called `what`, from where it can be read.
+
+    Raises:
+      UsageError: none of these tensors is there, or the size makes no sense.
+    """
+    found = _vote(shapes, places[what])
+    if found is None:
+        keys = list(dict.fromkeys(key for key, _, _ in places[what]))
+        close = difflib.get_close_matches(keys[0], shapes, n=1)
+        hint = f" (closest: {close[0]})" if close else ""
+        raise UsageError(f"cannot tell {what} from the file: it has no {' or '.join(keys)}{hint}")
+    if not 1 <= found <= _MAX_SIZE:
+        raise UsageError(f"{what}={found}, as the shapes have it, makes no sense")
+    return found
+
+
+def _vote(shapes: Shapes, places: tuple[tuple[str, int, int], ...]) -> int | None:
+    """The most frequent of the sizes read at `places`; the first one of equally frequent ones."""
+    votes = collections.Counter(
+        shapes[key][axis] // divisor
+        for key, axis, divisor in places
+        if key in shapes and axis < len(shapes[key]) and shapes[key][axis] % divisor == 0
+    )
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def _depth(shapes: Shapes, stage: str) -> int:
+    """The number of blocks: one more than the highest index."""
+    pattern = re.compile(re.escape(stage) + r"\.(\d{1,6})\.")
+    depth = max((int(m[1]) + 1 for m in map(pattern.match, shapes) if m), default=1)
+    if depth > _MAX_BLOCKS:
+        raise UsageError(f"{stage} would have {depth} blocks, as the names have it: refused")
+    return depth
+
+
+def _of_blocks(shapes: Shapes, stage: str, tensor: str) -> list[tuple[int, ...]]:
+    pattern = re.compile(re.escape(stage) + r"\.\d+\." + re.escape(tensor))
+    return [shape for key, shape in shapes.items() if pattern.fullmatch(key) and shape]
+
+
+def _mlp_ratio(pairs: Iterator[tuple[int, int]]) -> float:
+    """The ratio with the fewest digits whose products with the widths, cut, are the hidden widths.
+
+    Args:
+      pairs: (hidden, width) of the blocks.
+
+    Raises:
+      UsageError: there are none.
+    """
+    votes = collections.Counter(pairs)
+    # For each width the most frequent hidden one.
+    hidden = {width: h for (h, width), _ in reversed(votes.most_common())}
+    if not hidden:
+        raise UsageError("cannot tell mlp_ratio from the file: no block has its feed-forward layer")
+    low = max(h / width for width, h in hidden.items())
+    for digits in range(16):
+        ratio = math.ceil(low * 10**digits - 1e-9) / 10**digits
+        if all(int(ratio * width) == h for width, h in hidden.items()):
+            return ratio
+    # No ratio gives all of them: the first width's, so that the check of shapes lists the others.
+    width, h = next(iter(hidden.items()))
+    return h / width
