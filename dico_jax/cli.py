@@ -15,7 +15,7 @@ from dico_jax.errors import UsageError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main()`; exits 0 when done, 2 for wrong usage.
+    """Parses the flags and runs `main()`; exits 0 when done, 2 for wrong usage, 130 for Ctrl-C.
 
     A `UsageError` is printed as one line on stderr, any other exception is a bug and
     keeps its traceback.
@@ -28,6 +28,9 @@ def _main(main: Callable[[], None]) -> None:
         main()
     except UsageError as error:
         _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _fail(message) -> NoReturn:

@@ -90,6 +90,7 @@ def test_a_run_in_parts_equals_a_run_in_one(tmp_path, capfd):
     result = train(config, str(tmp_path / "whole"))
     assert result.num_samples == 20
     printed = capfd.readouterr()
+    assert "DiCo, 21,526 parameters; 1,797 examples; 8 x cpu; steps 0 to 6 in" in printed.out
     assert "class agreement" in printed.out
     for part in ("6/6", "loss=", "img_s="):
         assert part in printed.err

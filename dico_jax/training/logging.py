@@ -40,6 +40,10 @@ class RunLogger:
         """Moves the progress bar on by one step."""
         self._bar.update(1)
 
+    def restart_clock(self) -> None:
+        """Keeps what has passed since the last step out of the bar's speed and time left."""
+        self._bar.unpause()
+
     def show(self, **values: str) -> None:
         """Shows values on the progress bar, beside the steps done and the time left."""
         self._bar.set_postfix(values, refresh=False)

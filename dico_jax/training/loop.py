@@ -22,6 +22,7 @@ from dico_jax.generation import generate_images, make_generate_fn
 from dico_jax.grids import class_name, image_grid, save_png
 from dico_jax.mesh import batch_sharding, check_batch_size, create_mesh, replicated, to_global
 from dico_jax.metrics.class_agreement import ClassAgreement, class_agreement, require_sklearn
+from dico_jax.models import count_parameters
 from dico_jax.training.checkpoints import Checkpointer
 from dico_jax.training.logging import RunLogger
 from dico_jax.training.state import TrainState, create_optimizer, create_state
@@ -52,8 +53,12 @@ def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
         start = int(state.step)
         steps = range(start + 1, training.num_steps + 1)
         meter = Meter(config.data.batch_size)
+        log.say(run.describe(start))
         for step, batch in zip(steps, run.batches(start), strict=False):  # batches have no end
             state, metrics = run.train_step(state, batch)
+            if step == start + 1:  # what has passed so far was compilation
+                meter.restart_clock()
+                log.restart_clock()
             meter.add(metrics)
             log.advance()
             last = step == training.num_steps
@@ -63,7 +68,8 @@ def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
                 log.show(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_second']:.0f}")
             if run.is_grid_step(step):
                 log.image(step, "samples", run.save_grid(step, state))
-                meter.restart()
+                meter.restart_clock()
+                log.restart_clock()
             if last or step % training.checkpoint_every_steps == 0:
                 saver.save(step, state)
         result = run.judge(state)
@@ -107,6 +113,16 @@ class Run:
             ema_decay=config.training.ema_decay,
             seed=config.seed,
             mesh=self.mesh,
+        )
+
+    def describe(self, start: int) -> str:
+        """One line of what is about to be trained, where and from which step on."""
+        parameters = count_parameters(self.experiment.model)
+        kind = self.mesh.devices.flat[0].device_kind
+        return (
+            f"{self.config.model.name}, {parameters:,} parameters; {len(self.source):,} examples; "
+            f"{self.mesh.size} x {kind}; steps {start} to {self.config.training.num_steps} "
+            f"in {self.workdir}"
         )
 
     def checkpointer(self) -> Checkpointer:
@@ -196,21 +212,22 @@ class Meter:
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
-        self.restart()
-
-    def restart(self) -> None:
-        """Starts the clock again, after work that is no training."""
         self._pending: list[dict] = []
-        self._since = time.monotonic()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Forgets the time since the last reading and its steps, for the throughput."""
+        self._since, self._timed_steps = time.monotonic(), 0
 
     def add(self, metrics: dict) -> None:
         """Takes the metrics of one step."""
         self._pending.append(metrics)
+        self._timed_steps += 1
 
     def read(self) -> dict[str, float]:
         """Means since the last reading, with "images_per_second"; waits for the steps."""
-        values = jax.device_get(self._pending)
-        rate = len(values) * self._batch_size / (time.monotonic() - self._since)
-        self.restart()
+        values, self._pending = jax.device_get(self._pending), []
+        rate = self._timed_steps * self._batch_size / (time.monotonic() - self._since)
+        self.restart_clock()
         means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
         return means | {"images_per_second": rate}
