@@ -78,8 +78,9 @@ def test_loss_terms_at_timestep_zero(dtype):
         model, params = setup(dtype)
         terms = per_example(model, create_diffusion(), params, *batch_of(dtype, "first_"))
         assert distance(terms["mse"], g["first_mse_f64"]) < 1e-5
-        # A logarithm of a difference of distribution values: noise in float32, there and here.
-        bar = {"float32": 0.2, "float64": 1e-8}[dtype]
+        # The published code is 0.04 off here in float32: it takes the logarithm of a difference of
+        # distribution values.
+        bar = {"float32": 1e-4, "float64": 1e-8}[dtype]
         np.testing.assert_allclose(terms["vb"], g["first_vb_f64"], rtol=0, atol=bar)
         np.testing.assert_allclose(terms["loss"], g["first_loss_f64"], rtol=0, atol=bar)
 
