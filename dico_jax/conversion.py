@@ -13,14 +13,11 @@ import json
 import math
 import os
 import pathlib
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from ml_collections import ConfigDict
 
 from dico_jax.build import Experiment, experiment_from_config
@@ -37,6 +34,7 @@ from dico_jax.interop.optimizer_state import (
     to_optax,
     write_adamw,
 )
+from dico_jax.interop.progress import ByteProgress
 from dico_jax.interop.torch_files import (
     TensorFile,
     open_tensors,
@@ -112,7 +110,7 @@ def from_pytorch(
     source, out = os.fspath(source), os.fspath(out)
     if model is not None:
         model_options(model)  # an unknown name is refused before a download
-    path, bar, health = local_file(source), _Progress(), Health()
+    path, bar, health = local_file(source), ByteProgress(), Health()
     with open_tensors(path, on_bytes=bar.advance) as file, _about(source):
         content = _content(file, weights, training)
         network = _network(content, model, num_classes, num_heads)
@@ -174,7 +172,7 @@ def to_pytorch(
         raise UsageError(f"--out={out}: name a .pt, .pth or .safetensors file")
     if training and suffix == ".safetensors":
         raise UsageError(f"--out={out}: a training checkpoint is more than tensors; name a .pt")
-    saved, health, bar = SavedWeights(ckpt, step), Health(), _Progress()
+    saved, health, bar = SavedWeights(ckpt, step), Health(), ByteProgress()
     with _about(f"--ckpt={ckpt}"):
         experiment = experiment_from_config(ConfigDict(saved.config))
     tree: dict[str, Any]
@@ -354,7 +352,7 @@ def _items(
 
 
 def _write_folder(
-    out: str, step: int, items: dict[str, Any], meta: dict[str, Any], bar: "_Progress"
+    out: str, step: int, items: dict[str, Any], meta: dict[str, Any], bar: "ByteProgress"
 ) -> None:
     leaves = jax.tree.leaves(items)
     nbytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
@@ -442,60 +440,6 @@ def _tensors(tree: Mapping[Any, Any]) -> Iterator[Any]:
             yield from _tensors(value)
         elif hasattr(value, "dtype"):
             yield value
-
-
-class _Progress:
-    """A progress bar of bytes on stderr, and the place where signals are heeded.
-
-    While files are written, SIGINT and SIGTERM (of schedulers) take effect between two pieces of a
-    tensor: anywhere else, threads of Orbax might still be writing into what is being removed.
-    """
-
-    def __init__(self) -> None:
-        self._update: Callable[[int], object] | None = None
-        self._signal: int | None = None
-
-    def advance(self, count: int) -> None:
-        """Counts bytes, while the bar is there.
-
-        Raises:
-          KeyboardInterrupt, SystemExit: there was a SIGINT or a SIGTERM.
-        """
-        if self._update:
-            self._update(count)
-        if self._signal is not None:
-            number, self._signal = self._signal, None
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    @contextlib.contextmanager
-    def running(self, total: int, what: str) -> Iterator[None]:
-        """Shows the bar of `total` bytes while the block runs."""
-        with (
-            self._holding_signals(),
-            tqdm.tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True) as bar,
-        ):
-            self._update = bar.update
-            yield
-            self._update = None
-
-    @contextlib.contextmanager
-    def _holding_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():  # only there may one do this
-            yield
-            return
-        old = {int(s): signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-        def note(number: int, _: object) -> None:
-            self._signal = number
-            signal.signal(number, old[number])  # a second one means it
-
-        for number in old:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

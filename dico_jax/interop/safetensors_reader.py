@@ -11,6 +11,7 @@ until it is closed: 1.05 GB after reading a file of 1 GB tensor by tensor. Hence
 tests compare it with the library.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -98,19 +99,17 @@ def read_sharded(
     tensors: dict[str, TensorRef] = {}
     metadata: dict[str, str] = {}
     files: list[FileBytes] = []
-    try:
+    with contextlib.ExitStack() as opened:  # closes them, should one of them be refused
         for shard in dict.fromkeys(weight_map.values()):
             _check_inside(index_path, shard)
             file = FileBytes(os.path.join(folder, shard), on_bytes)
+            opened.callback(file.close)
             files.append(file)
             found, extra = read_safetensors(file)
             metadata |= extra
             _check_shard(index_path, weight_map, shard, found)
             tensors |= found
-    except BaseException:
-        for file in files:
-            file.close()
-        raise
+        opened.pop_all()
     return {name: tensors[name] for name in weight_map}, metadata, files
 
 

@@ -5,6 +5,7 @@ and wide dtypes come first, so that every tensor is aligned to its own item size
 library does.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -61,19 +62,15 @@ def write_safetensors(
     stem = path.removesuffix(".safetensors")
     paths = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     index = _index(paths, shards)
-    done = []
-    try:
+    with contextlib.ExitStack() as written:  # removes them, should a later one fail
         for shard_path, shard in zip(paths, shards, strict=True):
             _write_one(shard_path, shard, metadata, on_bytes)
-            done.append(shard_path)
+            written.callback(os.unlink, shard_path)
         # Last: whoever sees the index finds all of its shards.
         index_path = f"{stem}.safetensors.index.json"
         with new_file(index_path) as stream:
             stream.write(index)
-    except BaseException:
-        for shard_path in done:
-            os.unlink(shard_path)
-        raise
+        written.pop_all()
     return [*paths, index_path]
 
 

@@ -6,6 +6,7 @@ one by one; `select_weights` finds the weights in what a training run saves; `wr
 a file is ever run.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -112,14 +113,15 @@ def open_tensors(
         tensors, metadata, files = read_sharded(path, on_bytes)
         return TensorFile(path, "sharded safetensors", tensors, metadata, files)
     file = FileBytes(path, on_bytes)
-    try:
+    with contextlib.ExitStack() as opened:  # closes it, should it be refused
+        opened.callback(file.close)
         if suffix == ".safetensors" or (suffix not in _TORCH_SUFFIXES and _looks_safe(file)):
             tensors, metadata = read_safetensors(file)
-            return TensorFile(path, "safetensors", tensors, metadata, [file])
-        return TensorFile(path, "pt", read_tree(file), {}, [file])
-    except BaseException:
-        file.close()
-        raise
+            found = TensorFile(path, "safetensors", tensors, metadata, [file])
+        else:
+            found = TensorFile(path, "pt", read_tree(file), {}, [file])
+        opened.pop_all()
+    return found
 
 
 def _looks_safe(file: FileBytes) -> bool:
