@@ -13,27 +13,25 @@ from ml_collections import ConfigDict
 
 from dico_jax.autoencoders import Autoencoder, create_autoencoder
 from dico_jax.data.sources import Source, create_source
+from dico_jax.defaults import DEFAULTS
 from dico_jax.diffusion import Diffusion, create_diffusion
 from dico_jax.errors import UsageError
 from dico_jax.generation import SamplingOptions
 from dico_jax.models import create_model
 
-# Every field of a config. configs/default.py says what they mean.
-_FIELDS = {
-    "": "seed",
-    "data.": "source path image_size batch_size horizontal_flip",
-    "autoencoder.": "name",
-    "model.": "name hidden_size depth mlp_ratio num_heads patch_size in_channels num_classes "
-    "class_dropout_prob learn_sigma dtype",
-    "diffusion.": "diffusion_steps noise_schedule",
-    "optimizer.": "learning_rate b1 b2 eps weight_decay",
-    "training.": "num_steps ema_decay log_every_steps checkpoint_every_steps keep_checkpoints "
-    "init_from",
-    "sampling.": "sampler num_steps ddim_eta cfg_scale cfg_channels batch_size grid_every_steps "
-    "grid_rows grid_columns",
-    "eval.": "class_agreement_samples",
-}
-FIELDS = frozenset(prefix + name for prefix, names in _FIELDS.items() for name in names.split())
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with keys such as "model.name"."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+FIELDS = frozenset(flatten(DEFAULTS))
 
 
 def check_fields(config: ConfigDict) -> None:
@@ -47,17 +45,6 @@ def check_fields(config: ConfigDict) -> None:
             f"did you mean config.{close[0]}?" if close else "configs/default.py lists the fields"
         )
         raise UsageError(f"config.{field}: no such field; {hint}")
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with keys such as "model.name"."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from dico_jax.conversion import from_pytorch, load_pytorch, to_pytorch
-from dico_jax.converted_config import DEFAULTS
+from dico_jax.defaults import DEFAULTS
 from dico_jax.errors import UsageError
 from dico_jax.inference import CheckpointSampler
 from dico_jax.interop.key_maps import (
