@@ -6,7 +6,7 @@ Light on purpose: `--help` answers before JAX is imported.
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -53,6 +53,23 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     return rest
+
+
+def take_action(argv: list[str], actions: Collection[str]) -> str | None:
+    """Removes what to do from the command line: its first argument that is no flag, or None."""
+    action = next((arg for arg in argv[1:] if arg in actions), None)
+    if action is None and len(argv) > 1 and not argv[1].startswith("-"):
+        action = argv[1]
+    if action is not None:
+        argv.remove(action)
+    return action
+
+
+def check_action(command: str, action: str | None, actions: Collection[str]) -> None:
+    """Raises UsageError unless the action is one of `actions`."""
+    if action not in actions:
+        said = f"{action!r} is unknown" if action else "what to do is missing"
+        raise UsageError(f"{said}: use {' or '.join(f'{command} {name}' for name in actions)}")
 
 
 def _make_sibling_configs_importable(argv: Sequence[str]) -> None:

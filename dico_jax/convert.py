@@ -1,4 +1,4 @@
-r"""Weights in from PyTorch and out again.
+r"""Weights in from PyTorch and out again, and autoencoders in.
 
 python -m dico_jax.convert from_pytorch --input=FILE --out=DIR
     [--model=DiCo-XL --weights=auto|ema|model --image_size=256 --training]
@@ -7,6 +7,11 @@ python -m dico_jax.convert from_pytorch --input=FILE --out=DIR
 
 python -m dico_jax.convert to_pytorch --ckpt=DIR --out=FILE.pt|FILE.safetensors
     [--weights=ema|params --step=N --training]
+
+python -m dico_jax.convert vae --input=FILE|DIR --out=FILE.safetensors
+    [--norm_num_groups=32 --scaling_factor=0.18215]
+    FILE: an AutoencoderKL in the layout of diffusers, or hf://OWNER/REPO/FILE; DIR: with its
+    config.json. The result is for config.autoencoder.path and --vae of sample.
 
 With --training the whole state of a run goes over: both sets of weights, AdamW's averages and step.
 """
@@ -18,7 +23,7 @@ from absl import flags
 from dico_jax import cli
 from dico_jax.errors import UsageError
 
-flags.DEFINE_string("input", None, "from_pytorch: the file to read.")
+flags.DEFINE_string("input", None, "from_pytorch, vae: the file to read.")
 flags.DEFINE_string("ckpt", None, "to_pytorch: workdir of a run, or a converted checkpoint.")
 flags.DEFINE_string("out", None, "What to write: a new folder, or a new file.")
 _WEIGHTS = flags.DEFINE_string(
@@ -40,6 +45,13 @@ _NUM_HEADS = flags.DEFINE_integer(
     "num_heads", None, "from_pytorch: attention heads of a DiT of no published width.",
     lower_bound=1,
 )  # fmt: skip
+_NORM_NUM_GROUPS = flags.DEFINE_integer(
+    "norm_num_groups", None, "vae: groups of its GroupNorm [config.json beside the file, or 32].",
+    lower_bound=1,
+)  # fmt: skip
+_SCALING_FACTOR = flags.DEFINE_float(
+    "scaling_factor", None, "vae: of its latents [config.json beside the file, or 0.18215].",
+)  # fmt: skip
 _STEP = flags.DEFINE_integer("step", None, "to_pytorch: of the checkpoint [the newest].")
 
 # Per action, the flags that it needs, and those that it may have.
@@ -49,53 +61,64 @@ _ACTIONS = {
         "model weights image_size num_classes num_heads training",
     ),
     "to_pytorch": ("ckpt out", "weights step training"),
+    "vae": ("input out", "norm_num_groups scaling_factor"),
 }
 _WEIGHTS_OF = {"from_pytorch": ("auto", "ema", "model"), "to_pytorch": ("ema", "params")}
 
 
-def take_action(argv: list[str]) -> str | None:
-    """Removes what to do from the command line: its first argument that is no flag, or None."""
-    action = next((arg for arg in argv[1:] if arg in _ACTIONS), None)
-    if action is None and len(argv) > 1 and not argv[1].startswith("-"):
-        action = argv[1]
-    if action is not None:
-        argv.remove(action)
-    return action
-
-
 def main(action: str | None) -> None:
     """Parses flags and converts."""
-    _check(action)
-    from dico_jax import conversion  # late: --help answers before JAX is imported
-
-    given = flags.FLAGS
-    if action == "from_pytorch":
-        done = conversion.from_pytorch(
-            given.input,
-            given.out,
-            model=_MODEL.value,
-            weights=_WEIGHTS.value or "auto",
-            image_size=_IMAGE_SIZE.value,
-            num_classes=_NUM_CLASSES.value,
-            num_heads=_NUM_HEADS.value,
-            training=_TRAINING.value,
-        )
-    else:
-        done = conversion.to_pytorch(
-            given.ckpt,
-            given.out,
-            step=_STEP.value,
-            weights=_WEIGHTS.value or "ema",
-            training=_TRAINING.value,
-        )
-    print(done)
+    print(_CONVERT[_check(action)](flags.FLAGS))
 
 
-def _check(action: str | None) -> None:
-    """Raises UsageError for an unknown action, a missing flag, or a flag of the other action."""
-    if action not in _ACTIONS:
-        said = f"{action!r} is unknown" if action else "what to do is missing"
-        raise UsageError(f"{said}: use {' or '.join(f'convert {name}' for name in _ACTIONS)}")
+# Late imports: --help answers before JAX is imported.
+
+
+def _from_pytorch(given: flags.FlagValues) -> str:
+    from dico_jax.conversion import from_pytorch
+
+    return from_pytorch(
+        given.input,
+        given.out,
+        model=_MODEL.value,
+        weights=_WEIGHTS.value or "auto",
+        image_size=_IMAGE_SIZE.value,
+        num_classes=_NUM_CLASSES.value,
+        num_heads=_NUM_HEADS.value,
+        training=_TRAINING.value,
+    )
+
+
+def _to_pytorch(given: flags.FlagValues) -> str:
+    from dico_jax.conversion import to_pytorch
+
+    return to_pytorch(
+        given.ckpt,
+        given.out,
+        step=_STEP.value,
+        weights=_WEIGHTS.value or "ema",
+        training=_TRAINING.value,
+    )
+
+
+def _vae(given: flags.FlagValues) -> str:
+    from dico_jax.autoencoders.conversion import convert_vae
+
+    return convert_vae(
+        given.input,
+        given.out,
+        norm_num_groups=_NORM_NUM_GROUPS.value,
+        scaling_factor=_SCALING_FACTOR.value,
+    )
+
+
+_CONVERT = {"from_pytorch": _from_pytorch, "to_pytorch": _to_pytorch, "vae": _vae}
+
+
+def _check(action: str | None) -> str:
+    """The action; raises UsageError if it is unknown, or for a flag missing or of another one."""
+    cli.check_action("convert", action, _ACTIONS)
+    assert action is not None
     needed, optional = (names.split() for names in _ACTIONS[action])
     for name in needed:
         if not flags.FLAGS[name].value:
@@ -110,8 +133,9 @@ def _check(action: str | None) -> None:
         )
     if _WEIGHTS.present and _TRAINING.value:
         raise UsageError("--weights: with --training all weights are converted; leave it out")
+    return action
 
 
 if __name__ == "__main__":
-    _action = take_action(sys.argv)
+    _action = cli.take_action(sys.argv, _ACTIONS)
     cli.run(lambda: main(_action))

@@ -41,7 +41,8 @@ def converted_config(
     config = copy.deepcopy(DEFAULTS)
     is_latent = model["in_channels"] == _LATENT_CHANNELS
     config["model"] = model
-    config["autoencoder"]["name"] = "latent_preview" if is_latent else "identity"
+    if not is_latent:
+        config["autoencoder"]["name"] = "identity"
     config["optimizer"] |= dict(optimizer or {})
     config["training"]["num_steps"] = max(config["training"]["num_steps"], step)
     if not is_latent:

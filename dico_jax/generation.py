@@ -5,6 +5,7 @@ noise follows from (seed, i).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,14 +68,26 @@ def make_generate_fn(
     latent_shape: tuple[int, int, int],
     options: SamplingOptions,
     mesh: Mesh,
+    *,
+    load: bool = True,
 ) -> GenerateFn:
     """The jitted function (params, indices (N,), labels (N,)) -> uint8 images (N, H, W, C).
 
-    `diffusion` is the respaced process, `latent_shape` is (H, W, C) of the network's input. N must
-    divide over the mesh, see `generate_images`.
+    N must divide over the mesh, see `generate_images`.
+
+    Args:
+      model: the network.
+      diffusion: the respaced process.
+      autoencoder: decodes; its weights are put on the devices once.
+      latent_shape: (H, W, C) of the network's input.
+      options: how to sample.
+      mesh: images are split over it.
+      load: reads the autoencoder's weights now; False leaves that, and what may be wrong with
+        them, to the first images.
 
     Raises:
-      UsageError: guidance is asked of a model without a null class.
+      UsageError: guidance is asked of a model without a null class, or the autoencoder's weights
+        cannot be read.
     """
     if options.cfg_scale != 1.0 and model.null_class is None:
         raise UsageError(
@@ -82,7 +95,7 @@ def make_generate_fn(
             "model.class_dropout_prob above 0: use sampling.cfg_scale=1"
         )
 
-    def generate(params, indices, labels):
+    def generate(decoder_params, params, indices, labels):
         keys = image_keys(options.seed, indices)
         model_fn = guided_model_fn(
             lambda x, t, y: model.apply({"params": params}, x, t, y),
@@ -100,12 +113,15 @@ def make_generate_fn(
             sampler=options.sampler,
             eta=options.ddim_eta,
         )
-        return to_uint8(autoencoder.decode(latents))
+        return to_uint8(autoencoder.decode(decoder_params, latents))
 
-    split = batch_sharding(mesh)
-    return jax.jit(
-        generate, in_shardings=(replicated(mesh), split, split), out_shardings=replicated(mesh)
-    )
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    jitted = jax.jit(generate, in_shardings=(whole, whole, split, split), out_shardings=whole)
+    # An argument and no constant: XLA would fold and copy 300 MB of constants.
+    decoder_params = functools.cache(lambda: jax.device_put(autoencoder.params, whole))
+    if load:
+        decoder_params()
+    return lambda params, indices, labels: jitted(decoder_params(), params, indices, labels)
 
 
 def generate_images(

@@ -1,5 +1,6 @@
 """Images of a checkpoint, into a folder."""
 
+import contextlib
 import json
 import pathlib
 import zipfile
@@ -11,6 +12,7 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict
 
+from dico_jax.autoencoders.registry import WAYS_OUT
 from dico_jax.build import experiment_from_config, sampling_from_config
 from dico_jax.errors import UsageError
 from dico_jax.generation import generate_images, make_generate_fn
@@ -20,6 +22,7 @@ from dico_jax.models import abstract_params
 from dico_jax.training.checkpoints import SavedWeights, library_versions
 
 _GRID_SIDE = 10
+PREVIEW = "preview"  # of --vae
 
 
 def parse_classes(text: str, num_images: int, num_classes: int, seed: int) -> np.ndarray:
@@ -56,6 +59,44 @@ def parse_classes(text: str, num_images: int, num_classes: int, seed: int) -> np
     return np.resize(np.array(classes, np.int32), num_images)
 
 
+def choose_autoencoder(config: ConfigDict, vae: str) -> None:
+    """Changes `config.autoencoder` to the one that --vae names.
+
+    Args:
+      config: of the checkpoint.
+      vae: a file, folder or hf:// address with weights, or "preview".
+
+    Raises:
+      UsageError: the checkpoint's model has no latents.
+    """
+    autoencoder = config.autoencoder
+    if autoencoder.name == "identity":
+        raise UsageError(
+            f"--vae={vae}: this checkpoint is a model of pixels, which needs no autoencoder; "
+            "leave it out"
+        )
+    if vae == PREVIEW:
+        autoencoder.name = "latent_preview"
+    else:
+        autoencoder.update(name="sd_vae", path=vae)
+
+
+@contextlib.contextmanager
+def _vae_errors(vae: str | None) -> Iterator[None]:
+    """Names the flag in errors about the autoencoder's file, or says that there is one."""
+    try:
+        yield
+    except UsageError as error:
+        text, field = str(error).removeprefix("config."), "autoencoder.path="
+        if not text.startswith(field):
+            raise
+        said = f"config.{text}" if vae is None else text.replace(field, "--vae=", 1)
+        raise UsageError(
+            f"{said.removesuffix(WAYS_OUT)}; give --vae=FILE, or --vae={PREVIEW} for small "
+            "false-colour pictures"
+        ) from error
+
+
 class CheckpointSampler:
     """The sampler of a checkpoint, with its config's options or others."""
 
@@ -67,6 +108,7 @@ class CheckpointSampler:
         weights: str = "ema",
         seed: int = 0,
         overrides: dict[str, Any] | None = None,
+        vae: str | None = None,
     ):
         """Loads the weights.
 
@@ -76,21 +118,27 @@ class CheckpointSampler:
           weights: "ema" or "params".
           seed: decides, with an image's index, all its noise.
           overrides: fields of `config.sampling` to change.
+          vae: in place of the config's autoencoder, see `choose_autoencoder`.
 
         Raises:
-          UsageError: no such checkpoint, or options that cannot work.
+          UsageError: no such checkpoint or autoencoder, or options that cannot work.
         """
         saved = SavedWeights(ckpt, step)
         config = ConfigDict(saved.config)
         config.seed = seed
         config.sampling.update(overrides or {})
-        self.experiment = experiment_from_config(config)
+        if vae is not None:
+            choose_autoencoder(config, vae)
+        with _vae_errors(vae):
+            self.experiment = experiment_from_config(config)
+            autoencoder = self.experiment.autoencoder
+            digest = autoencoder.decoder_digest  # reads the weights, and may fail
         process, options = sampling_from_config(config)
         self.class_names, self._config, self._mesh = saved.class_names, config, create_mesh()
         self._generate = make_generate_fn(
             self.experiment.model,
             process,
-            self.experiment.autoencoder,
+            autoencoder,
             self.experiment.latent_shape,
             options,
             self._mesh,
@@ -107,6 +155,12 @@ class CheckpointSampler:
             "weights": weights,
             "seed": seed,
             "sampling": config.sampling.to_dict(),
+            "autoencoder": {
+                **config.autoencoder.to_dict(),
+                "path": config.autoencoder.path if digest else None,  # read, or of no use
+                "scaling_factor": autoencoder.scaling_factor,
+                "decoder_digest": digest,
+            },
         }
 
     def images(self, labels: np.ndarray, start: int = 0) -> Iterator[np.ndarray]:
@@ -170,9 +224,9 @@ def _claim_folder(folder: pathlib.Path, settings: dict, versions: dict) -> None:
     # How many at a time does not change an image.
     settings["sampling"].pop("batch_size")
     if file.exists():
-        old = json.loads(file.read_text())["settings"]
-        if old != settings:
-            differing = [k for k in settings if old.get(k) != settings[k]]
+        old, new = (_decisive(s) for s in (json.loads(file.read_text())["settings"], settings))
+        if old != new:
+            differing = [k for k in new if old.get(k) != new[k]]
             raise UsageError(
                 f"--out={folder} holds images made with other settings "
                 f"({', '.join(differing)}; see {file.name}): give another folder"
@@ -183,6 +237,12 @@ def _claim_folder(folder: pathlib.Path, settings: dict, versions: dict) -> None:
             "give another folder"
         )
     file.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2) + "\n")
+
+
+def _decisive(settings: dict) -> dict:
+    """The settings that decide an image: of the autoencoder's file its content, not its place."""
+    autoencoder = {k: v for k, v in settings.get("autoencoder", {}).items() if k != "path"}
+    return settings | {"autoencoder": autoencoder}
 
 
 def _save_atomically(file: pathlib.Path, image: np.ndarray) -> None:

@@ -4,7 +4,9 @@ from absl import flags
 
 from dico_jax import cli
 
-_CKPT = flags.DEFINE_string("ckpt", None, "Workdir of a run.", required=True)
+_CKPT = flags.DEFINE_string(
+    "ckpt", None, "Workdir of a run, or a converted checkpoint.", required=True
+)
 _OUT = flags.DEFINE_string("out", None, "Folder for 000000.png and on, grid.png.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
@@ -13,6 +15,11 @@ _CLASSES = flags.DEFINE_string(
     "classes", "all",
     "Classes by number, such as 1,2,3, taken in turn; 'all' for every class in turn; 'random' for "
     "classes drawn from the seed.",
+)  # fmt: skip
+_VAE = flags.DEFINE_string(
+    "vae", None,
+    "Weights of the autoencoder: a file, a folder or hf://OWNER/REPO/FILE; or 'preview' for small "
+    "false-colour pictures [config].",
 )  # fmt: skip
 _CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance scale, 1 for none [config].")
 _CFG_CHANNELS = flags.DEFINE_string(
@@ -47,6 +54,7 @@ def main() -> None:
         weights=_WEIGHTS.value,
         seed=_SEED.value,
         overrides={k: v for k, v in overrides.items() if v is not None},
+        vae=_VAE.value,
     )
     sampler.save(_OUT.value, num_images=_NUM_IMAGES.value, classes=_CLASSES.value, npz=_NPZ.value)
     print(f"{_NUM_IMAGES.value} images and grid.png are in {_OUT.value}")

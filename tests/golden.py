@@ -27,13 +27,16 @@ def load(name):
 
 
 def draw(shapes, seed, kind, std=0.05):
-    """Weights of recipe A or B for `shapes` (PyTorch key -> shape), float32, PyTorch layouts."""
-    normal = np.random.Generator(np.random.PCG64(seed)).standard_normal
+    """Weights of recipe A, B or V for `shapes` (PyTorch key -> shape), float32, PyTorch layouts."""
+    rng = np.random.Generator(np.random.PCG64(seed))
     out = {}
     for key in sorted(shapes):
         shape = tuple(shapes[key])
         fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
-        z = normal(shape)
+        if kind == "V" and len(shape) == 1 and not key.endswith(".bias"):
+            out[key] = rng.uniform(0.5, 1.5, shape).astype(np.float32)
+            continue
+        z = rng.standard_normal(shape)
         if kind == "A":
             gain = std
         elif kind == "B":
@@ -44,6 +47,8 @@ def draw(shapes, seed, kind, std=0.05):
                 if ".embedding_table" in key
                 else math.sqrt(1.0 / fan_in)
             )
+        elif kind == "V":
+            gain = 0.1 if key.endswith(".bias") else math.sqrt(1.0 / fan_in)
         else:
             raise ValueError(f"unknown recipe {kind!r}")
         out[key] = (z * gain).astype(np.float32)

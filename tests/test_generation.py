@@ -3,8 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from dico_jax.autoencoders import create_autoencoder, to_uint8
+from dico_jax.autoencoders import Autoencoder, create_autoencoder, to_uint8
+from dico_jax.autoencoders.weights import Weights
+from dico_jax.defaults import DEFAULTS
 from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import UsageError
 from dico_jax.generation import SamplingOptions, generate_images, make_generate_fn
@@ -16,12 +19,16 @@ from dico_jax.models import create_model
 from tests import golden
 
 
+def autoencoder(name):
+    return create_autoencoder(ConfigDict(DEFAULTS["autoencoder"] | {"name": name}))
+
+
 def make_images(num_devices, batch_size, num_images=10, seed=0, **options):
     model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
     generate = make_generate_fn(
         model,
         create_diffusion("4"),
-        create_autoencoder("identity"),
+        autoencoder("identity"),
         (8, 8, 1),
         SamplingOptions(seed=seed, cfg_channels="all", **options),
         create_mesh(jax.devices()[:num_devices]),
@@ -71,7 +78,7 @@ def test_guidance_needs_a_null_class():
     model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, class_dropout_prob=0.0)
     with pytest.raises(UsageError, match=r"sampling.cfg_scale=2.0 needs .* use sampling.cfg_scale"):
         make_generate_fn(
-            model, create_diffusion("4"), create_autoencoder("identity"), (8, 8, 4),
+            model, create_diffusion("4"), autoencoder("identity"), (8, 8, 4),
             SamplingOptions(cfg_scale=2.0), create_mesh(),
         )  # fmt: skip
 
@@ -91,11 +98,36 @@ def test_to_uint8_cuts_as_the_released_code_does():
     assert int(to_uint8(np.float32([0.5 / 127.5]))[0]) == 128
 
 
-def test_latent_preview():
-    preview = create_autoencoder("latent_preview")
-    assert preview.decode(np.zeros((2, 4, 6, 4), np.float32)).shape == (2, 4, 6, 3)
-    with pytest.raises(UsageError, match="autoencoder.name='sd' is unknown: use one of identity"):
-        create_autoencoder("sd")
+@pytest.mark.parametrize("load", [True, False])
+def test_the_autoencoders_weights_are_an_argument(load):
+    """And are on the devices once; without `load` they are read for the first images."""
+    loaded, decoded = [], []
+
+    def weights():
+        loaded.append(True)
+        return Weights({"gain": np.float32([0.5])})
+
+    def decode(params, latents):
+        decoded.append(params["gain"])
+        return latents * params["gain"]
+
+    generate = make_generate_fn(
+        create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10),
+        create_diffusion("2"),
+        Autoencoder("half", 1, 1, decode=decode, load=weights),
+        (8, 8, 1),
+        SamplingOptions(cfg_channels="all"),
+        create_mesh(jax.devices()[:2]),
+        load=load,
+    )
+    assert len(loaded) == load
+    model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
+    params, indices = golden.drawn_params(model, 3, "A"), np.arange(2, dtype=np.int32)
+    for _ in range(2):
+        images = generate(params, indices, indices)
+    assert images.shape == (2, 8, 8, 1)
+    assert len(loaded) == len(decoded) == 1
+    assert isinstance(decoded[0], jax.core.Tracer)
 
 
 def test_grids_and_png_files(tmp_path):
@@ -114,20 +146,22 @@ def test_grids_and_png_files(tmp_path):
 
 
 def test_the_judge_knows_real_from_shuffled_and_spread_from_collapse():
-    from dico_jax.data.sources import DigitsSource
+    from dico_jax.data.sources import create_source
 
-    digits = DigitsSource()
-    images, labels = digits.images[:500], digits.labels[:500]
-    good = class_agreement(digits.images, digits.labels, images, labels)
+    digits = list(create_source(ConfigDict(DEFAULTS["data"] | {"source": "digits"})))
+    real = np.stack([example["image"] for example in digits])
+    real_labels = np.array([example["label"] for example in digits])
+    images, labels = real[:500], real_labels[:500]
+    good = class_agreement(real, real_labels, images, labels)
     assert good.classifier_accuracy >= 0.97
     assert good.agreement > 0.98
     assert 0.9 < good.spread < 1.1
-    wrong = class_agreement(digits.images, digits.labels, images, np.roll(labels, 1))
+    wrong = class_agreement(real, real_labels, images, np.roll(labels, 1))
     assert wrong.agreement < 0.3
-    means = np.stack([digits.images[digits.labels == c].mean(0) for c in range(10)])
+    means = np.stack([real[real_labels == c].mean(0) for c in range(10)])
     noise = np.random.default_rng(0).integers(0, 30, images.shape)
     collapsed = np.clip(means[labels] + noise, 0, 255).astype(np.uint8)
-    assert class_agreement(digits.images, digits.labels, collapsed, labels).spread < 0.5
+    assert class_agreement(real, real_labels, collapsed, labels).spread < 0.5
 
 
 def test_mean_pairwise_distance():

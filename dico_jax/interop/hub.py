@@ -19,18 +19,49 @@ def local_file(name: str | os.PathLike) -> str:
         failed.
     """
     name = os.fspath(name)
-    if not name.startswith(_SCHEME):
+    if not is_remote(name):
         return name
-    parts = name.removeprefix(_SCHEME).split("/", 2)
-    if len(parts) != 3 or not all(parts):
-        raise UsageError(f"{name}: write hf://OWNER/REPO/FILE")
-    repo, file = "/".join(parts[:2]), parts[2]
+    repo, file = _parts(name)
     path = _download(name, repo, file)
     if file.endswith(".json"):
         folder = file.rpartition("/")[0]
         for shard in shard_names(path):
             _download(name, repo, f"{folder}/{shard}" if folder else shard)
     return path
+
+
+def file_beside(name: str, file: str) -> str | None:
+    """Where huggingface_hub has put the file called `file` in the folder of hf://OWNER/REPO/FILE.
+
+    Returns:
+      The path, or None where the repository has no such file.
+
+    Raises:
+      UsageError: as in `local_file`.
+    """
+    repo, path = _parts(name)
+    folder = path.rpartition("/")[0]
+    try:
+        return _download(name, repo, f"{folder}/{file}" if folder else file)
+    except UsageError as error:
+        classes = {cls.__name__ for cls in type(error.__cause__).__mro__}
+        # The class of "not in the cache, and no network" derives from that of "not there".
+        if "EntryNotFoundError" in classes and "LocalEntryNotFoundError" not in classes:
+            return None
+        raise
+
+
+def is_remote(name: str | os.PathLike) -> bool:
+    """Whether `name` is an address of this kind, and not a file."""
+    return os.fspath(name).startswith(_SCHEME)
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The repository and the file in it."""
+    parts = name.removeprefix(_SCHEME).split("/", 2)
+    if len(parts) != 3 or not all(parts):
+        raise UsageError(f"{name}: write hf://OWNER/REPO/FILE")
+    return "/".join(parts[:2]), parts[2]
 
 
 def _download(name: str, repo: str, file: str) -> str:

@@ -120,6 +120,22 @@ KEY_MAPS = {
         "attn qkv proj mlp fc1 fc2 linear adaLN_modulation",
         constants=re.compile(r"^pos_embed$"),
     ),
+    "AutoencoderKL": KeyMap(
+        declaration="encoder decoder quant_conv post_quant_conv "
+        "conv_in down_blocks up_blocks mid_block attentions resnets downsamplers upsamplers "
+        "norm1 conv1 norm2 conv2 conv_shortcut "  # of a residual block
+        "group_norm to_q to_k to_v to_out "  # of an attention
+        "conv_norm_out conv_out",
+        conv1x1=re.compile(r"(^|\.)((post_)?quant_conv|conv_shortcut)$"),
+        # Before 2023 the projections had other names, and were 1x1 convolutions in some files.
+        aliases=(
+            (r"(\.attentions\.\d+\.)query\.", r"\1to_q."),
+            (r"(\.attentions\.\d+\.)key\.", r"\1to_k."),
+            (r"(\.attentions\.\d+\.)value\.", r"\1to_v."),
+            (r"(\.attentions\.\d+\.)proj_attn\.", r"\1to_out.0."),
+        ),
+        loose_ones=True,
+    ),
 }
 
 

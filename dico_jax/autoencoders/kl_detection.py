@@ -1,0 +1,197 @@
+"""Sizes of an autoencoder, from the names and shapes of its tensors and from a config.json.
+
+Every size that shows in shapes is read off several tensors and the most frequent answer wins, so
+that a file with a few missing or misshapen tensors still gives the right sizes, and an error that
+names just these.
+"""
+
+import collections
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from dico_jax.autoencoders.kl import KLConfig
+from dico_jax.errors import UsageError
+from dico_jax.interop.tensor_refs import shown
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_MAX_LEVELS, _MAX_LAYERS, _MAX_WIDTH = 8, 32, 1 << 14
+_BLOCK = re.compile(
+    r"encoder\.down_blocks\.(\d{1,4})\.resnets\.(\d{1,4})\.(conv1|conv2|norm2)\.bias"
+)
+# Where the number of latent channels shows: tensor, axis, and what the length there is divided by.
+_LATENT_CHANNELS = (
+    ("quant_conv.bias", 0, 2),
+    ("post_quant_conv.bias", 0, 1),
+    ("decoder.conv_in.weight", 1, 1),
+    ("encoder.conv_out.bias", 0, 2),
+)
+
+# Fields of diffusers' config.json. What is in none of these is refused: it may change the network.
+_SIZES = ("layers_per_block", "latent_channels", "norm_num_groups")
+_SUPPORTED: Mapping[str, tuple[Any, ...]] = {  # with the values that this network has
+    "in_channels": (3,),
+    "out_channels": (3,),
+    "act_fn": ("silu", "swish"),
+    "shift_factor": (None, 0, 0.0),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+}
+_BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_NOTES = ("sample_size", "force_upcast")  # they change nothing that is computed here
+
+
+def read_options(path: str) -> dict[str, Any]:
+    """What the config.json of an AutoencoderKL says, as fields of `KLConfig`.
+
+    Raises:
+      UsageError: it cannot be read, is the config of something else, or asks for what this network
+        does not do.
+    """
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    options = _json_object(text, path)
+    like = "AutoencoderKL" if "latent_channels" in options else "something else"
+    name = options.get("_class_name", like)
+    if name != "AutoencoderKL":
+        raise UsageError(
+            f"{path}, beside the weights, is the config of another network ({shown(name)}), not of "
+            "an AutoencoderKL: give its weights, or move these to a folder of their own"
+        )
+    return _checked(options, path)
+
+
+def parse_options(text: str, where: str) -> dict[str, Any]:
+    """Fields of `KLConfig` from a JSON object; `where` is its name in messages.
+
+    Raises:
+      UsageError: it is none, or it has a field or value that is not supported.
+    """
+    return _checked(_json_object(text, where), where)
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is not JSON: {str(error)[:100]}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{where} is not a JSON object")
+    return found
+
+
+def _checked(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of `KLConfig` among the options.
+
+    Raises:
+      UsageError: one asks for what this network does not do, or makes no sense; it is named.
+    """
+    fields: dict[str, Any] = {}
+    for name, value in options.items():
+        said = f"{where}: {name}={shown(value)}"
+        if name.startswith("_") or name in _NOTES:
+            continue
+        if name in _SUPPORTED:
+            if not any(value == v and type(value) is type(v) for v in _SUPPORTED[name]):
+                raise UsageError(f"{said} is not supported, only {_SUPPORTED[name][0]!r}")
+        elif name in _BLOCK_TYPES:
+            if not isinstance(value, list) or any(v != _BLOCK_TYPES[name] for v in value):
+                raise UsageError(f"{said} is not supported, only {_BLOCK_TYPES[name]}")
+        elif name == "block_out_channels" and isinstance(value, list):
+            fields[name] = tuple(value)
+        elif name in _SIZES:
+            if type(value) is not int:
+                raise UsageError(f"{said} must be a whole number")
+            fields[name] = value
+        elif name == "scaling_factor":
+            if type(value) not in (int, float) or not 0 < value < 1e6:
+                raise UsageError(f"{said} must be a number above 0")
+            fields[name] = float(value)
+        else:
+            raise UsageError(f"{said} is not known here, and may change the network")
+    return fields
+
+
+def detect_config(shapes: Shapes, options: Mapping[str, Any]) -> KLConfig:
+    """The sizes that names and shapes show, with the options that they do not show.
+
+    Args:
+      shapes: of a state dict, see `key_maps.known_names`.
+      options: fields of `KLConfig`; without norm_num_groups and scaling_factor, the defaults.
+
+    Raises:
+      UsageError: these are no weights of such a network, or the options say otherwise.
+    """
+    widths, depth = _levels(shapes)
+    if not any(key.startswith("quant_conv.") for key in shapes):
+        raise UsageError(
+            "the file has no quant_conv (use_quant_conv=False), as newer autoencoders: they are "
+            "not supported, those of Stable Diffusion 1, 2 and XL are"
+        )
+    latents = [
+        shapes[key][axis] // divisor
+        for key, axis, divisor in _LATENT_CHANNELS
+        if axis < len(shapes.get(key, ()))
+    ]
+    channels = _most_frequent(latents) if latents else 0
+    if (
+        not 1 <= min(*widths, channels) <= max(*widths, channels) <= _MAX_WIDTH
+        or len(widths) > _MAX_LEVELS
+        or depth > _MAX_LAYERS
+    ):
+        raise UsageError(
+            f"sizes that make no sense show in its shapes: block_out_channels={shown(widths)}, "
+            f"layers_per_block={depth}, latent_channels={channels}"
+        )
+    sizes = {"block_out_channels": widths, "layers_per_block": depth, "latent_channels": channels}
+    for name, size in sizes.items():
+        if options.get(name, size) != size:
+            raise UsageError(f"the config says {name}={shown(options[name])}, the weights {size}")
+    try:
+        return KLConfig(**{**options, **sizes})
+    except UsageError as error:
+        if "norm_num_groups" in options:
+            raise
+        raise UsageError(
+            f"{error}: 32 is taken where no config.json lies beside the weights; put it there, or "
+            "convert the file with convert vae --norm_num_groups"
+        ) from error
+
+
+def _levels(shapes: Shapes) -> tuple[tuple[int, ...], int]:
+    """The width of every level, and the number of residual blocks of each."""
+    widths: dict[int, list[int]] = {}
+    depths: dict[int, int] = {}
+    for key, shape in shapes.items():
+        block = _BLOCK.fullmatch(key)
+        if block and len(shape) >= 1:
+            level, layer = int(block[1]), int(block[2])
+            widths.setdefault(level, []).append(shape[0])
+            depths[level] = max(depths.get(level, 0), layer + 1)
+    if not widths or sorted(widths) != list(range(len(widths))):
+        _refuse(shapes)
+    found = tuple(_most_frequent(widths[level]) for level in range(len(widths)))
+    return found, _most_frequent(depths.values())
+
+
+def _most_frequent(values: Iterable[int]) -> int:
+    return collections.Counter(values).most_common(1)[0][0]
+
+
+def _refuse(shapes: Shapes) -> NoReturn:
+    """Raises UsageError that says what the file is instead, as far as that can be seen."""
+    if any(".down.0.block." in key for key in shapes):
+        raise UsageError(
+            "it has the names of the original latent-diffusion code: give the same autoencoder in "
+            "the layout of diffusers"
+        )
+    some = ", ".join(shown(key) for key in list(shapes)[:5])
+    raise UsageError(f"it is no autoencoder (AutoencoderKL): {len(shapes)} tensors such as {some}")
