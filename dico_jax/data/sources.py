@@ -1,115 +1,92 @@
-"""Sources of examples by name: indexed sequences of {"image", "label"}.
+"""Sources of training examples by name; docs/data.md describes each for its users."""
 
-An image is either uint8 (H, W, C) pixels or float (H, W, C) latents, already scaled.
-"""
-
-import pathlib
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import numpy as np
-
+from dico_jax.data.arrays import ArraySource
+from dico_jax.data.digits import DigitsSource
+from dico_jax.data.folders import FolderSource
+from dico_jax.data.zips import ZipSource
 from dico_jax.errors import UsageError
 
 
 class Source(Protocol):
     """An indexed sequence of examples.
 
+    Sources pickle in little space, because worker processes get them, and may be read by several
+    threads at once. Their repr tells what they read and is the same in every process.
+
     Attributes:
-      image_shape: (H, W, C) of every example.
+      kind: what the images are: "pictures", "latents" (float, scaled) or "moments" (of the
+        autoencoder's posterior). The latter two also have `image_shape`, the (H, W, C) of one
+        orientation.
       class_names: one name per class, in the order of the labels.
+      skipped: id to reason, of what was found among the examples when listing them but is none,
+        such as files of another kind.
     """
 
-    image_shape: tuple[int, int, int]
+    kind: str
     class_names: list[str]
+    skipped: dict[str, str]
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image", "label"}: the label is an int, the position in `class_names`.
+
+        Pictures are bytes of a picture file or uint8 (H, W, 1 or 3). Latents and moments are
+        floats (H, W, C) or, with the mirrored picture's, (2, H, W, C).
+
+        Raises:
+          BadExample: this one example cannot be read.
+          OSError: the disk or the network fails.
+        """
+        ...
+
+    def example_id(self, index: int) -> str:
+        """What names an example to the user, such as CLASS/FILE; its image is not decoded."""
+        ...
 
 
-class ArraySource:
-    """Two NumPy files in a folder, memory-mapped: `examples.npy` and `labels.npy`.
-
-    `examples.npy` is (N, H, W, C), uint8 pixels or float latents; or (N, 2, H, W, C), where the
-    second of each pair is the mirrored example (latents cannot be mirrored afterwards: encode both
-    pictures). `labels.npy` is (N,) integers from 0.
-
-    Raises:
-      UsageError: a file is missing or has another form.
-    """
-
-    def __init__(self, path: str | None):
-        if path is None:
-            raise UsageError("data.path is not set: give the folder of examples.npy and labels.npy")
-        examples, labels = (self._open(pathlib.Path(path) / f"{n}.npy") for n in self._FILES)
-        if examples.ndim not in (4, 5) or (examples.ndim == 5 and examples.shape[1] != 2):
-            raise UsageError(
-                f"data.path={path}: examples.npy is {examples.shape}, "
-                "but must be (N, H, W, C), or (N, 2, H, W, C) with mirrored ones"
-            )
-        if labels.shape != examples.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
-            raise UsageError(
-                f"data.path={path}: labels.npy is {labels.dtype} {labels.shape}, "
-                f"but must be integers ({len(examples)},), one per example, at least one"
-            )
-        self.path, self.examples, self.labels = path, examples, labels
-        self.has_mirrored = examples.ndim == 5
-        self.image_shape = examples.shape[-3:]
-        self.class_names = [str(i) for i in range(int(labels.max()) + 1)]
-
-    _FILES = ("examples", "labels")
-
-    @staticmethod
-    def _open(file: pathlib.Path) -> np.ndarray:
-        try:
-            return np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"data.path: cannot read {file}: {error}") from error
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return {"image": np.asarray(self.examples[index]), "label": int(self.labels[index])}
-
-    def __repr__(self):
-        return f"ArraySource({self.path!r})"
+# These import much, so they do it late.
 
 
-class DigitsSource:
-    """scikit-learn's 1,797 handwritten digits: uint8 (8, 8, 1), ink 255, ten classes.
+def _latents(config) -> Source:
+    from dico_jax.data.prepared_latents import PreparedLatents
 
-    Raises:
-      UsageError: scikit-learn is not installed.
-    """
+    return PreparedLatents.from_config(config)
 
-    has_mirrored = False
 
-    def __init__(self):
-        try:
-            from sklearn import datasets
-        except ImportError as error:
-            raise UsageError(
-                "data.source='digits' needs scikit-learn: pip install 'dico_jax[demo]'"
-            ) from error
-        digits = datasets.load_digits()
-        self.images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-        self.labels = digits.target.astype(np.int32)
-        self.image_shape = (8, 8, 1)
-        self.class_names = [str(i) for i in range(10)]
+def _tfds(config) -> Source:
+    with _needs_tfds(config.source):
+        from dico_jax.data.tfds_source import TfdsSource
+    return TfdsSource(config.name, config.path, config.split)
 
-    def __len__(self):
-        return len(self.labels)
 
-    def __getitem__(self, index):
-        return {"image": self.images[index], "label": int(self.labels[index])}
+def _array_record(config) -> Source:
+    with _needs_tfds(config.source):
+        from dico_jax.data.array_records import ArrayRecordSource
+    return ArrayRecordSource(config.path)
 
-    def __repr__(self):
-        return "DigitsSource()"
+
+@contextlib.contextmanager
+def _needs_tfds(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(
+            f"data.source={name!r} needs tensorflow-datasets and array_record ({error}): "
+            "pip install tensorflow-datasets array_record"
+        ) from error
 
 
 SOURCES: dict[str, Callable[[Any], Source]] = {
+    "latents": _latents,
+    "folder": lambda config: FolderSource(config.path),
+    "zip": lambda config: ZipSource(config.path),
+    "tfds": _tfds,
+    "array_record": _array_record,
     "arrays": lambda config: ArraySource(config.path),
     "digits": lambda config: DigitsSource(),
 }

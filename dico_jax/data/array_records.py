@@ -1,0 +1,210 @@
+"""Pictures in ArrayRecord files of tf.train.Examples."""
+
+import concurrent.futures
+import contextlib
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+from array_record.python import array_record_data_source, array_record_module
+from google.protobuf.message import DecodeError
+from tensorflow_datasets.proto import tf_example_pb2
+
+from dico_jax.data.paths import path_errors, require_local, required_path
+from dico_jax.data.pictures import BadExample
+from dico_jax.errors import UsageError
+
+_FILES = ("*.array_record*", "*.arrayrecord*")
+
+# Names of features: of TFDS, and of the TFRecord files of old.
+_IMAGE = ("image", "image/encoded")
+_LABEL = ("label", "image/class/label")
+_ID = ("file_name", "id", "image/filename")
+
+_OPENERS = 16
+
+
+class ArrayRecordSource:
+    """The records of ArrayRecord files in the order of the files' names.
+
+    Attributes:
+      path: a folder, a file, or a pattern of files.
+      class_names: the lines of classes.txt beside the files, else the numbers up to the largest
+        label, for which all records are read once.
+      skipped: empty.
+    """
+
+    kind = "pictures"
+
+    def __init__(self, path: str | None):
+        """Opens the files.
+
+        Raises:
+          UsageError: there are none, one is damaged, or the records have other features.
+        """
+        path = required_path(path, "a folder or pattern of ArrayRecord files")
+        require_local(path, "ArrayRecord files")
+        self.path = path
+        files = _find_files(path)
+        self._folder = os.path.commonpath([os.path.dirname(file) or "." for file in files])
+        self._names = [os.path.relpath(file, self._folder) for file in files]
+        counts = count_records(f"data.path={path}", files)
+        self._ends = np.cumsum(counts)
+        if not self._ends[-1]:
+            raise UsageError(f"data.path={path}: its {len(files)} ArrayRecord files are empty")
+        self._records = array_record_data_source.ArrayRecordDataSource(
+            [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True) if count]
+        )
+        self._image, self._label, self._id = self._find_features()
+        self.skipped: dict[str, str] = {}
+        names = _read_class_names(path, os.path.join(self._folder, "classes.txt"))
+        self.class_names = names or [str(i) for i in range(self._largest_label() + 1)]
+
+    def _find_features(self) -> tuple[str, str, str | None]:
+        """The names of the features of image, label and id."""
+        try:
+            features = self._features(0)
+        except (BadExample, RuntimeError) as error:
+            raise UsageError(
+                f"data.path={self.path}: the first record is no tf.train.Example: {error}"
+            ) from error
+
+        def find(names: tuple[str, ...], kind: type) -> str | None:
+            return next((n for n in names if _only(features, n, kind) is not None), None)
+
+        image, label = find(_IMAGE, bytes), find(_LABEL, int)
+        if image is None or label is None:
+            raise UsageError(
+                f"data.path={self.path}: records need the features 'image' or 'image/encoded' "
+                "(bytes) and 'label' or 'image/class/label' (an int64), but the first has "
+                f"{', '.join(map(repr, sorted(features))) or 'none'}"
+            )
+        return image, label, find(_ID, bytes)
+
+    def _largest_label(self) -> int:
+        largest = 0
+        for index in tqdm.tqdm(range(len(self)), desc="labels", dynamic_ncols=True, delay=2):
+            with contextlib.suppress(BadExample):  # found again when it is to be trained on
+                largest = max(largest, self._label_of(self._features(index)))
+        return largest
+
+    def _features(self, index: int) -> dict[str, list]:
+        with record_errors():
+            example = tf_example_pb2.Example.FromString(self._records[index])
+            return {
+                name: list(getattr(feature, feature.WhichOneof("kind") or "bytes_list").value)
+                for name, feature in example.features.feature.items()
+            }
+
+    def _label_of(self, features: dict[str, list]) -> int:
+        label = _only(features, self._label, int)
+        if label is None or label < 0:
+            found = features.get(self._label)
+            raise BadExample(f"its feature {self._label} is {found}, not one label from 0")
+        return label
+
+    def __len__(self):
+        return int(self._ends[-1])
+
+    def __getitem__(self, index) -> dict[str, Any]:
+        features = self._features(range(len(self))[index])
+        label = self._label_of(features)
+        check_label(label, self.class_names)
+        image = _only(features, self._image, bytes)
+        if image is None:
+            raise BadExample(f"its feature {self._image} is not one encoded picture")
+        return {"image": image, "label": label}
+
+    def example_id(self, index) -> str:
+        """The id in a record, else FILE/POSITION."""
+        index = range(len(self))[index]
+        if self._id is not None:
+            with contextlib.suppress(BadExample):
+                name = _only(self._features(index), self._id, bytes)
+                if name is not None:
+                    return name.decode(errors="backslashreplace")
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        return f"{self._names[file]}/{index - (self._ends[file - 1] if file else 0)}"
+
+    def __repr__(self):
+        return f"ArrayRecordSource({self.path!r})"
+
+
+@contextlib.contextmanager
+def record_errors() -> Iterator[None]:
+    """Turns the errors of reading a damaged record into BadExample.
+
+    ArrayRecord has one class for all errors; those of the disk say which function failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.match("Corrupted|Invalid", str(error)):
+            raise
+        raise BadExample(f"its record is damaged: {' '.join(str(error).split())}") from error
+    except (DecodeError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise BadExample(f"its record cannot be parsed: {reason}") from error
+
+
+def check_label(label: int, class_names: Sequence[str]) -> None:
+    """Raises BadExample for a label that has no class."""
+    if not 0 <= label < len(class_names):
+        raise BadExample(f"its label is {label}, but there are {len(class_names)} classes")
+
+
+def _only(features: dict[str, list], name: str, kind: type) -> Any:
+    """The one value of a feature, or None if it has another number or kind of values."""
+    values = features.get(name, [])
+    return values[0] if len(values) == 1 and isinstance(values[0], kind) else None
+
+
+def _find_files(path: str) -> list[str]:
+    if os.path.isdir(path):
+        patterns = [os.path.join(glob.escape(path), pattern) for pattern in _FILES]
+    else:
+        patterns = [path]
+    files = sorted({f for p in patterns for f in glob.glob(p) if os.path.isfile(f)})
+    if not files:
+        raise UsageError(
+            f"data.path={path}: there are no ArrayRecord files: give their folder "
+            f"({' or '.join(_FILES)}) or a pattern"
+        )
+    return files
+
+
+def count_records(field: str, files: list[str]) -> list[int]:
+    """The number of records in each of some files, whose two ends are checked with it.
+
+    Raises:
+      UsageError: one is damaged; the message starts with `field`.
+    """
+
+    def count(file: str) -> int:
+        try:
+            reader = array_record_module.ArrayRecordReader(file)
+            try:
+                return reader.num_records()
+            finally:
+                reader.close()
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"{field}: {file} cannot be read: {reason}") from error
+
+    with concurrent.futures.ThreadPoolExecutor(_OPENERS) as pool:
+        return list(pool.map(count, files))
+
+
+def _read_class_names(path: str, file: str) -> list[str]:
+    """The lines of classes.txt, none if there is no such file."""
+    if not os.path.exists(file):
+        return []
+    with path_errors(path), open(file, encoding="utf-8") as stream:
+        names = [line.strip() for line in stream.read().strip().split("\n")]
+    if not all(names):
+        raise UsageError(f"data.path={path}: {file} has empty lines: write one class name per line")
+    return names
