@@ -14,21 +14,51 @@ def get_config():
     config.seed = 0
 
     config.data = config_dict.ConfigDict()
-    # Where examples come from: "digits" (scikit-learn's 1,797 digits) or "arrays" (NumPy files).
-    config.data.source = "arrays"
-    # Folder of the source, where it needs one.
+    # Where examples come from: "latents" (prepared by dico_jax.prepare), "folder" (pictures in a
+    # subfolder per class), "zip" (the same in a zip file), "tfds" (TensorFlow Datasets),
+    # "array_record" (ArrayRecord files of tf.train.Examples), "arrays" (NumPy files) or "digits"
+    # (scikit-learn's 1,797 digits). docs/data.md describes each.
+    config.data.source = "latents"
+    # Folder or file of the source, local or gs://; for "tfds" its data_dir.
     config.data.path = config_dict.placeholder(str)
+    # "tfds" only: the dataset, such as "imagenet2012:5.1.0" or "cifar10", and its split.
+    config.data.name = config_dict.placeholder(str)
+    config.data.split = "train"
     # Side of the (square) images in pixels; latents are smaller by the autoencoder's factor.
     config.data.image_size = 256
     # Examples per step, over all devices.
     config.data.batch_size = 256
     # Mirror each example with probability 1/2.
     config.data.horizontal_flip = True
+    # Turn pictures as their EXIF data say. Cameras' pictures need it; the published ImageNet
+    # pipeline does not look at it.
+    config.data.exif_rotation = False
+    # What the network sees of the autoencoder's posterior: "sample" (drawn anew at every visit),
+    # "mean", or "fixed" (one draw per example and orientation, as the released code prepares).
+    config.data.latent_sampling = "sample"
+    # Pictures that cannot be read are skipped and listed in bad_examples.jsonl of the workdir; when
+    # more than this fraction of all examples is bad, training stops.
+    config.data.max_bad_fraction = 0.001
+    # Processes that read and decode; 0 uses threads of this process.
+    config.data.num_workers = 0
+    # Compare prepared latents with the checksums of their manifest before training starts.
+    config.data.verify_checksums = True
+    # Local folder to copy gs:// latents into, which cannot be read in place.
+    config.data.cache_dir = config_dict.placeholder(str)
 
     config.autoencoder = config_dict.ConfigDict()
-    # "identity" for models of pixels; "latent_preview" for models of Stable Diffusion latents that
-    # were prepared elsewhere, shown as small false-colour pictures.
-    config.autoencoder.name = "latent_preview"
+    # "sd_vae" (Stable Diffusion's, with weights from `path`), "identity" for models of pixels, or
+    # "latent_preview", which shows latents as small false-colour pictures and needs no weights.
+    config.autoencoder.name = "sd_vae"
+    # Weights of "sd_vae": what `dico_jax.convert vae` wrote, a file or folder in the layout of
+    # diffusers, or hf://OWNER/REPO/FILE (which needs the extra `hub`); see docs/conversion.md.
+    config.autoencoder.path = "hf://stabilityai/sd-vae-ft-ema/diffusion_pytorch_model.safetensors"
+    # Dtype of its activations: "float32" or "bfloat16" (about 1e-2 off). Parameters are float32.
+    config.autoencoder.dtype = "float32"
+    # Decode in overlapping tiles of this many latent positions a side, at least 8 (0: never), for
+    # images whose activations do not fit in memory. Tiles change the colours a little: GroupNorm
+    # and attention see one tile.
+    config.autoencoder.tile_size = 0
 
     config.model = config_dict.ConfigDict()
     # A published size such as "DiCo-XL" or "DiT-XL/2", or "DiCo" or "DiT" with the sizes below.
@@ -41,7 +71,8 @@ def get_config():
     config.model.patch_size = config_dict.placeholder(int)  # DiT only
     # Channels of the latents (or pixels) that the network sees.
     config.model.in_channels = 4
-    config.model.num_classes = 1000
+    # Unset (None) to take it from the source.
+    config.model.num_classes = config_dict.FieldReference(1000, int)
     # Probability of dropping the label in training, which guidance needs; 0 for no null class.
     config.model.class_dropout_prob = 0.1
     # Whether the network also predicts the variance.

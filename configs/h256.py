@@ -3,7 +3,7 @@ r"""DiCo-H (1.04B parameters) on ImageNet 256x256.
     python -m dico_jax.main --config=configs/h256.py --workdir=DIR \
         --config.data.path=LATENTS --config.model.dtype=bfloat16
 
-Data: LATENTS/examples.npy and labels.npy, see `dico_jax.data.sources.ArraySource`.
+Data: LATENTS made by `python -m dico_jax.prepare latents --image_size=256`, see docs/recipes.md.
 Hardware: 8 GPUs with 80 GB, or a TPU slice (not measured yet).
 Expected: FID 1.90 with guidance (paper).
 """

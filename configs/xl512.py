@@ -3,7 +3,7 @@ r"""DiCo-XL (701.2M parameters) on ImageNet 512x512.
     python -m dico_jax.main --config=configs/xl512.py --workdir=DIR \
         --config.data.path=LATENTS --config.model.dtype=bfloat16
 
-Data: LATENTS/examples.npy and labels.npy, see `dico_jax.data.sources.ArraySource`.
+Data: LATENTS made by `python -m dico_jax.prepare latents --image_size=512`, see docs/recipes.md.
 Hardware: 8 GPUs with 80 GB, or a TPU slice (not measured yet).
 Expected: FID 2.53 with guidance (paper).
 """

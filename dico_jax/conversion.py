@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dico_jax.build import Experiment, experiment_from_config
+from dico_jax.build import experiment_from_config, model_from_config
 from dico_jax.converted_config import converted_config
 from dico_jax.errors import UsageError
 from dico_jax.interop.file_writers import Deferred, check_new, new_folder
@@ -44,7 +44,8 @@ from dico_jax.interop.torch_files import (
 )
 from dico_jax.model_detection import detect_model
 from dico_jax.models import abstract_params, create_model, model_options
-from dico_jax.models.dit import position_embedding
+from dico_jax.models.denoiser import Denoiser
+from dico_jax.models.dit import DiT, position_embedding
 from dico_jax.training.checkpoints import FOLDER, SavedWeights, write_checkpoint
 from dico_jax.training.state import create_optimizer
 
@@ -174,12 +175,12 @@ def to_pytorch(
         raise UsageError(f"--out={out}: a training checkpoint is more than tensors; name a .pt")
     saved, health, bar = SavedWeights(ckpt, step), Health(), ByteProgress()
     with _about(f"--ckpt={ckpt}"):
-        experiment = experiment_from_config(ConfigDict(saved.config))
+        model = model_from_config(ConfigDict(saved.config))
     tree: dict[str, Any]
     if training:
-        tree = _training_checkpoint(saved, experiment, health)
+        tree = _training_checkpoint(saved, model, health)
     else:
-        tree = _state_dict(saved, experiment, weights, health)
+        tree = _state_dict(saved, model, weights, health)
     nbytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in _tensors(tree))
     check_new(out, int(_SLACK * nbytes))
     write = write_safetensors if suffix == ".safetensors" else write_pt
@@ -381,40 +382,38 @@ def _disk_errors(out: str) -> Iterator[None]:
 
 
 def _state_dict(
-    saved: SavedWeights, experiment: Experiment, weights: str, health: Health
+    saved: SavedWeights, model: Denoiser, weights: str, health: Health
 ) -> dict[str, Any]:
     """The state dict of saved weights, in the published order."""
-    model, wanted = experiment.model, _wanted(experiment)
+    wanted = _wanted(model)
     name = f"{saved.folder}: the weights {weights!r}"
     tensors = deferred_state_dict(saved.leaves(weights), wanted, name, health)
     found = collections.OrderedDict[str, Any](tensors)
-    if type(model).__name__ == "DiT":
-        rows, columns = (side // model.patch_size for side in experiment.latent_shape[:2])
+    if isinstance(model, DiT):
+        height, width, _ = experiment_from_config(ConfigDict(saved.config)).latent_shape
+        rows, columns = height // model.patch_size, width // model.patch_size
         table = position_embedding(rows, columns, model.hidden_size)
         found[_TABLE] = table.astype(np.float32)[None]
         found.move_to_end(_TABLE, last=False)
     return found
 
 
-def _wanted(experiment: Experiment) -> list[Entry]:
-    model = experiment.model
+def _wanted(model: Denoiser) -> list[Entry]:
     return entries(abstract_params(model), KEY_MAPS[type(model).__name__])
 
 
-def _training_checkpoint(
-    saved: SavedWeights, experiment: Experiment, health: Health
-) -> dict[str, Any]:
+def _training_checkpoint(saved: SavedWeights, model: Denoiser, health: Health) -> dict[str, Any]:
     """Model, ema, opt and args, as the released training script saves them."""
-    model, ema = (_state_dict(saved, experiment, name, health) for name in ("params", "ema"))
+    raw, ema = (_state_dict(saved, model, name, health) for name in ("params", "ema"))
     count, *averages = from_optax(saved.optimizer_leaves())
     exp_avg, exp_avg_sq = (
-        deferred_state_dict(leaves, _wanted(experiment), f"{saved.folder}: opt_state", health)
+        deferred_state_dict(leaves, _wanted(model), f"{saved.folder}: opt_state", health)
         for leaves in averages
     )
     options = saved.config["optimizer"]
     state = AdamWState(int(count.read()), exp_avg, exp_avg_sq, options)
-    opt = write_adamw(state, model)
-    return {"model": model, "ema": ema, "opt": opt, "args": _namespace(saved)}
+    opt = write_adamw(state, raw)
+    return {"model": raw, "ema": ema, "opt": opt, "args": _namespace(saved)}
 
 
 def _namespace(saved: SavedWeights) -> argparse.Namespace:

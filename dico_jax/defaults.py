@@ -8,13 +8,26 @@ from typing import Any
 DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "data": {
-        "source": "arrays",
+        "source": "latents",
         "path": None,
+        "name": None,
+        "split": "train",
         "image_size": 256,
         "batch_size": 256,
         "horizontal_flip": True,
+        "exif_rotation": False,
+        "latent_sampling": "sample",
+        "max_bad_fraction": 0.001,
+        "num_workers": 0,
+        "verify_checksums": True,
+        "cache_dir": None,
     },
-    "autoencoder": {"name": "latent_preview"},
+    "autoencoder": {
+        "name": "sd_vae",
+        "path": "hf://stabilityai/sd-vae-ft-ema/diffusion_pytorch_model.safetensors",
+        "dtype": "float32",
+        "tile_size": 0,
+    },
     "model": {
         "name": "DiCo-S",
         "hidden_size": None,

@@ -5,18 +5,21 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import default, digits
+from configs import default, digits, folder
 from dico_jax.build import (
     FIELDS,
     check_fields,
     check_training,
     experiment_from_config,
     flatten,
+    reader_from_config,
     sampling_from_config,
     source_from_config,
+    with_num_classes,
 )
 from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params, count_parameters
@@ -36,7 +39,7 @@ PARAMETERS = {
 
 
 def test_the_published_sizes_have_configs():
-    assert set(NAMES) == {"default", "digits", *PARAMETERS}
+    assert set(NAMES) == {"default", "digits", "cifar10", "folder", *PARAMETERS}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,6 +54,8 @@ def test_config_builds_and_its_loss_can_be_traced(name):
     check_fields(config)
     check_training(config)
     create_optimizer(config.optimizer)
+    if config.model.num_classes is None:  # counted when the data are opened
+        config.model.num_classes = 3
     process, _ = sampling_from_config(config)
     assert process.num_steps == config.sampling.num_steps
 
@@ -106,14 +111,43 @@ def test_every_field_is_read_somewhere():
         assert not section or f"config.{section}" in code, section
 
 
-def test_source_must_fit_the_model():
+def read(config):
+    return reader_from_config(config, experiment_from_config(config), source_from_config(config))
+
+
+def test_source_must_fit_the_model(tmp_path):
     config = digits.get_config()
-    config.model.in_channels = 3
-    with pytest.raises(
-        UsageError, match="config.data.image_size=8 with config.model.in_channels=3"
-    ):
-        source_from_config(config, experiment_from_config(config))
+    read(config)
+    config.model.in_channels = 2
+    with pytest.raises(UsageError, match="config.model.in_channels=2 does not fit pictures"):
+        read(config)
+    config = digits.get_config()
+    config.data.max_bad_fraction = -0.5
+    with pytest.raises(UsageError, match="config.data.max_bad_fraction=-0.5 must be in"):
+        read(config)
     config = default.get_config()
     config.model.in_channels = 3
     with pytest.raises(UsageError, match="config.model.in_channels=3 does not fit config.autoenc"):
         experiment_from_config(config)
+    config = default.get_config()
+    config.data.source, config.autoencoder.name = "digits", "latent_preview"
+    with pytest.raises(UsageError, match="config.autoencoder.name='latent_preview' cannot encode"):
+        read(config)
+    np.save(tmp_path / "examples.npy", np.zeros((4, 8, 8, 4), np.float32))
+    np.save(tmp_path / "labels.npy", np.arange(4))
+    config.data.source, config.data.path = "arrays", str(tmp_path)
+    with pytest.raises(UsageError, match="config.data.image_size=256 with config.model.in_chann"):
+        read(config)
+    config.data.image_size = 64
+    read(config)
+
+
+def test_num_classes_are_counted_where_they_are_not_set():
+    config = folder.get_config()
+    assert config.model.num_classes is None
+    source = source_from_config(digits.get_config())
+    counted = with_num_classes(config, source)
+    assert counted.model.num_classes == 10
+    assert counted.is_locked
+    assert config.model.num_classes is None
+    assert with_num_classes(default.get_config(), source).model.num_classes == 1000

@@ -103,7 +103,8 @@ def test_a_run_in_parts_equals_a_run_in_one(tmp_path, capfd):
     # The whole run logs at 2, 4 and 6; so does the other one, and the numbers are the same.
     assert [line["step"] for line in whole] == [2, 4, 6, 6]
     for a, b in zip(whole, [p for p in parts if p["step"] != 4 or "loss" in p], strict=True):
-        assert {**a, "images_per_second": 0} == {**b, "images_per_second": 0}
+        speed = {"images_per_second": 0, "data_wait": 0}
+        assert {**a, **speed} == {**b, **speed}
     for name in ("step_0000003.png", "step_0000006.png"):
         pictures = [(tmp_path / run / "samples" / name).read_bytes() for run in ("whole", "parts")]
         assert pictures[0] == pictures[1]

@@ -2,73 +2,154 @@
 
 Every epoch is shuffled anew. Batch k of the run is made of the k-th `batch_size` examples of the
 endless shuffled sequence, whatever the number of processes: process h of H takes every H-th of
-them. So the position of a run is its step, and a checkpoint needs no other data state.
+them. So the position of a run is its step, and a checkpoint needs no other data state; the number
+of processes, and of the workers that read for them, may change from one start to the next.
 """
 
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable
+from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
+from dico_jax.data.bad_examples import BadExampleLog, too_many_bad
+from dico_jax.data.pictures import BadExample
 from dico_jax.data.sources import Source
 
+Reader = Callable[[Any, bool], np.ndarray]
 
-def to_model_range(image: np.ndarray) -> np.ndarray:
-    """uint8 pixels to float32 in [-1, 1]; latents (any float dtype) to float32 as they are."""
-    if image.dtype == np.uint8:
-        return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
-    return image.astype(np.float32)
+_BATCHES_AHEAD = 2  # of every worker, and on the devices
 
 
-def prepare_example(example: dict, rng: np.random.Generator, horizontal_flip: bool) -> dict:
-    """One example for training: mirrored with probability 1/2 if asked, in the model's range.
+class ExampleLoader:
+    """Loads the example of an index; in place of a bad one, the next good one of the source.
 
-    Returns:
-      {"x": float32 (H, W, C), "y": int32 label}.
+    What takes a bad one's place depends on the source alone, so every process agrees.
     """
-    image = example["image"]
-    mirrored = horizontal_flip and rng.random() < 0.5
-    if image.ndim == 4:  # a pair of orientations
-        image = image[int(mirrored)]
-    elif mirrored:
-        image = image[:, ::-1]
-    return {"x": to_model_range(image), "y": np.int32(example["label"])}
+
+    def __init__(
+        self, source: Source, read: Reader, horizontal_flip: bool, max_bad_fraction: float
+    ):
+        self._source, self._read = source, read
+        self._flip, self._max_bad_fraction = horizontal_flip, max_bad_fraction
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """An element of a batch, see `training_batches`."""
+        mirrored = self._flip and rng.random() < 0.5
+        bad: dict[str, str] = {}
+        count = len(self._source)
+        while len(bad) <= self._max_bad_fraction * count:
+            position = (int(index) + len(bad)) % count
+            try:
+                example = self._source[position]
+                return {
+                    "example": self._read(example["image"], mirrored),
+                    "label": np.int32(example["label"]),
+                    "index": np.int32(position),
+                    "mirrored": np.bool_(mirrored),
+                    "skipped": np.int32(len(bad)),
+                }
+            except BadExample as error:
+                bad[self._source.example_id(position)] = str(error)
+        raise too_many_bad(bad, count, self._max_bad_fraction)
 
 
 def training_batches(
     source: Source,
+    read: Reader,
     *,
     batch_size: int,
     seed: int,
     start_step: int = 0,
     horizontal_flip: bool = False,
+    max_bad_fraction: float = 0.0,
+    num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> grain.IterDataset:
     """This process's part of every batch from `start_step` on, without end.
 
     Args:
       source: the examples.
+      read: makes the array of an example's image, see `dico_jax.data.readers`.
       batch_size: examples per step over all processes; divides by process_count.
       seed: decides the order and the mirroring.
       start_step: number of batches already used.
-      horizontal_flip: see `prepare_example`.
+      horizontal_flip: mirror each example with probability 1/2.
+      max_bad_fraction: of the source's examples; more bad ones in a row are an error.
+      num_workers: processes that read; 0 for threads of this one.
       process_index, process_count: which part.
 
-    Yields:
-      {"x": float32 (batch_size / process_count, H, W, C), "y": int32 (batch_size / process_count,)}
+    Returns:
+      Batches of n = batch_size / process_count: {"example": (n, ...) as the reader makes them,
+      "label": int32 (n,), "index": int32 (n,) in the source, "mirrored": bool (n,), "skipped":
+      int32 (n,), how many examples just before this one in the source were bad}.
     """
-    dataset = (
-        grain.MapDataset.source(source)
-        .seed(seed)
-        .shuffle()
-        .repeat(None)
-        .random_map(lambda example, rng: prepare_example(example, rng, horizontal_flip))
-    )
+    load = ExampleLoader(source, read, horizontal_flip, max_bad_fraction)
+    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None).random_map(load)
     dataset = dataset[process_index::process_count].batch(batch_size // process_count)
-    iterator = iter(dataset.to_iter_dataset())
-    state = iterator.get_state()
-    if set(state) != {"next_index"}:
-        raise RuntimeError(f"Grain's iterator state {state} is not a plain position any more")
-    iterator.set_state({"next_index": start_step})
-    return iterator
+    # A start by position, not by a saved state of Grain: that one depends on the workers.
+    dataset = dataset[start_step:]
+    return read_ahead(dataset, num_workers)
+
+
+def read_ahead(dataset: grain.MapDataset, num_workers: int) -> grain.IterDataset:
+    """Reads batches in threads of this process, or in worker processes, in their order."""
+    if num_workers == 0:
+        # A thread reads a batch: as many as cores.
+        threads = min(os.cpu_count() or 1, 16)
+        return dataset.to_iter_dataset(grain.ReadOptions(threads, threads + _BATCHES_AHEAD))
+    if not flags.FLAGS.is_parsed():  # Grain's workers read flags, also where there are none
+        flags.FLAGS.mark_as_parsed()
+    return dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(
+        grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BATCHES_AHEAD)
+    )
+
+
+class DeviceBatches:
+    """An iterator of batches on the devices, put there by a thread ahead of their use.
+
+    A batch has "example", "label", "index" and "mirrored", see `training_batches`. Use as a context
+    manager, which ends workers and threads.
+
+    Attributes:
+      waited: seconds that the newest batch was waited for.
+    """
+
+    def __init__(self, batches: grain.IterDataset, put: Callable[[Any], Any], log: BadExampleLog):
+        """Starts reading.
+
+        Args:
+          batches: see `training_batches`.
+          put: makes global arrays of a tree of this process's NumPy arrays.
+          log: takes note of bad examples.
+        """
+
+        def to_devices(batch: dict) -> tuple[Any, np.ndarray, np.ndarray]:
+            index, skipped = batch["index"], batch.pop("skipped")
+            return put(batch), index, skipped
+
+        ahead = grain.experimental.ThreadPrefetchIterDataset(
+            batches.map(to_devices), prefetch_buffer_size=_BATCHES_AHEAD
+        )
+        self._iterator, self._log = iter(ahead), log
+        self.waited = 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Any:
+        start = time.monotonic()
+        arrays, index, skipped = next(self._iterator)
+        self.waited = time.monotonic() - start
+        self._log.add_skipped(index, skipped)
+        return arrays
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._iterator.close()

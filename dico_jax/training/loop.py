@@ -7,16 +7,20 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from dico_jax.autoencoders.encoding import make_latents_fn
 from dico_jax.build import (
     Experiment,
     check_fields,
     check_training,
     config_errors,
     experiment_from_config,
+    reader_from_config,
     sampling_from_config,
     source_from_config,
+    with_num_classes,
 )
-from dico_jax.data.pipeline import training_batches
+from dico_jax.data.bad_examples import BadExampleLog
+from dico_jax.data.pipeline import DeviceBatches, training_batches
 from dico_jax.data.sources import Source
 from dico_jax.generation import generate_images, make_generate_fn
 from dico_jax.grids import class_name, image_grid, save_png
@@ -54,24 +58,27 @@ def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
         steps = range(start + 1, training.num_steps + 1)
         meter = Meter(config.data.batch_size)
         log.say(run.describe(start))
-        for step, batch in zip(steps, run.batches(start), strict=False):  # batches have no end
-            state, metrics = run.train_step(state, batch)
-            if step == start + 1:  # what has passed so far was compilation
-                meter.restart_clock()
-                log.restart_clock()
-            meter.add(metrics)
-            log.advance()
-            last = step == training.num_steps
-            if last or step % training.log_every_steps == 0:
-                values = meter.read()
-                log.scalars(step, values)
-                log.show(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_second']:.0f}")
-            if run.is_grid_step(step):
-                log.image(step, "samples", run.save_grid(step, state))
-                meter.restart_clock()
-                log.restart_clock()
-            if last or step % training.checkpoint_every_steps == 0:
-                saver.save(step, state)
+        with run.batches(start) as batches:
+            for step, batch in zip(steps, batches, strict=False):  # batches have no end
+                state, metrics = run.train_step(state, run.to_latents(batch, np.int32(step)))
+                meter.add(metrics, waited=batches.waited)
+                if step == start + 1:  # what has passed so far was compilation
+                    meter.restart_clock()
+                    log.restart_clock()
+                log.advance()
+                last = step == training.num_steps
+                if last or step % training.log_every_steps == 0:
+                    values = meter.read()
+                    log.scalars(step, values)
+                    log.show(
+                        loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_second']:.0f}"
+                    )
+                if run.is_grid_step(step):
+                    log.image(step, "samples", run.save_grid(step, state))
+                    meter.restart_clock()
+                    log.restart_clock()
+                if last or step % training.checkpoint_every_steps == 0:
+                    saver.save(step, state)
         result = run.judge(state)
         if result is not None:
             log.say(str(result))
@@ -83,15 +90,23 @@ class Run:
     """The parts of a run, built and checked from its config."""
 
     def __init__(self, config: ConfigDict, workdir: str):
-        self.config = config
         self.mesh = create_mesh()
         check_fields(config)
         check_training(config)
         check_batch_size(config.data.batch_size, self.mesh.size, "config.data.batch_size")
+        self.source: Source = source_from_config(config)
+        self.config = config = with_num_classes(config, self.source)
         self.experiment: Experiment = experiment_from_config(config)
         process, options = sampling_from_config(config)
-        self.source: Source = source_from_config(config, self.experiment)
+        self.read = reader_from_config(config, self.experiment, self.source)
         with config_errors():
+            self.to_latents = make_latents_fn(
+                self.source.kind,
+                self.experiment.autoencoder,
+                latent_sampling=config.data.latent_sampling,
+                seed=config.seed,
+                mesh=self.mesh,
+            )
             self.optimizer = create_optimizer(config.optimizer)
             self.generate = make_generate_fn(
                 self.experiment.model,
@@ -100,6 +115,7 @@ class Run:
                 self.experiment.latent_shape,
                 options,
                 self.mesh,
+                load=bool(config.sampling.grid_every_steps or config.eval.class_agreement_samples),
             )
             if config.eval.class_agreement_samples:
                 require_sklearn("eval.class_agreement_samples")
@@ -146,19 +162,25 @@ class Run:
             print(self.warm_start)
         return self.warm_start.apply(state)
 
-    def batches(self, start_step: int):
-        """Global arrays on the mesh, from the batch after `start_step` on."""
+    def batches(self, start_step: int) -> DeviceBatches:
+        """Batches on the mesh, from the one after `start_step` on."""
         data, sharding = self.config.data, batch_sharding(self.mesh)
-        for batch in training_batches(
+        batches = training_batches(
             self.source,
+            self.read,
             batch_size=data.batch_size,
             seed=self.config.seed,
             start_step=start_step,
             horizontal_flip=data.horizontal_flip,
+            max_bad_fraction=data.max_bad_fraction,
+            num_workers=data.num_workers,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-        ):
-            yield to_global(batch, sharding)
+        )
+        part = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
+        file = self.workdir / f"bad_examples{part}.jsonl"
+        log = BadExampleLog(self.source, self.read, data.max_bad_fraction, file)
+        return DeviceBatches(batches, lambda batch: to_global(batch, sharding), log)
 
     def sample(self, state: TrainState, labels: np.ndarray) -> np.ndarray:
         """Images of the averaged weights, uint8 (N, H, W, C)."""
@@ -197,7 +219,7 @@ class Run:
         examples = [self.source[i] for i in range(len(self.source))]
         labels = np.arange(num_samples) % self.experiment.model.num_classes
         return class_agreement(
-            np.stack([e["image"] for e in examples]),
+            np.stack([self.read(e["image"], False) for e in examples]),
             np.array([e["label"] for e in examples]),
             self.sample(state, labels),
             labels,
@@ -205,7 +227,7 @@ class Run:
 
 
 class Meter:
-    """Means of step metrics and the throughput since the last reading.
+    """Means of step metrics, the throughput and the wait for data since the last reading.
 
     Metrics stay on the devices until they are read, so that steps are not waited for one by one.
     """
@@ -216,18 +238,26 @@ class Meter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Forgets the time since the last reading and its steps, for the throughput."""
-        self._since, self._timed_steps = time.monotonic(), 0
+        """Forgets the time since the last reading and its steps, for throughput and wait."""
+        self._since, self._timed_steps, self._waited = time.monotonic(), 0, 0.0
 
-    def add(self, metrics: dict) -> None:
-        """Takes the metrics of one step."""
+    def add(self, metrics: dict, waited: float) -> None:
+        """Takes the metrics of one step, and the seconds that it waited for its batch."""
         self._pending.append(metrics)
         self._timed_steps += 1
+        self._waited += waited
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading, with "images_per_second"; waits for the steps."""
+        """Means since the last reading; waits for the steps.
+
+        Besides them "images_per_second", and "data_wait", the fraction of the time in which the
+        next batch was not ready.
+        """
         values, self._pending = jax.device_get(self._pending), []
-        rate = self._timed_steps * self._batch_size / (time.monotonic() - self._since)
+        seconds = time.monotonic() - self._since
+        speed = {
+            "images_per_second": self._timed_steps * self._batch_size / seconds,
+            "data_wait": self._waited / seconds,
+        }
         self.restart_clock()
-        means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
-        return means | {"images_per_second": rate}
+        return {name: float(np.mean([v[name] for v in values])) for name in values[0]} | speed

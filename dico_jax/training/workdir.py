@@ -13,7 +13,16 @@ from dico_jax.errors import UsageError
 # Fields that may change between two runs in one workdir: they decide how long a run goes on and
 # what it reports, not what it computes.
 MUTABLE_FIELDS = (
+    "data.source",
+    "data.name",
+    "data.split",
     "data.path",
+    "data.max_bad_fraction",
+    "data.num_workers",
+    "data.verify_checksums",
+    "data.cache_dir",
+    "autoencoder.path",
+    "autoencoder.tile_size",
     "training.num_steps",
     "training.log_every_steps",
     "training.checkpoint_every_steps",
