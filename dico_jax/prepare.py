@@ -1,0 +1,140 @@
+r"""Prepares data ahead of training.
+
+python -m dico_jax.prepare latents --source=folder --path=DIR --out=DIR [--image_size=256 ...]
+    Encodes every picture of a source, and its mirror image, with the autoencoder. Run it again to
+    go on after an interruption; run it with --process_index=I --process_count=N on N machines that
+    share DIR to divide the work.
+
+python -m dico_jax.prepare latents --out=DIR --verify
+    Checks everything that was prepared.
+
+Training then reads it by --config.data.source=latents --config.data.path=DIR.
+"""
+
+import re
+import sys
+import time
+from typing import Any
+
+from absl import flags
+
+from dico_jax import cli
+from dico_jax.defaults import DEFAULTS
+from dico_jax.errors import UsageError
+
+_OUT = flags.DEFINE_string("out", None, "Folder of the result, local or gs://.", required=True)
+_SOURCE = flags.DEFINE_string("source", None, "folder, zip, tfds, array_record or arrays.")
+_PATH = flags.DEFINE_string("path", None, "Folder or file of the source; of tfds its data_dir.")
+_NAME = flags.DEFINE_string("name", None, "tfds: the dataset, such as imagenet2012:5.1.0.")
+_SPLIT = flags.DEFINE_string("split", "train", "tfds: the split.")
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Side of the cropped pictures in pixels.")
+_EXIF_ROTATION = flags.DEFINE_bool(
+    "exif_rotation", False,
+    "Turn pictures as their EXIF data say: for cameras' pictures, not for ImageNet.",
+)  # fmt: skip
+_MIRRORED = flags.DEFINE_bool("mirrored", True, "Encode mirrored pictures too.")
+_VAE = flags.DEFINE_string(
+    "vae", DEFAULTS["autoencoder"]["path"],
+    "Weights of the autoencoder: a file, or hf://OWNER/REPO/FILE.",
+)  # fmt: skip
+_VAE_DTYPE = flags.DEFINE_string("vae_dtype", "float32", "float32, or bfloat16 on accelerators.")
+_DTYPE = flags.DEFINE_string("dtype", "float16", "Of the stored numbers: float16 or bfloat16.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures at a time, over all devices.")
+_SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Examples per shard.")
+_NUM_WORKERS = flags.DEFINE_integer(
+    "num_workers", 0, "Processes that read pictures; 0 for threads.", lower_bound=0
+)
+_MAX_BAD_FRACTION = flags.DEFINE_float(
+    "max_bad_fraction", DEFAULTS["data"]["max_bad_fraction"],
+    "Pictures that cannot be read are skipped and listed; more than this fraction is an error.",
+)  # fmt: skip
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "Which of the machines this one is.")
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "Machines that share the work.")
+_VERIFY = flags.DEFINE_bool("verify", False, "Check checksums and every record.")
+
+_ACTIONS = ("latents",)
+_FLAG_OF_FIELD = {"autoencoder.path": "vae", "autoencoder.dtype": "vae_dtype"}
+
+
+def main(action: str | None) -> None:
+    """Parses flags and prepares."""
+    cli.check_action("prepare", action, _ACTIONS)
+    if _SOURCE.value is None and not _VERIFY.value:
+        raise UsageError("--source is missing; --verify checks what was prepared")
+    if _SOURCE.value is not None:
+        try:
+            _prepare()
+        except UsageError as error:
+            raise UsageError(_with_flags(str(error))) from error
+    if _VERIFY.value:
+        _verify()
+
+
+def _prepare() -> None:
+    # Late imports: --help answers before JAX is imported.
+    from ml_collections import ConfigDict
+
+    from dico_jax.autoencoders import create_autoencoder
+    from dico_jax.data.sources import create_source
+    from dico_jax.latent_preparation import Options, prepare_latents
+
+    options = Options(
+        image_size=_IMAGE_SIZE.value,
+        exif_rotation=_EXIF_ROTATION.value,
+        mirrored=_MIRRORED.value,
+        dtype=_DTYPE.value,
+        shard_size=_SHARD_SIZE.value,
+        batch_size=_BATCH_SIZE.value,
+        max_bad_fraction=_MAX_BAD_FRACTION.value,
+        num_workers=_NUM_WORKERS.value,
+        process_index=_PROCESS_INDEX.value,
+        process_count=_PROCESS_COUNT.value,
+    )
+    data: dict[str, Any] = DEFAULTS["data"] | {
+        "source": _SOURCE.value,
+        "path": _PATH.value,
+        "name": _NAME.value,
+        "split": _SPLIT.value,
+    }
+    source = create_source(ConfigDict(data))
+    vae = DEFAULTS["autoencoder"] | {"path": _VAE.value, "dtype": _VAE_DTYPE.value}
+    autoencoder = create_autoencoder(ConfigDict(vae))
+    start = time.monotonic()
+    manifest = prepare_latents(source, autoencoder, _OUT.value, options)
+    if manifest is None:
+        print(f"this process's shards are in {_OUT.value}; others are still at work")
+        return
+    size = sum(shard.bytes for shard in manifest.shards)
+    print(
+        f"{manifest.num_examples:,} examples in {len(manifest.shards)} shards, {size / 1e9:.3f} GB,"
+        f" {len(manifest.bad)} bad ones skipped (manifest.json lists them), are in {_OUT.value}; "
+        f"{time.monotonic() - start:.0f} s"
+    )
+
+
+def _with_flags(message: str) -> str:
+    """The message with this command's flags in place of the fields of a config."""
+    fields = [f"data.{name}" for name in DEFAULTS["data"]] + list(_FLAG_OF_FIELD)
+    pattern = "|".join(map(re.escape, sorted(fields, key=len, reverse=True)))
+    return re.sub(
+        rf"(?<![\w/.-])(?:config\.)?({pattern})\b",
+        lambda match: f"--{_FLAG_OF_FIELD.get(match[1], match[1].rpartition('.')[2])}",
+        message,
+    )
+
+
+def _verify() -> None:
+    from etils import epath
+
+    from dico_jax.data.prepared_latents import verify
+
+    manifest = verify(epath.Path(_OUT.value))
+    print(
+        f"{_OUT.value}: {manifest.num_examples:,} examples in {len(manifest.shards)} shards, "
+        "all as they should be"
+    )
+
+
+if __name__ == "__main__":
+    _action = cli.take_action(sys.argv, _ACTIONS)
+    cli.run(lambda: main(_action))
