@@ -11,16 +11,20 @@ setuptools.setup(
     # Lower bounds are the oldest versions that the tests pass with; constraints.txt has the newest.
     install_requires=[
         "absl-py>=2.1",  # flags of the commands
+        "array_record>=0.8.1",  # ArrayRecord files: prepared latents, TFDS, one's own
+        "etils[epath]>=1.12",  # gs:// paths
         "flax>=0.12.8",  # linen: the networks
         "grain>=0.2.18",  # order of examples, workers
         "jax>=0.10.2",
         "ml-collections>=1.1",  # configs
         "ml-dtypes>=0.5",  # bfloat16 in NumPy, for weight files
+        "msgpack>=1.0",  # records of prepared latents
         "numpy>=2.0",
         "optax>=0.2.8",  # optimizers
         "orbax-checkpoint>=0.12.8",  # sharded, asynchronous checkpoints
-        "pillow>=11.0",  # PNG files, grids
+        "pillow>=11.0",  # decoding pictures, PNG files, grids
         "tensorboardX>=2.6.2",  # TensorBoard events without TensorFlow
+        "tensorflow-datasets>=4.9.10",  # its datasets and tf.train.Examples, without TensorFlow
         "tqdm>=4.66",  # progress bars
     ],
     extras_require={
@@ -28,8 +32,11 @@ setuptools.setup(
         "cuda": ["jax[cuda13]"],
         # The digits, and the classifier that judges them.
         "demo": ["scikit-learn>=1.5"],
+        # Data at gs:// paths.
+        "gcs": ["gcsfs>=2026.4"],
         # Weights from hf:// addresses.
         "hub": ["huggingface_hub>=0.30"],
+        "wandb": ["wandb>=0.17"],  # config.logging.wandb_project
         "test": [
             "mypy>=1.15",
             "pytest>=8.3",

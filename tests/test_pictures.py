@@ -12,9 +12,7 @@ from PIL import Image, ImageOps
 
 from dico_jax.data.pictures import MAX_PIXELS, BadExample, load_picture, picture_suffixes
 from tests import golden
-
-PHOTOS = golden.FOLDER.parent / "data" / "imagenet_sample"
-requires_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no pictures at {PHOTOS}")
+from tests.real_data import IMAGENET, requires_data
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -71,13 +69,13 @@ def published_crop(image, size):
 
 
 @golden.requires_golden
-@requires_photos
+@requires_data
 def test_crop_is_the_published_one():
     crops = golden.load("center_crop.npz")
     assert len(crops.files) == 10
     for key in crops.files:
         name, size = key.split("@")
-        (file,) = PHOTOS.glob(f"*/{name}")
+        (file,) = IMAGENET.glob(f"*/{name}")
         np.testing.assert_array_equal(load(file.read_bytes(), int(size)), crops[key], key)
 
 
@@ -145,7 +143,8 @@ MODES = {
         RED,
         (0, 0, 0),
     ),
-    "YCbCr": (encode(halves(RED, BLUE).convert("YCbCr"), "TIFF"), RED, BLUE),
+    "JPEG": (encode(halves(RED, BLUE), "JPEG", quality=100, subsampling=0), RED, BLUE),
+    "TIFF of JPEG": (encode(halves(RED, BLUE), "TIFF", compression="jpeg"), RED, BLUE),
     "16-bit grey PNG": (grey16([257 * 3, 65535], "PNG"), (3, 3, 3), WHITE),
     "16-bit grey TIFF": (grey16([257 * 3 + 128, 0], "TIFF"), (3, 3, 3), (0, 0, 0)),
     "16-bit grey PPM": (grey16([257 * 3 + 129, 65535], "PPM"), (4, 4, 4), WHITE),

@@ -24,12 +24,8 @@ from dico_jax.data import paths
 from dico_jax.data.pictures import BadExample, load_picture
 from dico_jax.data.sources import SOURCES, create_source
 from dico_jax.errors import UsageError
-from tests import golden
+from tests.real_data import DATA, IMAGENET, requires_data
 
-REAL = golden.FOLDER.parent / "data"
-requires_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no pictures at {REAL}")
-
-JPEG = b"\xff\xd8 not read here"
 TREE = {
     "dog/b.PNG": b"dog b",
     "dog/a.jpg": b"dog a",
@@ -292,7 +288,7 @@ def test_broken_links_and_pipes_are_skipped(tmp_path):
 @pytest.fixture
 def bucket(monkeypatch):
     """A file system in memory in the place of gs://."""
-    from etils.epath import backend
+    from etils.epath import backend, gpath
     from fsspec.implementations.memory import MemoryFileSystem
 
     class Bucket(MemoryFileSystem):
@@ -305,6 +301,7 @@ def bucket(monkeypatch):
             return "/" + str(path).removeprefix("gs://").strip("/")
 
     fs = Bucket()
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)  # it would be taken instead
     monkeypatch.setattr(backend.fsspec_backend.__class__, "_get_filesystem", lambda self, name: fs)
     return fs
 
@@ -477,9 +474,9 @@ def test_damaged_zip_files_give_our_errors_alone(tmp_path, compression):
     assert not any("\n" in reason for reason in reasons)
 
 
-@requires_real
+@requires_data
 def test_real_folder():
-    source = open_source("folder", path=str(REAL / "imagenet_sample"))
+    source = open_source("folder", path=str(IMAGENET))
     assert len(source) == len(source.class_names) == 60
     assert source.skipped == {}
     picture = load_picture(source[7]["image"], size=64, channels=3, exif_rotation=False)
@@ -487,11 +484,11 @@ def test_real_folder():
     assert source.example_id(0) == "n01443537/n01443537_goldfish.JPEG"
 
 
-@requires_real
+@requires_data
 @pytest.mark.parametrize(("part", "count"), [("train", 50_000), ("test", 10_000)])
 def test_real_zips(part, count):
     start = time.process_time()
-    source = open_source("zip", path=str(REAL / f"cifar10_{part}.zip"))
+    source = open_source("zip", path=str(DATA / f"cifar10_{part}.zip"))
     assert time.process_time() - start < 2
     assert len(source) == count
     assert source.class_names[0] == "airplane"
@@ -589,16 +586,15 @@ def test_bad_array_records(tmp_path):
         make_example(image=[b"i", b"j"], label=0),
         make_example(label=0),
         make_example(image=b"i"),
-        b"no proto",
     ]
     good = make_example(image=b"i", label=0)
-    write_records(tmp_path / "a.array_record", [good, *bad, good])
+    write_records(tmp_path / "a.array_record", [b"no proto", *bad[3:], good, *bad, good])
     source = open_source("array_record", path=str(tmp_path))
-    for index in range(1, 7):
+    for index in (0, 1, 2, 4, 5, 6, 7, 8):
         with pytest.raises(BadExample):
             source[index]
-    assert source[7] == {"image": b"i", "label": 0}
-    assert source.example_id(6) == "a.array_record/6"
+    assert source[3] == source[9] == {"image": b"i", "label": 0}
+    assert source.example_id(0) == "a.array_record/0"
 
 
 def test_damaged_array_records(tmp_path):
@@ -765,6 +761,19 @@ def test_tfds_with_nothing_set(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "mine"))
     with pytest.raises(UsageError, match=f"is not prepared in {tmp_path}/mine: "):
         open_source("tfds", name="cifar10")
+
+
+def test_tfds_of_numbers_as_pictures(tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = {"image": tfds.features.Image(shape=(8, 12, 1)), "label": label_feature()}
+    examples = [{"image": io.BytesIO(encoded(0)), "label": 0} for _ in range(3)]
+    prepare_dataset(tmp_path, "grey", features, examples)
+    assert len(open_source("tfds", path=str(tmp_path), name="grey")) == 1
+    description = tmp_path / "grey" / "1.0.0" / "features.json"
+    description.write_text(description.read_text().replace('"uint8"', '"float32"'))
+    with pytest.raises(UsageError, match="need one image, but have none"):
+        open_source("tfds", path=str(tmp_path), name="grey")
 
 
 def test_tfds_in_a_form_that_needs_tensorflow(tmp_path):

@@ -25,7 +25,8 @@ _IMAGE = ("image", "image/encoded")
 _LABEL = ("label", "image/class/label")
 _ID = ("file_name", "id", "image/filename")
 
-_OPENERS = 16
+_OPENERS = 16  # files at once
+_TRIED = 10  # records, to find a good one
 
 
 class ArrayRecordSource:
@@ -65,25 +66,23 @@ class ArrayRecordSource:
         self.class_names = names or [str(i) for i in range(self._largest_label() + 1)]
 
     def _find_features(self) -> tuple[str, str, str | None]:
-        """The names of the features of image, label and id."""
-        try:
-            features = self._features(0)
-        except (BadExample, RuntimeError) as error:
-            raise UsageError(
-                f"data.path={self.path}: the first record is no tf.train.Example: {error}"
-            ) from error
-
-        def find(names: tuple[str, ...], kind: type) -> str | None:
-            return next((n for n in names if _only(features, n, kind) is not None), None)
-
-        image, label = find(_IMAGE, bytes), find(_LABEL, int)
-        if image is None or label is None:
-            raise UsageError(
-                f"data.path={self.path}: records need the features 'image' or 'image/encoded' "
-                "(bytes) and 'label' or 'image/class/label' (an int64), but the first has "
+        """The names of the features of image, label and id, of the first good record of a few."""
+        reasons = []
+        for index in range(min(len(self), _TRIED)):
+            try:
+                features = self._features(index)
+            except (BadExample, RuntimeError) as error:
+                reasons.append(f"the first record is no tf.train.Example: {error}")
+                continue
+            image, label = _find(features, _IMAGE, bytes), _find(features, _LABEL, int)
+            if image is not None and label is not None:
+                return image, label, _find(features, _ID, bytes)
+            reasons.append(
+                "records need the features 'image' or 'image/encoded' (bytes) and 'label' or "
+                "'image/class/label' (an int64), but the first has "
                 f"{', '.join(map(repr, sorted(features))) or 'none'}"
             )
-        return image, label, find(_ID, bytes)
+        raise UsageError(f"data.path={self.path}: {reasons[0]}")
 
     def _largest_label(self) -> int:
         largest = 0
@@ -161,6 +160,11 @@ def _only(features: dict[str, list], name: str, kind: type) -> Any:
     """The one value of a feature, or None if it has another number or kind of values."""
     values = features.get(name, [])
     return values[0] if len(values) == 1 and isinstance(values[0], kind) else None
+
+
+def _find(features: dict[str, list], names: tuple[str, ...], kind: type) -> str | None:
+    """The first of `names` that is a feature of one value of this kind."""
+    return next((name for name in names if _only(features, name, kind) is not None), None)
 
 
 def _find_files(path: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The pictures of classes, as folders and zip files hold them: CLASS/FILE.
 
-Names of a million files are kept as bytes in one array, which takes 50 MB less and pickles a
-hundred times faster than a list of strings.
+Names of a million files are kept as bytes in one array, which takes a third of the memory of a list
+of strings and pickles 20 times faster.
 """
 
 import abc

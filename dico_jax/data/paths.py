@@ -119,12 +119,13 @@ def read_picture_file(path: str) -> bytes:
     """
     try:
         with open_file(path) as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            file.seek(0, os.SEEK_END)
+            if file.tell() > MAX_FILE_BYTES:
+                raise BadExample(f"the file is larger than {MAX_FILE_BYTES} bytes")
+            file.seek(0)
+            return file.read()  # with a limit here, Python would allocate as much
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise BadExample(f"{type(error).__name__}: {error.strerror or error}") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise BadExample(f"the file is larger than {MAX_FILE_BYTES} bytes")
-    return data
 
 
 @contextlib.contextmanager
@@ -143,7 +144,8 @@ def path_errors(path: str) -> Iterator[None]:
     except NotADirectoryError as error:
         raise UsageError(f"data.path={path}: {_where(error, path)} is not a folder") from error
     except OSError as error:
-        raise UsageError(f"data.path={path} cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"data.path={path} cannot be read: {reason}") from error
     except ImportError as error:
         if not is_remote(path):
             raise

@@ -1,9 +1,10 @@
 """From a source to batches, on Grain, in an order that is a function of (seed, step).
 
 Every epoch is shuffled anew. Batch k of the run is made of the k-th `batch_size` examples of the
-endless shuffled sequence, whatever the number of processes: process h of H takes every H-th of
-them. So the position of a run is its step, and a checkpoint needs no other data state; the number
-of processes, and of the workers that read for them, may change from one start to the next.
+endless shuffled sequence, in this order, whatever the number of processes: process h of H reads the
+h-th part of its rows. So the position of a run is its step, and a checkpoint needs no other data
+state; the number of processes, and of the workers that read for them, may change from one start to
+the next.
 """
 
 import os
@@ -21,6 +22,7 @@ from dico_jax.data.sources import Source
 
 Reader = Callable[[Any, bool], np.ndarray]
 
+_ENDLESS = 1 << 48  # examples; Grain's own endless sequence is too long to be cut into parts
 _BATCHES_AHEAD = 2  # of every worker, and on the devices
 
 
@@ -81,7 +83,7 @@ def training_batches(
       horizontal_flip: mirror each example with probability 1/2.
       max_bad_fraction: of the source's examples; more bad ones in a row are an error.
       num_workers: processes that read; 0 for threads of this one.
-      process_index, process_count: which part.
+      process_index, process_count: which of equal blocks of rows, see `dico_jax.mesh.data_shard`.
 
     Returns:
       Batches of n = batch_size / process_count: {"example": (n, ...) as the reader makes them,
@@ -89,8 +91,9 @@ def training_batches(
       int32 (n,), how many examples just before this one in the source were bad}.
     """
     load = ExampleLoader(source, read, horizontal_flip, max_bad_fraction)
-    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None).random_map(load)
-    dataset = dataset[process_index::process_count].batch(batch_size // process_count)
+    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle()
+    dataset = dataset.repeat(_ENDLESS // len(source) + 1).random_map(load)
+    dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
     # A start by position, not by a saved state of Grain: that one depends on the workers.
     dataset = dataset[start_step:]
     return read_ahead(dataset, num_workers)

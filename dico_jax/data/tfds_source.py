@@ -153,7 +153,12 @@ def _one_line(error: Exception) -> str:
 
 def _image_names(features: tfds.features.FeaturesDict) -> list[str]:
     """The features that are pictures: of type Image, else tensors of pixels."""
-    images = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
+    images = [
+        key
+        for key, feature in features.items()
+        # TFDS stores other dtypes as the bytes of their numbers.
+        if isinstance(feature, tfds.features.Image) and feature.np_dtype in (np.uint8, np.uint16)
+    ]
     return images or [
         key
         for key, feature in features.items()
