@@ -25,7 +25,7 @@ from dico_jax.diffusion import (
     step_noise,
 )
 from dico_jax.errors import UsageError
-from dico_jax.mesh import batch_sharding, replicated
+from dico_jax.mesh import batch_sharding, from_same, replicated
 
 GenerateFn = Callable[[Any, np.ndarray, np.ndarray], jax.Array]
 
@@ -116,12 +116,15 @@ def make_generate_fn(
         return to_uint8(autoencoder.decode(decoder_params, latents))
 
     split, whole = batch_sharding(mesh), replicated(mesh)
-    jitted = jax.jit(generate, in_shardings=(whole, whole, split, split), out_shardings=whole)
+    # The network's parameters stay as they lie: a run may share them among devices.
+    jitted = jax.jit(generate, in_shardings=(whole, None, split, split), out_shardings=whole)
     # An argument and no constant: XLA would fold and copy 300 MB of constants.
     decoder_params = functools.cache(lambda: jax.device_put(autoencoder.params, whole))
     if load:
         decoder_params()
-    return lambda params, indices, labels: jitted(decoder_params(), params, indices, labels)
+    return lambda params, indices, labels: jitted(
+        decoder_params(), params, from_same(indices, split), from_same(labels, split)
+    )
 
 
 def generate_images(

@@ -1,10 +1,11 @@
 """Images of a checkpoint, into a folder."""
 
 import contextlib
+import difflib
 import json
 import pathlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,15 +26,18 @@ _GRID_SIDE = 10
 PREVIEW = "preview"  # of --vae
 
 
-def parse_classes(text: str, num_images: int, num_classes: int, seed: int) -> np.ndarray:
+def parse_classes(
+    text: str, num_images: int, num_classes: int, seed: int, class_names: Sequence[str] = ()
+) -> np.ndarray:
     """The label of every image, int32 (num_images,).
 
     Args:
-      text: "all" for every class in turn, "random" for classes drawn from the seed, or numbers
-        with commas between, taken in turn.
+      text: "all" for every class in turn, "random" for classes drawn from the seed, or numbers or
+        names with commas between, taken in turn.
       num_images: how many.
       num_classes: how many classes the model has.
       seed: for "random"; label i depends on the seed and i alone.
+      class_names: of the classes, by number.
 
     Raises:
       UsageError: something else, or a class that the model does not have.
@@ -45,17 +49,9 @@ def parse_classes(text: str, num_images: int, num_classes: int, seed: int) -> np
     if text == "all":
         classes = list(range(num_classes))
     else:
-        try:
-            classes = [int(part) for part in text.split(",")]
-        except ValueError as error:
-            raise UsageError(
-                f"--classes={text!r}: write numbers such as 1,2,3, or 'all', or 'random'"
-            ) from error
-    for c in classes:
-        if not 0 <= c < num_classes:
-            raise UsageError(
-                f"--classes={text}: the model has no class {c}, use 0 to {num_classes - 1}"
-            )
+        classes = [
+            _class_number(part.strip(), text, num_classes, class_names) for part in text.split(",")
+        ]
     return np.resize(np.array(classes, np.int32), num_images)
 
 
@@ -95,6 +91,23 @@ def _vae_errors(vae: str | None) -> Iterator[None]:
             f"{said.removesuffix(WAYS_OUT)}; give --vae=FILE, or --vae={PREVIEW} for small "
             "false-colour pictures"
         ) from error
+
+
+def _class_number(part: str, text: str, num_classes: int, class_names: Sequence[str]) -> int:
+    if part in class_names and not (part.isdecimal() and int(part) < num_classes):
+        return list(class_names).index(part)
+    if not part.lstrip("-").isdecimal():
+        close = difflib.get_close_matches(part, class_names, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UsageError(
+            f"--classes={text!r}: {part!r} is no class; write numbers such as 1,2,3, names of "
+            f"classes, 'all' or 'random'{hint}"
+        )
+    if not 0 <= int(part) < num_classes:
+        raise UsageError(
+            f"--classes={text}: the model has no class {part}, use 0 to {num_classes - 1}"
+        )
+    return int(part)
 
 
 class CheckpointSampler:
@@ -189,7 +202,9 @@ class CheckpointSampler:
           UsageError: a wrong class, or a folder that holds images made in another way.
         """
         num_classes = self.experiment.model.num_classes
-        labels = parse_classes(classes, num_images, num_classes, self.settings["seed"])
+        labels = parse_classes(
+            classes, num_images, num_classes, self.settings["seed"], self.class_names
+        )
         folder = pathlib.Path(out)
         _claim_folder(folder, self.settings | {"classes": classes}, library_versions())
         files = [folder / f"{i:06d}.png" for i in range(num_images)]

@@ -13,8 +13,8 @@ _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or r
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 100, "Number of images.", lower_bound=1)
 _CLASSES = flags.DEFINE_string(
     "classes", "all",
-    "Classes by number, such as 1,2,3, taken in turn; 'all' for every class in turn; 'random' for "
-    "classes drawn from the seed.",
+    "Classes by number or name, such as 1,2,3 or cat,dog, taken in turn; 'all' for every class in "
+    "turn; 'random' for classes drawn from the seed.",
 )  # fmt: skip
 _VAE = flags.DEFINE_string(
     "vae", None,
