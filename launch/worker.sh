@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# A training on this machine that outlives the shell that starts it; tpu_vm.sh calls it on workers.
+#
+#   launch/worker.sh [--dry_run] ACTION [ARGUMENTS]
+#
+#   run     starts `python -m dico_jax.main ARGUMENTS`; its output is added to train.log
+#   status  says whether it runs, and the end of the log
+#   stop    SIGTERM to it, which makes it save; returns when it has ended
+#
+# --dry_run prints the commands, one a line, and runs nothing. train.log and train.pid are in the
+# checkout. The last line of the log is the exit status: 0 done, 143 saved after SIGTERM.
+
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh
+
+# The process is checked by its name too: after a restart of the machine its number is another's.
+running() {
+  pid=$(cat train.pid 2>/dev/null) && grep -qa dico_jax.main "/proc/$pid/cmdline" 2>/dev/null
+}
+
+train() {
+  local status=0
+  "$@" &
+  echo $! >train.pid
+  wait $! || status=$?
+  echo "$(date '+%F %T') dico_jax.main ended with exit status $status"
+}
+
+start() {
+  local command=(.venv/bin/python -m dico_jax.main "$@")
+  if "$dry_run"; then
+    show "${command[@]}"
+    return
+  fi
+  if running; then fail "$(hostname): a training runs already (process $pid)"; fi
+  rm -f train.pid
+  (trap '' HUP && train "${command[@]}") </dev/null >>train.log 2>&1 &
+  until [[ -s train.pid ]]; do sleep 0.1; done
+  echo "$(hostname): started (process $(cat train.pid)), log in $PWD/train.log"
+}
+
+status() {
+  if running; then
+    echo "$(hostname): runs (process $pid)"
+  else
+    echo "$(hostname): does not run"
+  fi
+  if [[ -f train.log ]]; then run tail -n 3 train.log; fi
+}
+
+stop() {
+  if ! running; then
+    echo "$(hostname): does not run"
+    return
+  fi
+  run kill -TERM "$pid"
+  if "$dry_run"; then return; fi
+  echo "$(hostname): process $pid is saving"
+  while running; do sleep 1; done
+  echo "$(hostname): ended"
+}
+
+parse "$@"
+action=${arguments[0]:-}
+set -- "${arguments[@]:1}"
+case $action in
+  run) start "$@" ;;
+  status | stop) "$action" ;;
+  *) fail "action '$action' is unknown: use run, status or stop" ;;
+esac
