@@ -1,4 +1,12 @@
-"""The mesh of devices and how arrays lie on it."""
+"""The mesh of devices and how arrays lie on it.
+
+Axes: "data" (every device has a whole copy of the state), "fsdp" (devices share the state and split
+the batch as well), "tensor" (devices share the channels of a layer and see the same examples).
+"""
+
+import dataclasses
+import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -6,17 +14,43 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dico_jax.errors import UsageError
 
-DATA_AXIS = "data"
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 
 
-def create_mesh(devices=None) -> Mesh:
-    """A mesh of all devices (or the given ones) along one axis, over which batches are split."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), (DATA_AXIS,))
+def create_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of all devices, or the given ones.
+
+    Devices lie process by process, so that a process feeds one block of rows of every batch, and
+    devices that share a layer ("tensor") are on one host as far as it goes.
+
+    Args:
+      devices: all of `jax.devices()` if None.
+      data, fsdp, tensor: sizes of the axes; -1 for data takes what the others leave.
+
+    Raises:
+      UsageError: the sizes do not multiply to the number of devices.
+    """
+    devices = sorted(
+        jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id)
+    )
+    count, rest = len(devices), fsdp * tensor
+    sizes = f"mesh.data={data}, config.mesh.fsdp={fsdp} and config.mesh.tensor={tensor}"
+    if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
+        raise UsageError(f"{sizes} must be at least 1 (data may be -1: what is left)")
+    if count % rest or data not in (-1, count // rest):
+        raise UsageError(f"{sizes} do not fit {count} devices: their product must be {count}")
+    return Mesh(np.asarray(devices).reshape(-1, fsdp, tensor), AXES)
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the first axis over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    """Splits the first axis over the axes "data" and "fsdp"."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -24,17 +58,48 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch_size(batch_size: int, num_devices: int, field: str = "data.batch_size") -> None:
+@dataclasses.dataclass(frozen=True)
+class DataShard:
+    """Which of `count` equal blocks of rows of every batch is `index`."""
+
+    index: int
+    count: int
+
+
+def data_shard(sharding: NamedSharding) -> DataShard:
+    """The block of rows of every batch, lying by `batch_sharding`, that this process has to feed.
+
+    Processes whose devices share all examples (by "tensor") feed the same block.
+    """
+    shards = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
+    slices = sharding.addressable_devices_indices_map((shards,)).values()
+    rows = sorted({index[0].indices(shards)[0] for index in slices if index is not None})
+    assert rows == list(range(rows[0], rows[0] + len(rows))), "devices lie process by process"
+    return DataShard(rows[0] // len(rows), shards // len(rows))
+
+
+def check_batch_size(batch_size: int, num_shards: int, field: str = "data.batch_size") -> None:
     """Raises UsageError unless a batch can be split over the devices."""
-    if batch_size < 1 or batch_size % num_devices:
-        below = max(batch_size, 0) // num_devices * num_devices
-        choices = [str(b) for b in (below, below + num_devices) if b > 0]
+    if batch_size < 1 or batch_size % num_shards:
+        below = max(batch_size, 0) // num_shards * num_shards
+        choices = [str(b) for b in (below, below + num_shards) if b > 0]
         raise UsageError(
-            f"{field}={batch_size} does not divide over {num_devices} devices: "
+            f"{field}={batch_size} does not divide over {num_shards} devices: "
             f"use {' or '.join(choices)}"
         )
 
 
-def to_global(batch, sharding: NamedSharding):
-    """A tree of this process's NumPy arrays as global arrays, split along the first axis."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+def to_global(batch: Any, sharding: NamedSharding) -> Any:
+    """A tree of this process's rows of a batch (NumPy) as global arrays, split by `sharding`."""
+    count = data_shard(sharding).count
+
+    def put(x):
+        shape = (len(x) * count, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(put, batch)
+
+
+def from_same(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A NumPy array that every process has, as a global array of any sharding."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

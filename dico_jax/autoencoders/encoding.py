@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from dico_jax.autoencoders.registry import Autoencoder, posterior_latents
 from dico_jax.errors import UsageError
-from dico_jax.mesh import DATA_AXIS, batch_sharding, replicated
+from dico_jax.mesh import BATCH_AXES, batch_sharding, replicated
 
 LATENT_SAMPLING = ("sample", "mean", "fixed")
 
@@ -90,7 +90,7 @@ def encode_in_parts(encode, mesh: Mesh):
 
     The pictures (N, H, W, 3) are split over the mesh.
     """
-    spec = jax.sharding.PartitionSpec(DATA_AXIS)
+    spec = jax.sharding.PartitionSpec(BATCH_AXES)
 
     def part(params, pictures):
         return jax.lax.map(

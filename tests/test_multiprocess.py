@@ -1,0 +1,140 @@
+"""Runs of several real processes, against runs of one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.test_commands import HURRY, QUICK, ROOT
+
+STEPS = 20
+
+
+def start(num_processes, devices_each, workdir, *args):
+    """Trains in processes of their own on this machine; returns when all have ended well."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={devices_each} {HURRY}"
+    processes = []
+    for index in range(num_processes):
+        joined = [f"--coordinator_address={address}", f"--num_processes={num_processes}",
+                  f"--process_id={index}"]  # fmt: skip
+        command = [sys.executable, "-m", "dico_jax.main", *QUICK, f"--workdir={workdir}",
+                   "--config.training.log_every_steps=1",
+                   # AdamW turns the rounding of a near-zero gradient into a step of up to the
+                   # learning rate: the published one, not the demo's.
+                   "--config.optimizer.learning_rate=1e-4", *args]  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                command + (joined if num_processes > 1 else []),
+                cwd=ROOT,
+                env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * num_processes, outputs
+    return outputs
+
+
+def losses(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return np.array([line["loss"] for line in lines if "loss" in line])
+
+
+def compare(tmp_path, num_steps, layouts):
+    """Losses of every layout against 1 process with 4 devices, data parallel."""
+    steps = f"--config.training.num_steps={num_steps}"
+    start(1, 4, tmp_path / "one", steps)
+    expected = losses(tmp_path / "one")
+    assert len(expected) == num_steps
+    assert len(set(expected)) == num_steps
+    for number, (num_processes, devices_each, *args) in enumerate(layouts):
+        workdir = tmp_path / f"layout{number}"
+        outputs = start(num_processes, devices_each, workdir, steps, *args)
+        found = losses(workdir)
+        worst = np.abs(found / expected - 1).max()
+        print(f"{num_processes} x {devices_each} {args}: {worst:.1e} relative")
+        assert worst < 1e-5, (num_processes, devices_each, args)
+        for output in outputs[1:]:  # one logger
+            assert "loss=" not in output
+        assert len(list(workdir.glob("events.out.tfevents.*"))) == 1
+
+
+FSDP = "--config.mesh.fsdp=4"
+
+
+def test_two_processes_train_as_one(tmp_path):
+    compare(tmp_path, 4, [(2, 2, "--config.mesh.fsdp=2", "--config.training.accumulation_steps=2")])
+
+
+@pytest.mark.slow
+def test_processes_and_meshes_train_alike(tmp_path):
+    compare(
+        tmp_path,
+        STEPS,
+        [
+            (2, 2),
+            (4, 1),
+            (1, 4, FSDP),
+            (2, 2, FSDP),
+            (4, 1, FSDP),
+            (1, 4, "--config.mesh.fsdp=2"),
+            (1, 4, "--config.mesh.tensor=2"),
+            (2, 2, "--config.mesh.tensor=4"),
+            (1, 4, "--config.training.accumulation_steps=4"),
+        ],
+    )
+
+
+def test_a_process_that_never_joins_is_an_error_and_no_hang(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "dico_jax.main", *QUICK, f"--workdir={tmp_path / 'run'}",
+         "--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1",
+         "--distributed_timeout=3"],
+        cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert (
+        "error: --distributed_timeout=3: not all processes of this run have joined" in done.stderr
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["--num_processes=2"], "--coordinator_address, --process_id: give all of"),
+        (
+            ["--coordinator_address=localhost:1", "--num_processes=2", "--process_id=2"],
+            "--process_id=2 must be in 0 to 1",
+        ),
+    ],
+)
+def test_wrong_descriptions(args, part, tmp_path):
+    from dico_jax import distributed
+    from dico_jax.errors import UsageError
+
+    values = {arg.lstrip("-").split("=")[0]: arg.split("=")[1] for arg in args}
+    numbers = {k: int(v) if v.isdecimal() else v for k, v in values.items()}
+    with pytest.raises(UsageError, match=part):
+        distributed.initialize(**numbers)
+
+
+def test_surroundings_of_several_processes():
+    from dico_jax.distributed import several_processes
+
+    assert not several_processes({"TPU_SKIP_MDS_QUERY": "1"})
+    assert several_processes({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"})
+    assert not several_processes(
+        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "TPU_SKIP_MDS_QUERY": "1"}
+    )
+    assert several_processes({"TPU_WORKER_HOSTNAMES": "a,b"})
+    assert several_processes({"OMPI_COMM_WORLD_SIZE": "4"})

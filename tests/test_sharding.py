@@ -1,0 +1,141 @@
+"""How state and batches lie on meshes, and that it changes no result."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dico_jax.diffusion import create_diffusion
+from dico_jax.errors import UsageError
+from dico_jax.mesh import batch_sharding, create_mesh, data_shard, replicated, to_global
+from dico_jax.models import abstract_params, create_model
+from dico_jax.sharding import DEFAULT_RULES, parse_rules, partition_spec, state_sharding
+from dico_jax.training.optimizer import create_optimizer
+from dico_jax.training.state import abstract_state, create_state, initializer
+from dico_jax.training.step import gradients
+from tests.test_training import digits, run_steps
+
+
+def test_mesh_axes():
+    assert dict(create_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(create_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(create_mesh(data=1, fsdp=4, tensor=2).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    for sizes in ({"fsdp": 3}, {"data": 4}, {"data": 4, "fsdp": 4}, {"tensor": 0}, {"data": 0}):
+        with pytest.raises(UsageError, match=r"mesh.data=-?\d, config.mesh.fsdp=\d and config"):
+            create_mesh(**sizes)
+
+
+def test_batches_are_split_over_data_and_fsdp_and_whole_along_tensor():
+    rows = np.arange(16, dtype=np.float32)[:, None]
+    for axes, per_device in (({"fsdp": 2}, 2), ({"fsdp": 2, "tensor": 2}, 4)):
+        sharding = batch_sharding(create_mesh(**axes))
+        assert data_shard(sharding).count == 1
+        batch = to_global(rows, sharding)
+        np.testing.assert_array_equal(batch, rows)
+        assert {shard.data.shape for shard in batch.addressable_shards} == {(per_device, 1)}
+
+
+def test_specs_of_rules():
+    mesh = create_mesh(fsdp=2, tensor=2)
+
+    def spec(path, shape, rules=DEFAULT_RULES):
+        return partition_spec(path, shape, mesh, rules)
+
+    assert spec("latent/0/conv1/kernel", (8, 8)) == P("fsdp", "tensor")
+    assert spec("latent/0/conv3/kernel", (8, 8)) == P("tensor", "fsdp")
+    assert spec("latent/0/conv2/kernel", (3, 3, 1, 8)) == P(None, None, None, "tensor")
+    assert spec("latent/0/conv3/bias", (8,)) == P()
+    assert spec("latent/0/conv1/kernel", (7, 8)) == P(None, "tensor")  # 7 does not divide
+    assert spec("a/kernel", (8, 8), (("a/", ("tensor",)), ("a", ("fsdp",)))) == P("tensor")
+    with pytest.raises(UsageError, match=r"mesh.rules: 'bias' has 2 axes, but a/bias has shape"):
+        spec("a/bias", (8,), (("bias", ("fsdp", "tensor")),))
+    assert parse_rules([["a", ["fsdp", None]]]) == (("a", ("fsdp", None)),)
+    for rule in ("a", ("(", ()), ("a", ("model",)), ("a", ("fsdp", "fsdp")), ("a", 3)):
+        with pytest.raises(UsageError, match=r"mesh.rules: .* (is not|must name)"):
+            parse_rules([rule])
+
+
+@pytest.mark.parametrize("name", ["DiCo-XL", "DiT-XL/2"])
+def test_nearly_all_of_a_state_is_shared(name):
+    """Parameters, averages and moments: what is left whole on every device is under 1%."""
+    model = create_model(name)
+    optimizer = create_optimizer(digits.get_config().optimizer, 10)
+    state = abstract_state(initializer(model, optimizer, (32, 32, 4), (0.05,)))
+    sharding = state_sharding(state, create_mesh(fsdp=4, tensor=2))
+    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(sharding), strict=True)
+    own = sum(np.prod(s.shard_shape(leaf.shape), dtype=np.int64) for leaf, s in leaves)
+    whole = sum(np.prod(leaf.shape, dtype=np.int64) for leaf in jax.tree.leaves(state))
+    assert whole > 5 * 6.7e8
+    assert own / whole < 1 / 8 + 0.01
+
+
+def test_a_state_is_made_in_its_place():
+    model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
+    init = initializer(model, create_optimizer(digits.get_config().optimizer, 10), (8, 8, 1))
+    mesh = create_mesh(fsdp=8)
+    state = create_state(init, 0, state_sharding(abstract_state(init), mesh))
+    kernel = state.params["latent"]["0"]["conv1"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(4, 32)}
+    moment = state.opt_state[0].mu["latent"]["0"]["conv1"]["kernel"]
+    assert moment.sharding == kernel.sharding
+    whole = create_state(init, 0, state_sharding(abstract_state(init), create_mesh()))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(whole))
+
+
+MODEL = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
+
+
+def loss_and_gradients(parts=1, **axes):
+    """Of fixed weights and draws, on a mesh of four devices."""
+    mesh, rng = create_mesh(jax.devices()[:4], **axes), np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(np.float32), abstract_params(MODEL)
+    )
+    x, noise = rng.normal(size=(2, 8, 8, 8, 1)).astype(np.float32)
+    labels, t = rng.integers(0, 10, 8), rng.integers(0, 1000, 8)
+    sharding, split = state_sharding(params, mesh), batch_sharding(mesh)
+    compiled = jax.jit(
+        lambda p, b, t, n: gradients(p, MODEL, create_diffusion(), b, t, n, parts),
+        in_shardings=(sharding, split, split, split),
+        out_shardings=(sharding, replicated(mesh)),
+    )
+    return jax.device_get(compiled(params, {"x": x, "y": labels}, t, noise))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return loss_and_gradients()
+
+
+@pytest.mark.parametrize("how", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"parts": 2}], ids=str)
+def test_losses_and_gradients_are_the_same(how, plain):
+    (grads, terms), (found_grads, found_terms) = plain, loss_and_gradients(**how)
+    for name, value in terms.items():  # example by example, in their order
+        np.testing.assert_allclose(found_terms[name], value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()),
+        found_grads,
+        grads,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"accumulation_steps": 2}], ids=str
+)
+def test_meshes_and_accumulation_train_alike(how):
+    expected, _ = run_steps(jax.devices(), learning_rate=1e-4)
+    found, _ = run_steps(jax.devices(), learning_rate=1e-4, **how)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_parameters_have_the_paths_that_the_rules_name():
+    """A rule that no parameter matches would be a mistake."""
+    import re
+
+    paths = []
+    for name in ("DiCo-S", "DiT-S/2"):
+        tree = jax.tree_util.tree_leaves_with_path(abstract_params(create_model(name)))
+        paths += ["/".join(key.key for key in path) for path, _ in tree]
+    for pattern, _ in DEFAULT_RULES:
+        assert any(re.search(pattern, path) for path in paths), pattern
