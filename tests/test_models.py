@@ -160,6 +160,9 @@ def test_labels_are_dropped_at_the_given_rate_and_only_in_training():
         ({"mlp_ratio": 2.7}, (1, 8, 8, 8)),
         ({"class_dropout_prob": 0.0}, (1, 8, 8, 8)),
         ({"dtype": "bfloat16"}, (1, 8, 8, 8)),
+        ({"scan_blocks": True}, (1, 8, 8, 8)),
+        ({"remat": "blocks"}, (1, 8, 8, 8)),
+        ({"remat": "dots"}, (1, 8, 8, 8)),
     ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
@@ -225,6 +228,7 @@ def test_key_map_round_trip_and_mismatches(family):
         ("DiCo", {"dtype": "half"}, "model.dtype='half' is unknown"),
         ("DiT", {"hidden_size": 30, "num_heads": 4}, "model.hidden_size=30 must divide by"),
         ("DiT", {"depth": 0}, "model.depth=0.* at least 1"),
+        ("DiT", {"remat": "all"}, "model.remat='all' is unknown: use one of none, blocks, dots"),
     ],
 )
 def test_wrong_options(name, options, message):
@@ -242,6 +246,6 @@ def test_wrong_input_size(family, side):
 def test_model_options_list_everything():
     assert set(model_options("DiCo-XL")) == {
         "hidden_size", "depth", "mlp_ratio", "in_channels", "num_classes", "class_dropout_prob",
-        "learn_sigma", "dtype",
+        "learn_sigma", "dtype", "scan_blocks", "remat",
     }  # fmt: skip
     assert len(MODELS) == 5 + 4 * 3 + 2

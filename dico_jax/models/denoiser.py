@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dico_jax.errors import UsageError
-from dico_jax.models.layers import accumulation_dtype, drop_labels
+from dico_jax.models.layers import REMAT_POLICIES, accumulation_dtype, drop_labels
 
 
 class Denoiser(nn.Module):
@@ -25,6 +25,10 @@ class Denoiser(nn.Module):
       class_dropout_prob: probability of dropping the label in training; 0 for no null class.
       learn_sigma: whether the output also has the variance interpolation, in [-1, 1] by training.
       dtype: dtype of activations and matrix products; parameters are float32.
+      scan_blocks: whether equal blocks run as one loop, so that compiling takes as long whatever
+        the depth. Parameters and results are the same, up to rounding.
+      remat: what the backward pass computes again to save memory: "none", "blocks" (all inside the
+        blocks) or "dots" (that, except matrix products with parameters).
     """
 
     in_channels: int = 4
@@ -32,6 +36,8 @@ class Denoiser(nn.Module):
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
     dtype: jnp.dtype = jnp.dtype("float32")
+    scan_blocks: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         for field in ("in_channels", "num_classes", "hidden_size"):
@@ -45,6 +51,10 @@ class Denoiser(nn.Module):
         if int(self.mlp_ratio * self.hidden_size) < 1:
             raise UsageError(
                 f"model.mlp_ratio={self.mlp_ratio} leaves the feed-forward no channels"
+            )
+        if self.remat not in REMAT_POLICIES:
+            raise UsageError(
+                f"model.remat={self.remat!r} is unknown: use one of {', '.join(REMAT_POLICIES)}"
             )
         super().__post_init__()
 

@@ -179,7 +179,7 @@ class DiCo(Denoiser):
 
         def stage(i, width, name):
             block = functools.partial(DiCoBlock, width, self.mlp_ratio, dtype)
-            return Stage(self.depth[i], block, name=name)
+            return Stage(self.depth[i], block, dtype, self.scan_blocks, self.remat, name=name)
 
         def fuse(x, skip, name):  # the upsampled part first, then the skip connection
             x = jnp.concatenate([x, skip], axis=-1)

@@ -189,7 +189,7 @@ class DiT(Denoiser):
         table = position_embedding(rows, columns, d).astype(np.float32)
         x = x + jnp.asarray(table, x.dtype)
         block = functools.partial(DiTBlock, d, self.num_heads, self.mlp_ratio, dtype)
-        x = Stage(self.depth, block, name="blocks")(x, c)
+        x = Stage(self.depth, block, dtype, self.scan_blocks, self.remat, name="blocks")(x, c)
         x = FinalLayer(p * p * self.out_channels, dtype, name="final_layer")(x, c)
 
         x = x.reshape(n, rows, columns, p, p, self.out_channels)

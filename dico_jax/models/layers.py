@@ -24,6 +24,14 @@ zeros = nn.initializers.zeros_init()
 
 NUM_TIME_FEATURES = 256
 
+# Of each block the backward pass computes again: nothing, everything, or all but matrix products.
+# Products of two activations (attention) are computed again too: their results are the largest.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
 
 def accumulation_dtype(dtype) -> jnp.dtype:
     """The dtype of statistics and sums for activations of `dtype`: float32 or better."""
@@ -171,13 +179,57 @@ class DepthwiseConv(nn.Module):
 
 
 class Stage(nn.Module):
-    """`depth` equal blocks one after the other, named "0", "1", ..., made by `block(name=...)`."""
+    """`depth` equal blocks one after the other, named "0", "1", ..., made by `block(name=...)`.
+
+    However the blocks run, their parameters lie apart ("0/conv1/kernel") and start as they do one
+    by one. What they compute inside can be captured only with `scan` off and `remat` "none".
+
+    Attributes:
+      depth: number of blocks.
+      block: makes a block, which maps (x, c) to the next x and has nothing but parameters.
+      dtype: the dtype in which the blocks use all their parameters.
+      scan: whether one `jax.lax.scan` runs the blocks, so that the program is as large, and
+        compiles as fast, as that of one block.
+      remat: what the backward pass computes again, a key of `REMAT_POLICIES`.
+    """
 
     depth: int
     block: Callable[..., nn.Module]
+    dtype: jnp.dtype
+    scan: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x, c):
-        for i in range(self.depth):
-            x = self.block(name=str(i))(x, c)
-        return x
+        if self.is_initializing() or not (self.scan or self.remat != "none"):
+            for i in range(self.depth):
+                x = self.block(name=str(i))(x, c)
+            return x
+        params = [self.variables["params"][str(i)] for i in range(self.depth)]
+        run = self._pure_block()
+        if not self.scan:
+            for block_params in params:
+                x = run(block_params, x, c)
+            return x
+        stacked = stack_trees(params, self.dtype)
+        return jax.lax.scan(lambda x, block_params: (run(block_params, x, c), None), x, stacked)[0]
+
+    def _pure_block(self):
+        """A block as a function (params, x, c) to the next x."""
+
+        def run(params, x, c):
+            return self.block(parent=None).apply({"params": params}, x, c)
+
+        if self.remat == "none":
+            return run
+        # A scan keeps the two passes apart by itself: barriers against merging them only cost.
+        policy = REMAT_POLICIES[self.remat]
+        return jax.checkpoint(run, policy=policy, prevent_cse=not self.scan)
+
+
+def stack_trees(trees, dtype):
+    """Equal trees as one with a new first axis; cast first, so that what is copied is small.
+
+    A new axis leaves every leaf's sharding as it is, which joining along an old one would not.
+    """
+    return jax.tree.map(lambda *leaves: jnp.stack([x.astype(dtype) for x in leaves]), *trees)

@@ -1,0 +1,116 @@
+r"""Seconds to trace and to compile the training step, by depth, with and without `scan_blocks`.
+
+    python benchmarks/compile_time.py [--model=DiCo-XL --remat=none --init]
+
+Compiles the step of a DiCo at two depths for one CPU device, each in a process of its own: that of
+the published model, and that of DiCo-H. Nothing but the depth differs. Nothing is computed and no
+parameter is made. The bar: with `scan_blocks` the deeper one takes at most 1.3 times as long. The
+processor's time is printed beside the time that passed; where the two differ by much, the machine
+was busy or several cores compiled. With --init it also compiles the initialisation, which makes
+the blocks one by one in any case.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+
+MAX_RATIO = 1.3
+DEPTHS = {"published": None, "of DiCo-H": (14, 12, 10, 12, 14)}
+LATENT_SIDE = 32  # of images of 256 pixels
+BATCH_SIZE = 8
+
+
+def compile_step(options: dict, what: str) -> dict[str, float]:
+    """Compiles the training step or the initialisation of a DiCo; the seconds of both parts."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+    import jax.numpy as jnp
+    from ml_collections import ConfigDict
+
+    from dico_jax.defaults import DEFAULTS
+    from dico_jax.diffusion import create_diffusion
+    from dico_jax.mesh import create_mesh
+    from dico_jax.models import create_model
+    from dico_jax.training.optimizer import create_optimizer
+    from dico_jax.training.state import abstract_state, initializer
+    from dico_jax.training.step import StepOptions, make_train_step
+
+    model = create_model("DiCo", **options)
+    optimizer = create_optimizer(ConfigDict(DEFAULTS["optimizer"]), num_steps=1)
+    shape = (LATENT_SIDE, LATENT_SIDE, model.in_channels)
+    init = initializer(model, optimizer, shape)
+    if what == "step":
+        mesh = create_mesh(jax.devices()[:1])
+        step = make_train_step(
+            model, create_diffusion(), optimizer, mesh=mesh, options=StepOptions()
+        )
+        batch = {
+            "x": jax.ShapeDtypeStruct((BATCH_SIZE, *shape), jnp.float32),
+            "y": jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.int32),
+        }
+        function = jax.jit(lambda state, batch: step(state, batch), donate_argnums=0)
+        args = (abstract_state(init), batch)
+    else:
+        function, args = jax.jit(init), (jax.eval_shape(lambda: jax.random.key(0)),)
+    times = [time.monotonic()]
+    lowered = function.lower(*args)
+    times.append(time.monotonic())
+    processor = time.process_time()
+    compiled = lowered.compile()
+    times.append(time.monotonic())
+    return {
+        "trace": times[1] - times[0],
+        "compile": times[2] - times[1],
+        "processor": time.process_time() - processor,
+        "temporary_gb": compiled.memory_analysis().temp_size_in_bytes / 1e9,
+    }
+
+
+def measured(options: dict, what: str) -> dict[str, float]:
+    """`compile_step` in a process of its own."""
+    arguments = [sys.executable, __file__, "--child", json.dumps([options, what])]
+    return json.loads(subprocess.run(arguments, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def main() -> None:
+    """Parses arguments, measures, prints; exits 1 when the bar is not met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="DiCo-XL", help="a published DiCo")
+    parser.add_argument("--remat", default="none")
+    parser.add_argument("--init", action="store_true", help="the initialisation as well")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(compile_step(*json.loads(args.child))))
+        return
+    from dico_jax.models import model_options
+
+    known = model_options(args.model)
+    sizes = {"hidden_size": known["hidden_size"], "mlp_ratio": known["mlp_ratio"]}
+    passed = True
+    for what, scan in [("step", True), ("step", False), *[("init", True)] * args.init]:
+        seconds = []
+        for name, depth in DEPTHS.items():
+            options = {**sizes, "depth": depth or known["depth"]}
+            options |= {"scan_blocks": scan, "remat": args.remat}
+            found = measured(options, what)
+            seconds.append(found["compile"])
+            print(
+                f"{args.model} {what}, depth {name} {tuple(options['depth'])}, "
+                f"scan_blocks={scan}, remat={args.remat}: trace {found['trace']:.1f} s, compile "
+                f"{found['compile']:.1f} s (processor {found['processor']:.1f} s), "
+                f"temporary memory {found['temporary_gb']:.1f} GB",
+                flush=True,
+            )
+        ratio = seconds[1] / seconds[0]
+        bar = f" (bar {MAX_RATIO})" if what == "step" and scan else ""
+        passed &= not bar or ratio < MAX_RATIO
+        print(f"{what}, scan_blocks={scan}: ratio of compile times {ratio:.2f}{bar}", flush=True)
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()
