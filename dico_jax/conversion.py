@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from dico_jax.build import experiment_from_config, model_from_config
 from dico_jax.converted_config import converted_config
+from dico_jax.defaults import DEFAULTS
 from dico_jax.errors import UsageError
 from dico_jax.interop.file_writers import Deferred, check_new, new_folder
 from dico_jax.interop.hub import local_file
@@ -47,7 +48,7 @@ from dico_jax.models import abstract_params, create_model, model_options
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.dit import DiT, position_embedding
 from dico_jax.training.checkpoints import FOLDER, SavedWeights, write_checkpoint
-from dico_jax.training.state import create_optimizer
+from dico_jax.training.optimizer import create_optimizer, learning_rate_schedule
 
 _OPTIMIZER_KEYS = ("opt", "optimizer", "optimizer_state_dict")
 _TABLE = "pos_embed"  # of a DiT: fixed, so it is checked and not stored
@@ -345,7 +346,9 @@ def _items(
             for averages in (adamw.exp_avg, adamw.exp_avg_sq)
         )
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), items["params"])
-        optimizer = create_optimizer(ConfigDict(config["optimizer"]))
+        optimizer = create_optimizer(
+            ConfigDict(config["optimizer"]), config["training"]["num_steps"]
+        )
         step = Deferred(np.int32, (), lambda: np.asarray(adamw.step, np.int32))
         empty = jax.eval_shape(optimizer.init, shapes)
         items["opt_state"] = to_optax(empty, step, exp_avg, exp_avg_sq)
@@ -405,15 +408,43 @@ def _wanted(model: Denoiser) -> list[Entry]:
 def _training_checkpoint(saved: SavedWeights, model: Denoiser, health: Health) -> dict[str, Any]:
     """Model, ema, opt and args, as the released training script saves them."""
     raw, ema = (_state_dict(saved, model, name, health) for name in ("params", "ema"))
+    options = _adamw_options(saved)
     count, *averages = from_optax(saved.optimizer_leaves())
+    step = int(count.read())
     exp_avg, exp_avg_sq = (
         deferred_state_dict(leaves, _wanted(model), f"{saved.folder}: opt_state", health)
         for leaves in averages
     )
-    options = saved.config["optimizer"]
-    state = AdamWState(int(count.read()), exp_avg, exp_avg_sq, options)
-    opt = write_adamw(state, raw)
+    if options["schedule"] != "constant" or options["warmup_steps"]:
+        schedule = learning_rate_schedule(
+            ConfigDict(options), saved.config["training"]["num_steps"]
+        )
+        options["learning_rate"] = float(schedule(step))  # PyTorch's options are those of now
+    opt = write_adamw(AdamWState(step, exp_avg, exp_avg_sq, options), raw)
     return {"model": raw, "ema": ema, "opt": opt, "args": _namespace(saved)}
+
+
+def _adamw_options(saved: SavedWeights) -> dict[str, Any]:
+    """The fields of `config.optimizer`, with which PyTorch's AdamW can go on.
+
+    Raises:
+      UsageError: it cannot.
+    """
+    options = DEFAULTS["optimizer"] | saved.config["optimizer"]
+    reason = None
+    if options["name"] != "adamw":
+        reason = f"name={options['name']!r} is not AdamW"
+    elif options["weight_decay"] and options["weight_decay_mask"] != "all":
+        reason = (
+            f"weight_decay_mask={options['weight_decay_mask']!r} does not fit the one group of "
+            "parameters that can be converted"
+        )
+    if reason:
+        raise UsageError(
+            f"--ckpt={saved.folder}: config.optimizer.{reason}: convert its weights alone, "
+            "without --training"
+        )
+    return options
 
 
 def _namespace(saved: SavedWeights) -> argparse.Namespace:

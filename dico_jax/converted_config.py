@@ -30,7 +30,7 @@ def converted_config(
     """A complete config, as plain JSON values, for weights that came without one.
 
     Args:
-      model: the fields of `config.model`.
+      model: the fields of `config.model` that the weights decide.
       image_size: side of the images in pixels; None takes it from the arguments of the run, from
         the position table, or as 256, in this order.
       tokens: rows of the position table of a DiT.
@@ -40,7 +40,7 @@ def converted_config(
     """
     config = copy.deepcopy(DEFAULTS)
     is_latent = model["in_channels"] == _LATENT_CHANNELS
-    config["model"] = model
+    config["model"] |= model
     if not is_latent:
         config["autoencoder"]["name"] = "identity"
     config["optimizer"] |= dict(optimizer or {})

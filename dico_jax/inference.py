@@ -21,6 +21,7 @@ from dico_jax.grids import class_name, image_grid, load_png, save_png
 from dico_jax.mesh import create_mesh, replicated
 from dico_jax.models import abstract_params
 from dico_jax.training.checkpoints import SavedWeights, library_versions
+from dico_jax.training.ema_snapshots import rebuilt_ema, snapshot_steps
 
 _GRID_SIDE = 10
 PREVIEW = "preview"  # of --vae
@@ -119,6 +120,7 @@ class CheckpointSampler:
         *,
         step: int | None = None,
         weights: str = "ema",
+        ema_width: float | None = None,
         seed: int = 0,
         overrides: dict[str, Any] | None = None,
         vae: str | None = None,
@@ -129,6 +131,8 @@ class CheckpointSampler:
           ckpt: workdir of a run, or a converted checkpoint.
           step: of the checkpoint; the newest if None.
           weights: "ema" or "params".
+          ema_width: in place of `weights`, the relative width of an average that is rebuilt from
+            the run's snapshots; `step` is then one of theirs.
           seed: decides, with an image's index, all its noise.
           overrides: fields of `config.sampling` to change.
           vae: in place of the config's autoencoder, see `choose_autoencoder`.
@@ -136,7 +140,7 @@ class CheckpointSampler:
         Raises:
           UsageError: no such checkpoint or autoencoder, or options that cannot work.
         """
-        saved = SavedWeights(ckpt, step)
+        saved = SavedWeights(ckpt, None if ema_width is not None else step)
         config = ConfigDict(saved.config)
         config.seed = seed
         config.sampling.update(overrides or {})
@@ -157,15 +161,19 @@ class CheckpointSampler:
             self._mesh,
         )
         sharding = replicated(self._mesh)
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            abstract_params(self.experiment.model),
-        )
-        self._params = saved.read(weights, target)
+        if ema_width is None:
+            target = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                abstract_params(self.experiment.model),
+            )
+            self._params, used_step = saved.read(weights, target), saved.step
+        else:
+            self._params = jax.device_put(rebuilt_ema(ckpt, ema_width, step), sharding)
+            used_step = snapshot_steps(ckpt)[-1] if step is None else step
         self.settings = {
             "ckpt": str(pathlib.Path(ckpt).absolute()),
-            "step": saved.step,
-            "weights": weights,
+            "step": used_step,
+            "weights": weights if ema_width is None else f"ema_width={ema_width}",
             "seed": seed,
             "sampling": config.sampling.to_dict(),
             "autoencoder": {

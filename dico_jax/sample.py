@@ -10,6 +10,11 @@ _CKPT = flags.DEFINE_string(
 _OUT = flags.DEFINE_string("out", None, "Folder for 000000.png and on, grid.png.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
+_EMA_WIDTH = flags.DEFINE_float(
+    "ema_width", None,
+    "In place of --weights: an average of this relative width, such as 0.08, rebuilt from the "
+    "snapshots of the run (config.training.ema_snapshot_every_steps); --step is one of theirs.",
+)  # fmt: skip
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 100, "Number of images.", lower_bound=1)
 _CLASSES = flags.DEFINE_string(
     "classes", "all",
@@ -52,6 +57,7 @@ def main() -> None:
         _CKPT.value,
         step=_STEP.value,
         weights=_WEIGHTS.value,
+        ema_width=_EMA_WIDTH.value,
         seed=_SEED.value,
         overrides={k: v for k, v in overrides.items() if v is not None},
         vae=_VAE.value,

@@ -197,12 +197,12 @@ def from_optax(leaves: Mapping[tuple[str, ...], Any]) -> tuple[Any, dict, dict]:
     Raises:
       UsageError: there is no Adam in the state.
     """
-    prefix = next((path[: path.index("mu")] for path in leaves if "mu" in path), None)
-    if prefix is None or (*prefix, "count") not in leaves:
-        raise UsageError("the optimizer's state is not AdamW's: it has no mu, nu and count")
+    prefix = next((path[: path.index("nu")] for path in leaves if "nu" in path), ())
     start = len(prefix)
     mu, nu = (
         {p[start + 1 :]: v for p, v in leaves.items() if p[: start + 1] == (*prefix, name)}
         for name in ("mu", "nu")
     )
+    if not nu or mu.keys() != nu.keys() or (*prefix, "count") not in leaves:
+        raise UsageError("the optimizer's state is not AdamW's: it has no mu, nu and count")
     return leaves[*prefix, "count"], mu, nu

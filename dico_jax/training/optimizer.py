@@ -1,0 +1,111 @@
+"""The optimizer of a run and its learning rate, from `config.optimizer`."""
+
+import math
+from typing import Any
+
+import jax
+import optax
+
+from dico_jax.errors import UsageError
+
+NAMES = ("adamw", "lion")
+SCHEDULES = ("constant", "cosine")
+MASKS = ("all", "kernels")
+
+
+def create_optimizer(config, num_steps: int) -> optax.GradientTransformation:
+    """The optimizer that `config.optimizer` describes; the published recipe is its default.
+
+    With the defaults it is `optax.adamw` of plain numbers and nothing else, so its state has the
+    tree that converted checkpoints have.
+
+    Args:
+      config: `config.optimizer`.
+      num_steps: `config.training.num_steps`, where the schedule ends.
+
+    Raises:
+      UsageError: a value out of range, or an unknown name.
+    """
+    _check(config, num_steps)
+    is_fixed = config.schedule == "constant" and not config.warmup_steps
+    options: dict[str, Any] = {
+        "learning_rate": config.learning_rate if is_fixed else _schedule(config, num_steps),
+        "b1": config.b1,
+        "b2": config.b2,
+        "weight_decay": config.weight_decay,
+        "mask": is_kernel if config.weight_decay_mask == "kernels" else None,
+    }
+    if config.name == "adamw":
+        optimizer = optax.adamw(eps=config.eps, **options)
+    else:
+        optimizer = optax.lion(**options)
+    if config.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optimizer
+
+
+def learning_rate_schedule(config, num_steps: int) -> optax.Schedule:
+    """The learning rate by the number of steps taken: `schedule(n)` is that of step n + 1.
+
+    So the rate of a training step is `schedule(state.step)` of the state that goes into it.
+    It rises in a straight line to `learning_rate`, which step `warmup_steps` has, and then stays,
+    or follows half a cosine wave down to its minimum, which step `num_steps` has.
+
+    Args:
+      config: `config.optimizer`.
+      num_steps: `config.training.num_steps`.
+
+    Returns:
+      A function of an int32 scalar, traced or not, to a float32 scalar.
+
+    Raises:
+      UsageError: as `create_optimizer`.
+    """
+    _check(config, num_steps)
+    return _schedule(config, num_steps)
+
+
+def is_kernel(params: Any) -> Any:
+    """A tree of bools: true for kernels of linear layers and convolutions.
+
+    False for biases, label tables and what norms have.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: path[-1].key == "kernel" and leaf.ndim >= 2, params
+    )
+
+
+def _schedule(config, num_steps: int) -> optax.Schedule:
+    rate, warmup = config.learning_rate, config.warmup_steps
+    then = optax.constant_schedule(rate)
+    if config.schedule == "cosine":
+        then = optax.cosine_decay_schedule(
+            rate, num_steps - warmup, alpha=config.min_learning_rate_ratio
+        )
+    if not warmup:
+        return lambda taken: then(taken + 1)
+    joined = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), then], [warmup])
+    return lambda taken: joined(taken + 1)  # Optax counts from 0: the first step would do nothing
+
+
+def _check(config, num_steps: int) -> None:
+    for field, choices in (("name", NAMES), ("schedule", SCHEDULES), ("weight_decay_mask", MASKS)):
+        if config[field] not in choices:
+            raise UsageError(
+                f"optimizer.{field}={config[field]!r}: use {' or '.join(map(repr, choices))}"
+            )
+    for field in ("learning_rate", "eps", "weight_decay", "warmup_steps", "clip_norm"):
+        if not config[field] >= 0 or math.isinf(config[field]):
+            raise UsageError(f"optimizer.{field}={config[field]} must be finite and at least 0")
+    for field in ("b1", "b2"):
+        if not 0 <= config[field] < 1:
+            raise UsageError(f"optimizer.{field}={config[field]} must be in [0, 1)")
+    if not 0 <= config.min_learning_rate_ratio <= 1:
+        raise UsageError(
+            f"optimizer.min_learning_rate_ratio={config.min_learning_rate_ratio} must be in [0, 1]"
+        )
+    if config.schedule == "cosine" and config.warmup_steps >= num_steps:
+        raise UsageError(
+            f"optimizer.warmup_steps={config.warmup_steps} must be less than "
+            f"config.training.num_steps={num_steps}, where the cosine ends"
+        )
