@@ -12,13 +12,17 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from dico_jax.errors import UsageError
+from dico_jax.training.stopped import TrainingStopped
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main()`; exits 0 when done, 2 for wrong usage, 130 for Ctrl-C.
+    """Parses the flags and runs `main()`.
 
-    A `UsageError` is printed as one line on stderr, any other exception is a bug and
-    keeps its traceback.
+    Exits 0 when done, 2 for wrong usage, 1 when training has stopped itself, 130 for Ctrl-C.
+
+    A `UsageError` or `TrainingStopped` is printed as one line on stderr, any other exception is a
+    bug and keeps its traceback. A `SystemExit` passes, such as `training.preemption.Preempted` with
+    status 143.
     """
     app.run(lambda _: _main(main), flags_parser=_parse_flags)
 
@@ -28,15 +32,17 @@ def _main(main: Callable[[], None]) -> None:
         main()
     except UsageError as error:
         _fail(error)
+    except TrainingStopped as error:
+        _fail(error, status=1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _fail(message) -> NoReturn:
+def _fail(message, status: int = 2) -> NoReturn:
     line = " ".join(str(message).split())
     print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

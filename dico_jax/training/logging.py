@@ -1,68 +1,228 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard events and a progress bar."""
+"""Where the numbers of a run go.
 
+metrics.jsonl, TensorBoard events and a progress bar always, Weights & Biases where
+config.logging.wandb_project names a project. The main process alone writes.
+"""
+
+import importlib
+import importlib.util
 import json
 import math
 import os
 import pathlib
+import time
+import uuid
+from typing import Any
 
+import jax
 import numpy as np
 import tensorboardX
 import tqdm
 
+from dico_jax.errors import UsageError
 
-class RunLogger:
-    """Writes the metrics of a run from `start_step` on. Use as a context manager.
+WANDB_ID_FILE = "wandb_run_id"
 
-    metrics.jsonl has one JSON object a line, with "step". Lines of steps after `start_step`, which
-    an interrupted run may have left, are dropped: they are written again with the same numbers.
+
+def require_wandb(project: str) -> None:
+    """Raises UsageError where `config.logging.wandb_project` is set and wandb is not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UsageError(
+            f"logging.wandb_project={project!r} needs Weights & Biases: "
+            "pip install 'dico_jax[wandb]', or leave it empty"
+        )
+
+
+def open_logger(
+    workdir: pathlib.Path,
+    start_step: int,
+    num_steps: int,
+    wandb_project: str = "",
+    config: dict[str, Any] | None = None,
+) -> "Logger":
+    """The logger of this process: a `RunLogger` in the main one, elsewhere a silent `Logger`.
+
+    Args:
+      workdir: folder of the run.
+      start_step, num_steps: the step that the run goes on from, and its last one.
+      wandb_project: a project of Weights & Biases; "" for none.
+      config: the run's config in plain values, shown there.
+
+    Raises:
+      UsageError: Weights & Biases is not installed or refuses.
     """
+    if jax.process_index() != 0:
+        return Logger()
+    wandb = WandbRun(wandb_project, workdir, config or {}) if wandb_project else None
+    return RunLogger(workdir, start_step, num_steps, wandb)
 
-    def __init__(self, workdir: pathlib.Path, start_step: int, num_steps: int):
-        path = workdir / "metrics.jsonl"
-        _drop_lines_after(path, start_step)
-        self._file = path.open("a")
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir), purge_step=start_step + 1, write_to_disk=True
-        )
-        self._bar = tqdm.tqdm(
-            total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=0.5
-        )
+
+class Logger:
+    """What a run reports to. This one does nothing. Use as a context manager."""
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
-        self._bar.close()
-        self._file.close()
-        self._events.close()
+        pass
 
     def advance(self) -> None:
         """Moves the progress bar on by one step."""
-        self._bar.update(1)
 
     def restart_clock(self) -> None:
         """Keeps what has passed since the last step out of the bar's speed and time left."""
-        self._bar.unpause()
 
     def show(self, **values: str) -> None:
         """Shows values on the progress bar, beside the steps done and the time left."""
-        self._bar.set_postfix(values, refresh=False)
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
-        self._bar.write(text)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records numbers of `step`."""
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Records a picture, uint8 (H, W, 3)."""
+
+    def rewind(self, step: int) -> None:
+        """Drops what was recorded after `step`, which the run has returned to."""
+
+
+class RunLogger(Logger):
+    """Writes the metrics of a run from `start_step` on.
+
+    metrics.jsonl has one JSON object a line, with "step". Lines of steps after `start_step`, which
+    an interrupted run may have left, are dropped: they are written again with the same numbers.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start_step: int,
+        num_steps: int,
+        wandb: "WandbRun | None" = None,
+    ):
+        self._workdir, self._wandb = workdir, wandb
+        self._open(start_step)
+        self._bar = tqdm.tqdm(
+            total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=0.5
+        )
+
+    def _open(self, start_step: int) -> None:
+        path = self._workdir / "metrics.jsonl"
+        _drop_lines_after(path, start_step)
+        self._file = path.open("a")
+        # Two event files of one second would have one name, and the second replace the first.
+        self._events = tensorboardX.SummaryWriter(
+            str(self._workdir),
+            purge_step=start_step + 1,
+            filename_suffix=f".{time.time_ns()}",
+            write_to_disk=True,
+        )
+
+    def _close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+    def __exit__(self, exception_type, *_):
+        self._bar.close()
+        self._close()
+        if self._wandb is not None:
+            self._wandb.finish(failed=exception_type is not None)
+
+    def advance(self) -> None:
+        self._bar.update(1)
+
+    def restart_clock(self) -> None:
+        self._bar.unpause()
+
+    def show(self, **values: str) -> None:
+        self._bar.set_postfix(values, refresh=False)
+
+    def say(self, text: str) -> None:
+        self._bar.write(text)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
         line = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.scalars(step, values)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._events.add_image(name, image, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.image(step, name, image)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was recorded after `step`, which the run has returned to.
+
+        Weights & Biases drops nothing: it shows the steps that are taken again twice.
+        """
+        self._close()
+        self._open(step)
+        self._bar.n = self._bar.last_print_n = step
+        self._bar.unpause()
+        self._bar.refresh()
+
+
+class WandbRun:
+    """A run of Weights & Biases, the same one whenever the run in `workdir` goes on.
+
+    Its id is kept in the workdir's file WANDB_ID_FILE. W&B's own settings (WANDB_ENTITY,
+    WANDB_MODE=offline, ...) come from its environment variables.
+    """
+
+    def __init__(self, project: str, workdir: pathlib.Path, config: dict[str, Any]):
+        """Starts the run, or goes on with it.
+
+        Args:
+          project: its project.
+          workdir: its name is that of the run.
+          config: shown with it.
+
+        Raises:
+          UsageError: wandb is not installed, or refuses.
+        """
+        require_wandb(project)
+        self._wandb: Any = importlib.import_module("wandb")
+        try:
+            self._run = self._wandb.init(
+                project=project,
+                id=_wandb_id(workdir),
+                name=workdir.absolute().name,
+                resume="allow",
+                dir=str(workdir),
+                config=config,
+            )
+        except self._wandb.Error as error:  # not logged in, no such project, no network
+            raise UsageError(
+                f"config.logging.wandb_project={project!r}: Weights & Biases says: {error}; "
+                "run `wandb login`, set WANDB_MODE=offline, or leave it empty"
+            ) from error
+        # Its own steps cannot go back, ours can: they are one more number of each line.
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Records numbers of `step`."""
+        self._run.log({"step": step, **values})
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Records a picture, uint8 (H, W, 3)."""
-        self._events.add_image(name, image, step, dataformats="HWC")
+        self._run.log({"step": step, name: self._wandb.Image(image)})
+
+    def finish(self, failed: bool) -> None:
+        """Sends what is left, and says whether the run failed."""
+        self._run.finish(exit_code=int(failed))
+
+
+def _wandb_id(workdir: pathlib.Path) -> str:
+    file = workdir / WANDB_ID_FILE
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:8] + "\n")
+    return file.read_text().strip()
 
 
 def _is_before(line: dict, step: int) -> bool:

@@ -1,0 +1,153 @@
+"""metrics.jsonl, TensorBoard events and Weights & Biases."""
+
+import importlib.machinery
+import json
+import struct
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from dico_jax.errors import UsageError
+from dico_jax.training.logging import Logger, RunLogger, open_logger, require_wandb
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_events(file):
+    """The events of a file, each between 12 bytes that begin with its length and 4 bytes."""
+    data, events = file.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[12 + length + 4 :]
+    return events
+
+
+def test_rewind_drops_what_came_after(tmp_path, capfd):
+    with RunLogger(tmp_path, 0, 10) as log:
+        for step in range(1, 7):
+            log.advance()
+            if step % 2 == 0:
+                log.scalars(step, {"loss": float(step)})
+        log.rewind(4)
+        log.advance()
+        log.advance()
+        log.scalars(6, {"loss": -1.0})
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [
+        (2, 2.0),
+        (4, 4.0),
+        (6, -1.0),
+    ]
+    assert "6/10" in capfd.readouterr().err.splitlines()[-1]
+    first, second = (read_events(f) for f in sorted(tmp_path.glob("events.out.tfevents.*")))
+    values = [
+        [v.simple_value for e in events for v in e.summary.value] for events in (first, second)
+    ]
+    assert values == [[2.0, 4.0, 6.0], [-1.0]]
+    # TensorBoard forgets what it has read of steps from here on.
+    assert [e.step for e in second if e.HasField("session_log")] == [5]
+
+
+def test_the_main_process_alone_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with open_logger(tmp_path, 0, 10, wandb_project="unused") as log:
+        assert type(log) is Logger
+        log.advance()
+        log.restart_clock()
+        log.show(loss="1")
+        log.say("hello")
+        log.scalars(1, {"loss": 1.0})
+        log.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+        log.rewind(0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_silent_logger_has_every_method_of_the_other():
+    public = {name for name in vars(RunLogger) if not name.startswith("_")}
+    assert public == {name for name in vars(Logger) if not name.startswith("_")}
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package, which keeps what it is told."""
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.Error = type("Error", (Exception,), {})
+    fake.Image = lambda image: ("image", image.shape)
+    fake.runs = []
+
+    def init(**options):
+        run = types.SimpleNamespace(options=options, lines=[], log=None, metric=None, exit=None)
+        run.log = run.lines.append
+        run.define_metric = lambda name, step_metric: setattr(run, "metric", (name, step_metric))
+        run.finish = lambda exit_code: setattr(run, "exit", exit_code)
+        fake.runs.append(run)
+        return run
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_weights_and_biases_gets_the_numbers_and_one_run_per_workdir(tmp_path, wandb):
+    folder = tmp_path / "xl256"
+    folder.mkdir()
+    with open_logger(folder, 0, 10, "dico", {"seed": 0}) as log:
+        log.scalars(2, {"loss": 1.5})
+        log.image(2, "samples", np.zeros((4, 2, 3), np.uint8))
+        log.rewind(0)
+        log.scalars(2, {"loss": 1.0})
+    with pytest.raises(KeyError), open_logger(folder, 2, 10, "dico", {"seed": 0}):
+        raise KeyError
+    first, second = wandb.runs
+    assert first.lines == [
+        {"step": 2, "loss": 1.5},
+        {"step": 2, "samples": ("image", (4, 2, 3))},
+        {"step": 2, "loss": 1.0},
+    ]
+    assert first.metric == ("*", "step")
+    assert first.options == second.options
+    assert first.options["project"] == "dico"
+    assert first.options["resume"] == "allow"
+    assert first.options["name"] == "xl256"
+    assert first.options["config"] == {"seed": 0}
+    assert (first.exit, second.exit) == (0, 1)
+
+    other = tmp_path / "other"
+    other.mkdir()
+    with open_logger(other, 0, 10, "dico"):
+        pass
+    assert wandb.runs[-1].options["id"] != first.options["id"]
+    assert [line["step"] for line in read_metrics(folder)] == [2]
+
+
+def test_without_a_project_nothing_is_sent(tmp_path, wandb):
+    with open_logger(tmp_path, 0, 10) as log:
+        log.scalars(1, {"loss": 1.0})
+    assert not wandb.runs
+    assert not (tmp_path / "wandb_run_id").exists()
+
+
+def test_weights_and_biases_that_refuses(tmp_path, wandb):
+    def refuse(**options):
+        raise wandb.Error("api_key not configured")
+
+    wandb.init = refuse
+    with pytest.raises(UsageError, match="wandb_project='dico': .* api_key not conf.*wandb login"):
+        open_logger(tmp_path, 0, 10, "dico")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_weights_and_biases_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    require_wandb("")
+    with pytest.raises(UsageError, match=r"logging.wandb_project='dico' .*'dico_jax\[wandb\]'"):
+        require_wandb("dico")
+    with pytest.raises(UsageError, match="wandb"):
+        open_logger(tmp_path, 0, 10, "dico")

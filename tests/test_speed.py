@@ -1,0 +1,136 @@
+"""Counted arithmetic, the peaks of devices, utilisation and memory."""
+
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend import core
+
+from dico_jax.errors import UsageError
+from dico_jax.models import abstract_params, create_model
+from dico_jax.models.flops import forward_macs, training_flops
+from dico_jax.training import speed
+
+# Multiply-adds of the published networks at 256x256 and 512x512, counted in PyTorch by hooks.
+PUBLISHED = {
+    "DiCo-S": (4_236_476_416, 16_903_536_640),
+    "DiCo-B": (16_855_793_664, 67_255_074_816),
+    "DiCo-L": (60_168_773_632, 240_004_120_576),
+    "DiCo-XL": (87_220_969_472, 347_859_918_848),
+    "DiCo-H": (194_029_362_176, 774_915_415_040),
+    "DiT-S/2": (6_055_673_856, 31_436_980_224),
+    "DiT-XL/2": (118_621_421_568, 524_538_298_368),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_multiply_adds_of_published_networks(name):
+    model = create_model(name)
+    assert tuple(forward_macs(model, (side, side, 4)) for side in (32, 64)) == PUBLISHED[name]
+    assert training_flops(model, (32, 32, 4)) == 6 * PUBLISHED[name][0]
+
+
+def count_products(jaxpr) -> int:
+    """Multiply-adds of the matrix products and dense convolutions that a program really has."""
+    total = 0
+    for equation in jaxpr.eqns:
+        for sub in core.jaxprs_in_params(equation.params):
+            total += count_products(sub)
+        shapes = [v.aval.shape for v in equation.invars[:2]]
+        size = math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            total += size * math.prod(shapes[0][axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            total += size * math.prod(shapes[1][:-1])  # kernels are HWIO
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "depthwise"),
+    [
+        (
+            "DiCo",
+            {"hidden_size": 6, "depth": (1, 2, 3, 2, 1), "mlp_ratio": 2.6, "in_channels": 3},
+            (12, 20, 3),
+            9 * (240 * (6 + 12) + 60 * 2 * (12 + 12) + 15 * 3 * 24),
+        ),
+        ("DiCo", {"hidden_size": 4, "depth": (1,) * 5, "learn_sigma": False}, (4, 4, 4), 9 * 272),
+        (
+            "DiT",
+            {"hidden_size": 24, "depth": 2, "num_heads": 3, "patch_size": 4, "mlp_ratio": 1.3},
+            (8, 12, 4),
+            0,
+        ),
+    ],
+)
+def test_multiply_adds_are_those_of_the_program(name, options, shape, depthwise):
+    model = create_model(name, num_classes=5, **options)
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    program = jax.make_jaxpr(lambda p, x, t: model.apply({"params": p}, x, t, t))(
+        abstract_params(model), x, t
+    )
+    # Depthwise convolutions are shifted products, no convolutions, in the program.
+    assert forward_macs(model, shape) == count_products(program.jaxpr) + depthwise
+
+
+def test_shapes_and_networks_without_a_count():
+    with pytest.raises(UsageError, match="30x32 positions: both must be multiples of 4"):
+        forward_macs(create_model("DiCo-S"), (30, 32, 4))
+    other = types.SimpleNamespace(check_input=lambda x: None)
+    with pytest.raises(TypeError, match="multiply-adds of SimpleNamespace"):
+        forward_macs(other, (32, 32, 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L4", 121),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("TPU v3", 61.5),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+    ],
+)
+def test_peaks(kind, teraflops):
+    assert speed.peak_flops(kind) == teraflops * 1e12
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["cpu", "NVIDIA L40", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA RTX A1000", "TPU v4 lite"],
+)
+def test_unknown_peaks_are_not_guessed(kind):
+    assert speed.peak_flops(kind) is None
+
+
+def device(kind, stats=None):
+    return types.SimpleNamespace(device_kind=kind, memory_stats=lambda: stats)
+
+
+def test_utilisation_and_memory(monkeypatch):
+    model, shape = create_model("DiCo-XL"), (32, 32, 4)
+    gpus = [device("NVIDIA H100 80GB HBM3", {"peak_bytes_in_use": n}) for n in (2 * 10**9, 10**9)]
+    monkeypatch.setattr(speed.jax, "local_devices", lambda: gpus)
+    values = speed.SpeedMetrics(model, shape, gpus).metrics(images_per_second=1000.0)
+    # 1000 images of 6 * 87.22 GFLOP on two devices of 989.4 TFLOP/s.
+    assert values == {"mfu": pytest.approx(0.264464, rel=1e-5), "memory_gb": 2.0}
+    mixed = [*gpus, device("a new one")]
+    assert "mfu" not in speed.SpeedMetrics(model, shape, mixed).metrics(1000.0)
+
+
+def test_cpus_tell_neither():
+    model = create_model("DiCo-S")
+    assert speed.SpeedMetrics(model, (32, 32, 4), jax.devices()).metrics(10.0) == {}
+    assert speed.peak_memory_gb([device("x", {"bytes_in_use": 3})]) is None
