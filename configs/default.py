@@ -79,6 +79,24 @@ def get_config():
     config.model.learn_sigma = True
     # Dtype of activations: "float32", or "bfloat16" on accelerators. Parameters are float32.
     config.model.dtype = "float32"
+    # Run equal blocks as one loop, so that compiling takes about as long whatever the depth. The
+    # parameters and the results are the same; combine it with remat "dots" or "blocks", because a
+    # loop keeps more for the backward pass.
+    config.model.scan_blocks = False
+    # What the backward pass computes again to save memory: "none", "dots" (everything inside the
+    # blocks but matrix products with parameters) or "blocks" (everything inside the blocks).
+    config.model.remat = "none"
+
+    config.mesh = config_dict.ConfigDict()
+    # Devices along each axis of the mesh; their product is the number of devices. "data" copies the
+    # state (-1: all devices that the others leave), "fsdp" shares it among devices that also split
+    # the batch, "tensor" splits the channels of every layer.
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+    # How parameters are split: pairs of (regular expression of parameter paths, axes), such as
+    # (("conv1/kernel$", ("fsdp", "tensor")),); () for the rules of dico_jax/sharding.py.
+    config.mesh.rules = ()
 
     config.diffusion = config_dict.ConfigDict()
     config.diffusion.diffusion_steps = 1000
@@ -86,23 +104,62 @@ def get_config():
     config.diffusion.noise_schedule = "linear"
 
     config.optimizer = config_dict.ConfigDict()
+    # "adamw", or "lion", which has half of its state and wants about a tenth of its learning rate,
+    # ten times its weight decay and b2=0.99.
+    config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-4
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
-    config.optimizer.eps = 1e-8
+    config.optimizer.eps = 1e-8  # adamw only
+    # The learning rate rises in a straight line over this many steps.
+    config.optimizer.warmup_steps = 0
+    # After that: "constant", or "cosine", which falls to min_learning_rate_ratio of learning_rate
+    # at training.num_steps.
+    config.optimizer.schedule = "constant"
+    config.optimizer.min_learning_rate_ratio = 0.0
+    # Gradients with a larger norm (over all parameters) are scaled down to this one; 0 for none.
+    config.optimizer.clip_norm = 0.0
     config.optimizer.weight_decay = 0.0
+    # What decays: "all" parameters, as PyTorch's AdamW does, or "kernels" of linear layers and
+    # convolutions, without biases and label tables.
+    config.optimizer.weight_decay_mask = "all"
 
     config.training = config_dict.ConfigDict()
     config.training.num_steps = 400_000
+    # Parts of a batch whose gradients are computed one after the other, to save memory.
+    config.training.accumulation_steps = 1
     # Decay per step of the averaged weights, which are the ones that are sampled and evaluated.
     config.training.ema_decay = 0.9999
+    # More averages, whose widths grow with the run (EDM2's power functions): their relative widths
+    # (standard deviations over the time trained), such as (0.05, 0.1). Each is as large as the
+    # weights.
+    config.training.ema_widths = ()
+    # Keep these averages this often (0: never), for good, each as large as the weights. From them
+    # an average of any width, of any of these steps, can be sampled afterwards.
+    config.training.ema_snapshot_every_steps = 0
     config.training.log_every_steps = 100
     config.training.checkpoint_every_steps = 10_000
     # How many of the newest checkpoints to keep.
     config.training.keep_checkpoints = 3
+    # Checkpoints whose step this divides are kept for ever, besides the newest ones; 0 for none.
+    config.training.keep_every_steps = 0
+    # How the process ends when it was sent SIGTERM and has saved. 143 is what launchers take for
+    # that (see docs/launch.md); the same command goes on from there.
+    config.training.preemption_exit_status = 143
     # Workdir or converted checkpoint whose (averaged) weights a new run starts from. It may have
     # another number of classes, whose label tables then start fresh, and another image size.
     config.training.init_from = config_dict.placeholder(str)
+    # When a loss or its gradients are not finite: "stop", "skip" (leave that step's update out;
+    # stop after 100 in a row) or "rollback" (return to the newest checkpoint and go on with other
+    # noise, at most 3 times from one checkpoint). What such a step has touched is never saved.
+    config.training.on_nan = "stop"
+    # Warn, and write where Python stands into stall.txt of the workdir, when no step has ended for
+    # this many seconds (0: never; twice as many for the first step, which is compiled).
+    config.training.stall_warning_seconds = 600
+    # Folder that keeps compiled programs for later runs, local or gs://; "" for none. "default" is
+    # $XDG_CACHE_HOME/dico_jax/xla or ~/.cache/dico_jax/xla, and none on CPUs, whose programs do not
+    # fit other processors. Who can write to the folder can run code as you.
+    config.training.compilation_cache = "default"
 
     config.sampling = config_dict.ConfigDict()
     # "ddpm" (ancestral) or "ddim".
@@ -126,6 +183,17 @@ def get_config():
     # At the end, this many samples are judged by a classifier fitted on the real pictures (0:
     # none). For small labelled sets in pixel space, such as the digits; all are held in memory.
     config.eval.class_agreement_samples = 0
+
+    config.profile = config_dict.ConfigDict()
+    # Trace steps into WORKDIR/profile: from which step of the process on (0: never; 1 is the first
+    # one, which contains compilation), and how many.
+    config.profile.start_step = 0
+    config.profile.num_steps = 5
+
+    config.logging = config_dict.ConfigDict()
+    # Project of Weights & Biases (which needs the extra `wandb`) to log to, besides metrics.jsonl
+    # and TensorBoard; "" for none.
+    config.logging.wandb_project = ""
 
     config.lock()
     return config

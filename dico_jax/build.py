@@ -258,8 +258,15 @@ def check_training(config: ConfigDict) -> None:
     """Raises UsageError for numbers of `config.training` that make no sense."""
     training = config.training
     with config_errors():
-        for field in ("num_steps", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+        for field in (
+            "num_steps",
+            "accumulation_steps",
+            "log_every_steps",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        ):
             _check_at_least(training, "training", field, 1)
+        _check_at_least(training, "training", "keep_every_steps", 0)
         if not 0 <= training.ema_decay < 1:
             raise UsageError(f"training.ema_decay={training.ema_decay} must be in [0, 1)")
         _check_at_least(config.eval, "eval", "class_agreement_samples", 0)

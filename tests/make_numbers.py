@@ -53,7 +53,7 @@ def compute(name, dtype):
     losses = []
     for _ in range(3):
         state, terms = train_step(state)
-        losses.append([terms["loss"], terms["mse"], terms["vb"]])
+        losses.append([terms[name].mean() for name in ("loss", "mse", "vb")])
     out["losses"] = np.array(losses)
     out["ema_norms"] = jnp.stack([jnp.linalg.norm(v) for v in jax.tree.leaves(state.ema_params)])
     model_fn = guided_model_fn(forward, y, 10, 1.5, num_channels=4, cfg_channels="first_three")

@@ -23,7 +23,7 @@ from dico_jax.build import (
 )
 from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params, count_parameters
-from dico_jax.training.state import create_optimizer
+from dico_jax.training.optimizer import create_optimizer
 from dico_jax.training.step import loss_fn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def test_config_builds_and_its_loss_can_be_traced(name):
         assert "Expected: " in module.__doc__
     check_fields(config)
     check_training(config)
-    create_optimizer(config.optimizer)
+    create_optimizer(config.optimizer, config.training.num_steps)
     if config.model.num_classes is None:  # counted when the data are opened
         config.model.num_classes = 3
     process, _ = sampling_from_config(config)
@@ -66,12 +66,11 @@ def test_config_builds_and_its_loss_can_be_traced(name):
         assert height == width == (64 if name == "xl512" else 32)
     x = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
     t = jax.ShapeDtypeStruct((2,), jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
     loss, terms = jax.eval_shape(
-        lambda p, x, y, t, noise, key: loss_fn(
-            p, model, experiment.diffusion, {"x": x, "y": y}, t, noise, key
+        lambda p, x, y, t, noise: loss_fn(
+            p, model, experiment.diffusion, {"x": x, "y": y}, t, noise
         ),
-        abstract_params(model), x, t, t, x, key,
+        abstract_params(model), x, t, t, x,
     )  # fmt: skip
     assert loss.shape == ()
     assert set(terms) == {"loss", "mse", "vb"}

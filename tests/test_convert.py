@@ -32,10 +32,11 @@ from dico_jax.interop.torch_files import open_tensors, write_pt, write_safetenso
 from dico_jax.mesh import create_mesh, replicated
 from dico_jax.models import abstract_params, create_model
 from dico_jax.models.dit import position_embedding
-from dico_jax.training import loop
+from dico_jax.training import run
 from dico_jax.training.checkpoints import Checkpointer, SavedWeights
 from dico_jax.training.loop import train
-from dico_jax.training.state import TrainState, create_optimizer
+from dico_jax.training.optimizer import create_optimizer
+from dico_jax.training.state import TrainState, abstract_state, initializer
 from dico_jax.training.warm_start import WarmStart
 from tests import golden
 from tests.golden import TINY, distance, nhwc
@@ -210,9 +211,9 @@ def resumed(tmp_path_factory):
 def restored(resumed):
     """The state of the converted run, as the loop restores it, and its optimizer and config."""
     config = ConfigDict(json.loads((resumed / "config.json").read_text()))
-    optimizer = create_optimizer(config.optimizer)
+    optimizer = create_optimizer(config.optimizer, 10)
     model = create_model("DiCo", **SMALL)
-    like = empty_state(model, optimizer, (32, 32, 4), 0, replicated(create_mesh()))
+    like = empty_state(initializer(model, optimizer, (32, 32, 4)), 0, replicated(create_mesh()))
     with Checkpointer(resumed, {}, keep=1) as saver:
         return saver.restore(saver.latest_step(), like), optimizer, config
 
@@ -301,7 +302,7 @@ def test_training_state_of_a_dit(tmp_path):
     dit_checkpoint(tmp_path / "a.pt")
     from_pytorch(tmp_path / "a.pt", tmp_path / "run", training=True, num_heads=3)
     config = SavedWeights(tmp_path / "run").config
-    assert config["optimizer"] == {
+    assert config["optimizer"] == DEFAULTS["optimizer"] | {
         "learning_rate": 3e-4, "b1": 0.8, "b2": 0.99, "eps": 1e-6, "weight_decay": 0.01
     }  # fmt: skip
     assert (config["seed"], config["data"]["batch_size"], config["data"]["image_size"]) == (
@@ -352,19 +353,19 @@ def test_sampling_from_a_converted_checkpoint(tmp_path):
 def counting_step(model, diffusion, optimizer, **_):
     """A training step that only counts."""
 
-    def step(state, batch):
+    def step(state, batch, attempt):
         count = state.opt_state[0].count + 1
         opt_state = optax.tree_utils.tree_set(state.opt_state, count=count)
         metrics = dict.fromkeys(("loss", "mse", "vb", "grad_norm"), jnp.zeros(()))
+        metrics["finite"] = jnp.array(True)
         return state.replace(step=state.step + 1, opt_state=opt_state), metrics
 
     return step
 
 
-def empty_state(model, optimizer, input_shape, seed, sharding):
+def empty_state(init, seed, sharding):
     """A fresh state of zeros."""
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(model))
-    state = TrainState(np.int32(0), params, params, optimizer.init(params))
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_state(init))
     return jax.device_put(state, sharding)
 
 
@@ -374,9 +375,9 @@ STEPS = pytest.mark.parametrize("step", ["counting", pytest.param("true", marks=
 def use_step(step, monkeypatch):
     """Spares the quick tests what takes half a minute to compile, and is tested elsewhere."""
     if step == "counting":
-        monkeypatch.setattr(loop, "make_train_step", counting_step)
-        monkeypatch.setattr(loop, "create_state", empty_state)
-        monkeypatch.setattr(loop, "create_mesh", lambda: create_mesh(jax.devices()[:1]))
+        monkeypatch.setattr(run, "make_train_step", counting_step)
+        monkeypatch.setattr(run, "create_state", empty_state)
+        monkeypatch.setattr(run, "create_mesh", lambda **_: create_mesh(jax.devices()[:1]))
 
 
 @golden.requires_golden

@@ -9,11 +9,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from dico_jax.conversion import from_pytorch, to_pytorch
+from dico_jax.defaults import DEFAULTS
 from dico_jax.interop.key_maps import KEY_MAPS, from_state_dict, state_dict_shapes, to_state_dict
 from dico_jax.mesh import create_mesh, replicated
 from dico_jax.models import abstract_params, create_model
 from dico_jax.training.checkpoints import Checkpointer
-from dico_jax.training.state import TrainState, create_optimizer
+from dico_jax.training.optimizer import create_optimizer
+from dico_jax.training.state import TrainState
 from tests import golden
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -154,10 +156,10 @@ def test_optax_makes_the_step_that_pytorch_makes(family, options, tmp_path):
     run = tmp_path / "run"
     from_pytorch(tmp_path / "a.pt", run, training=True, num_heads=options.get("num_heads"))
     config = ConfigDict(json.loads((run / "config.json").read_text()))
-    assert config.optimizer.to_dict() == {
+    assert config.optimizer.to_dict() == DEFAULTS["optimizer"] | {
         "learning_rate": LR, "b1": BETAS[0], "b2": BETAS[1], "eps": EPS, "weight_decay": 0.1
     }  # fmt: skip
-    optax_optimizer = create_optimizer(config.optimizer)
+    optax_optimizer = create_optimizer(config.optimizer, 10)
     abstract = abstract_params(create_model(family, **options))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
     like = TrainState(np.int32(0), zeros, zeros, optax_optimizer.init(zeros))

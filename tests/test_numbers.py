@@ -7,7 +7,9 @@ import pytest
 from tests.golden import distance
 from tests.make_numbers import FILE, MODELS, compute
 
-BARS = {"float64": 1e-10, "float32": 5e-5}
+# Five sampling steps with clipping enlarge the rounding of float32, and every processor rounds in
+# its own way.
+BARS = {"float64": 1e-10, "float32": 1e-4}
 
 
 @pytest.mark.parametrize("dtype", BARS)

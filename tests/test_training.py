@@ -12,10 +12,11 @@ from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import UsageError
 from dico_jax.mesh import batch_sharding, check_batch_size, create_mesh, replicated, to_global
 from dico_jax.models import create_model
-from dico_jax.training.ema import update_ema
+from dico_jax.sharding import state_sharding
 from dico_jax.training.loop import train
-from dico_jax.training.state import create_optimizer, create_state
-from dico_jax.training.step import make_train_step
+from dico_jax.training.optimizer import create_optimizer
+from dico_jax.training.state import abstract_state, create_state, initializer
+from dico_jax.training.step import StepOptions, make_train_step
 from dico_jax.training.workdir import open_workdir
 
 
@@ -35,12 +36,19 @@ def tiny_config():
     return config
 
 
-def run_steps(devices, num_steps=3):
-    mesh = create_mesh(devices)
+def run_steps(devices, num_steps=3, accumulation_steps=1, learning_rate=2e-3, **axes):
+    mesh = create_mesh(devices, **axes)
     model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
-    optimizer = create_optimizer(digits.get_config().optimizer)
-    state = create_state(model, optimizer, (8, 8, 1), 0, replicated(mesh))
-    step = make_train_step(model, create_diffusion(), optimizer, ema_decay=0.9, seed=0, mesh=mesh)
+    config = digits.get_config().optimizer
+    config.learning_rate = learning_rate
+    optimizer = create_optimizer(config, num_steps)
+    init = initializer(model, optimizer, (8, 8, 1))
+    sharding = state_sharding(abstract_state(init), mesh)
+    state = create_state(init, 0, sharding)
+    options = StepOptions(seed=0, ema_decay=0.9, accumulation_steps=accumulation_steps)
+    step = make_train_step(
+        model, create_diffusion(), optimizer, mesh=mesh, options=options, sharding=sharding
+    )
     rng, losses = np.random.default_rng(0), []
     for _ in range(num_steps):
         batch = {
@@ -77,12 +85,6 @@ def test_examples_of_one_step_get_different_noise_and_timesteps():
     assert len(np.unique(t)) > 10
     flat = np.asarray(noise).reshape(16, -1)
     assert np.abs(np.corrcoef(flat) - np.eye(16)).max() < 0.5
-
-
-def test_ema():
-    ema, params = {"a": jnp.array([1.0])}, {"a": jnp.array([2.0])}
-    np.testing.assert_allclose(update_ema(ema, params, 0.9)["a"], [1.1])
-    np.testing.assert_array_equal(update_ema(ema, params, 0.0)["a"], params["a"])
 
 
 def test_a_run_in_parts_equals_a_run_in_one(tmp_path, capfd):

@@ -1,38 +1,29 @@
 """The training loop."""
 
-import pathlib
+import collections
+import contextlib
 import time
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dico_jax.autoencoders.encoding import make_latents_fn
-from dico_jax.build import (
-    Experiment,
-    check_fields,
-    check_training,
-    config_errors,
-    experiment_from_config,
-    reader_from_config,
-    sampling_from_config,
-    source_from_config,
-    with_num_classes,
-)
-from dico_jax.data.bad_examples import BadExampleLog
-from dico_jax.data.pipeline import DeviceBatches, training_batches
-from dico_jax.data.sources import Source
-from dico_jax.generation import generate_images, make_generate_fn
-from dico_jax.grids import class_name, image_grid, save_png
-from dico_jax.mesh import batch_sharding, check_batch_size, create_mesh, replicated, to_global
-from dico_jax.metrics.class_agreement import ClassAgreement, class_agreement, require_sklearn
-from dico_jax.models import count_parameters
+from dico_jax.metrics.class_agreement import ClassAgreement
 from dico_jax.training.checkpoints import Checkpointer
-from dico_jax.training.logging import RunLogger
-from dico_jax.training.state import TrainState, create_optimizer, create_state
-from dico_jax.training.step import make_train_step
-from dico_jax.training.warm_start import open_warm_start
-from dico_jax.training.workdir import config_to_dict, open_workdir
+from dico_jax.training.ema_snapshots import EmaSnapshots
+from dico_jax.training.logging import Logger, open_logger
+from dico_jax.training.nan_policy import NanWatch
+from dico_jax.training.preemption import Preempted, Preemption
+from dico_jax.training.profiling import Profiler
+from dico_jax.training.run import Run
+from dico_jax.training.stall import StallWatch, stall_file
+from dico_jax.training.state import TrainState
+from dico_jax.training.step_metrics import mean_of_steps
+from dico_jax.training.workdir import config_to_dict, open_workdir, workdir_lock
+
+_STEPS_AHEAD = 2  # of the devices: enough to keep them busy, and few enough to notice a stall
 
 
 def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
@@ -47,183 +38,135 @@ def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
 
     Raises:
       UsageError: something in the config or the workdir cannot work; nothing is changed then.
+      TrainingStopped: the run cannot go on, see `config.training.on_nan`.
+      Preempted: SIGTERM came; the state is saved.
     """
     run = Run(config, workdir)
-    training = config.training
-    with run.checkpointer() as saver, run.logger(saver.latest_step() or 0) as log:
-        state = run.initial_state()
-        if saver.latest_step() is not None:
-            state = saver.restore(saver.latest_step(), state)
-        start = int(state.step)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(workdir_lock(workdir, jax.process_index()))
+        open_workdir(workdir, run.config)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the workdir is open")
+        trainer = Trainer(run, stack)
+        state = trainer.train()
+        return trainer.judge(state)
+
+
+class Trainer:
+    """Takes the steps of a run, and watches over them."""
+
+    def __init__(self, run: Run, stack: contextlib.ExitStack):
+        """Opens what the run reads and writes; `stack` closes it."""
+        config, training = run.config, run.config.training
+        self.run, self.config = run, config
+        self.preemption = stack.enter_context(Preemption())
+        self.saver: Checkpointer = stack.enter_context(run.checkpointer())
+        self.snapshots = stack.enter_context(
+            EmaSnapshots(run.workdir, training.ema_snapshot_every_steps, training.num_steps)
+        )
+        self.state, self.start = self._newest_state()
+        self.log: Logger = stack.enter_context(
+            open_logger(
+                run.workdir,
+                self.start,
+                training.num_steps,
+                config.logging.wandb_project,
+                config_to_dict(config),
+            )
+        )
+        self.stall = stack.enter_context(
+            StallWatch(training.stall_warning_seconds, stall_file(run.workdir), self.log.say)
+        )
+        self.profiler = stack.enter_context(Profiler(config.profile, run.workdir, self.log.say))
+        attempt = self.saver.extra(self.start).get("attempt", 0) if self.start else 0
+        self.watch = NanWatch(training.on_nan, attempt, self.log.say)
+        self.meter = Meter(config.data.batch_size)
+        self.speed = run.speed()
+
+    def _newest_state(self) -> tuple[TrainState, int]:
+        found = self.saver.restore_newest(self.run.target)
+        return (self.run.initial_state(), 0) if found is None else found
+
+    def train(self) -> TrainState:
+        """Takes all steps that are left."""
+        self.log.say(self.run.describe(self.start))
+        while self.start < self.config.training.num_steps:
+            self.state, self.start = self._steps(self.state, self.start)
+        return self.state
+
+    def _steps(self, state: TrainState, start: int) -> tuple[TrainState, int]:
+        """Steps to the end, or until the run has to return to an earlier one."""
+        training, in_flight = self.config.training, collections.deque[Any]()
         steps = range(start + 1, training.num_steps + 1)
-        meter = Meter(config.data.batch_size)
-        log.say(run.describe(start))
-        with run.batches(start) as batches:
+        with self.run.batches(start) as batches:
             for step, batch in zip(steps, batches, strict=False):  # batches have no end
-                state, metrics = run.train_step(state, run.to_latents(batch, np.int32(step)))
-                meter.add(metrics, waited=batches.waited)
-                if step == start + 1:  # what has passed so far was compilation
-                    meter.restart_clock()
-                    log.restart_clock()
-                log.advance()
-                last = step == training.num_steps
-                if last or step % training.log_every_steps == 0:
-                    values = meter.read()
-                    log.scalars(step, values)
-                    log.show(
-                        loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_second']:.0f}"
-                    )
-                if run.is_grid_step(step):
-                    log.image(step, "samples", run.save_grid(step, state))
-                    meter.restart_clock()
-                    log.restart_clock()
-                if last or step % training.checkpoint_every_steps == 0:
-                    saver.save(step, state)
-        result = run.judge(state)
-        if result is not None:
-            log.say(str(result))
-            log.scalars(int(state.step), {f"eval/{k}": v for k, v in vars(result).items()})
-    return result
+                latents = self.run.to_latents(batch, np.int32(step))
+                state, metrics = self.run.train_step(state, latents, self.watch.attempt)
+                in_flight.append(metrics["loss"])
+                if len(in_flight) > _STEPS_AHEAD:
+                    jax.block_until_ready(in_flight.popleft())
+                self._took(step, metrics, batches.waited, first=step == start + 1)
+                last, preempted = step == training.num_steps, self.preemption.requested(step)
+                logs = last or step % training.log_every_steps == 0
+                saves = last or preempted or step % training.checkpoint_every_steps == 0
+                grid = self.run.is_grid_step(step)
+                if logs or saves or grid or self.snapshots.is_due(step):
+                    back = self.watch.check(self.saver.latest_step())
+                    if back is not None:
+                        del state, metrics  # two states may not fit
+                        return self._returned(back)
+                if logs:
+                    self._report(step)
+                if grid:
+                    self.log.image(step, "samples", self.run.save_grid(step, state))
+                    self._rested(step)
+                self.snapshots.save(step, state.width_emas)
+                if saves:
+                    self.saver.save(step, state, {"attempt": self.watch.attempt})
+                if preempted and not last:
+                    self.saver.wait()
+                    self.log.say(f"SIGTERM: step {step} is saved; the same command goes on")
+                    raise Preempted(training.preemption_exit_status)
+        return state, training.num_steps
 
+    def _took(self, step: int, metrics: dict, waited: float, first: bool) -> None:
+        """Notes a step that was just dispatched."""
+        self.watch.add(step, metrics["finite"])
+        self.meter.add(metrics, waited)
+        self.stall.step_done(step)
+        self.log.advance()
+        if self.profiler.step_done(step, metrics) or first:
+            self._rested(step)  # what has passed so far was compilation
 
-class Run:
-    """The parts of a run, built and checked from its config."""
+    def _rested(self, step: int) -> None:
+        """Keeps what has just passed out of the throughput."""
+        self.meter.restart_clock()
+        self.log.restart_clock()
+        self.stall.step_done(step)
 
-    def __init__(self, config: ConfigDict, workdir: str):
-        self.mesh = create_mesh()
-        check_fields(config)
-        check_training(config)
-        check_batch_size(config.data.batch_size, self.mesh.size, "config.data.batch_size")
-        self.source: Source = source_from_config(config)
-        self.config = config = with_num_classes(config, self.source)
-        self.experiment: Experiment = experiment_from_config(config)
-        process, options = sampling_from_config(config)
-        self.read = reader_from_config(config, self.experiment, self.source)
-        with config_errors():
-            self.to_latents = make_latents_fn(
-                self.source.kind,
-                self.experiment.autoencoder,
-                latent_sampling=config.data.latent_sampling,
-                seed=config.seed,
-                mesh=self.mesh,
-            )
-            self.optimizer = create_optimizer(config.optimizer)
-            self.generate = make_generate_fn(
-                self.experiment.model,
-                process,
-                self.experiment.autoencoder,
-                self.experiment.latent_shape,
-                options,
-                self.mesh,
-                load=bool(config.sampling.grid_every_steps or config.eval.class_agreement_samples),
-            )
-            if config.eval.class_agreement_samples:
-                require_sklearn("eval.class_agreement_samples")
-        init_from = config.training.init_from
-        self.warm_start = open_warm_start(init_from, workdir, self.experiment.model)
-        self.workdir: pathlib.Path = open_workdir(workdir, config)
-        self.train_step = make_train_step(
-            self.experiment.model,
-            self.experiment.diffusion,
-            self.optimizer,
-            ema_decay=config.training.ema_decay,
-            seed=config.seed,
-            mesh=self.mesh,
-        )
+    def _report(self, step: int) -> None:
+        values = self.meter.read()
+        values["learning_rate"] = float(self.run.learning_rate(step - 1))
+        values |= self.watch.metrics() | self.speed.metrics(values["images_per_second"])
+        self.log.scalars(step, values)
+        self.log.show(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_second']:.0f}")
 
-    def describe(self, start: int) -> str:
-        """One line of what is about to be trained, where and from which step on."""
-        parameters = count_parameters(self.experiment.model)
-        kind = self.mesh.devices.flat[0].device_kind
-        return (
-            f"{self.config.model.name}, {parameters:,} parameters; {len(self.source):,} examples; "
-            f"{self.mesh.size} x {kind}; steps {start} to {self.config.training.num_steps} "
-            f"in {self.workdir}"
-        )
-
-    def checkpointer(self) -> Checkpointer:
-        meta = {"config": config_to_dict(self.config), "class_names": self.source.class_names}
-        return Checkpointer(self.workdir, meta, self.config.training.keep_checkpoints)
-
-    def logger(self, start_step: int) -> RunLogger:
-        return RunLogger(self.workdir, start_step, self.config.training.num_steps)
-
-    def initial_state(self) -> TrainState:
-        state = create_state(
-            self.experiment.model,
-            self.optimizer,
-            self.experiment.latent_shape,
-            self.config.seed,
-            replicated(self.mesh),
-        )
-        if self.warm_start is None:
-            return state
-        if jax.process_index() == 0:
-            print(self.warm_start)
-        return self.warm_start.apply(state)
-
-    def batches(self, start_step: int) -> DeviceBatches:
-        """Batches on the mesh, from the one after `start_step` on."""
-        data, sharding = self.config.data, batch_sharding(self.mesh)
-        batches = training_batches(
-            self.source,
-            self.read,
-            batch_size=data.batch_size,
-            seed=self.config.seed,
-            start_step=start_step,
-            horizontal_flip=data.horizontal_flip,
-            max_bad_fraction=data.max_bad_fraction,
-            num_workers=data.num_workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        part = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
-        file = self.workdir / f"bad_examples{part}.jsonl"
-        log = BadExampleLog(self.source, self.read, data.max_bad_fraction, file)
-        return DeviceBatches(batches, lambda batch: to_global(batch, sharding), log)
-
-    def sample(self, state: TrainState, labels: np.ndarray) -> np.ndarray:
-        """Images of the averaged weights, uint8 (N, H, W, C)."""
-        batches = generate_images(
-            self.generate,
-            state.ema_params,
-            labels,
-            self.config.sampling.batch_size,
-            self.mesh.size,
-        )
-        return np.concatenate(list(batches))
-
-    def is_grid_step(self, step: int) -> bool:
-        every = self.config.sampling.grid_every_steps
-        return every > 0 and step % every == 0
-
-    def save_grid(self, step: int, state: TrainState) -> np.ndarray:
-        """Writes samples/step_N.png, a row per class, and returns it."""
-        sampling, num_classes = self.config.sampling, self.experiment.model.num_classes
-        rows = min(sampling.grid_rows, num_classes)
-        classes = np.linspace(0, num_classes - 1, rows).round().astype(int)  # spread over all
-        images = self.sample(state, np.repeat(classes, sampling.grid_columns))
-        grid = image_grid(
-            np.split(images, rows), [class_name(self.source.class_names, c) for c in classes]
-        )
-        folder = self.workdir / "samples"
-        folder.mkdir(exist_ok=True)
-        save_png(folder / f"step_{step:07d}.png", grid)
-        return grid
+    def _returned(self, step: int) -> tuple[TrainState, int]:
+        """The state of an earlier step, which the run goes on from."""
+        self.meter = Meter(self.config.data.batch_size)
+        self.saver.wait()
+        found = self.saver.restore_newest(self.run.target, self.log.say) if step else None
+        state, step = (self.run.initial_state(), 0) if found is None else found
+        self.log.rewind(step)
+        return state, step
 
     def judge(self, state: TrainState) -> ClassAgreement | None:
-        """Samples every class in turn and asks a classifier fitted on the real pictures."""
-        num_samples = self.config.eval.class_agreement_samples
-        if not num_samples:
-            return None
-        examples = [self.source[i] for i in range(len(self.source))]
-        labels = np.arange(num_samples) % self.experiment.model.num_classes
-        return class_agreement(
-            np.stack([self.read(e["image"], False) for e in examples]),
-            np.array([e["label"] for e in examples]),
-            self.sample(state, labels),
-            labels,
-        )
+        """What the classifier says of samples of the final state."""
+        result = self.run.judge(state)
+        if result is not None:
+            self.log.say(str(result))
+            self.log.scalars(int(state.step), {f"eval/{k}": v for k, v in vars(result).items()})
+        return result
 
 
 class Meter:
@@ -248,7 +191,7 @@ class Meter:
         self._waited += waited
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading; waits for the steps.
+        """Means since the last reading (see `mean_of_steps`); waits for the steps.
 
         Besides them "images_per_second", and "data_wait", the fraction of the time in which the
         next batch was not ready.
@@ -260,4 +203,4 @@ class Meter:
             "data_wait": self._waited / seconds,
         }
         self.restart_clock()
-        return {name: float(np.mean([v[name] for v in values])) for name in values[0]} | speed
+        return mean_of_steps(values) | speed

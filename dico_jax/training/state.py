@@ -1,14 +1,12 @@
 """What a training run carries from step to step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
-
-from dico_jax.errors import UsageError
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -19,12 +17,14 @@ class TrainState(flax.struct.PyTreeNode):
       params: the parameter tree, float32.
       ema_params: its exponential moving average, the weights that are sampled and evaluated.
       opt_state: Optax's state.
+      width_emas: further averages by `width_name`, see `dico_jax.training.ema`; {} for none.
     """
 
     step: jax.Array
     params: Any
     ema_params: Any
     opt_state: Any
+    width_emas: dict[str, Any] = flax.struct.field(default_factory=dict)
 
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
@@ -33,45 +33,55 @@ def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     return init, steps
 
 
-def create_optimizer(config) -> optax.GradientTransformation:
-    """AdamW as in `config.optimizer`; the published recipe is its default.
-
-    Raises:
-      UsageError: a value out of range.
-    """
-    for field, low in (("learning_rate", 0.0), ("eps", 0.0), ("weight_decay", 0.0)):
-        if not config[field] >= low:
-            raise UsageError(f"optimizer.{field}={config[field]} must be at least {low}")
-    for field in ("b1", "b2"):
-        if not 0 <= config[field] < 1:
-            raise UsageError(f"optimizer.{field}={config[field]} must be in [0, 1)")
-    return optax.adamw(
-        config.learning_rate,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
+def width_name(width: float) -> str:
+    """The key of the average of a relative width: "width_0_05" for 0.05."""
+    return f"width_{width}".replace(".", "_")
 
 
-def create_state(
-    model, optimizer: optax.GradientTransformation, input_shape, seed: int, sharding: NamedSharding
-) -> TrainState:
-    """A fresh state, initialised under jit straight into `sharding`.
+def initializer(
+    model,
+    optimizer: optax.GradientTransformation,
+    input_shape: tuple[int, int, int],
+    ema_widths: tuple[float, ...] = (),
+) -> Callable[[jax.Array], TrainState]:
+    """The function from a key to a fresh state, to be run under jit.
 
     Args:
       model: the network.
-      optimizer: see `create_optimizer`.
+      optimizer: see `dico_jax.training.optimizer`.
       input_shape: (H, W, C) of the network's input.
-      seed: decides the initial parameters.
-      sharding: where every leaf lies.
+      ema_widths: relative widths of the further averages.
     """
 
     def init(key):
         x, t = jnp.zeros((1, *input_shape)), jnp.zeros((1,), jnp.int32)
         params = model.init(key, x, t, t)["params"]
-        # The EMA starts as a copy: two names for one buffer could not both be donated.
-        ema_params = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
+        def copy():  # two names for one buffer could not both be donated
+            return jax.tree.map(jnp.copy, params)
+
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema_params=copy(),
+            opt_state=optimizer.init(params),
+            width_emas={width_name(width): copy() for width in ema_widths},
+        )
+
+    return init
+
+
+def abstract_state(init: Callable[[jax.Array], TrainState]) -> TrainState:
+    """The shapes and dtypes of a state, without making it."""
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def create_state(init: Callable[[jax.Array], TrainState], seed: int, sharding: Any) -> TrainState:
+    """A fresh state, made by the devices straight into `sharding`: no whole copy anywhere.
+
+    Args:
+      init: see `initializer`.
+      seed: decides the initial parameters.
+      sharding: one, or a tree of them, see `dico_jax.sharding`.
+    """
     return jax.jit(init, out_shardings=sharding)(run_keys(seed)[0])

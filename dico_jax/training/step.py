@@ -1,6 +1,8 @@
-"""One training step, a pure function of (state, batch)."""
+"""One training step, a pure function of (state, batch, attempt)."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,35 @@ from jax.sharding import Mesh
 
 from dico_jax.diffusion import Diffusion, training_losses
 from dico_jax.mesh import batch_sharding, replicated
-from dico_jax.training.ema import update_ema
+from dico_jax.models.layers import drop_labels
+from dico_jax.training.ema import update_ema, update_width_emas
+from dico_jax.training.nan_policy import attempt_key, is_finite, keep_if
 from dico_jax.training.state import TrainState, run_keys
+from dico_jax.training.step_metrics import quarter_losses
 
-StepFn = Callable[[TrainState, dict], tuple[TrainState, dict]]
+StepFn = Callable[..., tuple[TrainState, dict]]
 
 
-def loss_fn(params, model, diffusion: Diffusion, batch: dict, t, noise, label_key=None):
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How a step is taken; see configs/default.py.
+
+    Attributes:
+      seed: decides, with the step, every draw.
+      ema_decay: of the averaged weights.
+      ema_widths: relative widths of the power-function averages.
+      accumulation_steps: parts of a batch whose gradients are computed one after the other.
+      skip_bad_steps: leave out the update of a step whose loss or gradients are not finite.
+    """
+
+    seed: int = 0
+    ema_decay: float = 0.9999
+    ema_widths: tuple[float, ...] = ()
+    accumulation_steps: int = 1
+    skip_bad_steps: bool = False
+
+
+def loss_fn(params, model, diffusion: Diffusion, batch: dict, t, noise):
     """The mean training loss of a batch and its terms.
 
     Args:
@@ -24,21 +48,16 @@ def loss_fn(params, model, diffusion: Diffusion, batch: dict, t, noise, label_ke
       batch: {"x": (N, H, W, C) clean latents, "y": (N,) labels}.
       t: (N,) int timesteps.
       noise: like x.
-      label_key: decides which labels are dropped; None drops none.
 
     Returns:
-      (scalar loss, {"loss", "mse", ...}: scalar means over the batch).
+      (scalar loss, {"loss", "mse", ...}: (N,) for every example).
     """
 
     def model_fn(x, timesteps):
-        rngs = None if label_key is None else {"label_dropout": label_key}
-        return model.apply(
-            {"params": params}, x, timesteps, batch["y"], train=rngs is not None, rngs=rngs
-        )
+        return model.apply({"params": params}, x, timesteps, batch["y"])
 
     terms = training_losses(diffusion, model_fn, batch["x"], t, noise)
-    means = {name: value.mean() for name, value in terms.items()}
-    return means["loss"], means
+    return terms["loss"].mean(), terms
 
 
 def draw_noise(key, x, num_timesteps: int):
@@ -48,10 +67,35 @@ def draw_noise(key, x, num_timesteps: int):
     return t, jax.random.normal(noise_key, x.shape, x.dtype), label_key
 
 
+def gradients(params, model, diffusion: Diffusion, batch: dict, t, noise, parts: int = 1):
+    """The gradients of `loss_fn` and its terms (N,), in `parts` one after the other.
+
+    A part holds every `parts`-th example, so that it lies on the devices as the batch does.
+    """
+    grad = jax.grad(loss_fn, has_aux=True)
+    if parts == 1:
+        return grad(params, model, diffusion, batch, t, noise)
+
+    def part(total, inputs):
+        grads, terms = grad(params, model, diffusion, *inputs)
+        return jax.tree.map(jnp.add, total, grads), terms
+
+    inputs = jax.tree.map(
+        lambda v: v.reshape(-1, parts, *v.shape[1:]).swapaxes(0, 1), (batch, t, noise)
+    )
+    total, terms = jax.lax.scan(part, jax.tree.map(jnp.zeros_like, params), inputs)
+    grads = jax.tree.map(lambda g: g / parts, total)
+    return grads, {name: value.T.reshape(-1) for name, value in terms.items()}
+
+
 def apply_gradients(
-    state: TrainState, grads, optimizer: optax.GradientTransformation, ema_decay: float
+    state: TrainState,
+    grads,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    ema_widths: tuple[float, ...] = (),
 ) -> tuple[TrainState, dict]:
-    """The state after one optimizer step and EMA update, and the norms of the step."""
+    """The state after one optimizer step and update of the averages, and the norms of the step."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     norms = {
@@ -60,7 +104,9 @@ def apply_gradients(
         "param_norm": optax.tree.norm(params),
     }
     ema_params = update_ema(state.ema_params, params, ema_decay)
-    return TrainState(state.step + 1, params, ema_params, opt_state), norms
+    step = state.step + 1
+    width_emas = update_width_emas(state.width_emas, params, step, ema_widths)
+    return TrainState(step, params, ema_params, opt_state, width_emas), norms
 
 
 def make_train_step(
@@ -68,28 +114,49 @@ def make_train_step(
     diffusion: Diffusion,
     optimizer: optax.GradientTransformation,
     *,
-    ema_decay: float,
-    seed: int,
     mesh: Mesh,
+    options: StepOptions,
+    sharding: Any = None,
 ) -> StepFn:
-    """The jitted step (state, batch) -> (state, metrics).
+    """The jitted step (state, batch, attempt=0) -> (state, metrics).
 
-    Every draw follows from (seed, state.step), so a step's result depends on nothing else; the
-    state is donated. Batches are split over the mesh, state and metrics are whole on every device.
+    Every draw follows from (options.seed, state.step, attempt), so a step's result depends on
+    nothing else; the state is donated.
+
+    Args:
+      model, diffusion, optimizer: what is trained, and how.
+      mesh: batches are split over it.
+      options: how.
+      sharding: of the state, see `dico_jax.sharding`; whole on every device if None.
     """
+    sharding = replicated(mesh) if sharding is None else sharding
 
-    def train_step(state: TrainState, batch: dict):
-        key = jax.random.fold_in(run_keys(seed)[1], state.step)
+    def train_step(state: TrainState, batch: dict, attempt):
+        key = jax.random.fold_in(run_keys(options.seed)[1], state.step)
+        key = attempt_key(key, attempt)
         t, noise, label_key = draw_noise(key, batch["x"], diffusion.num_steps)
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(
-            state.params, model, diffusion, batch, t, noise, label_key
+        if model.null_class is not None:
+            labels = drop_labels(label_key, batch["y"], model.class_dropout_prob, model.null_class)
+            batch = batch | {"y": labels}
+        grads, terms = gradients(
+            state.params, model, diffusion, batch, t, noise, options.accumulation_steps
         )
-        state, norms = apply_gradients(state, grads, optimizer, ema_decay)
-        return state, jax.tree.map(jnp.float32, metrics | norms)
+        new_state, norms = apply_gradients(
+            state, grads, optimizer, options.ema_decay, options.ema_widths
+        )
+        means = {name: value.mean() for name, value in terms.items()}
+        finite = is_finite(means["loss"], norms["grad_norm"])
+        if options.skip_bad_steps:
+            kept = keep_if(finite, new_state, state)
+            new_state = kept.replace(step=new_state.step)
+        metrics = jax.tree.map(jnp.float32, means | norms)
+        quarters = quarter_losses(terms["mse"], t, diffusion.num_steps)
+        return new_state, metrics | quarters | {"finite": finite}
 
-    return jax.jit(
+    compiled = jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(replicated(mesh), batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
+        in_shardings=(sharding, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(sharding, replicated(mesh)),
     )
+    return lambda state, batch, attempt=0: compiled(state, batch, jnp.int32(attempt))

@@ -1,0 +1,245 @@
+"""The parts of a training run, built and checked from its config."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dico_jax.autoencoders.encoding import make_latents_fn
+from dico_jax.build import (
+    Experiment,
+    check_fields,
+    check_training,
+    config_errors,
+    experiment_from_config,
+    reader_from_config,
+    sampling_from_config,
+    source_from_config,
+    with_num_classes,
+)
+from dico_jax.data.bad_examples import BadExampleLog
+from dico_jax.data.pipeline import DeviceBatches, training_batches
+from dico_jax.data.sources import Source
+from dico_jax.errors import UsageError
+from dico_jax.generation import generate_images, make_generate_fn
+from dico_jax.grids import class_name, image_grid, save_png
+from dico_jax.mesh import (
+    batch_sharding,
+    check_batch_size,
+    create_mesh,
+    data_shard,
+    num_batch_shards,
+    to_global,
+)
+from dico_jax.metrics.class_agreement import ClassAgreement, class_agreement, require_sklearn
+from dico_jax.models import count_parameters
+from dico_jax.sharding import DEFAULT_RULES, parse_rules, state_sharding
+from dico_jax.training.checkpoints import Checkpointer
+from dico_jax.training.compilation_cache import enable_compilation_cache
+from dico_jax.training.ema import parse_widths
+from dico_jax.training.optimizer import create_optimizer, learning_rate_schedule
+from dico_jax.training.speed import SpeedMetrics
+from dico_jax.training.state import TrainState, abstract_state, create_state, initializer
+from dico_jax.training.step import StepOptions, make_train_step
+from dico_jax.training.warm_start import open_warm_start
+from dico_jax.training.watch import check_watch
+from dico_jax.training.workdir import check_workdir, config_to_dict
+
+
+class Run:
+    """What a run consists of. Building it checks everything and changes nothing.
+
+    Attributes:
+      config: complete, with the number of classes.
+      workdir: its folder, which may not be there yet.
+      mesh: of all devices.
+      experiment: network, process and autoencoder.
+      source: the training examples.
+      target: shapes and shardings of the state.
+      train_step: see `make_train_step`.
+      to_latents: see `make_latents_fn`.
+      learning_rate: by the number of steps taken.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: str):
+        check_fields(config)
+        check_training(config)
+        check_watch(config)
+        enable_compilation_cache(config.training.compilation_cache)
+        with config_errors():
+            self.mesh = create_mesh(
+                data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
+            )
+            rules = parse_rules(config.mesh.rules) or DEFAULT_RULES
+        self._check_batch_size(config)
+        self.source: Source = source_from_config(config)
+        self.config = config = with_num_classes(config, self.source)
+        self.experiment: Experiment = experiment_from_config(config)
+        process, sampling_options = sampling_from_config(config)
+        self.read = reader_from_config(config, self.experiment, self.source)
+        model, training = self.experiment.model, config.training
+        with config_errors():
+            optimizer = create_optimizer(config.optimizer, training.num_steps)
+            self.learning_rate = learning_rate_schedule(config.optimizer, training.num_steps)
+            widths = parse_widths(training.ema_widths, training.ema_snapshot_every_steps)
+            self._init = initializer(model, optimizer, self.experiment.latent_shape, widths)
+            self.target = _with_sharding(abstract_state(self._init), self.mesh, rules)
+            self.to_latents = make_latents_fn(
+                self.source.kind,
+                self.experiment.autoencoder,
+                latent_sampling=config.data.latent_sampling,
+                seed=config.seed,
+                mesh=self.mesh,
+            )
+            if config.eval.class_agreement_samples:
+                require_sklearn("eval.class_agreement_samples")
+            self._generate = make_generate_fn(
+                model,
+                process,
+                self.experiment.autoencoder,
+                self.experiment.latent_shape,
+                sampling_options,
+                self.mesh,
+                load=bool(config.sampling.grid_every_steps or config.eval.class_agreement_samples),
+            )
+        self._warm_start = open_warm_start(training.init_from, workdir, model)
+        check_workdir(workdir, config)
+        self.workdir = pathlib.Path(workdir)
+        self.train_step = make_train_step(
+            model,
+            self.experiment.diffusion,
+            optimizer,
+            mesh=self.mesh,
+            options=StepOptions(
+                seed=config.seed,
+                ema_decay=training.ema_decay,
+                ema_widths=widths,
+                accumulation_steps=training.accumulation_steps,
+                skip_bad_steps=training.on_nan == "skip",
+            ),
+            sharding=jax.tree.map(lambda leaf: leaf.sharding, self.target),
+        )
+
+    def _check_batch_size(self, config: ConfigDict) -> None:
+        shards, parts = num_batch_shards(self.mesh), config.training.accumulation_steps
+        size = config.data.batch_size
+        check_batch_size(size, shards, "config.data.batch_size")
+        if size % (shards * parts):
+            raise UsageError(
+                f"config.training.accumulation_steps={parts} does not divide the {size // shards} "
+                f"examples of config.data.batch_size={size} that each of {shards} devices has"
+            )
+
+    def describe(self, start: int) -> str:
+        """One line of what is about to be trained, where and from which step on."""
+        parameters = count_parameters(self.experiment.model)
+        kind = self.mesh.devices.flat[0].device_kind
+        axes = [f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1]
+        shape = (
+            f" ({' x '.join(axes)})" if axes[1:] or self.mesh.shape["data"] == 1 < len(axes) else ""
+        )
+        return (
+            f"{self.config.model.name}, {parameters:,} parameters; {len(self.source):,} examples; "
+            f"{self.mesh.size} x {kind}{shape}; steps {start} to {self.config.training.num_steps} "
+            f"in {self.workdir}"
+        )
+
+    def speed(self) -> SpeedMetrics:
+        """Utilisation and memory, for the metrics."""
+        return SpeedMetrics(
+            self.experiment.model, self.experiment.latent_shape, self.mesh.devices.flat
+        )
+
+    def checkpointer(self) -> Checkpointer:
+        """The checkpoints of the workdir."""
+        meta = {"config": config_to_dict(self.config), "class_names": list(self.source.class_names)}
+        training = self.config.training
+        return Checkpointer(
+            self.workdir, meta, training.keep_checkpoints, training.keep_every_steps
+        )
+
+    def initial_state(self) -> TrainState:
+        """A fresh state, or that of `config.training.init_from`."""
+        sharding = jax.tree.map(lambda leaf: leaf.sharding, self.target)
+        state = create_state(self._init, self.config.seed, sharding)
+        if self._warm_start is None:
+            return state
+        if jax.process_index() == 0:
+            print(self._warm_start)
+        return self._warm_start.apply(state)
+
+    def batches(self, start_step: int) -> DeviceBatches:
+        """Batches on the mesh, from the one after `start_step` on."""
+        data, sharding = self.config.data, batch_sharding(self.mesh)
+        shard = data_shard(sharding)
+        batches = training_batches(
+            self.source,
+            self.read,
+            batch_size=data.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            horizontal_flip=data.horizontal_flip,
+            max_bad_fraction=data.max_bad_fraction,
+            num_workers=data.num_workers,
+            process_index=shard.index,
+            process_count=shard.count,
+        )
+        part = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
+        file = self.workdir / f"bad_examples{part}.jsonl"
+        log = BadExampleLog(self.source, self.read, data.max_bad_fraction, file)
+        return DeviceBatches(batches, lambda batch: to_global(batch, sharding), log)
+
+    def sample(self, state: TrainState, labels: np.ndarray) -> np.ndarray:
+        """Images of the averaged weights, uint8 (N, H, W, C)."""
+        batches = generate_images(
+            self._generate,
+            state.ema_params,
+            labels,
+            self.config.sampling.batch_size,
+            num_batch_shards(self.mesh),
+        )
+        return np.concatenate(list(batches))
+
+    def is_grid_step(self, step: int) -> bool:
+        """Whether `config.sampling` asks for a grid after this step."""
+        every = self.config.sampling.grid_every_steps
+        return every > 0 and step % every == 0
+
+    def save_grid(self, step: int, state: TrainState) -> np.ndarray:
+        """Writes samples/step_N.png, a row per class, and returns it."""
+        sampling, num_classes = self.config.sampling, self.experiment.model.num_classes
+        rows = min(sampling.grid_rows, num_classes)
+        classes = np.linspace(0, num_classes - 1, rows).round().astype(int)  # spread over all
+        images = self.sample(state, np.repeat(classes, sampling.grid_columns))
+        grid = image_grid(
+            np.split(images, rows), [class_name(self.source.class_names, c) for c in classes]
+        )
+        if jax.process_index() == 0:
+            folder = self.workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            save_png(folder / f"step_{step:07d}.png", grid)
+        return grid
+
+    def judge(self, state: TrainState) -> ClassAgreement | None:
+        """Samples every class in turn and asks a classifier fitted on the real pictures."""
+        num_samples = self.config.eval.class_agreement_samples
+        if not num_samples:
+            return None
+        examples = [self.source[i] for i in range(len(self.source))]
+        labels = np.arange(num_samples) % self.experiment.model.num_classes
+        return class_agreement(
+            np.stack([self.read(e["image"], False) for e in examples]),
+            np.array([e["label"] for e in examples]),
+            self.sample(state, labels),
+            labels,
+        )
+
+
+def _with_sharding(state: TrainState, mesh, rules) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_sharding(state, mesh, rules),
+    )
