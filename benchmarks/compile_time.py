@@ -1,16 +1,20 @@
 r"""Seconds to trace and to compile the training step, by depth, with and without `scan_blocks`.
 
-    python benchmarks/compile_time.py [--model=DiCo-XL --remat=none --init]
+    python benchmarks/compile_time.py [--model=DiCo-XL --remat=none --parts step gradient]
 
 Compiles the step of a DiCo at two depths for one CPU device, each in a process of its own: that of
 the published model, and that of DiCo-H. Nothing but the depth differs. Nothing is computed and no
-parameter is made. The bar: with `scan_blocks` the deeper one takes at most 1.3 times as long. The
-processor's time is printed beside the time that passed; where the two differ by much, the machine
-was busy or several cores compiled. With --init it also compiles the initialisation, which makes
-the blocks one by one in any case.
+parameter is made. The bar: with `scan_blocks` the deeper one takes less than 1.3 times as long. The
+processor's time is printed beside the time that passed; where the second is much longer, the
+machine was busy with something else.
+
+Parts: "step" is the training step, "gradient" the network's gradient alone, "init" the fresh state.
+The optimizer updates every parameter tensor by operations of its own, and initialisation makes the
+blocks one by one, so that step and init keep a part that grows with the depth.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -19,12 +23,13 @@ import time
 
 MAX_RATIO = 1.3
 DEPTHS = {"published": None, "of DiCo-H": (14, 12, 10, 12, 14)}
+PARTS = ("step", "gradient", "init")
 LATENT_SIDE = 32  # of images of 256 pixels
 BATCH_SIZE = 8
 
 
-def compile_step(options: dict, what: str) -> dict[str, float]:
-    """Compiles the training step or the initialisation of a DiCo; the seconds of both parts."""
+def compile_part(options: dict, what: str) -> dict[str, float]:
+    """Compiles one part of the training of a DiCo; the seconds of tracing and of compiling."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     import jax.numpy as jnp
@@ -42,17 +47,25 @@ def compile_step(options: dict, what: str) -> dict[str, float]:
     optimizer = create_optimizer(ConfigDict(DEFAULTS["optimizer"]), num_steps=1)
     shape = (LATENT_SIDE, LATENT_SIDE, model.in_channels)
     init = initializer(model, optimizer, shape)
+    state = abstract_state(init)
+    batch = {
+        "x": jax.ShapeDtypeStruct((BATCH_SIZE, *shape), jnp.float32),
+        "y": jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.int32),
+    }
     if what == "step":
         mesh = create_mesh(jax.devices()[:1])
         step = make_train_step(
             model, create_diffusion(), optimizer, mesh=mesh, options=StepOptions()
         )
-        batch = {
-            "x": jax.ShapeDtypeStruct((BATCH_SIZE, *shape), jnp.float32),
-            "y": jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.int32),
-        }
         function = jax.jit(lambda state, batch: step(state, batch), donate_argnums=0)
-        args = (abstract_state(init), batch)
+        args = (state, batch)
+    elif what == "gradient":
+
+        def loss(params, batch):
+            out = model.apply({"params": params}, batch["x"], batch["y"], batch["y"])
+            return jnp.square(out).mean()
+
+        function, args = jax.jit(jax.grad(loss)), (state.params, batch)
     else:
         function, args = jax.jit(init), (jax.eval_shape(lambda: jax.random.key(0)),)
     times = [time.monotonic()]
@@ -70,7 +83,7 @@ def compile_step(options: dict, what: str) -> dict[str, float]:
 
 
 def measured(options: dict, what: str) -> dict[str, float]:
-    """`compile_step` in a process of its own."""
+    """`compile_part` in a process of its own."""
     arguments = [sys.executable, __file__, "--child", json.dumps([options, what])]
     return json.loads(subprocess.run(arguments, check=True, stdout=subprocess.PIPE).stdout)
 
@@ -78,20 +91,23 @@ def measured(options: dict, what: str) -> dict[str, float]:
 def main() -> None:
     """Parses arguments, measures, prints; exits 1 when the bar is not met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="DiCo-XL", help="a published DiCo")
+    models = [f"DiCo-{size}" for size in ("S", "B", "L", "XL", "H")]
+    parser.add_argument("--model", choices=models, default="DiCo-XL")
     parser.add_argument("--remat", default="none")
-    parser.add_argument("--init", action="store_true", help="the initialisation as well")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["step"])
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(compile_step(*json.loads(args.child))))
+        print(json.dumps(compile_part(*json.loads(args.child))))
         return
     from dico_jax.models import model_options
 
     known = model_options(args.model)
     sizes = {"hidden_size": known["hidden_size"], "mlp_ratio": known["mlp_ratio"]}
     passed = True
-    for what, scan in [("step", True), ("step", False), *[("init", True)] * args.init]:
+    for what, scan in itertools.product(args.parts, (True, False)):
+        if what == "init" and not scan:
+            continue  # the same program
         seconds = []
         for name, depth in DEPTHS.items():
             options = {**sizes, "depth": depth or known["depth"]}

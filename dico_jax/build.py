@@ -267,6 +267,16 @@ def check_training(config: ConfigDict) -> None:
         ):
             _check_at_least(training, "training", field, 1)
         _check_at_least(training, "training", "keep_every_steps", 0)
+        if training.keep_every_steps % training.checkpoint_every_steps:
+            raise UsageError(
+                f"training.keep_every_steps={training.keep_every_steps} must be a multiple of "
+                f"config.training.checkpoint_every_steps={training.checkpoint_every_steps}"
+            )
+        if not 0 < training.preemption_exit_status < 256:
+            raise UsageError(
+                f"training.preemption_exit_status={training.preemption_exit_status} must be in 1 "
+                "to 255"
+            )
         if not 0 <= training.ema_decay < 1:
             raise UsageError(f"training.ema_decay={training.ema_decay} must be in [0, 1)")
         _check_at_least(config.eval, "eval", "class_agreement_samples", 0)

@@ -8,6 +8,7 @@ the next.
 """
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -108,8 +109,14 @@ def read_ahead(dataset: grain.MapDataset, num_workers: int) -> grain.IterDataset
     if not flags.FLAGS.is_parsed():  # Grain's workers read flags, also where there are none
         flags.FLAGS.mark_as_parsed()
     return dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(
-        grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BATCHES_AHEAD)
+        grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BATCHES_AHEAD),
+        worker_init_fn=_ignore_sigterm,
     )
+
+
+def _ignore_sigterm(worker: int, num_workers: int) -> None:
+    """A launcher may send SIGTERM to all processes; the main one saves, then ends the workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class DeviceBatches:

@@ -86,7 +86,11 @@ class Checkpointer:
                 preservation_policy=policies.AnyPreservationPolicy(preserved),
                 cleanup_tmp_directories=True,
                 single_host_load_and_broadcast=jax.process_count() > 1,
-                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+                async_options=ocp.options.AsyncOptions(
+                    post_finalization_callback=self._seal,
+                    # Where folders cannot be made, Orbax's threads would wait 5 minutes for them.
+                    create_directories_asynchronously=False,
+                ),
             ),
         )
         self._meta = meta | {"versions": library_versions()}
