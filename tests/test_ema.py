@@ -399,10 +399,10 @@ def test_a_half_written_snapshot_is_not_listed_and_is_cleaned_away(workdir):
 
 
 def change_data(folder, change):
-    """Changes the files that have the numbers of the larger array, of which Orbax keeps two."""
+    """Changes the files that have the numbers of the larger array; Orbax keeps one or two."""
     files = [p for p in (folder / "width_0_1").rglob("*") if p.is_file()]
     large = [p for p in files if p.stat().st_size > 4000]
-    assert len(large) == 2
+    assert large
     for file in large:
         file.write_bytes(change(file.read_bytes()))
 

@@ -9,12 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-from tests.test_commands import HURRY, QUICK, ROOT
+from tests.test_commands import HURRY, QUICK, QUICK_DICO, ROOT
 
 STEPS = 20
 
 
-def start(num_processes, devices_each, workdir, *args):
+def start(num_processes, devices_each, workdir, *args, network=QUICK):
     """Trains in processes of their own on this machine; returns when all have ended well."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -24,7 +24,7 @@ def start(num_processes, devices_each, workdir, *args):
     for index in range(num_processes):
         joined = [f"--coordinator_address={address}", f"--num_processes={num_processes}",
                   f"--process_id={index}"]  # fmt: skip
-        command = [sys.executable, "-m", "dico_jax.main", *QUICK, f"--workdir={workdir}",
+        command = [sys.executable, "-m", "dico_jax.main", *network, f"--workdir={workdir}",
                    "--config.training.log_every_steps=1",
                    # AdamW turns the rounding of a near-zero gradient into a step of up to the
                    # learning rate: the published one, not the demo's.
@@ -49,16 +49,16 @@ def losses(workdir):
     return np.array([line["loss"] for line in lines if "loss" in line])
 
 
-def compare(tmp_path, num_steps, layouts):
+def compare(tmp_path, num_steps, layouts, network=QUICK):
     """Losses of every layout against 1 process with 4 devices, data parallel."""
     steps = f"--config.training.num_steps={num_steps}"
-    start(1, 4, tmp_path / "one", steps)
+    start(1, 4, tmp_path / "one", steps, network=network)
     expected = losses(tmp_path / "one")
     assert len(expected) == num_steps
     assert len(set(expected)) == num_steps
     for number, (num_processes, devices_each, *args) in enumerate(layouts):
         workdir = tmp_path / f"layout{number}"
-        outputs = start(num_processes, devices_each, workdir, steps, *args)
+        outputs = start(num_processes, devices_each, workdir, steps, *args, network=network)
         found = losses(workdir)
         worst = np.abs(found / expected - 1).max()
         print(f"{num_processes} x {devices_each} {args}: {worst:.1e} relative")
@@ -91,6 +91,7 @@ def test_processes_and_meshes_train_alike(tmp_path):
             (2, 2, "--config.mesh.tensor=4"),
             (1, 4, "--config.training.accumulation_steps=4"),
         ],
+        QUICK_DICO,
     )
 
 

@@ -47,10 +47,11 @@ def latents(vae, tmp_path_factory):
 
 
 def small(config, **data):
-    """An experiment of two steps of a tiny network."""
+    """An experiment of two steps of a tiny network, which compiles fast."""
     config.data.update({"batch_size": 8, "max_bad_fraction": 0.0} | data)
-    config.model.name = "DiCo"
-    config.model.hidden_size, config.model.depth, config.model.mlp_ratio = 4, (1,) * 5, 2.0
+    config.model.name = "DiT"
+    config.model.hidden_size, config.model.depth = 8, 1
+    config.model.num_heads, config.model.patch_size = 1, 4
     config.training.num_steps = 2
     config.training.log_every_steps = 1
     config.sampling.num_steps = 2
