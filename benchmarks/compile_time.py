@@ -9,8 +9,7 @@ processor's time is printed beside the time that passed; where the second is muc
 machine was busy with something else.
 
 Parts: "step" is the training step, "gradient" the network's gradient alone, "init" the fresh state.
-The optimizer updates every parameter tensor by operations of its own, and initialisation makes the
-blocks one by one, so that step and init keep a part that grows with the depth.
+Initialisation makes the blocks one by one, so that init keeps a part that grows with the depth.
 """
 
 import argparse
@@ -39,6 +38,7 @@ def compile_part(options: dict, what: str) -> dict[str, float]:
     from dico_jax.diffusion import create_diffusion
     from dico_jax.mesh import create_mesh
     from dico_jax.models import create_model
+    from dico_jax.models.block_stacks import map_stacks
     from dico_jax.training.optimizer import create_optimizer
     from dico_jax.training.state import abstract_state, initializer
     from dico_jax.training.step import StepOptions, make_train_step
@@ -47,7 +47,10 @@ def compile_part(options: dict, what: str) -> dict[str, float]:
     optimizer = create_optimizer(ConfigDict(DEFAULTS["optimizer"]), num_steps=1)
     shape = (LATENT_SIDE, LATENT_SIDE, model.in_channels)
     init = initializer(model, optimizer, shape)
-    state = abstract_state(init)
+    state = jax.eval_shape(
+        lambda state: map_stacks(lambda *leaves: jnp.stack(leaves), state, model.stacked_stages),
+        abstract_state(init),
+    )
     batch = {
         "x": jax.ShapeDtypeStruct((BATCH_SIZE, *shape), jnp.float32),
         "y": jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.int32),

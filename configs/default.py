@@ -79,9 +79,9 @@ def get_config():
     config.model.learn_sigma = True
     # Dtype of activations: "float32", or "bfloat16" on accelerators. Parameters are float32.
     config.model.dtype = "float32"
-    # Run equal blocks as one loop, so that compiling takes about as long whatever the depth. The
-    # parameters and the results are the same; combine it with remat "dots" or "blocks", because a
-    # loop keeps more for the backward pass.
+    # Run equal blocks as one loop, so that compiling takes as long whatever the depth. Checkpoints
+    # and results are the same; combine it with remat "dots" or "blocks", because a loop keeps more
+    # for the backward pass, and leave memory for a second copy of the state while it is saved.
     config.model.scan_blocks = False
     # What the backward pass computes again to save memory: "none", "dots" (everything inside the
     # blocks but matrix products with parameters) or "blocks" (everything inside the blocks).

@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 
 from dico_jax.build import experiment_from_config, model_from_config
 from dico_jax.converted_config import converted_config
-from dico_jax.defaults import DEFAULTS
 from dico_jax.errors import UsageError
 from dico_jax.interop.file_writers import Deferred, check_new, new_folder
 from dico_jax.interop.hub import local_file
@@ -430,7 +429,7 @@ def _adamw_options(saved: SavedWeights) -> dict[str, Any]:
     Raises:
       UsageError: it cannot.
     """
-    options = DEFAULTS["optimizer"] | saved.config["optimizer"]
+    options = saved.config["optimizer"]
     reason = None
     if options["name"] != "adamw":
         reason = f"name={options['name']!r} is not AdamW"

@@ -1,8 +1,10 @@
 """The fields of a config and their published values; configs/default.py says what they mean.
 
-They are here too because configs/ is no part of the package. A test keeps the two equal.
+They are here too because configs/ is no part of the package. A test keeps the two equal. A new
+field's value must be what runs did before it was there: `with_defaults` gives it to their configs.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 DEFAULTS: dict[str, Any] = {
@@ -89,3 +91,12 @@ DEFAULTS: dict[str, Any] = {
     "profile": {"start_step": 0, "num_steps": 5},
     "logging": {"wandb_project": ""},
 }
+
+
+def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any] = DEFAULTS) -> dict[str, Any]:
+    """The config of an older checkpoint with all fields; those that it lacks have their defaults."""
+    complete = dict(defaults) | dict(config)
+    for name, default in defaults.items():
+        if isinstance(default, dict):
+            complete[name] = with_defaults(config.get(name, {}), default)
+    return complete

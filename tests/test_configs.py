@@ -21,6 +21,7 @@ from dico_jax.build import (
     source_from_config,
     with_num_classes,
 )
+from dico_jax.defaults import DEFAULTS, with_defaults
 from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params, count_parameters
 from dico_jax.training.optimizer import create_optimizer
@@ -150,3 +151,13 @@ def test_num_classes_are_counted_where_they_are_not_set():
     assert counted.is_locked
     assert config.model.num_classes is None
     assert with_num_classes(default.get_config(), source).model.num_classes == 1000
+
+
+def test_configs_of_older_checkpoints_are_completed():
+    older = {"seed": 3, "model": {"name": "DiT-S/2", "num_classes": 10}, "converted_from": "x.pt"}
+    config = with_defaults(older)
+    assert config["seed"] == 3
+    assert config["converted_from"] == "x.pt"
+    assert config["model"] == DEFAULTS["model"] | older["model"]
+    assert config["mesh"] == DEFAULTS["mesh"]
+    assert with_defaults(DEFAULTS) == DEFAULTS

@@ -10,7 +10,7 @@ import pytest
 from dico_jax.errors import UsageError
 from dico_jax.interop.key_maps import KEY_MAPS, from_state_dict, state_dict_shapes, to_state_dict
 from dico_jax.models import MODELS, abstract_params, count_parameters, create_model, model_options
-from dico_jax.models.layers import drop_labels, pixel_shuffle, pixel_unshuffle, time_features
+from dico_jax.models.layers import pixel_shuffle, pixel_unshuffle, time_features
 from tests import golden
 from tests.golden import TINY
 
@@ -126,29 +126,6 @@ def test_pixel_shuffle_order():
     for c, i, j in [(0, 0, 0), (1, 0, 1), (2, 1, 0)]:
         np.testing.assert_array_equal(packed[..., 4 * c + 2 * i + j], x[:, i::2, j::2, c])
     np.testing.assert_array_equal(pixel_shuffle(packed), x)
-
-
-def test_labels_are_dropped_at_the_given_rate_and_only_in_training():
-    y = jnp.full(20_000, 3)
-    dropped = drop_labels(jax.random.key(0), y, 0.1, 10)
-    assert set(np.unique(dropped)) == {3, 10}
-    assert abs(np.mean(dropped == 10) - 0.1) < 0.01
-
-    model = create_model("DiCo", **SMALL["DiCo"], class_dropout_prob=0.5)
-    params = golden.drawn_params(model, 1, "B")
-    x, t, _ = inputs(1)
-    x, t, y = jnp.repeat(x, 32, 0), jnp.repeat(t, 32), jnp.zeros(32, jnp.int32)
-    rngs = {"label_dropout": jax.random.key(1)}
-    out = jax.jit(functools.partial(model.apply, train=True, rngs=rngs))(
-        {"params": params}, x, t, y
-    )
-    apply = jax.jit(model.apply)
-    kept, null = (apply({"params": params}, x, t, labels) for labels in (y, y + 10))
-    is_kept = np.isclose(out, kept, atol=1e-5).all((1, 2, 3))
-    is_null = np.isclose(out, null, atol=1e-5).all((1, 2, 3))
-    # Every example is wholly conditional or wholly unconditional: one draw for the three tables.
-    np.testing.assert_array_equal(is_kept, ~is_null)
-    assert 4 < is_null.sum() < 28
 
 
 @pytest.mark.parametrize(

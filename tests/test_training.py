@@ -13,10 +13,11 @@ from dico_jax.errors import UsageError
 from dico_jax.mesh import batch_sharding, check_batch_size, create_mesh, replicated, to_global
 from dico_jax.models import create_model
 from dico_jax.sharding import state_sharding
+from dico_jax.training.ema import update_width_emas
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
 from dico_jax.training.state import abstract_state, create_state, initializer
-from dico_jax.training.step import StepOptions, make_train_step
+from dico_jax.training.step import StepOptions, draw_noise, drop_labels, make_train_step
 from dico_jax.training.workdir import open_workdir
 
 
@@ -74,8 +75,6 @@ def test_one_and_eight_devices_train_alike():
 
 
 def test_examples_of_one_step_get_different_noise_and_timesteps():
-    from dico_jax.training.step import draw_noise
-
     x = jnp.zeros((16, 8, 8, 1))
     mesh = create_mesh()
     draw = jax.jit(
@@ -86,6 +85,57 @@ def test_examples_of_one_step_get_different_noise_and_timesteps():
     assert len(np.unique(t)) > 10
     flat = np.asarray(noise).reshape(16, -1)
     assert np.abs(np.corrcoef(flat) - np.eye(16)).max() < 0.5
+
+
+def test_labels_are_dropped_at_the_given_rate():
+    dropped = drop_labels(jax.random.key(0), jnp.full(20_000, 3), 0.1, 10)
+    assert set(np.unique(dropped)) == {3, 10}
+    assert abs(np.mean(dropped == 10) - 0.1) < 0.01
+
+
+def quick_step(options=None, **model_options):
+    """A compiled step of a network that compiles fast, and a function to its initial state."""
+    config, mesh = tiny_config(), create_mesh()
+    fields = {name: config.model[name] for name in ("hidden_size", "depth", "num_heads")}
+    model = create_model("DiT", **fields, num_classes=10, in_channels=1, **model_options)
+    optimizer, options = create_optimizer(config.optimizer, 1), options or StepOptions()
+    step = make_train_step(model, create_diffusion(), optimizer, mesh=mesh, options=options)
+    init = initializer(model, optimizer, (8, 8, 1), options.ema_widths)
+    return step, lambda: create_state(init, 0, replicated(mesh))
+
+
+@pytest.mark.parametrize(("probability", "matters"), [(0.0, True), (1 - 1e-7, False)])
+def test_the_step_drops_labels(probability, matters):
+    step, new_state = quick_step(class_dropout_prob=probability)
+    found = []
+    for label in (1, 2):
+        state = new_state()  # whose gates are closed at first
+        state = state.replace(params=jax.tree.map(lambda p: p + 0.1, state.params))
+        batch = {"x": jnp.ones((16, 8, 8, 1)), "y": jnp.full(16, label)}
+        state, metrics = step(state, batch)
+        table = state.params["y_embedder"]["embedding_table"]["embedding"]
+        found.append((float(metrics["grad_norm"]), np.asarray(table)))
+    (norm, table), (other_norm, other_table) = found
+    assert (norm != other_norm) == matters
+    assert (table != other_table).any() == matters
+
+
+def test_a_step_left_out_still_counts_in_averages_that_widen():
+    widths = (0.1,)
+    step, new_state = quick_step(StepOptions(ema_widths=widths, skip_bad_steps=True))
+    batch = {"x": jnp.ones((16, 8, 8, 1)), "y": jnp.zeros(16, jnp.int32)}
+    state, metrics = step(new_state(), batch)
+    state, metrics = step(state, batch)
+    before = jax.device_get(state)
+    state, metrics = step(state, batch | {"x": jnp.full((16, 8, 8, 1), jnp.nan)})
+    assert not metrics["finite"]
+    assert int(state.step) == 3
+    for name in ("params", "ema_params", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
+    expected = update_width_emas(before.width_emas, before.params, 3, widths)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.width_emas, expected
+    )
 
 
 def test_a_run_in_parts_equals_a_run_in_one(tmp_path, capfd):

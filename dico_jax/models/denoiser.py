@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dico_jax.errors import UsageError
-from dico_jax.models.layers import REMAT_POLICIES, accumulation_dtype, drop_labels
+from dico_jax.models.layers import REMAT_POLICIES, accumulation_dtype
 
 
 class Denoiser(nn.Module):
@@ -14,7 +14,6 @@ class Denoiser(nn.Module):
       x: (N, H, W, in_channels) noisy latents; H and W divide by `size_divisor`.
       t: (N,) timesteps of the original process, 0..999, integer or fractional.
       y: (N,) int labels, 0..num_classes - 1, or `null_class`.
-      train: whether to drop labels at random; needs the RNG stream "label_dropout".
 
     It returns (N, H, W, out_channels) in float32 or better: the predicted noise, then, with
     learn_sigma, the variance interpolation. It raises UsageError where H or W do not divide.
@@ -64,6 +63,16 @@ class Denoiser(nn.Module):
         raise AttributeError("a network says what its input's size must divide by")
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the parts whose parameters are those of equal blocks."""
+        raise AttributeError("a network says where its blocks are")
+
+    @property
+    def stacked_stages(self) -> tuple[str, ...]:
+        """The `stages` that run as loops, for `dico_jax.models.block_stacks`."""
+        return self.stages if self.scan_blocks else ()
+
+    @property
     def null_class(self) -> int | None:
         """The label that stands for no label, or None for a model trained without one."""
         return self.num_classes if self.class_dropout_prob > 0 else None
@@ -91,10 +100,3 @@ class Denoiser(nn.Module):
                 f"input of {height}x{width} positions: both must be multiples of "
                 f"{self.size_divisor}, which the network shrinks them by"
             )
-
-    def training_labels(self, y, train: bool):
-        """The labels, some of them dropped in training: one draw per example, for all tables."""
-        if not train or self.class_dropout_prob == 0:
-            return y
-        key = self.make_rng("label_dropout")
-        return drop_labels(key, y, self.class_dropout_prob, self.num_classes)

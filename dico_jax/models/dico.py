@@ -154,6 +154,7 @@ class DiCo(Denoiser):
     mlp_ratio: float = 2.0
 
     size_divisor = 4  # the network halves height and width twice
+    stages = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
 
     def __post_init__(self):
         if self.hidden_size % 2:
@@ -166,19 +167,18 @@ class DiCo(Denoiser):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x, t, y, *, train: bool = False):
+    def __call__(self, x, t, y):
         self.check_input(x)
         d, dtype, wide = self.hidden_size, self.dtype, self.wide_dtype
         widths = (d, 2 * d, 4 * d)
-        y = self.training_labels(y, train)
         labels = LabelEmbedder(self.num_label_rows, widths, wide, name="y_embedder")(y)
         c1, c2, c3 = (
             TimestepEmbedder(width, wide, name=f"t_embedder_{k}")(t) + label
             for k, (width, label) in enumerate(zip(widths, labels, strict=True), start=1)
         )
 
-        def stage(i, width, name):
-            block = functools.partial(DiCoBlock, width, self.mlp_ratio, dtype)
+        def stage(i, width):
+            block, name = functools.partial(DiCoBlock, width, self.mlp_ratio, dtype), self.stages[i]
             return Stage(self.depth[i], block, dtype, self.scan_blocks, self.remat, name=name)
 
         def fuse(x, skip, name):  # the upsampled part first, then the skip connection
@@ -186,15 +186,15 @@ class DiCo(Denoiser):
             return nn.Dense(2 * d, kernel_init=xavier_uniform, dtype=dtype, name=name)(x)
 
         x = InputConv(d, dtype, name="x_embedder")(x)
-        skip1 = stage(0, d, "encoder_level_1")(x, c1)  # (N, H, W, D)
+        skip1 = stage(0, d)(x, c1)  # (N, H, W, D)
         x = Downsample(dtype, name="down1_2")(skip1)
-        skip2 = stage(1, 2 * d, "encoder_level_2")(x, c2)  # (N, H/2, W/2, 2D)
+        skip2 = stage(1, 2 * d)(x, c2)  # (N, H/2, W/2, 2D)
         x = Downsample(dtype, name="down2_3")(skip2)
-        x = stage(2, 4 * d, "latent")(x, c3)  # (N, H/4, W/4, 4D)
+        x = stage(2, 4 * d)(x, c3)  # (N, H/4, W/4, 4D)
         x = Upsample(dtype, name="up3_2")(x)
         x = fuse(x, skip2, "reduce_chan_level2")
-        x = stage(3, 2 * d, "decoder_level_2")(x, c2)  # (N, H/2, W/2, 2D)
+        x = stage(3, 2 * d)(x, c2)  # (N, H/2, W/2, 2D)
         x = Upsample(dtype, name="up2_1")(x)
         x = fuse(x, skip1, "reduce_chan_level1")
-        x = stage(4, 2 * d, "decoder_level_1")(x, c2)  # (N, H, W, 2D): 2D wide, unlike encoder 1
+        x = stage(4, 2 * d)(x, c2)  # (N, H, W, 2D): 2D wide, unlike encoder 1
         return FinalLayer(self.out_channels, dtype, name="final_layer")(x, c2).astype(wide)

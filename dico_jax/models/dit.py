@@ -168,19 +168,20 @@ class DiT(Denoiser):
             )
         super().__post_init__()
 
+    stages = ("blocks",)
+
     @property
     def size_divisor(self) -> int:
         """What height and width of the input must divide by."""
         return self.patch_size
 
     @nn.compact
-    def __call__(self, x, t, y, *, train: bool = False):
+    def __call__(self, x, t, y):
         self.check_input(x)
         n, height, width, _ = x.shape
         rows, columns, p = height // self.patch_size, width // self.patch_size, self.patch_size
         d, dtype, wide = self.hidden_size, self.dtype, self.wide_dtype
 
-        y = self.training_labels(y, train)
         label = LabelEmbedder(self.num_label_rows, d, wide, name="y_embedder")(y)
         c = TimestepEmbedder(d, wide, name="t_embedder")(t) + label
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dico_jax.models.block_stacks import STACK
 from dico_jax.ops.conv import conv3x3
 from dico_jax.ops.depthwise import depthwise_conv3x3
 
@@ -84,11 +85,6 @@ def time_features(t, dtype=jnp.float32):
     frequencies = np.exp(-math.log(10000.0) * np.arange(half) / half)
     angles = t[:, None].astype(dtype) * jnp.asarray(frequencies, dtype)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def drop_labels(key, y, probability: float, null_class: int):
-    """Labels (N,) int, each replaced by the null class with `probability`."""
-    return jnp.where(jax.random.bernoulli(key, probability, y.shape), null_class, y)
 
 
 class LayerNorm(nn.Module):
@@ -182,7 +178,9 @@ class Stage(nn.Module):
     """`depth` equal blocks one after the other, named "0", "1", ..., made by `block(name=...)`.
 
     However the blocks run, their parameters lie apart ("0/conv1/kernel") and start as they do one
-    by one. What they compute inside can be captured only with `scan` off and `remat` "none".
+    by one. With `scan` they may also be given as `dico_jax.models.block_stacks` joins them, which
+    saves stacking them here. What blocks compute inside can be captured only with `scan` off and
+    `remat` "none".
 
     Attributes:
       depth: number of blocks.
@@ -205,14 +203,19 @@ class Stage(nn.Module):
             for i in range(self.depth):
                 x = self.block(name=str(i))(x, c)
             return x
-        params = [self.variables["params"][str(i)] for i in range(self.depth)]
-        run = self._pure_block()
+        params, run = self.variables["params"], self._pure_block()
         if not self.scan:
-            for block_params in params:
-                x = run(block_params, x, c)
+            for i in range(self.depth):
+                x = run(params[str(i)], x, c)
             return x
-        stacked = stack_trees(params, self.dtype)
+        stacked = self._stacked(params)
         return jax.lax.scan(lambda x, block_params: (run(block_params, x, c), None), x, stacked)[0]
+
+    def _stacked(self, params):
+        """The parameters of all blocks in one tree, in the dtype they are used in."""
+        if STACK in params:
+            return jax.tree.map(lambda leaf: leaf.astype(self.dtype), params[STACK])
+        return stack_trees([params[str(i)] for i in range(self.depth)], self.dtype)
 
     def _pure_block(self):
         """A block as a function (params, x, c) to the next x."""

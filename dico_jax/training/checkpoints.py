@@ -28,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from dico_jax.defaults import with_defaults
 from dico_jax.errors import UsageError
 from dico_jax.interop.file_writers import Deferred
 from dico_jax.training.checksums import find_damage, write_checksums
@@ -425,7 +426,7 @@ class SavedWeights:
     Attributes:
       folder: as given.
       step: the step of the checkpoint.
-      config: the config it was made with, a dict.
+      config: the config it was made with, a dict; fields it did not have yet have their defaults.
       class_names: of the classes it was trained on.
       converted: of a converted checkpoint, where it came from; else None.
     """
@@ -463,7 +464,7 @@ class SavedWeights:
         self._path = path / FOLDER / str(self.step)
         self._check("meta")
         meta = _read_meta(self._path)
-        self.config, self.class_names = meta["config"], meta["class_names"]
+        self.config, self.class_names = with_defaults(meta["config"]), meta["class_names"]
         self.converted = meta.get("converted")
 
     def read(self, weights: str, abstract_params: Any) -> Any:

@@ -85,7 +85,8 @@ class Trainer:
 
     def _newest_state(self) -> tuple[TrainState, int]:
         found = self.saver.restore_newest(self.run.target)
-        return (self.run.initial_state(), 0) if found is None else found
+        state, step = (self.run.initial_state(), 0) if found is None else found
+        return self.run.pack(state), step
 
     def train(self) -> TrainState:
         """Takes all steps that are left."""
@@ -120,9 +121,10 @@ class Trainer:
                 if grid:
                     self.log.image(step, "samples", self.run.save_grid(step, state))
                     self._rested(step)
-                self.snapshots.save(step, state.width_emas)
+                if self.snapshots.is_due(step):
+                    self.snapshots.save(step, self.run.unpack(state.width_emas))
                 if saves:
-                    self.saver.save(step, state, {"attempt": self.watch.attempt})
+                    self.saver.save(step, self.run.unpack(state), {"attempt": self.watch.attempt})
                 if preempted and not last:
                     self.saver.wait()
                     self.log.say(f"SIGTERM: step {step} is saved; the same command goes on")
@@ -158,7 +160,7 @@ class Trainer:
         found = self.saver.restore_newest(self.run.target, self.log.say) if step else None
         state, step = (self.run.initial_state(), 0) if found is None else found
         self.log.rewind(step)
-        return state, step
+        return self.run.pack(state), step
 
     def judge(self, state: TrainState) -> ClassAgreement | None:
         """What the classifier says of samples of the final state."""

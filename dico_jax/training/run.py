@@ -35,6 +35,7 @@ from dico_jax.mesh import (
 )
 from dico_jax.metrics.class_agreement import ClassAgreement, class_agreement, require_sklearn
 from dico_jax.models import count_parameters
+from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
 from dico_jax.sharding import DEFAULT_RULES, parse_rules, state_sharding
 from dico_jax.training.checkpoints import Checkpointer
 from dico_jax.training.compilation_cache import enable_compilation_cache
@@ -57,8 +58,8 @@ class Run:
       mesh: of all devices.
       experiment: network, process and autoencoder.
       source: the training examples.
-      target: shapes and shardings of the state.
-      train_step: see `make_train_step`.
+      target: shapes and shardings of the state, as checkpoints have it.
+      train_step: see `make_train_step`; its state is one of `pack`.
       to_latents: see `make_latents_fn`.
       learning_rate: by the number of steps taken.
     """
@@ -107,6 +108,7 @@ class Run:
         self._warm_start = open_warm_start(training.init_from, workdir, model)
         check_workdir(workdir, config)
         self.workdir = pathlib.Path(workdir)
+        sharding = jax.tree.map(lambda leaf: leaf.sharding, self.target)
         self.train_step = make_train_step(
             model,
             self.experiment.diffusion,
@@ -119,7 +121,7 @@ class Run:
                 accumulation_steps=training.accumulation_steps,
                 skip_bad_steps=training.on_nan == "skip",
             ),
-            sharding=jax.tree.map(lambda leaf: leaf.sharding, self.target),
+            sharding=stack_shardings(sharding, model.stacked_stages),
         )
 
     def _check_batch_size(self, config: ConfigDict) -> None:
@@ -170,6 +172,14 @@ class Run:
             print(self._warm_start)
         return self._warm_start.apply(state)
 
+    def pack(self, state: TrainState) -> TrainState:
+        """The state as the training step has it; the one given may not be used any more."""
+        return stack_blocks(state, self.experiment.model.stacked_stages, consume=True)
+
+    def unpack(self, state: Any) -> Any:
+        """A packed state, or a part of it, as checkpoints have it."""
+        return unstack_blocks(state)
+
     def batches(self, start_step: int) -> DeviceBatches:
         """Batches on the mesh, from the one after `start_step` on."""
         data, sharding = self.config.data, batch_sharding(self.mesh)
@@ -192,10 +202,10 @@ class Run:
         return DeviceBatches(batches, lambda batch: to_global(batch, sharding), log)
 
     def sample(self, state: TrainState, labels: np.ndarray) -> np.ndarray:
-        """Images of the averaged weights, uint8 (N, H, W, C)."""
+        """Images of the averaged weights of a packed state, uint8 (N, H, W, C)."""
         batches = generate_images(
             self._generate,
-            state.ema_params,
+            self.unpack(state.ema_params),
             labels,
             self.config.sampling.batch_size,
             num_batch_shards(self.mesh),

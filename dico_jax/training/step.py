@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from dico_jax.diffusion import Diffusion, training_losses
 from dico_jax.mesh import batch_sharding, replicated
-from dico_jax.models.layers import drop_labels
 from dico_jax.training.ema import update_ema, update_width_emas
 from dico_jax.training.nan_policy import attempt_key, is_finite, keep_if
 from dico_jax.training.state import TrainState, run_keys
@@ -67,6 +66,14 @@ def draw_noise(key, x, num_timesteps: int):
     return t, jax.random.normal(noise_key, x.shape, x.dtype), label_key
 
 
+def drop_labels(key, y, probability: float, null_class: int):
+    """Labels (N,) int, each replaced by the null class with `probability`: one draw for all tables.
+
+    The published code draws it inside the network.
+    """
+    return jnp.where(jax.random.bernoulli(key, probability, y.shape), null_class, y)
+
+
 def gradients(params, model, diffusion: Diffusion, batch: dict, t, noise, parts: int = 1):
     """The gradients of `loss_fn` and its terms (N,), in `parts` one after the other.
 
@@ -93,9 +100,8 @@ def apply_gradients(
     grads,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
-    ema_widths: tuple[float, ...] = (),
 ) -> tuple[TrainState, dict]:
-    """The state after one optimizer step and update of the averages, and the norms of the step."""
+    """The state after one optimizer step, but for its `width_emas`, and the norms of the step."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     norms = {
@@ -104,9 +110,7 @@ def apply_gradients(
         "param_norm": optax.tree.norm(params),
     }
     ema_params = update_ema(state.ema_params, params, ema_decay)
-    step = state.step + 1
-    width_emas = update_width_emas(state.width_emas, params, step, ema_widths)
-    return TrainState(step, params, ema_params, opt_state, width_emas), norms
+    return TrainState(state.step + 1, params, ema_params, opt_state, state.width_emas), norms
 
 
 def make_train_step(
@@ -141,14 +145,16 @@ def make_train_step(
         grads, terms = gradients(
             state.params, model, diffusion, batch, t, noise, options.accumulation_steps
         )
-        new_state, norms = apply_gradients(
-            state, grads, optimizer, options.ema_decay, options.ema_widths
-        )
+        new_state, norms = apply_gradients(state, grads, optimizer, options.ema_decay)
         means = {name: value.mean() for name, value in terms.items()}
         finite = is_finite(means["loss"], norms["grad_norm"])
         if options.skip_bad_steps:
-            kept = keep_if(finite, new_state, state)
-            new_state = kept.replace(step=new_state.step)
+            new_state = keep_if(finite, new_state, state).replace(step=new_state.step)
+        # Also after a step left out, because their decay follows from the number of steps.
+        width_emas = update_width_emas(
+            state.width_emas, new_state.params, new_state.step, options.ema_widths
+        )
+        new_state = new_state.replace(width_emas=width_emas)
         metrics = jax.tree.map(jnp.float32, means | norms)
         quarters = quarter_losses(terms["mse"], t, diffusion.num_steps)
         return new_state, metrics | quarters | {"finite": finite}
