@@ -1,8 +1,6 @@
 """The commands as a user types them, right and wrong."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -11,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests.commands import ROOT, assert_refused, call
+
 COMMANDS = sorted(
     f"dico_jax.{file.stem}"
     for file in (ROOT / "dico_jax").glob("*.py")
@@ -39,22 +38,6 @@ QUICK = [
 ]
 
 
-# A compiler in a hurry, for commands that compute little.
-HURRY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
-def call(module, *args, cwd=ROOT, devices=1, xla_flags=HURRY):
-    """Runs a command in a process of its own, on CPU devices."""
-    env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags}",
-        "PYTHONPATH": str(ROOT),
-    }
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, args)],
-        cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A finished run of four steps."""
@@ -68,7 +51,7 @@ def workdir(tmp_path_factory):
 def test_help_answers_within_two_seconds(module):
     assert {"dico_jax.main", "dico_jax.sample"} <= set(COMMANDS)
     start = time.monotonic()
-    done = call(module, "--help")
+    done = call(module, "--help", fresh=True)
     assert "flags:" in done.stdout
     assert done.returncode in (0, 1)  # absl answers --help with 1
     # The bar is 2 s on a machine of its own; tests share theirs.
@@ -117,16 +100,6 @@ def test_sample_writes_images_a_grid_and_an_npz(workdir, tmp_path):
     other = call("dico_jax.sample", *args, "--cfg_scale=3")
     assert_refused(other, "--out=", "holds images made with other settings (sampling")
     np.testing.assert_array_equal(np.asarray(Image.open(files[0])), images[0])
-
-
-def assert_refused(done, *parts):
-    """Exit status 2, and one line on stderr that has all parts."""
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    for part in parts:
-        assert part in lines[0], lines[0]
 
 
 @pytest.mark.parametrize(
@@ -226,6 +199,6 @@ def test_sample_refuses_to_mix_with_images_of_unknown_origin(workdir, tmp_path):
 def test_commands_run_from_anywhere(tmp_path):
     """A config is found by its path, and its sibling default.py with it."""
     args = [f"--config={ROOT / 'configs' / 'digits.py'}", "--config.seed=x", "--workdir=run"]
-    done = call("dico_jax.main", *args, cwd=tmp_path)
+    done = call("dico_jax.main", *args, cwd=tmp_path, fresh=True)
     assert_refused(done, "config.seed")
     assert "No module named" not in done.stderr

@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import pathlib
 import shutil
-import subprocess
 import sys
 import time
 
@@ -39,6 +37,7 @@ from dico_jax.training.optimizer import create_optimizer
 from dico_jax.training.state import TrainState, abstract_state, initializer
 from dico_jax.training.warm_start import WarmStart
 from tests import golden
+from tests.commands import call
 from tests.golden import TINY, distance, nhwc
 from tests.interop_files import assert_same, flat
 
@@ -573,12 +572,7 @@ def test_files_of_the_hub(tmp_path, monkeypatch):
 
 
 def command(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "dico_jax.convert", *map(str, args)],
-        cwd=pathlib.Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
+    return call("dico_jax.convert", *args)
 
 
 @golden.requires_golden
@@ -596,7 +590,7 @@ def test_the_command(tmp_path):
 
 def test_help_is_quick():
     start = time.monotonic()
-    done = command("--help")
+    done = call("dico_jax.convert", "--help", fresh=True)
     assert "from_pytorch --input=FILE --out=DIR" in done.stdout
     assert time.monotonic() - start < 2
 

@@ -23,6 +23,7 @@ from dico_jax.interop import file_writers
 from dico_jax.interop.key_maps import KEY_MAPS, state_dict_shapes
 from dico_jax.interop.torch_files import Deferred, open_tensors, write_pt, write_safetensors
 from dico_jax.models import abstract_params, create_model
+from tests.commands import call
 from tests.interop_files import pickled, tensor, zip_pt
 
 MODEL = create_model("DiCo", hidden_size=8, depth=(1, 1, 1, 1, 1), num_classes=3)
@@ -369,11 +370,12 @@ def test_a_terminated_conversion_leaves_nothing(tmp_path):
 
 def test_the_command_ends_with_one_line_and_status_2(tmp_path):
     cut_short(tmp_path / "a.pt")
-    done = subprocess.run(
-        [sys.executable, "-m", "dico_jax.convert", "from_pytorch", f"--input={tmp_path / 'a.pt'}",
-         f"--out={tmp_path / 'out'}"],
-        cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True,
-    )  # fmt: skip
+    done = call(
+        "dico_jax.convert",
+        "from_pytorch",
+        f"--input={tmp_path / 'a.pt'}",
+        f"--out={tmp_path / 'out'}",
+    )
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path / 'a.pt'}")
     assert done.stderr.count("\n") == 1

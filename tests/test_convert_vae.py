@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import pathlib
 import shutil
-import subprocess
 import sys
 
 import jax
@@ -26,6 +24,7 @@ from dico_jax.interop.torch_files import open_tensors, write_pt, write_safetenso
 from dico_jax.models import abstract_params as abstract_model
 from dico_jax.models import create_model
 from tests import golden
+from tests.commands import call
 from tests.golden import TINY
 from tests.interop_files import assert_same
 from tests.test_convert_refused import everything
@@ -281,12 +280,7 @@ def test_converted_files_that_were_changed(changes, message, tmp_path):
 
 def command(*args, module="dico_jax.convert"):
     args = args if module == "dico_jax.sample" else ("vae", *args)
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, args)],
-        cwd=pathlib.Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
+    return call(module, *args)
 
 
 def test_the_command(tmp_path):

@@ -2,7 +2,7 @@
 
 import re
 
-from tests.test_commands import call
+from tests.commands import call
 
 
 def test_a_short_run_draws_digits(tmp_path):

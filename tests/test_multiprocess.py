@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from tests.test_commands import HURRY, QUICK, QUICK_DICO, ROOT
+from tests.commands import HURRY, ROOT
+from tests.test_commands import QUICK, QUICK_DICO
 
 STEPS = 20
 

@@ -11,8 +11,8 @@ from dico_jax.data.prepared_latents import PreparedLatents
 from dico_jax.errors import UsageError
 from dico_jax.training.loop import Run, train
 from tests import golden
+from tests.commands import assert_refused, call
 from tests.real_data import DATA, IMAGENET, requires_data
-from tests.test_commands import assert_refused, call
 
 pytestmark = [requires_data, golden.requires_golden]
 

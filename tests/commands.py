@@ -1,0 +1,81 @@
+"""The commands as a user types them, in processes of their own.
+
+Importing JAX and its friends takes longer than most commands that are refused. So a process that
+has imported them, and nothing of this package, waits to be forked; `fresh=True` does without.
+"""
+
+import multiprocessing
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# A compiler in a hurry, for commands that compute little.
+HURRY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_TIMEOUT = 600
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(
+    [
+        "jax.numpy",
+        "flax.linen",
+        "optax",
+        "orbax.checkpoint",
+        "grain",
+        "ml_collections",
+        "PIL.Image",
+        "tensorboardX",
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "sklearn.svm",
+    ]
+)
+
+
+def call(module, *args, cwd=ROOT, devices=1, xla_flags=HURRY, fresh=False):
+    """Runs `python -m MODULE ARGS` on CPU devices; what `subprocess.run` returns."""
+    command = [sys.executable, "-m", module, *map(str, args)]
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags}",
+        "PYTHONPATH": str(ROOT),
+    }
+    if fresh:
+        return subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        files = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        process = _server.Process(target=_run, args=(command[2:], cwd, env, files))
+        process.start()
+        process.join(_TIMEOUT)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired(command, _TIMEOUT)
+        texts = [pathlib.Path(file).read_text() for file in files]
+    return subprocess.CompletedProcess(command, process.exitcode, *texts)
+
+
+def _run(command, cwd, env, files):
+    for number, name in enumerate(files, start=1):
+        file = os.open(name, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    module, *args = command
+    sys.argv = [module, *args]
+    sys.path[0] = str(cwd)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def assert_refused(done, *parts):
+    """Exit status 2, and one line on stderr that has all parts."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0], lines[0]
