@@ -124,8 +124,8 @@ def test_losses_and_gradients_are_the_same(how, plain):
     "how", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"accumulation_steps": 2}], ids=str
 )
 def test_meshes_and_accumulation_train_alike(how):
-    expected, _ = run_steps(jax.devices(), learning_rate=1e-4)
-    found, _ = run_steps(jax.devices(), learning_rate=1e-4, **how)
+    expected, _ = run_steps(jax.devices(), "DiCo", learning_rate=1e-4)
+    found, _ = run_steps(jax.devices(), "DiCo", learning_rate=1e-4, **how)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 

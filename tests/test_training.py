@@ -39,9 +39,15 @@ def tiny_config():
     return config
 
 
-def run_steps(devices, num_steps=3, accumulation_steps=1, learning_rate=2e-3, **axes):
+NETWORKS = {
+    "DiCo": {"hidden_size": 8, "depth": (1,) * 5},
+    "DiT": {"hidden_size": 8, "depth": 1, "num_heads": 1},
+}
+
+
+def run_steps(devices, family, num_steps=3, accumulation_steps=1, learning_rate=2e-3, **axes):
     mesh = create_mesh(devices, **axes)
-    model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
+    model = create_model(family, **NETWORKS[family], in_channels=1, num_classes=10)
     config = digits.get_config().optimizer
     config.learning_rate = learning_rate
     optimizer = create_optimizer(config, num_steps)
@@ -66,8 +72,8 @@ def run_steps(devices, num_steps=3, accumulation_steps=1, learning_rate=2e-3, **
 def test_one_and_eight_devices_train_alike():
     devices = jax.devices()
     assert len(devices) == 8
-    losses, state = run_steps(devices[:1])
-    other_losses, other = run_steps(devices)
+    losses, state = run_steps(devices[:1], "DiT")
+    other_losses, other = run_steps(devices, "DiT")
     np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
     # AdamW turns the rounding of a near-zero gradient into a step of up to the learning rate.
     differences = jax.tree.map(lambda a, b: np.square(a - b).mean(), other.params, state.params)
