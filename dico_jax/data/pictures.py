@@ -65,6 +65,16 @@ def load_picture(
     return pixels
 
 
+def load_whole_picture(data: bytes) -> np.ndarray:
+    """All of an encoded picture, see `load_picture`: uint8 (H, W, 1 or 3).
+
+    Raises:
+      BadExample: it cannot be decoded, or its values have no agreed meaning as pixels.
+    """
+    pixels = np.asarray(_decode(data, size=1, exif_rotation=False))
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
 def _decode(data: bytes, size: int, exif_rotation: bool) -> Image.Image:
     """An encoded picture, its first frame, in mode "L" or "RGB"; see `load_picture`."""
     if warnings.filters[:1] != [_IGNORE_PILLOW]:  # catch_warnings is not safe with threads

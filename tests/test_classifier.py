@@ -1,0 +1,108 @@
+"""The small classifier whose features stand in for Inception's."""
+
+import json
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+
+from dico_jax.data.digits import DigitsSource
+from dico_jax.data.readers import PictureReader
+from dico_jax.errors import UsageError
+from dico_jax.mesh import create_mesh
+from dico_jax.metrics.classifier import load_classifier, train_classifier
+from dico_jax.metrics.feature_networks import make_feature_fn
+
+
+class Plain:
+    """Pictures of two classes that a few steps tell apart: bright and dark ones."""
+
+    kind = "pictures"
+    class_names = ("dark", "bright")
+    skipped: ClassVar[dict[str, str]] = {}
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        noise = np.random.default_rng(index).integers(0, 60, (4, 4, 1))
+        return {"image": (noise + 150 * (index % 2)).astype(np.uint8), "label": index % 2}
+
+    def example_id(self, index):
+        return str(index)
+
+    def __repr__(self):
+        return "Plain()"
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return train_classifier(Plain(), PictureReader(4, 1), max_steps=20)
+
+
+def test_it_learns(classifier):
+    assert classifier.info["accuracy"] == 1.0
+    assert classifier.info["num_steps"] == 20
+    assert classifier.image_shape == (4, 4, 1)
+    images = np.stack([Plain()[i]["image"] for i in range(10)])
+    found = make_feature_fn(classifier, 16, create_mesh())(images)
+    assert found.pool.shape == (10, 64)
+    assert found.spatial is None
+    np.testing.assert_array_equal(found.logits.argmax(1), np.arange(10) % 2)
+    # However batches are made and split, an image has the same features.
+    other = make_feature_fn(classifier, 3, create_mesh(jax.devices()[:1]))
+    parts = np.concatenate([other(images[i : i + 3]).pool for i in range(0, 10, 3)])
+    np.testing.assert_allclose(parts, found.pool, atol=1e-5)
+
+
+def test_the_same_training_gives_the_same_weights(classifier):
+    again = train_classifier(Plain(), PictureReader(4, 1), max_steps=20)
+    assert again.digest == classifier.digest
+    other = train_classifier(Plain(), PictureReader(4, 1), max_steps=20, seed=1)
+    assert other.digest != classifier.digest
+
+
+def test_a_file_of_it(classifier, tmp_path):
+    path = tmp_path / "classifier.npz"
+    classifier.save(path)
+    found = load_classifier(path)
+    assert found.digest == classifier.digest
+    assert (found.info, found.class_names) == (classifier.info, ("dark", "bright"))
+    assert [p.name for p in tmp_path.iterdir()] == ["classifier.npz"]
+    with pytest.raises(UsageError, match=r"x has images of shape \(8, 8, 1\), but .*\(4, 4, 1\)"):
+        found.check_images((8, 8, 1), "x")
+
+
+def test_files_that_are_none(classifier, tmp_path):
+    path = tmp_path / "a.npz"
+    with pytest.raises(UsageError, match=r"a.npz is no classifier .prepare|No such file"):
+        load_classifier(path)
+    path.write_bytes(b"no zip")
+    with pytest.raises(UsageError, match=r"a.npz is no classifier \(python -m dico_jax.prepare cl"):
+        load_classifier(path)
+    np.savez(path, mu=np.zeros(3))
+    with pytest.raises(UsageError, match="a.npz is no classifier"):
+        load_classifier(path)
+    about = {"format": "x", "image_shape": [4, 4, 1], "class_names": ["a", "b"], "info": {}}
+    for form, match in (("x", "of the format"), ("dico_jax classifier 1", "other layers")):
+        text = json.dumps(about | {"format": form}).encode()
+        np.savez(path, about=np.frombuffer(text, np.uint8), conv0=np.zeros(3))
+        with pytest.raises(UsageError, match=match):
+            load_classifier(path)
+
+
+def test_sources_that_it_cannot_learn():
+    source, read = Plain(), PictureReader(4, 1)
+    source.class_names = ("all",)
+    with pytest.raises(UsageError, match="has one class"):
+        train_classifier(source, read)
+    source.kind = "latents"
+    with pytest.raises(UsageError, match="has latents: a classifier is trained on pictures"):
+        train_classifier(source, read)
+
+
+@pytest.mark.slow
+def test_digits():
+    found = train_classifier(DigitsSource(), PictureReader(8, 1))
+    assert found.info["accuracy"] > 0.97
