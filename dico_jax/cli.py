@@ -6,7 +6,7 @@ Light on purpose: `--help` answers before JAX is imported.
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -76,6 +76,23 @@ def check_action(command: str, action: str | None, actions: Collection[str]) -> 
     if action not in actions:
         said = f"{action!r} is unknown" if action else "what to do is missing"
         raise UsageError(f"{said}: use {' or '.join(f'{command} {name}' for name in actions)}")
+
+
+def check_flags(action: str, actions: Mapping[str, tuple[str, str]]) -> None:
+    """Raises UsageError for a flag that an action needs and lacks, or that is of another one.
+
+    Args:
+      action: one of `actions`.
+      actions: per action, the names of the flags it needs, and of those it may have.
+    """
+    needed, optional = (names.split() for names in actions[action])
+    for name in needed:
+        if not flags.FLAGS[name].value:
+            raise UsageError(f"{action} needs --{name}")
+    for other, (first, second) in actions.items():
+        for name in f"{first} {second}".split():
+            if flags.FLAGS[name].present and name not in needed + optional:
+                raise UsageError(f"--{name} is for {other}, not for {action}")
 
 
 def _make_sibling_configs_importable(argv: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from dico_jax.autoencoders.registry import WAYS_OUT
 from dico_jax.build import experiment_from_config, sampling_from_config
 from dico_jax.errors import UsageError
-from dico_jax.generation import generate_images, make_generate_fn
+from dico_jax.generation import GenerateFn, generate_images, make_generate_fn
 from dico_jax.grids import class_name, image_grid, load_png, save_png
 from dico_jax.mesh import create_mesh, replicated
 from dico_jax.models import abstract_params
@@ -150,16 +150,8 @@ class CheckpointSampler:
             self.experiment = experiment_from_config(config)
             autoencoder = self.experiment.autoencoder
             digest = autoencoder.decoder_digest  # reads the weights, and may fail
-        process, options = sampling_from_config(config)
         self.class_names, self._config, self._mesh = saved.class_names, config, create_mesh()
-        self._generate = make_generate_fn(
-            self.experiment.model,
-            process,
-            autoencoder,
-            self.experiment.latent_shape,
-            options,
-            self._mesh,
-        )
+        self._generate = self._make_generate_fn()
         sharding = replicated(self._mesh)
         if ema_width is None:
             target = jax.tree.map(
@@ -183,6 +175,28 @@ class CheckpointSampler:
                 "decoder_digest": digest,
             },
         }
+
+    def _make_generate_fn(self) -> GenerateFn:
+        process, options = sampling_from_config(self._config)
+        experiment = self.experiment
+        return make_generate_fn(
+            experiment.model,
+            process,
+            experiment.autoencoder,
+            experiment.latent_shape,
+            options,
+            self._mesh,
+        )
+
+    def set_guidance(self, cfg_scale: float) -> None:
+        """Changes the guidance scale of all images from now on.
+
+        Raises:
+          UsageError: the model cannot be guided.
+        """
+        self._config.sampling.cfg_scale = cfg_scale
+        self._generate = self._make_generate_fn()
+        self.settings["sampling"] = self._config.sampling.to_dict()
 
     def images(self, labels: np.ndarray, start: int = 0) -> Iterator[np.ndarray]:
         """Images `start`, start + 1, ... of the given labels: uint8 batches (N, H, W, C)."""

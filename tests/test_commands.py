@@ -42,7 +42,9 @@ QUICK = [
 def workdir(tmp_path_factory):
     """A finished run of four steps."""
     path = tmp_path_factory.mktemp("runs") / "digits"
-    done = call("dico_jax.main", *QUICK, f"--workdir={path}")
+    averages = ["--config.training.ema_widths=(0.1,)"]
+    averages += ["--config.training.ema_snapshot_every_steps=2"]
+    done = call("dico_jax.main", *QUICK, *averages, f"--workdir={path}")
     assert done.returncode == 0, done.stderr
     return path
 
@@ -164,6 +166,15 @@ def test_main_refuses_the_workdir_of_another_config_and_leaves_it_alone(workdir)
         done, f"--workdir={workdir} belongs to a run of another", "config.seed was 0, is 1"
     )
     assert {file: file.stat().st_mtime_ns for file in workdir.rglob("*")} == before
+
+
+def test_sample_rebuilds_averages(workdir, tmp_path):
+    args = [f"--ckpt={workdir}", f"--out={tmp_path}", "--num_images=2", "--ema_width=0.1"]
+    done = call("dico_jax.sample", *args, "--step=2")
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "sampling.json").read_text())["settings"]
+    assert (settings["weights"], settings["step"]) == ("ema_width=0.1", 2)
+    assert_refused(call("dico_jax.sample", *args, "--step=3"), "--step=3", "steps 2, 4")
 
 
 @pytest.mark.parametrize(

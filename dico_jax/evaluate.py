@@ -1,0 +1,132 @@
+r"""Measures images: FID, sFID, Inception Score, precision, recall, KID.
+
+python -m dico_jax.evaluate --samples=DIR|FILE.npz --reference=FILE.npz|DIR [--out=FILE.json]
+    Images in a folder or in arr_0 of an .npz file.
+
+python -m dico_jax.evaluate --ckpt=DIR --reference=FILE.npz|DIR [--num_samples=50000 ...]
+    Samples of a checkpoint, straight into the numbers, on all devices.
+
+python -m dico_jax.evaluate --ckpt=DIR --reference=FILE.npz --sweep_cfg=1.0:2.0:0.1 --out=FILE.json
+    The same for every guidance scale from 1.0 to 2.0, with a plot beside FILE.json.
+
+With --out the same command goes on after an interruption. docs/evaluation.md explains the numbers.
+"""
+
+from absl import flags
+
+from dico_jax import cli
+from dico_jax.errors import UsageError
+
+_SAMPLES = flags.DEFINE_string("samples", None, "Folder of pictures, or .npz file with arr_0.")
+_CKPT = flags.DEFINE_string("ckpt", None, "Workdir of a run, or a converted checkpoint.")
+_REFERENCE = flags.DEFINE_string(
+    "reference", None,
+    "What is compared with: an .npz file of ADM, of pytorch-fid or of `prepare reference`, or a "
+    "folder of pictures.",
+    required=True,
+)  # fmt: skip
+_OUT = flags.DEFINE_string("out", None, "JSON file for the result and how it was made.")
+_METRICS = flags.DEFINE_list(
+    "metrics", None,
+    "Some of fid, sfid, inception_score, precision_recall, kid [all that the reference allows].",
+)  # fmt: skip
+_FEATURES = flags.DEFINE_string(
+    "features", "inception",
+    "Network that makes the features: inception, or the file of a classifier (prepare classifier).",
+)  # fmt: skip
+_INCEPTION = flags.DEFINE_string(
+    "inception", None, "Weights of the Inception network [the cache, then the public release]."
+)
+_NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", None, "Number of images [all of --samples; 50,000 of --ckpt].", lower_bound=2
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
+_STEP = flags.DEFINE_integer("step", None, "--ckpt: step of the checkpoint [the newest].")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "ema", ["ema", "params"], "--ckpt: averaged or raw weights."
+)
+_EMA_WIDTH = flags.DEFINE_float(
+    "ema_width", None, "--ckpt: in place of --weights, an average of this relative width."
+)
+_CLASSES = flags.DEFINE_string(
+    "classes", "all", "--ckpt: as in sample; 'all' takes every class in turn."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "--ckpt: decides, with an image's index, all its noise.")
+_VAE = flags.DEFINE_string("vae", None, "--ckpt: weights of the autoencoder [config].")
+_CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "--ckpt: guidance scale, 1 for none [config].")
+_CFG_CHANNELS = flags.DEFINE_string("cfg_channels", None, "--ckpt: first_three or all [config].")
+_SAMPLER = flags.DEFINE_string("sampler", None, "--ckpt: ddpm or ddim [config].")
+_STEPS = flags.DEFINE_integer("steps", None, "--ckpt: sampling steps [config].")
+_DDIM_ETA = flags.DEFINE_float("ddim_eta", None, "--ckpt: noise of DDIM, 0 to 1 [config].")
+_SWEEP_CFG = flags.DEFINE_string(
+    "sweep_cfg", None, "--ckpt: guidance scales from:to:step, such as 1.0:2.0:0.1."
+)
+
+_OF_CKPT = (
+    *("step", "weights", "ema_width", "classes", "seed", "vae", "cfg_scale", "cfg_channels"),
+    *("sampler", "steps", "ddim_eta", "sweep_cfg"),
+)
+
+
+def main() -> None:
+    """Parses flags, measures, prints and writes."""
+    _check()
+    # Late imports: --help answers before JAX is imported.
+    from dico_jax.evaluation import Options, evaluate_checkpoint, evaluate_files
+
+    options = Options(
+        features=_FEATURES.value,
+        inception=_INCEPTION.value,
+        metrics=None if _METRICS.value is None else tuple(_METRICS.value),
+        batch_size=_BATCH_SIZE.value,
+    )
+    assert _REFERENCE.value is not None
+    if _SAMPLES.value is not None:
+        evaluate_files(
+            _SAMPLES.value, _REFERENCE.value, options, _OUT.value, num_samples=_NUM_SAMPLES.value
+        )
+        return
+    assert _CKPT.value is not None
+    overrides = {
+        "cfg_scale": _CFG_SCALE.value,
+        "cfg_channels": _CFG_CHANNELS.value,
+        "sampler": _SAMPLER.value,
+        "num_steps": _STEPS.value,
+        "ddim_eta": _DDIM_ETA.value,
+        "batch_size": _BATCH_SIZE.value,
+    }
+    evaluate_checkpoint(
+        _CKPT.value,
+        _REFERENCE.value,
+        options,
+        _OUT.value,
+        num_samples=_NUM_SAMPLES.value or 50_000,
+        classes=_CLASSES.value,
+        sweep_cfg=_SWEEP_CFG.value,
+        step=_STEP.value,
+        weights=_WEIGHTS.value,
+        ema_width=_EMA_WIDTH.value,
+        seed=_SEED.value,
+        overrides={k: v for k, v in overrides.items() if v is not None},
+        vae=_VAE.value,
+    )
+
+
+def _check() -> None:
+    if (_SAMPLES.value is None) == (_CKPT.value is None):
+        raise UsageError("give either --samples or --ckpt: what is to be measured")
+    if _SAMPLES.value is not None:
+        for name in _OF_CKPT:
+            if flags.FLAGS[name].present:
+                raise UsageError(f"--{name} is for --ckpt, not for --samples")
+    if _SWEEP_CFG.value is not None:
+        if _CFG_SCALE.value is not None:
+            raise UsageError("--cfg_scale: --sweep_cfg has the guidance scales; leave it out")
+        if _OUT.value is None:
+            raise UsageError("--sweep_cfg needs --out, for its result and plot")
+    if _OUT.value is not None and not _OUT.value.endswith(".json"):
+        raise UsageError(f"--out={_OUT.value}: name a .json file")
+
+
+if __name__ == "__main__":
+    cli.run(main)
