@@ -180,6 +180,20 @@ def get_config():
     config.sampling.grid_columns = 8
 
     config.eval = config_dict.ConfigDict()
+    # Measure samples of the averaged weights after so many steps and at the end (0: never). A few
+    # thousand show the course of a training; papers take 50,000 (python -m dico_jax.evaluate).
+    config.eval.every_steps = 0
+    config.eval.num_samples = 1000
+    # Of fid, sfid, inception_score, precision_recall, kid; none for all that the reference allows.
+    config.eval.metrics = ("fid", "inception_score")
+    # Network whose features are compared: "inception"; "classifier", a small one that is trained on
+    # the pictures first and kept in WORKDIR/classifier.npz; or a file of one.
+    config.eval.features = "inception"
+    # File of Inception's weights; None looks in the cache folder, then downloads the release.
+    config.eval.inception = config_dict.placeholder(str)
+    # What samples are compared with: an .npz of statistics or a folder of pictures; None for the
+    # pictures of config.data (at most 50,000 of them), measured once into WORKDIR/reference.npz.
+    config.eval.reference = config_dict.placeholder(str)
     # At the end, this many samples are judged by a classifier fitted on the real pictures (0:
     # none). For small labelled sets in pixel space, such as the digits; all are held in memory.
     config.eval.class_agreement_samples = 0

@@ -87,14 +87,24 @@ DEFAULTS: dict[str, Any] = {
         "grid_rows": 8,
         "grid_columns": 8,
     },
-    "eval": {"class_agreement_samples": 0},
+    "eval": {
+        "every_steps": 0,
+        "num_samples": 1000,
+        "metrics": ("fid", "inception_score"),
+        "features": "inception",
+        "inception": None,
+        "reference": None,
+        "class_agreement_samples": 0,
+    },
     "profile": {"start_step": 0, "num_steps": 5},
     "logging": {"wandb_project": ""},
 }
 
 
-def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any] = DEFAULTS) -> dict[str, Any]:
-    """The config of an older checkpoint with all fields; those that it lacks have their defaults."""
+def with_defaults(
+    config: Mapping[str, Any], defaults: Mapping[str, Any] = DEFAULTS
+) -> dict[str, Any]:
+    """The config of an older checkpoint with all fields; those it lacks have their defaults."""
     complete = dict(defaults) | dict(config)
     for name, default in defaults.items():
         if isinstance(default, dict):

@@ -227,7 +227,8 @@ def _wandb_id(workdir: pathlib.Path) -> str:
 
 def _is_before(line: dict, step: int) -> bool:
     """Whether a run that goes on after `step` will not write this line again."""
-    return line["step"] < step or (line["step"] == step and "loss" in line)
+    # The classifier's judgement comes after the last save.
+    return line["step"] < step or (line["step"] == step and "eval/agreement" not in line)
 
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:

@@ -65,6 +65,7 @@ class Trainer:
             EmaSnapshots(run.workdir, training.ema_snapshot_every_steps, training.num_steps)
         )
         self.state, self.start = self._newest_state()
+        run.evaluation.open(run.workdir)
         self.log: Logger = stack.enter_context(
             open_logger(
                 run.workdir,
@@ -111,7 +112,8 @@ class Trainer:
                 logs = last or step % training.log_every_steps == 0
                 saves = last or preempted or step % training.checkpoint_every_steps == 0
                 grid = self.run.is_grid_step(step)
-                if logs or saves or grid or self.snapshots.is_due(step):
+                evaluates = self.run.is_evaluation_step(step)
+                if logs or saves or grid or evaluates or self.snapshots.is_due(step):
                     back = self.watch.check(self.saver.latest_step())
                     if back is not None:
                         del state, metrics  # two states may not fit
@@ -121,6 +123,8 @@ class Trainer:
                 if grid:
                     self.log.image(step, "samples", self.run.save_grid(step, state))
                     self._rested(step)
+                if evaluates:
+                    self._evaluate(step, state)
                 if self.snapshots.is_due(step):
                     self.snapshots.save(step, self.run.unpack(state.width_emas))
                 if saves:
@@ -152,6 +156,11 @@ class Trainer:
         values |= self.watch.metrics() | self.speed.metrics(values["images_per_second"])
         self.log.scalars(step, values)
         self.log.show(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_second']:.0f}")
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        numbers = self.run.evaluate(state)
+        self.log.scalars(step, {f"eval/{name}": value for name, value in numbers.items()})
+        self._rested(step)
 
     def _returned(self, step: int) -> tuple[TrainState, int]:
         """The state of an earlier step, which the run goes on from."""

@@ -1,6 +1,8 @@
 """The parts of a training run, built and checked from its config."""
 
+import functools
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,6 +42,7 @@ from dico_jax.sharding import DEFAULT_RULES, parse_rules, state_sharding
 from dico_jax.training.checkpoints import Checkpointer
 from dico_jax.training.compilation_cache import enable_compilation_cache
 from dico_jax.training.ema import parse_widths
+from dico_jax.training.evaluation import RunEvaluation
 from dico_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from dico_jax.training.speed import SpeedMetrics
 from dico_jax.training.state import TrainState, abstract_state, create_state, initializer
@@ -62,6 +65,7 @@ class Run:
       train_step: see `make_train_step`; its state is one of `pack`.
       to_latents: see `make_latents_fn`.
       learning_rate: by the number of steps taken.
+      evaluation: measures samples.
     """
 
     def __init__(self, config: ConfigDict, workdir: str):
@@ -103,8 +107,15 @@ class Run:
                 self.experiment.latent_shape,
                 sampling_options,
                 self.mesh,
-                load=bool(config.sampling.grid_every_steps or config.eval.class_agreement_samples),
+                load=bool(
+                    config.sampling.grid_every_steps
+                    or config.eval.class_agreement_samples
+                    or config.eval.every_steps
+                ),
             )
+        self.evaluation = RunEvaluation(
+            config, self.source, self.read, model.num_classes, self.mesh
+        )
         self._warm_start = open_warm_start(training.init_from, workdir, model)
         check_workdir(workdir, config)
         self.workdir = pathlib.Path(workdir)
@@ -203,14 +214,27 @@ class Run:
 
     def sample(self, state: TrainState, labels: np.ndarray) -> np.ndarray:
         """Images of the averaged weights of a packed state, uint8 (N, H, W, C)."""
-        batches = generate_images(
+        return np.concatenate(list(self._samples(state, labels)))
+
+    def _samples(
+        self, state: TrainState, labels: np.ndarray, start: int = 0
+    ) -> Iterator[np.ndarray]:
+        return generate_images(
             self._generate,
             self.unpack(state.ema_params),
             labels,
             self.config.sampling.batch_size,
             num_batch_shards(self.mesh),
+            start,
         )
-        return np.concatenate(list(batches))
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """FID and its family of the averaged weights, see `RunEvaluation`."""
+        return self.evaluation(functools.partial(self._samples, state))
+
+    def is_evaluation_step(self, step: int) -> bool:
+        """Whether `config.eval` asks for `evaluate` after this step."""
+        return self.evaluation.is_due(step, self.config.training.num_steps)
 
     def is_grid_step(self, step: int) -> bool:
         """Whether `config.sampling` asks for a grid after this step."""

@@ -1,0 +1,98 @@
+"""FID and its family during training."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dico_jax.errors import UsageError
+from dico_jax.metrics import classifier
+from dico_jax.metrics.statistics import Statistics, open_reference
+from dico_jax.training.loop import train
+from tests.test_training import tiny_config
+
+
+@pytest.fixture(autouse=True)
+def _short_training(monkeypatch):
+    monkeypatch.setattr(classifier, "_MIN_STEPS", 10)
+    monkeypatch.setattr(classifier, "_EPOCHS", 0)
+
+
+def config(**fields):
+    config = tiny_config()
+    config.eval.class_agreement_samples = config.sampling.grid_every_steps = 0
+    config.training.num_steps, config.training.checkpoint_every_steps = 4, 2
+    config.eval.every_steps, config.eval.num_samples = 3, 20
+    config.eval.features = "classifier"
+    config.eval.update(fields)
+    return config
+
+
+def curve(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if any(key.startswith("eval/") for key in line)]
+
+
+def test_a_curve_that_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    train(config(), str(tmp_path / "whole"))
+    expected = curve(tmp_path / "whole")
+    assert [line["step"] for line in expected] == [3, 4]
+    names = {"fid", "inception_score", "inception_score_std"}
+    assert set(expected[0]) == {"step"} | {f"eval/classifier/{name}" for name in names}
+    assert np.isfinite(expected[0]["eval/classifier/fid"])
+
+    short = config(every_steps=100)
+    short.training.num_steps = 2
+    train(short, str(tmp_path / "parts"))  # the last step is measured, whatever every_steps says
+    files = [tmp_path / "parts" / name for name in ("classifier.npz", "reference.npz")]
+    before = [file.read_bytes() for file in files]
+    train(config(), str(tmp_path / "parts"))
+    assert [file.read_bytes() for file in files] == before
+    assert curve(tmp_path / "parts")[1:] == expected  # after that of step 2
+
+    # The same from files.
+    other = config(features=str(files[0]), reference=str(files[1]))
+    train(other, str(tmp_path / "other"))
+    assert curve(tmp_path / "other") == expected
+    assert not (tmp_path / "other" / "reference.npz").exists()
+    statistics = open_reference(files[1])
+    assert isinstance(statistics, Statistics)
+    assert statistics.features == "classifier"
+    assert statistics.count == 1797
+    assert statistics.images is None
+
+    files[0].unlink()
+    monkeypatch.setattr(classifier, "_MIN_STEPS", 12)  # then it is another classifier
+    with pytest.raises(UsageError, match=r"reference.npz is of another feature network"):
+        train(config(), str(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"num_samples": 1}, "config.eval.num_samples=1 must be at least 2"),
+        ({"metrics": ("fid", "lpips")}, "config.eval.metrics: 'lpips' is unknown: use some of fid"),
+        ({"features": "no.npz"}, "no.npz is no classifier"),
+        ({"features": "no.npz", "inception": "x"}, "config.eval.inception=x is for config.eval.f"),
+    ],
+)
+def test_what_is_refused(tmp_path, fields, match):
+    with pytest.raises(UsageError, match=match):
+        train(config(**fields), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_latents_have_no_pictures(tmp_path):
+    np.save(tmp_path / "examples.npy", np.zeros((20, 8, 8, 1), np.float32))
+    np.save(tmp_path / "labels.npy", np.arange(20) % 10)
+
+    def refused(match, **fields):
+        latents = config(**fields)
+        latents.data.source, latents.data.path = "arrays", str(tmp_path)
+        with pytest.raises(UsageError, match=match):
+            train(latents, str(tmp_path / "run"))
+
+    refused("config.eval.features='classifier' is trained on pictures, but config.data.source has")
+    np.savez(tmp_path / "c.npz", x=np.zeros(3))
+    refused("config.eval.reference is not set, and config.data.source", features="inception")
+    assert not (tmp_path / "run").exists()
