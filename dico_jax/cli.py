@@ -61,6 +61,27 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def define_distributed_flags() -> Callable[[], None]:
+    """Defines the flags of several processes; returns what joins them, before JAX is used."""
+    address = flags.DEFINE_string(
+        "coordinator_address", None,
+        "Several processes as one run: HOST:PORT of process 0. On Cloud TPU, GKE with TPUs, Slurm "
+        "and Open MPI the processes find each other; elsewhere give this and the next two to all.",
+    )  # fmt: skip
+    count = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+    index = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+    timeout = flags.DEFINE_integer(
+        "distributed_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
+    )
+
+    def join() -> None:
+        from dico_jax import distributed  # late: --help answers before JAX is imported
+
+        distributed.initialize(address.value, count.value, index.value, timeout.value)
+
+    return join
+
+
 def take_action(argv: list[str], actions: Collection[str]) -> str | None:
     """Removes what to do from the command line: its first argument that is no flag, or None."""
     action = next((arg for arg in argv[1:] if arg in actions), None)

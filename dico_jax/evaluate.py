@@ -62,6 +62,9 @@ _SWEEP_CFG = flags.DEFINE_string(
     "sweep_cfg", None, "--ckpt: guidance scales from:to:step, such as 1.0:2.0:0.1."
 )
 
+_JOIN = cli.define_distributed_flags()
+flags.adopt_module_key_flags(cli)  # so that --help shows them
+
 _OF_CKPT = (
     *("step", "weights", "ema_width", "classes", "seed", "vae", "cfg_scale", "cfg_channels"),
     *("sampler", "steps", "ddim_eta", "sweep_cfg"),
@@ -71,6 +74,7 @@ _OF_CKPT = (
 def main() -> None:
     """Parses flags, measures, prints and writes."""
     _check()
+    _JOIN()
     # Late imports: --help answers before JAX is imported.
     from dico_jax.evaluation import Options, evaluate_checkpoint, evaluate_files
 

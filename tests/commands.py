@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,34 @@ def call(module, *args, cwd=ROOT, devices=1, xla_flags=HURRY, fresh=False):
             raise subprocess.TimeoutExpired(command, _TIMEOUT)
         texts = [pathlib.Path(file).read_text() for file in files]
     return subprocess.CompletedProcess(command, process.exitcode, *texts)
+
+
+def call_together(num_processes, devices_each, module, *args):
+    """Runs a command as several processes of one run on this machine, each with CPU devices.
+
+    Returns what each has printed, once all have ended well.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={devices_each} {HURRY}"
+    processes = []
+    for index in range(num_processes):
+        joined = [f"--coordinator_address={address}", f"--num_processes={num_processes}"]
+        joined += [f"--process_id={index}"]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", module, *args, *(joined if num_processes > 1 else [])],
+                cwd=ROOT,
+                env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=_TIMEOUT)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * num_processes, outputs
+    return outputs
 
 
 def _run(command, cwd, env, files):

@@ -12,7 +12,7 @@ from dico_jax.errors import UsageError
 from dico_jax.evaluation import Options, evaluate_files, parse_sweep
 from dico_jax.metrics import evaluator
 from dico_jax.metrics.classifier import train_classifier
-from tests.commands import assert_refused, call
+from tests.commands import assert_refused, call, call_together
 from tests.test_commands import QUICK
 
 SAMPLING = ["--steps=2", "--classes=3,1"]
@@ -114,6 +114,19 @@ def test_an_interrupted_evaluation_goes_on(folder, tmp_path, monkeypatch):
     (tmp_path / "b.json.partial.npz").write_bytes(b"cut")
     with pytest.raises(UsageError, match=r"b.json.partial.npz is damaged: remove it"):
         evaluate_files(images, reference, options(folder), str(tmp_path / "b.json"))
+
+
+def test_two_processes_measure_as_one(folder, tmp_path):
+    args = [*arguments(folder), f"--samples={folder / 'images'}", "--batch_size=8"]
+    outputs = call_together(2, 2, "dico_jax.evaluate", *args, f"--out={tmp_path / 'a.json'}")
+    assert ["images against" in output for output in outputs] == [True, False]
+    expected = evaluate_files(
+        str(folder / "images"), str(folder / "ref.npz"), options(folder, batch_size=8)
+    )
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["devices"].startswith("4 x ")
+    for name, value in expected["metrics"].items():
+        assert found["metrics"][name] == pytest.approx(value, rel=1e-5), name
 
 
 def test_a_reference_of_pictures(folder):

@@ -2,14 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from tests.commands import HURRY, ROOT
+from tests.commands import ROOT, call_together
 from tests.test_commands import QUICK, QUICK_DICO
 
 STEPS = 20
@@ -17,32 +16,11 @@ STEPS = 20
 
 def start(num_processes, devices_each, workdir, *args, network=QUICK):
     """Trains in processes of their own on this machine; returns when all have ended well."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices_each} {HURRY}"
-    processes = []
-    for index in range(num_processes):
-        joined = [f"--coordinator_address={address}", f"--num_processes={num_processes}",
-                  f"--process_id={index}"]  # fmt: skip
-        command = [sys.executable, "-m", "dico_jax.main", *network, f"--workdir={workdir}",
-                   "--config.training.log_every_steps=1",
-                   # AdamW turns the rounding of a near-zero gradient into a step of up to the
-                   # learning rate: the published one, not the demo's.
-                   "--config.optimizer.learning_rate=1e-4", *args]  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                command + (joined if num_processes > 1 else []),
-                cwd=ROOT,
-                env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * num_processes, outputs
-    return outputs
+    # AdamW turns the rounding of a near-zero gradient into a step of up to the learning rate: the
+    # published one, not the demo's.
+    rate = "--config.optimizer.learning_rate=1e-4"
+    args = [*network, f"--workdir={workdir}", "--config.training.log_every_steps=1", rate, *args]
+    return call_together(num_processes, devices_each, "dico_jax.main", *args)
 
 
 def losses(workdir):
