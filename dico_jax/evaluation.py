@@ -231,6 +231,9 @@ def prepare_reference(
 ) -> str:
     """Measures pictures and writes their statistics, with the features of each.
 
+    Means and covariances that a file has besides its pictures are kept: those of ADM's files are
+    of more pictures than lie in them.
+
     Args:
       path: a folder or an .npz file of pictures that are taken as they are.
       source: in place of them, the examples of a source, how they are read, and how many at most.
@@ -244,13 +247,24 @@ def prepare_reference(
     Raises:
       UsageError: something cannot be read or does not fit.
     """
-    file = new_file(out, ".npz")
-    images = open_images(path, "--path") if source is None else SourceImages(*source)
+    file, mesh = new_file(out, ".npz"), create_mesh()
     network = create_network(features, inception)
-    features_of = make_feature_fn(network, batch_size, create_mesh())
-    statistics = measure_images(images, network, features_of, batch_size)
+    if source is None:
+        evaluator = create_evaluator(
+            network, path, None, batch_size=batch_size, mesh=mesh, flag="--path"
+        )
+        statistics = evaluator.reference
+    else:
+        features_of = make_feature_fn(network, batch_size, mesh)
+        statistics = measure_images(SourceImages(*source), network, features_of, batch_size)
+    measured = statistics.pool_features
+    if measured is None:
+        raise UsageError(f"--path={path} has statistics and no images: use it as it is")
+    if statistics.digest:
+        made_of = {"path": path, "sha256": statistics.digest}
+        statistics = dataclasses.replace(statistics, info=statistics.info | {"made_of": made_of})
     save_statistics(str(file), statistics)
-    return f"{file} is written: {len(images):,} pictures, features: {network.name}"
+    return f"{file} is written: {len(measured):,} pictures, features: {network.name}"
 
 
 def parse_sweep(text: str) -> tuple[float, ...]:

@@ -9,9 +9,10 @@ from PIL import Image
 from dico_jax.data.digits import DigitsSource
 from dico_jax.data.readers import PictureReader
 from dico_jax.errors import UsageError
-from dico_jax.evaluation import Options, evaluate_files, parse_sweep
+from dico_jax.evaluation import Options, evaluate_files, parse_sweep, prepare_reference
 from dico_jax.metrics import evaluator
 from dico_jax.metrics.classifier import train_classifier
+from dico_jax.metrics.statistics import open_reference
 from tests.commands import assert_refused, call, call_together
 from tests.test_commands import QUICK
 
@@ -127,6 +128,38 @@ def test_two_processes_measure_as_one(folder, tmp_path):
     assert found["devices"].startswith("4 x ")
     for name, value in expected["metrics"].items():
         assert found["metrics"][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_reference_of_another_classifier(folder, tmp_path):
+    read, path = PictureReader(8, 1), tmp_path / "c.npz"
+    train_classifier(DigitsSource(), read, max_steps=2, seed=1).save(path)
+    with pytest.raises(UsageError, match=r"ref.npz was measured with other weights of the class"):
+        evaluate_files(str(folder / "images"), str(folder / "ref.npz"), Options(features=str(path)))
+
+
+def test_references_keep_the_statistics_of_their_files(folder, tmp_path):
+    """ADM's are of more pictures than lie in them."""
+    mean, covariance = np.arange(64.0), np.diag(np.arange(1.0, 65))
+    path, out = tmp_path / "adm.npz", tmp_path / "ref.npz"
+    features = {"features": str(folder / "classifier.npz"), "inception": None, "batch_size": 8}
+    with np.load(folder / "images.npz") as images:
+        np.savez(path, mu=mean, sigma=covariance, arr_0=images["arr_0"])
+    with pytest.raises(UsageError, match="has statistics of the feature network 'inception'"):
+        prepare_reference(str(path), None, str(out), **features)
+    with np.load(folder / "ref.npz") as ours:
+        about = {k: v for k, v in ours.items() if k not in ("mu", "sigma", "pool_features")}
+    with np.load(folder / "images.npz") as images:
+        np.savez(path, mu=mean, sigma=covariance, arr_0=images["arr_0"], **about)
+    text = prepare_reference(str(path), None, str(out), **features)
+    assert "ref.npz is written: 30 pictures" in text
+    found = open_reference(out)
+    np.testing.assert_array_equal(found.mean, mean)
+    np.testing.assert_array_equal(found.covariance, covariance)
+    assert found.pool_features.shape == (30, 64)
+    assert found.info["made_of"]["path"] == str(path)
+    np.savez(path, mu=mean, sigma=covariance, **about)
+    with pytest.raises(UsageError, match="has statistics and no images: use it as it is"):
+        prepare_reference(str(path), None, str(tmp_path / "b.npz"), **features)
 
 
 def test_a_reference_of_pictures(folder):

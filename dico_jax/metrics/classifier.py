@@ -75,6 +75,7 @@ class Classifier:
     name = NAME
     width = FEATURES_WIDTH
     spatial_width = 0
+    warning = None
 
     @property
     def num_classes(self) -> int:

@@ -99,7 +99,7 @@ class Evaluator:
 
     def warnings(self, summary: FeatureSummary) -> list[str]:
         """What makes the numbers less than they seem."""
-        found = []
+        found = [self.network.warning]
         if {"fid", "sfid"} & set(self.metrics):
             found.append(rank_warning(summary.count, self.network.width))
         return [text for text in found if text]
@@ -135,12 +135,23 @@ def create_evaluator(
         statistics = dataclasses.replace(statistics, digest=digest)
     check_features(statistics, network.name, name)
     check_width(statistics, network.width, name)
+    check_weights(statistics, network, name)
     chosen = choose_metrics(metrics, statistics, name, images is not None)
     if needs_all_features(chosen) and statistics.pool_features is None:
         assert images is not None
         measured = measure_images(images, network, features, batch_size)
         statistics = dataclasses.replace(statistics, pool_features=measured.pool_features)
     return Evaluator(network, features, statistics, chosen)
+
+
+def check_weights(statistics: Statistics, network: FeatureNetwork, name: str) -> None:
+    """Raises UsageError where statistics are known to be of other weights than a network has."""
+    made_with = statistics.info.get("network_sha256", network.digest)
+    if made_with != network.digest:
+        raise UsageError(
+            f"{name} was measured with other weights of the {network.name} network "
+            f"({made_with[:8]}, these are {network.digest[:8]}): measure it again"
+        )
 
 
 def _open_reference(path: str, flag: str) -> tuple[Statistics | None, ImageSet | None, str]:

@@ -54,6 +54,11 @@ class FeatureNetwork(Protocol):
         ...
 
     @property
+    def warning(self) -> str | None:
+        """What makes its numbers less than they seem."""
+        ...
+
+    @property
     def params(self) -> Any:
         """A tree of arrays."""
         ...

@@ -17,6 +17,7 @@ from dico_jax.metrics.classifier import load_classifier, train_classifier
 from dico_jax.metrics.evaluator import (
     METRICS,
     Evaluator,
+    check_weights,
     choose_metrics,
     create_evaluator,
     measure_images,
@@ -117,8 +118,7 @@ class RunEvaluation:
         if file.exists():
             statistics = open_reference(str(file))
             assert isinstance(statistics, Statistics), "the run has written it"
-            if statistics.info.get("network_sha256") != network.digest:
-                raise UsageError(f"{file} is of another feature network: remove it to measure anew")
+            check_weights(statistics, network, str(file))
         else:
             images = SourceImages(self._source, self._read, _MAX_OWN_PICTURES)
             statistics = measure_images(images, network, features, self._batch_size)
