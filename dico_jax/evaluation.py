@@ -18,6 +18,7 @@ from dico_jax.inference import CheckpointSampler, parse_classes
 from dico_jax.mesh import create_mesh
 from dico_jax.metrics.evaluator import (
     Batches,
+    check_there,
     create_evaluator,
     describe_reference,
     measure_images,
@@ -60,6 +61,7 @@ class Evaluation:
         Raises:
           UsageError: something cannot be read or does not fit.
         """
+        check_there(reference, "--reference")  # before weights are loaded
         self._options = options
         self._evaluator = create_evaluator(
             create_network(options.features, options.inception),
@@ -248,6 +250,8 @@ def prepare_reference(
       UsageError: something cannot be read or does not fit.
     """
     file, mesh = new_file(out, ".npz"), create_mesh()
+    if source is None:
+        check_there(path, "--path")  # before weights are loaded
     network = create_network(features, inception)
     if source is None:
         evaluator = create_evaluator(

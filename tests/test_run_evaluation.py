@@ -58,7 +58,7 @@ def test_a_curve_that_goes_on_after_an_interruption(tmp_path, monkeypatch):
 
     files[0].unlink()
     monkeypatch.setattr(classifier, "_MIN_STEPS", 12)  # then it is another classifier
-    with pytest.raises(UsageError, match=r"reference.npz was measured with other weights of the classi"):
+    with pytest.raises(UsageError, match=r"reference.npz was measured with other weights"):
         train(config(), str(tmp_path / "parts"))
 
 

@@ -204,11 +204,16 @@ def open_images(path: str, flag: str) -> ImageSet:
     Raises:
       UsageError: it is something else.
     """
+    check_there(path, flag)
     if pathlib.Path(path).is_file():
         return NpzImageSet(NpzImages(path), f"{flag}={path}")
-    if "://" in path or pathlib.Path(path).is_dir():
-        return FolderImages(path, flag)
-    raise UsageError(f"{flag}={path}: no such folder or file")
+    return FolderImages(path, flag)
+
+
+def check_there(path: str, flag: str) -> None:
+    """Raises UsageError for a local folder or file that is not there."""
+    if "://" not in path and not pathlib.Path(path).exists():
+        raise UsageError(f"{flag}={path}: no such folder or file")
 
 
 def needs_all_features(metrics: Sequence[str]) -> bool:
