@@ -1,4 +1,4 @@
-r"""Weights in from PyTorch and out again, and autoencoders in.
+r"""Weights in from PyTorch and out again, autoencoders and the Inception network in.
 
 python -m dico_jax.convert from_pytorch --input=FILE --out=DIR
     [--model=DiCo-XL --weights=auto|ema|model --image_size=256 --training]
@@ -13,6 +13,10 @@ python -m dico_jax.convert vae --input=FILE|DIR --out=FILE.safetensors
     FILE: an AutoencoderKL in the layout of diffusers, or hf://OWNER/REPO/FILE; DIR: with its
     config.json. The result is for config.autoencoder.path and --vae of sample.
 
+python -m dico_jax.convert inception --input=FILE --out=FILE.safetensors
+    FILE: pt_inception-2015-12-05-6726825d.pth or weights-inception-2015-12-05-6726825d.pth. The
+    result is for --inception of evaluate.
+
 With --training the whole state of a run goes over: both sets of weights, AdamW's averages and step.
 """
 
@@ -23,7 +27,7 @@ from absl import flags
 from dico_jax import cli
 from dico_jax.errors import UsageError
 
-flags.DEFINE_string("input", None, "from_pytorch, vae: the file to read.")
+flags.DEFINE_string("input", None, "from_pytorch, vae, inception: the file to read.")
 flags.DEFINE_string("ckpt", None, "to_pytorch: workdir of a run, or a converted checkpoint.")
 flags.DEFINE_string("out", None, "What to write: a new folder, or a new file.")
 _WEIGHTS = flags.DEFINE_string(
@@ -62,6 +66,7 @@ _ACTIONS = {
     ),
     "to_pytorch": ("ckpt out", "weights step training"),
     "vae": ("input out", "norm_num_groups scaling_factor"),
+    "inception": ("input out", ""),
 }
 _WEIGHTS_OF = {"from_pytorch": ("auto", "ema", "model"), "to_pytorch": ("ema", "params")}
 
@@ -112,21 +117,25 @@ def _vae(given: flags.FlagValues) -> str:
     )
 
 
-_CONVERT = {"from_pytorch": _from_pytorch, "to_pytorch": _to_pytorch, "vae": _vae}
+def _inception(given: flags.FlagValues) -> str:
+    from dico_jax.metrics.inception_weights import convert_inception
+
+    return convert_inception(given.input, given.out)
+
+
+_CONVERT = {
+    "from_pytorch": _from_pytorch,
+    "to_pytorch": _to_pytorch,
+    "vae": _vae,
+    "inception": _inception,
+}
 
 
 def _check(action: str | None) -> str:
     """The action; raises UsageError if it is unknown, or for a flag missing or of another one."""
     cli.check_action("convert", action, _ACTIONS)
     assert action is not None
-    needed, optional = (names.split() for names in _ACTIONS[action])
-    for name in needed:
-        if not flags.FLAGS[name].value:
-            raise UsageError(f"{action} needs --{name}")
-    for other, (first, second) in _ACTIONS.items():
-        for name in f"{first} {second}".split():
-            if flags.FLAGS[name].present and name not in needed + optional:
-                raise UsageError(f"--{name} is for {other}, not for {action}")
+    cli.check_flags(action, _ACTIONS)
     if _WEIGHTS.present and _WEIGHTS.value not in _WEIGHTS_OF[action]:
         raise UsageError(
             f"--weights={_WEIGHTS.value}: {action} knows {', '.join(_WEIGHTS_OF[action])}"

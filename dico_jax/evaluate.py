@@ -74,8 +74,11 @@ _OF_CKPT = (
 def main() -> None:
     """Parses flags, measures, prints and writes."""
     _check()
-    _JOIN()
     # Late imports: --help answers before JAX is imported.
+    from dico_jax.mesh import use_all_cores
+
+    use_all_cores()
+    _JOIN()
     from dico_jax.evaluation import Options, evaluate_checkpoint, evaluate_files
 
     options = Options(

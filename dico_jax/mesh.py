@@ -6,6 +6,7 @@ the batch as well), "tensor" (devices share the channels of a layer and see the 
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import jax
@@ -16,6 +17,18 @@ from dico_jax.errors import UsageError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+
+
+def use_all_cores() -> None:
+    """Makes devices of the cores where there is no accelerator; call it before JAX is used.
+
+    Operations that XLA splits over threads leave cores idle between them; images that are split
+    over devices do not. At most 8, because every device has its own copy of the weights. A number
+    of devices that XLA_FLAGS names stays.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", min(cores or 1, 8))
 
 
 def create_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:

@@ -112,7 +112,9 @@ def _latents() -> None:
 
 def _reference() -> None:
     from dico_jax.evaluation import prepare_reference
+    from dico_jax.mesh import use_all_cores
 
+    use_all_cores()
     assert _OUT.value is not None
     if _SOURCE.value is None:
         if _PATH.value is None:

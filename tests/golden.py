@@ -27,13 +27,16 @@ def load(name):
 
 
 def draw(shapes, seed, kind, std=0.05):
-    """Weights of recipe A, B or V for `shapes` (PyTorch key -> shape), float32, PyTorch layouts."""
+    """Weights of recipe A, B, I or V for `shapes` (PyTorch key -> shape), float32, as PyTorch."""
     rng = np.random.Generator(np.random.PCG64(seed))
     out = {}
     for key in sorted(shapes):
         shape = tuple(shapes[key])
         fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
-        if kind == "V" and len(shape) == 1 and not key.endswith(".bias"):
+        uniform_keys = (".bn.weight", ".bn.running_var") if kind == "I" else ()
+        if key.endswith(uniform_keys) or (
+            kind == "V" and len(shape) == 1 and not key.endswith(".bias")
+        ):
             out[key] = rng.uniform(0.5, 1.5, shape).astype(np.float32)
             continue
         z = rng.standard_normal(shape)
@@ -47,6 +50,8 @@ def draw(shapes, seed, kind, std=0.05):
                 if ".embedding_table" in key
                 else math.sqrt(1.0 / fan_in)
             )
+        elif kind == "I":
+            gain = 0.1 if len(shape) == 1 else math.sqrt((1 if key == "fc.weight" else 2) / fan_in)
         elif kind == "V":
             gain = 0.1 if key.endswith(".bias") else math.sqrt(1.0 / fan_in)
         else:
@@ -113,3 +118,6 @@ TOLERANCE = {
     ("A", "float64"): 1e-11,
     ("B", "float64"): 1e-11,
 }
+
+
+INCEPTION_DRAW = (801, "46ea74490ecf7c7486791f3156b82f0f3b753bdfe2b3610e641c61eaa2ae4052")

@@ -258,7 +258,7 @@ def without(index, *instead):
         (b"ctorch._utils\n_rebuild_parameter\n" + tuple_of(b"N", b"\x88", HOOKS) + b"R", "tensor"),
         (b"ctorch\nSize\n" + tuple_of(tuple_of(b"N")) + b"R", "torch.Size"),
         (b"ctorch\nSize\n)\x81", "new object of torch.Size"),
-        (b"ctorch\nFloatStorage\n)R", "calls a _StorageClass"),
+        (b"ctorch\nFloatStorage\n)R", "calls a StorageClass"),
         (b"ctorch\nfloat32\n)R", "calls a Float32DType"),
         (b"ccollections\nOrderedDict\n](]K\x01aK\x02ae\x85R", "OrderedDict with arguments"),
         (b"cargparse\nNamespace\n(K\x01tR", "Namespace with arguments"),
@@ -285,8 +285,8 @@ def without(index, *instead):
         (b"N(K\x01K\x02u", "items of a NoneType"),
         (b"}(K\x01u", "no value"),
         (REBUILD, "_rebuild_tensor_v2 by itself"),
-        (storage("0", 6), "_Storage by itself"),
-        (b"]ctorch\nFloatStorage\na", "_StorageClass by itself"),
+        (storage("0", 6), "Storage by itself"),
+        (b"]ctorch\nFloatStorage\na", "StorageClass by itself"),
     ],
 )
 def test_misuse_of_what_is_accepted(tmp_path, body, part):

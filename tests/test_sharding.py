@@ -1,5 +1,9 @@
 """How state and batches lie on meshes, and that it changes no result."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -23,6 +27,18 @@ def test_mesh_axes():
     for sizes in ({"fsdp": 3}, {"data": 4}, {"data": 4, "fsdp": 4}, {"tensor": 0}, {"data": 0}):
         with pytest.raises(UsageError, match=r"mesh.data=-?\d, config.mesh.fsdp=\d and config"):
             create_mesh(**sizes)
+
+
+def test_all_cores():
+    code = (
+        "from dico_jax.mesh import jax, use_all_cores; use_all_cores(); print(len(jax.devices()))"
+    )
+    for flags, count in (("", min(os.cpu_count(), 8)), (os.environ["XLA_FLAGS"], 8)):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"XLA_FLAGS": flags},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert int(done.stdout) == count
 
 
 def test_batches_are_split_over_data_and_fsdp_and_whole_along_tensor():

@@ -136,6 +136,7 @@ KEY_MAPS = {
         ),
         loose_ones=True,
     ),
+    "Inception": KeyMap(constants=re.compile(r"\.num_batches_tracked$")),
 }
 
 

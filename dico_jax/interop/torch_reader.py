@@ -49,14 +49,14 @@ _LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # b
 
 
 @dataclasses.dataclass(frozen=True)
-class _StorageClass:
+class StorageClass:
     """A storage class; dtype is None where the storage is untyped bytes."""
 
     dtype: np.dtype | None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class Storage:
     """A storage: its bytes in the file, and the dtype that its class names."""
 
     blob: Blob
@@ -85,7 +85,7 @@ def read_tree(file: FileBytes) -> object:
     }
     _check_byte_order(file, blobs)
     data = _small(blobs["data.pkl"], _MAX_PICKLE)
-    rebuild = _Rebuild(blobs)
+    rebuild = Rebuild(blobs)
     where = f"{file.name}: the pickle"
     leaves = (TensorRef, np.dtype)
     tree = restricted_pickle.load(data, where, rebuild.known(), rebuild.storage, leaves)
@@ -173,7 +173,7 @@ def _check_byte_order(file: FileBytes, blobs: dict[str, Blob]) -> None:
         )
 
 
-class _Rebuild:
+class Rebuild:
     """The functions that a .pt file's pickle calls, as far as this reader knows them."""
 
     def __init__(self, blobs: dict[str, Blob]):
@@ -186,18 +186,18 @@ class _Rebuild:
             ("torch._utils", "_rebuild_tensor_v3"): self.tensor_v3,
             ("torch._utils", "_rebuild_parameter"): self.parameter,
             ("torch", "Size"): self.size,
-            ("torch.storage", "UntypedStorage"): Constant(_StorageClass(None)),
+            ("torch.storage", "UntypedStorage"): Constant(StorageClass(None)),
         }
         for name, dtype in DTYPES.items():
             known["torch", name] = Constant(dtype)
         for name, dtype_name in STORAGES.items():
-            known["torch", name] = Constant(_StorageClass(DTYPES[dtype_name]))
+            known["torch", name] = Constant(StorageClass(DTYPES[dtype_name]))
         return known
 
-    def storage(self, pid: tuple) -> _Storage:
+    def storage(self, pid: tuple) -> Storage:
         """The storage of a persistent id."""
         kinds = [type(p) for p in pid]
-        if kinds != [str, _StorageClass, str, str, int] or pid[0] != "storage" or pid[4] < 0:
+        if kinds != [str, StorageClass, str, str, int] or pid[0] != "storage" or pid[4] < 0:
             raise RefusedError(f"a persistent id {shown(pid)} is refused, it is not a storage's")
         _, cls, key, _, count = pid
         blob = self.blobs.get(f"data/{key}")
@@ -208,17 +208,17 @@ class _Rebuild:
                 f"the storage {shown(key)} of {count} elements does not match its {blob.nbytes} "
                 "bytes in the file"
             )
-        return _Storage(blob, cls.dtype)
+        return Storage(blob, cls.dtype)
 
     def tensor_v2(self, args: tuple) -> TensorRef:
         """Of typed storage: (storage, offset, size, stride, requires_grad, hooks[, metadata])."""
-        if not 6 <= len(args) <= 7 or type(args[0]) is not _Storage or args[0].dtype is None:
+        if not 6 <= len(args) <= 7 or type(args[0]) is not Storage or args[0].dtype is None:
             raise RefusedError(f"{len(args)} of them, or no storage of numbers first")
         return self._tensor(args[0].blob, args[0].dtype, args[1:4], args[4:6], args[6:])
 
     def tensor_v3(self, args: tuple) -> TensorRef:
         """Of untyped storage, with the dtype as the seventh argument."""
-        if not 7 <= len(args) <= 8 or type(args[0]) is not _Storage:
+        if not 7 <= len(args) <= 8 or type(args[0]) is not Storage:
             raise RefusedError(f"{len(args)} of them, or no storage first")
         if not isinstance(args[6], np.dtype):
             raise RefusedError("the seventh is no dtype")

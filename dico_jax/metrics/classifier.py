@@ -75,6 +75,7 @@ class Classifier:
     name = NAME
     width = FEATURES_WIDTH
     spatial_width = 0
+    cpu_batch_size = 64
     warning = None
 
     @property

@@ -22,7 +22,7 @@ def create_network(features: str, inception: str | None, flag: str = "--") -> Fe
         # A late import: most who name a classifier have no need of it.
         from dico_jax.metrics.inception_features import InceptionFeatures
 
-        return InceptionFeatures(inception, flag)
+        return InceptionFeatures.load(inception, flag)
     if inception is not None:
         raise UsageError(
             f"{flag}inception={inception} is for {flag}features=inception, not for {features!r}"
