@@ -13,6 +13,7 @@ from dico_jax.errors import UsageError
 from dico_jax.mesh import create_mesh
 from dico_jax.metrics.classifier import load_classifier, train_classifier
 from dico_jax.metrics.feature_networks import make_feature_fn
+from dico_jax.metrics.moments import Moments
 
 
 class Plain:
@@ -54,6 +55,19 @@ def test_it_learns(classifier):
     other = make_feature_fn(classifier, 3, create_mesh(jax.devices()[:1]))
     parts = np.concatenate([other(images[i : i + 3]).pool for i in range(0, 10, 3)])
     np.testing.assert_allclose(parts, found.pool, atol=1e-5)
+
+
+def test_moments_are_the_same_on_any_number_of_devices(classifier):
+    images = np.random.default_rng(0).integers(0, 256, (150, 4, 4, 1), np.uint8)
+    found = []
+    for count in (1, 2, 4, 8):
+        features = make_feature_fn(classifier, 512, create_mesh(jax.devices()[:count]))
+        moments = Moments(classifier.width)
+        moments.update(features(images).pool)
+        found.append((moments.mean, moments.covariance))
+    for mean, covariance in found[1:]:
+        np.testing.assert_allclose(mean, found[0][0], atol=1e-10 * found[0][0].max())
+        np.testing.assert_allclose(covariance, found[0][1], atol=1e-10 * found[0][1].max())
 
 
 def test_the_same_training_gives_the_same_weights(classifier):

@@ -12,8 +12,14 @@ from tests.make_numbers import FILE, MODELS, compute
 BARS = {"float64": 1e-10, "float32": 1e-4}
 
 
-@pytest.mark.parametrize("dtype", BARS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[pytest.mark.slow] * (dtype == "float64"))
+        for name in MODELS
+        for dtype in BARS
+    ],
+)
 def test_own_numbers(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         ours = compute(name, dtype)
