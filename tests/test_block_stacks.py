@@ -34,7 +34,10 @@ def sharded_state(family, mesh):
 
 @pytest.mark.parametrize(
     ("family", "axes"),
-    [("DiT", {"fsdp": 8}), ("DiCo", {"data": 1, "fsdp": 4, "tensor": 2})],
+    [
+        ("DiT", {"data": 1, "fsdp": 4, "tensor": 2}),
+        pytest.param("DiCo", {"fsdp": 8}, marks=pytest.mark.slow),
+    ],
     ids=FAMILIES[::-1],
 )
 def test_a_state_comes_back_as_it_was(family, axes):
