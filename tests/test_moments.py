@@ -1,18 +1,11 @@
 """Streaming moments against one-shot ones, however the rows are split."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
 from dico_jax.metrics.moments import Moments
-from tests.commands import ROOT
 from tests.golden import distance, load, requires_golden
 
 WIDTH = 37
@@ -101,7 +94,6 @@ def test_reading_changes_nothing():
     moments = streamed(rows[:300])
     moments.covariance[:] = 0
     moments.mean[:] = 0
-    assert moments.all_processes() is moments
     moments.update(rows[300:])
     assert np.array_equal(moments.covariance, streamed(rows).covariance)
 
@@ -150,40 +142,3 @@ def test_too_few_rows_and_other_widths():
         moments.merge(Moments(5))
     with pytest.raises(UsageError, match="width=0"):
         Moments(0)
-
-
-SCRIPT = """
-import json, sys
-import jax
-import numpy as np
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from dico_jax.metrics import moments
-from tests.golden import distance
-from tests.test_moments import correlated, streamed
-moments._GATHERED_BYTES = 8 * 37 * 2 * 10  # ten rows of the matrix at a time
-rows = correlated(1500, 1e3)
-total = streamed([rows[:1100], rows[1100:]][jax.process_index()]).all_processes()
-assert total.count == 1500
-print(json.dumps([
-    distance(total.mean, rows.mean(axis=0)),
-    distance(total.covariance, np.cov(rows, rowvar=False)),
-    float(total.covariance[3, 5]),
-]))
-"""
-
-
-def test_two_processes_have_the_moments_of_all_rows():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, address, str(index)],
-            cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, text=True,
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    found = [json.loads(output.splitlines()[-1]) for output in outputs]  # Gloo says something too
-    assert found[0] == found[1]
-    assert max(found[0][:2]) < 1e-10

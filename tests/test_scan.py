@@ -97,8 +97,8 @@ def assert_close(found, reference, forward, gradient):
     ("depth", "dtype", "ways"),
     [
         (3, "float32", WAYS[1::2]),
-        (3, "float64", WAYS[2:3]),
         (1, "float64", WAYS[:1]),
+        pytest.param(3, "float64", WAYS[2:3], marks=pytest.mark.slow),
         pytest.param(3, "float32", WAYS, marks=pytest.mark.slow),
     ],
 )
@@ -125,6 +125,7 @@ def test_gradient_of_a_whole_network():
     assert_close(found, reference, 1e-6, 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16():
     params, args = stage_params("DiCo", 3), stage_inputs("DiCo", "bfloat16")
     reference, found = (

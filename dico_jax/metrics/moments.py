@@ -6,14 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from scipy.linalg import blas
 
 from dico_jax.errors import UsageError
 
 # Fastest of 256 to 4096 at a width of 2048 on two cores; a block is 17 MB there.
 _BLOCK_ROWS = 1024
-_GATHERED_BYTES = 64 << 20  # of all processes together, at a time
 
 
 def check_rows(rows: Any, what: str, first_row: int = 0) -> np.ndarray:
@@ -152,27 +150,6 @@ class Moments:
         moments._block[: moments._pending] = arrays["pending"]
         return moments
 
-    def all_processes(self) -> "Moments":
-        """The moments of the rows of all JAX processes, the same on each. All have to call it."""
-        if jax.process_count() == 1:
-            return self
-        own = self._complete()
-        gathered = _gather(np.concatenate([[own._count], own._mean]))
-        counts, means = gathered[:, 0], gathered[:, 1:]
-        result = Moments(self.width)
-        result._count = int(counts.sum())
-        if not result._count:
-            return result
-        result._mean = counts @ means / result._count
-        deltas = means - result._mean
-        scatter = own._symmetric_scatter()
-        step = max(1, _GATHERED_BYTES // (8 * self.width * len(counts)))
-        for start in range(0, self.width, step):
-            part = slice(start, start + step)
-            result._scatter[part] = _gather(scatter[part]).sum(axis=0)
-            result._scatter[part] += (deltas[:, part] * counts[:, None]).T @ deltas
-        return result
-
     def _check_width(self, width: int) -> None:
         if width != self.width:
             raise UsageError(
@@ -206,9 +183,3 @@ class Moments:
     def _symmetric_scatter(self) -> np.ndarray:
         upper = np.triu(self._scatter)
         return upper + np.triu(upper, 1).T
-
-
-def _gather(array: np.ndarray) -> np.ndarray:
-    """float64 arrays of all processes, with a leading axis; as bits, for JAX would round them."""
-    bits = np.ascontiguousarray(array).view(np.uint32)
-    return np.ascontiguousarray(multihost_utils.process_allgather(bits)).view(np.float64)
