@@ -404,11 +404,15 @@ def write_checkpoint(
       meta: what to write beside them: "config", "class_names", ...
     """
     handlers: dict[str, Any] = {name: deferred_handler() for name in items}
-    with ocp.CheckpointManager(
-        (workdir / FOLDER).absolute(),
-        item_handlers=handlers | {"meta": ocp.JsonCheckpointHandler()},
-        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
-    ) as manager:
+    with (
+        # Where an item fails, its thread must have ended before anybody removes the folder.
+        contextlib.closing(ocp.JsonCheckpointHandler()) as meta_handler,
+        ocp.CheckpointManager(
+            (workdir / FOLDER).absolute(),
+            item_handlers=handlers | {"meta": meta_handler},
+            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        ) as manager,
+    ):
         saved = manager.save(
             step,
             args=ocp.args.Composite(
