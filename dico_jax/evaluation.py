@@ -5,6 +5,7 @@ import datetime
 import decimal
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -110,6 +111,7 @@ class Evaluation:
         """What a result says of its origin, but for versions, devices and date."""
         network = self._evaluator.network
         return {
+            "metric_names": list(self._evaluator.metrics),
             "samples": samples,
             "reference": self._about_reference,
             "features": {"name": network.name, "sha256": network.digest},
@@ -208,6 +210,18 @@ def evaluate_checkpoint(
         _finish(result, file)
         return result
     assert file is not None
+    return {"sweep": _sweep(evaluation, sampler, labels, classes, scales, file)}
+
+
+def _sweep(
+    evaluation: Evaluation,
+    sampler: CheckpointSampler,
+    labels: np.ndarray,
+    classes: str,
+    scales: Sequence[float],
+    file: pathlib.Path,
+) -> list[dict[str, Any]]:
+    """Measures the guidance scales that `file` lacks, one after the other, and plots all."""
     results = _read_sweep(file)
     for scale in scales:
         sampler.set_guidance(scale)
@@ -219,7 +233,7 @@ def evaluate_checkpoint(
             _partial(part).unlink(missing_ok=True)
         print(f"guidance scale {scale}: {_line(next(r for r in results if _scale_of(r) == scale))}")
     plot_sweep(file.with_suffix(".png"), sorted(results, key=_scale_of))
-    return {"sweep": results}
+    return results
 
 
 def prepare_reference(
@@ -367,7 +381,7 @@ def _check_same_sweep(about: dict, others: list[dict], file: pathlib.Path) -> No
 
     def rest(found):
         sampling = {k: v for k, v in found["samples"]["sampling"].items() if k != "cfg_scale"}
-        about = {k: found[k] for k in ("reference", "features")}
+        about = {k: found[k] for k in ("metric_names", "reference", "features")}
         return about | {"samples": found["samples"] | {"sampling": sampling}}
 
     for other in others:

@@ -190,6 +190,8 @@ def test_a_sweep_over_guidance(folder, tmp_path):
     assert again[2]["samples"]["sampling"]["cfg_scale"] == 1.5
     done = call("dico_jax.evaluate", *args, "--sweep_cfg=3:3:1", "--seed=1")
     assert_refused(done, f"--out={out} is of another sweep")
+    done = call("dico_jax.evaluate", *args, "--sweep_cfg=1:1:1", "--metrics=kid")
+    assert_refused(done, f"--out={out} is of another sweep")
 
 
 def test_sweeps():
