@@ -14,7 +14,7 @@ With --out the same command goes on after an interruption. docs/evaluation.md ex
 
 from absl import flags
 
-from dico_jax import cli
+from dico_jax import cli, sampler_flags
 from dico_jax.errors import UsageError
 
 _SAMPLES = flags.DEFINE_string("samples", None, "Folder of pictures, or .npz file with arr_0.")
@@ -41,34 +41,13 @@ _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", None, "Number of images [all of --samples; 50,000 of --ckpt].", lower_bound=2
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
-_STEP = flags.DEFINE_integer("step", None, "--ckpt: step of the checkpoint [the newest].")
-_WEIGHTS = flags.DEFINE_enum(
-    "weights", "ema", ["ema", "params"], "--ckpt: averaged or raw weights."
-)
-_EMA_WIDTH = flags.DEFINE_float(
-    "ema_width", None, "--ckpt: in place of --weights, an average of this relative width."
-)
-_CLASSES = flags.DEFINE_string(
-    "classes", "all", "--ckpt: as in sample; 'all' takes every class in turn."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "--ckpt: decides, with an image's index, all its noise.")
-_VAE = flags.DEFINE_string("vae", None, "--ckpt: weights of the autoencoder [config].")
-_CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "--ckpt: guidance scale, 1 for none [config].")
-_CFG_CHANNELS = flags.DEFINE_string("cfg_channels", None, "--ckpt: first_three or all [config].")
-_SAMPLER = flags.DEFINE_string("sampler", None, "--ckpt: ddpm or ddim [config].")
-_STEPS = flags.DEFINE_integer("steps", None, "--ckpt: sampling steps [config].")
-_DDIM_ETA = flags.DEFINE_float("ddim_eta", None, "--ckpt: noise of DDIM, 0 to 1 [config].")
 _SWEEP_CFG = flags.DEFINE_string(
     "sweep_cfg", None, "--ckpt: guidance scales from:to:step, such as 1.0:2.0:0.1."
 )
 
 _JOIN = cli.define_distributed_flags()
-flags.adopt_module_key_flags(cli)  # so that --help shows them
-
-_OF_CKPT = (
-    *("step", "weights", "ema_width", "classes", "seed", "vae", "cfg_scale", "cfg_channels"),
-    *("sampler", "steps", "ddim_eta", "sweep_cfg"),
-)
+for _module in (cli, sampler_flags):
+    flags.adopt_module_key_flags(_module)  # so that --help shows them
 
 
 def main() -> None:
@@ -94,28 +73,15 @@ def main() -> None:
         )
         return
     assert _CKPT.value is not None
-    overrides = {
-        "cfg_scale": _CFG_SCALE.value,
-        "cfg_channels": _CFG_CHANNELS.value,
-        "sampler": _SAMPLER.value,
-        "num_steps": _STEPS.value,
-        "ddim_eta": _DDIM_ETA.value,
-        "batch_size": _BATCH_SIZE.value,
-    }
     evaluate_checkpoint(
         _CKPT.value,
         _REFERENCE.value,
         options,
         _OUT.value,
         num_samples=_NUM_SAMPLES.value or 50_000,
-        classes=_CLASSES.value,
+        classes=sampler_flags.CLASSES.value,
         sweep_cfg=_SWEEP_CFG.value,
-        step=_STEP.value,
-        weights=_WEIGHTS.value,
-        ema_width=_EMA_WIDTH.value,
-        seed=_SEED.value,
-        overrides={k: v for k, v in overrides.items() if v is not None},
-        vae=_VAE.value,
+        **sampler_flags.sampler_arguments(_BATCH_SIZE.value),
     )
 
 
@@ -123,11 +89,11 @@ def _check() -> None:
     if (_SAMPLES.value is None) == (_CKPT.value is None):
         raise UsageError("give either --samples or --ckpt: what is to be measured")
     if _SAMPLES.value is not None:
-        for name in _OF_CKPT:
+        for name in (*sampler_flags.NAMES, "sweep_cfg"):
             if flags.FLAGS[name].present:
                 raise UsageError(f"--{name} is for --ckpt, not for --samples")
     if _SWEEP_CFG.value is not None:
-        if _CFG_SCALE.value is not None:
+        if flags.FLAGS["cfg_scale"].present:
             raise UsageError("--cfg_scale: --sweep_cfg has the guidance scales; leave it out")
         if _OUT.value is None:
             raise UsageError("--sweep_cfg needs --out, for its result and plot")

@@ -1,0 +1,56 @@
+"""The flags of commands that sample a checkpoint: which weights, and how."""
+
+from typing import Any
+
+from absl import flags
+
+CLASSES = flags.DEFINE_string(
+    "classes", "all",
+    "Classes by number or name, such as 1,2,3 or cat,dog, taken in turn; 'all' for every class in "
+    "turn; 'random' for classes drawn from the seed.",
+)  # fmt: skip
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
+_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
+_EMA_WIDTH = flags.DEFINE_float(
+    "ema_width", None,
+    "In place of --weights: an average of this relative width, such as 0.08, rebuilt from the "
+    "snapshots of the run (config.training.ema_snapshot_every_steps); --step is one of theirs.",
+)  # fmt: skip
+_VAE = flags.DEFINE_string(
+    "vae", None,
+    "Weights of the autoencoder: a file, a folder or hf://OWNER/REPO/FILE; or 'preview' for small "
+    "false-colour pictures [config].",
+)  # fmt: skip
+_SEED = flags.DEFINE_integer("seed", 0, "Decides, with an image's index, all its noise.")
+# By the name of the field of config.sampling that it changes.
+_OVERRIDES = {
+    "cfg_scale": flags.DEFINE_float("cfg_scale", None, "Guidance scale, 1 for none [config]."),
+    "cfg_channels": flags.DEFINE_string(
+        "cfg_channels", None, "Guided noise channels: first_three (as released) or all [config]."
+    ),
+    "sampler": flags.DEFINE_string("sampler", None, "ddpm or ddim [config]."),
+    "num_steps": flags.DEFINE_integer("steps", None, "Sampling steps [config]."),
+    "ddim_eta": flags.DEFINE_float("ddim_eta", None, "Noise of DDIM, 0 to 1 [config]."),
+}
+
+NAMES = tuple(
+    flag.name for flag in (CLASSES, _STEP, _WEIGHTS, _EMA_WIDTH, _VAE, _SEED, *_OVERRIDES.values())
+)
+
+
+def sampler_arguments(batch_size: int | None) -> dict[str, Any]:
+    """The arguments of `CheckpointSampler`, but for the checkpoint.
+
+    Args:
+      batch_size: images at a time; the config's if None.
+    """
+    overrides = {name: flag.value for name, flag in _OVERRIDES.items()}
+    overrides["batch_size"] = batch_size
+    return {
+        "step": _STEP.value,
+        "weights": _WEIGHTS.value,
+        "ema_width": _EMA_WIDTH.value,
+        "seed": _SEED.value,
+        "overrides": {name: value for name, value in overrides.items() if value is not None},
+        "vae": _VAE.value,
+    }
