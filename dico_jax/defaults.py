@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
         "mlp_ratio": None,
         "num_heads": None,
         "patch_size": None,
+        "depthwise": None,
         "in_channels": 4,
         "num_classes": 1000,
         "class_dropout_prob": 0.1,

@@ -9,6 +9,9 @@ import pytest
 
 from dico_jax.diffusion.guidance import classifier_free_guidance
 from dico_jax.models import create_model
+from dico_jax.ops.depthwise import depthwise_conv3x3
+from dico_jax.ops.gelu import gelu
+from dico_jax.ops.norm import layer_norm
 from tests import golden
 from tests.golden import TINY, TINY_DRAWS, TOLERANCE, distance, nhwc
 
@@ -62,7 +65,7 @@ _STAGES = """
     x_embedder encoder_level_1 down1_2 encoder_level_2 down2_3 latent up3_2 reduce_chan_level2
     decoder_level_2 up2_1 reduce_chan_level1 decoder_level_1 final_layer
 """
-_BLOCK_PARTS = "adaLN_modulation norm1 conv1 conv2 ca conv3 norm2 conv4 conv5"
+_BLOCK_PARTS = "adaLN_modulation conv1 conv3 conv4 conv5"
 STAGES = {
     **{f"B_stage_{name}_f64": name for name in _STAGES.split()},
     **{f"B_latent0_{name}_f64": f"latent/0/{name}" for name in _BLOCK_PARTS.split()},
@@ -70,11 +73,31 @@ STAGES = {
 }
 
 
+def fused_parts(outputs, params):
+    """The steps of the first example in latent/0 that are no modules, from what comes before."""
+    x, block = (
+        outputs["down2_3"][:1],
+        {k: v for k, v in outputs.items() if k.startswith("latent/0")},
+    )
+    gate = jnp.split(block["latent/0/adaLN_modulation"][:1], 6, axis=-1)[2]
+    conv2 = params["latent"]["0"]["conv2"]
+    features = depthwise_conv3x3(block["latent/0/conv1"][:1], conv2["kernel"], conv2["bias"])
+    h, mean = (value[:1] for value in block["latent/0/conv2"])
+    assert distance(h, gelu(features)) < 1e-6
+    assert distance(mean, h.mean((1, 2))) < 1e-6
+    middle = x + gate[:, None, None] * block["latent/0/conv3"][:1]
+    attention = block["latent/0/ca"][:1, None, None]
+    return {
+        "norm1": layer_norm(x), "conv2": features, "ca": attention, "norm2": layer_norm(middle)
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_stage_of_dico(dtype):
     g = golden.load("dico_tiny_forward.npz")
     recorded = {k for k in g.files if k.startswith(("B_stage", "B_latent0"))}
-    assert recorded == set(STAGES)
+    fused = {f"B_latent0_{name}_f64" for name in ("norm1", "conv2", "ca", "norm2")}
+    assert recorded == set(STAGES) | fused
     with jax.enable_x64(dtype == "float64"):
         model = create_model("DiCo", dtype=dtype, **TINY)
         params = golden.drawn_params(model, *TINY_DRAWS["B"][:1], "B")
@@ -84,6 +107,9 @@ def test_every_stage_of_dico(dtype):
             value = np.asarray(outputs[module])[:1]
             reference = nhwc(g[name]) if g[name].ndim == 4 else g[name]
             assert distance(value, reference) < TOLERANCE["B", dtype], name
+        for part, value in fused_parts(outputs, params).items():
+            reference = nhwc(g[f"B_latent0_{part}_f64"])
+            assert distance(value, reference) < TOLERANCE["B", dtype], part
         for k in (1, 2, 3):
             t_embed, y_embed = (
                 outputs[f"t_embedder_{k}"],

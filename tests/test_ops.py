@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
+from dico_jax.models import create_model
 from dico_jax.ops.conv import conv3x3
-from dico_jax.ops.depthwise import depthwise_conv3x3
+from dico_jax.ops.depthwise import conv_gelu_mean, depthwise_conv3x3
 from dico_jax.ops.gelu import gelu
+from dico_jax.ops.norm import layer_norm, norm_modulate
+from dico_jax.ops.stored import stored
 
 
 def operands(shape, dtype, seed=0):
@@ -57,22 +60,34 @@ def test_depthwise_sums_in_float32_when_activations_are_bfloat16():
 
 
 def test_depthwise_refuses_an_unknown_implementation():
-    with pytest.raises(UsageError, match="implementation='fft'.*auto, shifted, lax"):
+    with pytest.raises(UsageError, match="implementation='fft'.*auto.*shifted.*lax"):
         depthwise_conv3x3(*operands((1, 4, 4, 2), jnp.float32), implementation="fft")
 
 
-@pytest.mark.parametrize("size", [(8, 8), (2, 2), (1, 1), (2, 6)])
-def test_conv3x3_is_a_zero_padded_cross_correlation(size):
+@pytest.mark.parametrize("channels", [(3, 5), (2, 20), (40, 4)])  # plain, few in, few out
+@pytest.mark.parametrize("size", [(8, 8), (2, 2), (1, 1), (2, 6), (5, 3)])
+def test_conv3x3_is_a_zero_padded_cross_correlation(size, channels):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, *size, 3)).astype(np.float32)
-    kernel = rng.normal(size=(3, 3, 3, 5)).astype(np.float32)
+    x = rng.normal(size=(2, *size, channels[0])).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, *channels)).astype(np.float32)
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     expected = sum(
         np.einsum("nhwc,cd->nhwd", padded[:, i : i + size[0], j : j + size[1]], kernel[i, j])
         for i in range(3)
         for j in range(3)
     )
-    np.testing.assert_allclose(conv3x3(x, kernel), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(conv3x3(x, kernel), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_conv3x3_with_few_outputs_sums_in_float32():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 8, 8, 64)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 64, 4)), jnp.bfloat16)
+    out = conv3x3(x, kernel)
+    assert out.dtype == jnp.bfloat16
+    exact = conv3x3(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    # One rounding at the end; what the products' order of summation does is far below it.
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)
 
 
 def test_gelu_is_the_exact_one():
@@ -84,3 +99,71 @@ def test_gelu_is_the_exact_one():
         np.testing.assert_allclose(gelu(jnp.asarray(x)), exact, atol=1e-15)
         np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), exact, atol=1e-6)
         assert np.abs(jax.nn.gelu(x, approximate=True) - exact).max() > 1e-4
+
+
+def test_conv_gelu_mean_is_its_parts_and_refuses_a_dtype_without_kernel():
+    x, kernel, bias = operands((2, 6, 5, 3), jnp.bfloat16)
+    for implementation in ("auto", "shifted", "lax"):
+        h, mean = conv_gelu_mean(x, kernel, bias, implementation=implementation)
+        y = depthwise_conv3x3(x, kernel, bias, implementation=implementation)
+        np.testing.assert_array_equal(h, gelu(y))
+        assert (h.dtype, mean.dtype) == (jnp.bfloat16, jnp.float32)
+        np.testing.assert_allclose(mean, h.astype(jnp.float32).mean((1, 2)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UsageError, match="pallas.*float32 and bfloat16, not float16"):
+        conv_gelu_mean(*operands((1, 4, 4, 2), jnp.float16), implementation="pallas")
+    with pytest.raises(UsageError, match="pallas.*needs a GPU, not cpu"):
+        conv_gelu_mean(x, kernel, bias, implementation="pallas")
+
+
+def test_a_network_refuses_an_unknown_implementation():
+    with pytest.raises(UsageError, match="model.depthwise='fft' is unknown: use one of auto"):
+        create_model("DiCo-S", depthwise="fft")
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 16), (3, 7, 8)])
+def test_norm_modulate_and_its_gradient_are_those_of_the_formula(shape):
+    def formula(x, shift, scale):
+        shift, scale = (jnp.expand_dims(v, tuple(range(1, x.ndim - 1))) for v in (shift, scale))
+        centred = x - x.mean(-1, keepdims=True)
+        normed = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+        return normed * (1 + scale) + shift
+
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        vector = (shape[0], shape[-1])
+        args = [jnp.asarray(rng.normal(size=s)) for s in (shape, vector, vector)]
+        weights = jnp.asarray(rng.normal(size=shape))
+        np.testing.assert_allclose(norm_modulate(*args), formula(*args), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            layer_norm(args[0]), formula(args[0], *np.zeros((2, *vector))), rtol=1e-12, atol=1e-12
+        )
+        ours, reference = (
+            jax.grad(lambda *a, f=f: jnp.sum(weights * f(*a)), argnums=(0, 1, 2))(*args)
+            for f in (norm_modulate, formula)
+        )
+        for a, b in zip(ours, reference, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_norm_modulate_of_bfloat16_is_computed_in_float32():
+    x, _, _ = operands((2, 4, 4, 64), jnp.bfloat16)
+    shift, scale = jnp.ones((2, 64), jnp.bfloat16), jnp.ones((2, 64), jnp.bfloat16)
+    y, pull = jax.vjp(norm_modulate, x, shift, scale)
+    wide = [v.astype(jnp.float32) for v in (x, shift, scale)]
+    np.testing.assert_array_equal(y, norm_modulate(*wide))
+    assert [g.dtype for g in pull(y)] == [jnp.bfloat16] * 3
+
+
+def test_gelu_has_the_gradient_of_its_formula():
+    with jax.enable_x64(True):
+        x = jnp.linspace(-9, 9, 301)
+        reference = jax.grad(lambda x: jnp.sum(jax.nn.gelu(x, approximate=False)))(x)
+        ours = jax.grad(lambda x: jnp.sum(gelu(x)))(x)
+        np.testing.assert_allclose(ours, reference, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_stored_changes_nothing(dtype):
+    x = jnp.asarray([0.0, -1.1, 3e-30, 65504.0, jnp.inf, jnp.nan], dtype)
+    np.testing.assert_array_equal(jax.jit(stored)(x).astype("float32"), x.astype("float32"))
+    np.testing.assert_array_equal(jax.grad(lambda x: stored(x).sum())(x[:4]), 1.0)

@@ -1,6 +1,7 @@
 """DiCo, the Diffusion ConvNet (arXiv 2505.11196, section 3): a U of five stages of conv blocks."""
 
 import functools
+from typing import get_args
 
 import flax.linen as nn
 import jax
@@ -10,34 +11,32 @@ from dico_jax.errors import UsageError
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.layers import (
     Conv3x3,
-    DepthwiseConv,
-    LayerNorm,
+    DepthwiseConvGelu,
     Modulation,
     Stage,
     TimestepEmbedder,
-    accumulation_dtype,
     add_gated,
     label_table,
     linear_xavier_uniform,
-    modulate,
     pixel_shuffle,
     pixel_unshuffle,
     xavier_uniform,
     zeros,
 )
+from dico_jax.ops.depthwise import Implementation
 from dico_jax.ops.gelu import gelu
+from dico_jax.ops.norm import norm_modulate
+from dico_jax.ops.stored import stored
 
 
 class ChannelAttention(nn.Module):
-    """Compact channel attention: (N, H, W, C) to gates sigmoid(Linear(mean)), (N, 1, 1, C)."""
+    """Compact channel attention: means over positions (N, C) to gates sigmoid(Linear(mean))."""
 
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
-        # The mean in float32: in bfloat16 a mean over 1024 positions is off by 1e-2.
-        mean = x.mean((1, 2), keepdims=True, dtype=accumulation_dtype(x.dtype))
-        width = x.shape[-1]
+    def __call__(self, mean):
+        width = mean.shape[-1]
         dense = nn.Dense(width, kernel_init=xavier_uniform, dtype=self.dtype, name="1")
         return jax.nn.sigmoid(dense(mean))
 
@@ -48,6 +47,7 @@ class DiCoBlock(nn.Module):
     width: int
     mlp_ratio: float
     dtype: jnp.dtype
+    depthwise: Implementation = "auto"
 
     @nn.compact
     def __call__(self, x, c):  # x (N, H, W, width), c (N, width)
@@ -57,13 +57,13 @@ class DiCoBlock(nn.Module):
         modulation = Modulation(6, self.width, self.dtype, name="adaLN_modulation")(c)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
 
-        h = modulate(LayerNorm(name="norm1")(x), shift1, scale1)
+        h = norm_modulate(x, shift1, scale1)
         h = conv1x1(self.width, "conv1")(h)
-        h = gelu(DepthwiseConv(self.dtype, name="conv2")(h))
-        h = h * ChannelAttention(self.dtype, name="ca")(h)
+        h, mean = DepthwiseConvGelu(self.dtype, self.depthwise, name="conv2")(h)
+        h = h * ChannelAttention(self.dtype, name="ca")(mean)[:, None, None]
         x = add_gated(x, gate1, conv1x1(self.width, "conv3")(h))
 
-        h = modulate(LayerNorm(name="norm2")(x), shift2, scale2)
+        h = norm_modulate(x, shift2, scale2)
         h = conv1x1(int(self.mlp_ratio * self.width), "conv4")(h)
         h = conv1x1(self.width, "conv5")(gelu(h))
         return add_gated(x, gate2, h)
@@ -136,7 +136,7 @@ class FinalLayer(nn.Module):
     def __call__(self, x, c):
         modulation = Modulation(2, x.shape[-1], self.dtype, name="adaLN_modulation")(c)
         shift, scale = jnp.split(modulation, 2, axis=-1)
-        h = modulate(LayerNorm(name="norm_final")(x), shift, scale)
+        h = norm_modulate(stored(x), shift, scale)
         return Conv3x3(self.out_channels, self.dtype, kernel_init=zeros, name="out_proj")(h)
 
 
@@ -147,11 +147,13 @@ class DiCo(Denoiser):
       hidden_size: width D of the first stage, even; the stages are D, 2D, 4D, 2D, 2D wide.
       depth: number of blocks of the five stages: encoder 1 and 2, latent, decoder 2 and 1.
       mlp_ratio: feed-forward width over block width (the product is cut to an integer).
+      depthwise: implementation of the depthwise convolutions, see `dico_jax.ops.depthwise`.
     """
 
     hidden_size: int = 128
     depth: tuple[int, ...] = (5, 4, 4, 4, 4)
     mlp_ratio: float = 2.0
+    depthwise: Implementation = "auto"
 
     size_divisor = 4  # the network halves height and width twice
     stages = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
@@ -163,6 +165,11 @@ class DiCo(Denoiser):
             raise UsageError(
                 f"model.depth={tuple(self.depth)} must give the number of blocks of five stages, "
                 "each at least 1, such as (5, 4, 4, 4, 4)"
+            )
+        if self.depthwise not in get_args(Implementation):
+            raise UsageError(
+                f"model.depthwise={self.depthwise!r} is unknown: use one of "
+                f"{', '.join(get_args(Implementation))}"
             )
         super().__post_init__()
 
@@ -178,8 +185,10 @@ class DiCo(Denoiser):
         )
 
         def stage(i, width):
-            block, name = functools.partial(DiCoBlock, width, self.mlp_ratio, dtype), self.stages[i]
-            return Stage(self.depth[i], block, dtype, self.scan_blocks, self.remat, name=name)
+            block = functools.partial(DiCoBlock, width, self.mlp_ratio, dtype, self.depthwise)
+            return Stage(
+                self.depth[i], block, dtype, self.scan_blocks, self.remat, name=self.stages[i]
+            )
 
         def fuse(x, skip, name):  # the upsampled part first, then the skip connection
             x = jnp.concatenate([x, skip], axis=-1)

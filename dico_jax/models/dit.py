@@ -11,7 +11,6 @@ import numpy as np
 from dico_jax.errors import UsageError
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.layers import (
-    LayerNorm,
     Modulation,
     Stage,
     TimestepEmbedder,
@@ -19,10 +18,10 @@ from dico_jax.models.layers import (
     add_gated,
     label_table,
     linear_xavier_uniform,
-    modulate,
     xavier_uniform,
     zeros,
 )
+from dico_jax.ops.norm import norm_modulate
 
 
 def position_embedding(height: int, width: int, channels: int) -> np.ndarray:
@@ -105,9 +104,9 @@ class DiTBlock(nn.Module):
     def __call__(self, x, c):  # x (N, T, width), c (N, width)
         modulation = Modulation(6, self.width, self.dtype, name="adaLN_modulation")(c)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-        h = modulate(LayerNorm(name="norm1")(x), shift1, scale1)
+        h = norm_modulate(x, shift1, scale1)
         x = add_gated(x, gate1, Attention(self.num_heads, self.dtype, name="attn")(h))
-        h = modulate(LayerNorm(name="norm2")(x), shift2, scale2)
+        h = norm_modulate(x, shift2, scale2)
         mlp = Mlp(int(self.mlp_ratio * self.width), self.dtype, name="mlp")
         return add_gated(x, gate2, mlp(h))
 
@@ -122,7 +121,7 @@ class FinalLayer(nn.Module):
     def __call__(self, x, c):
         modulation = Modulation(2, x.shape[-1], self.dtype, name="adaLN_modulation")(c)
         shift, scale = jnp.split(modulation, 2, axis=-1)
-        h = modulate(LayerNorm(name="norm_final")(x), shift, scale)
+        h = norm_modulate(x, shift, scale)
         return nn.Dense(self.features, kernel_init=zeros, dtype=self.dtype, name="linear")(h)
 
 

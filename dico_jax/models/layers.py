@@ -17,7 +17,7 @@ import numpy as np
 
 from dico_jax.models.block_stacks import STACK
 from dico_jax.ops.conv import conv3x3
-from dico_jax.ops.depthwise import depthwise_conv3x3
+from dico_jax.ops.depthwise import Implementation, conv_gelu_mean
 
 xavier_uniform = nn.initializers.xavier_uniform()
 normal_002 = nn.initializers.normal(0.02)
@@ -47,12 +47,6 @@ def linear_xavier_uniform(key, shape, dtype=jnp.float32):
     fan_in, fan_out = math.prod(shape[:-1]), shape[-1]
     bound = math.sqrt(6.0 / (fan_in + fan_out))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def modulate(x, shift, scale):
-    """X * (1 + scale) + shift, with (N, C) vectors over x (N, ..., C)."""
-    axes = tuple(range(1, x.ndim - 1))
-    return x * (1 + jnp.expand_dims(scale, axes)) + jnp.expand_dims(shift, axes)
 
 
 def add_gated(x, gate, update):
@@ -85,16 +79,6 @@ def time_features(t, dtype=jnp.float32):
     frequencies = np.exp(-math.log(10000.0) * np.arange(half) / half)
     angles = t[:, None].astype(dtype) * jnp.asarray(frequencies, dtype)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-class LayerNorm(nn.Module):
-    """Normalisation over channels, no affine parameters, eps 1e-6; returns float32 or better."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = x.astype(accumulation_dtype(x.dtype))
-        centred = x - x.mean(-1, keepdims=True)
-        return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
 
 
 class Modulation(nn.Module):
@@ -160,10 +144,14 @@ class Conv3x3(nn.Module):
         return y + bias.astype(self.dtype)
 
 
-class DepthwiseConv(nn.Module):
-    """3x3 depthwise convolution with bias; kernel (3, 3, 1, C), Xavier fans 9 and 9C."""
+class DepthwiseConvGelu(nn.Module):
+    """GELU of a 3x3 depthwise convolution, and its mean over positions, as `conv_gelu_mean`.
+
+    Its kernel is (3, 3, 1, C), with Xavier fans 9 and 9C.
+    """
 
     dtype: jnp.dtype
+    implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(self, x):
@@ -171,7 +159,7 @@ class DepthwiseConv(nn.Module):
         kernel = self.param("kernel", xavier_uniform, (3, 3, 1, width), jnp.float32)
         bias = self.param("bias", zeros, (width,), jnp.float32)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return depthwise_conv3x3(x, kernel, bias)
+        return conv_gelu_mean(x, kernel, bias, implementation=self.implementation)
 
 
 class Stage(nn.Module):
