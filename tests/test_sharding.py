@@ -41,6 +41,39 @@ def test_all_cores():
         assert int(done.stdout) == count
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc to keep memory")
+def test_memory_that_is_kept_is_not_cleared_again():
+    code = """
+import ctypes, resource, sys, threading
+from dico_jax.mesh import use_all_cores
+
+use_all_cores(keep_memory=sys.argv[1] == "keep")
+libc, size, faults = ctypes.CDLL(None), 100_000_000, []
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(ctypes.c_size_t(size))
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+for _ in range(3):  # a step of XLA runs in any thread
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+print(faults[-1])
+"""
+    faults = {}
+    for what in ("keep", "give back"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, what], env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        faults[what] = int(done.stdout)
+    assert faults["keep"] < 100 < faults["give back"]
+
+
 def test_batches_are_split_over_data_and_fsdp_and_whole_along_tensor():
     rows = np.arange(16, dtype=np.float32)[:, None]
     for axes, per_device in (({"fsdp": 2}, 2), ({"fsdp": 2, "tensor": 2}, 4)):

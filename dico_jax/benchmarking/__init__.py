@@ -1,0 +1,1 @@
+"""How fast the networks are, and what they need; what `python -m dico_jax.benchmark` runs."""
