@@ -58,8 +58,15 @@ def assert_close(results, expected, tolerances):
 
 # Several blocks of channels, tiles and programs of the GPU kernels, the last ones not full; sizes
 # below any block; several images in a program of the TPU kernels, and a prime number of them.
-@pytest.mark.parametrize("shape", [(2, 6, 11, 130), (1, 17, 24, 3), (4, 2, 2, 6), (3, 1, 1, 2)])
-@pytest.mark.parametrize("platform", PLATFORMS)
+SHAPES = [(4, 2, 2, 6), (2, 6, 11, 130), (1, 17, 24, 3), (3, 1, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape"),
+    [("tpu", shape) for shape in SHAPES]
+    + [("gpu", SHAPES[0])]
+    + [pytest.param("gpu", shape, marks=pytest.mark.slow) for shape in SHAPES[1:]],  # 10 s each
+)
 def test_kernels_are_gelu_of_the_convolution_and_its_gradient(platform, shape):
     args = operands(shape)
     results = jax.jit(with_gradient(pallas(platform)))(*args)
@@ -68,7 +75,7 @@ def test_kernels_are_gelu_of_the_convolution_and_its_gradient(platform, shape):
     assert_close(results, expected, [1e-5] * 5)
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", ["tpu", pytest.param("gpu", marks=pytest.mark.slow)])
 def test_bfloat16_is_rounded_where_arrays_are_written(platform):
     args = operands((2, 8, 8, 20), jnp.bfloat16)
     results = jax.jit(with_gradient(pallas(platform)))(*args)
