@@ -26,6 +26,7 @@ from dico_jax.diffusion import (
 )
 from dico_jax.errors import UsageError
 from dico_jax.mesh import batch_sharding, from_same, replicated
+from dico_jax.models.gathering import whole_where_used
 
 GenerateFn = Callable[[Any, np.ndarray, np.ndarray], jax.Array]
 
@@ -122,9 +123,13 @@ def make_generate_fn(
     decoder_params = functools.cache(lambda: jax.device_put(autoencoder.params, whole))
     if load:
         decoder_params()
-    return lambda params, indices, labels: jitted(
-        decoder_params(), params, from_same(indices, split), from_same(labels, split)
-    )
+
+    def call(params, indices, labels):
+        lie = jax.tree.map(lambda leaf: getattr(leaf, "sharding", whole), params)
+        params = whole_where_used(params, model, lie)
+        return jitted(decoder_params(), params, from_same(indices, split), from_same(labels, split))
+
+    return call
 
 
 def generate_images(

@@ -16,6 +16,7 @@ from dico_jax.inference import parse_classes
 from dico_jax.mesh import create_mesh
 from dico_jax.metrics.class_agreement import class_agreement, mean_pairwise_distance
 from dico_jax.models import create_model
+from dico_jax.sharding import state_sharding
 from tests import golden
 
 
@@ -23,17 +24,19 @@ def autoencoder(name):
     return create_autoencoder(ConfigDict(DEFAULTS["autoencoder"] | {"name": name}))
 
 
-def make_images(num_devices, batch_size, num_images=10, seed=0, **options):
+def make_images(num_devices, batch_size, num_images=10, seed=0, mesh=None, **options):
     model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
+    mesh = create_mesh(jax.devices()[:num_devices]) if mesh is None else mesh
     generate = make_generate_fn(
         model,
         create_diffusion("4"),
         autoencoder("identity"),
         (8, 8, 1),
         SamplingOptions(seed=seed, cfg_channels="all", **options),
-        create_mesh(jax.devices()[:num_devices]),
+        mesh,
     )
     params = golden.drawn_params(model, 3, "A")
+    params = jax.device_put(params, state_sharding(params, mesh))
     labels = np.arange(num_images) % 10
     batches = list(generate_images(generate, params, labels, batch_size, num_devices))
     assert max(map(len, batches)) <= -(-batch_size // num_devices) * num_devices
@@ -52,6 +55,15 @@ def test_an_image_is_the_same_whatever_the_batch_and_the_devices():
         assert np.mean(again != images) < 0.01
     np.testing.assert_array_equal(make_images(1, 10, num_images=10), images)
     assert (make_images(1, 10, seed=1) != images).mean() > 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fsdp", "tensor"), [(2, 2), (4, 2), (8, 1)])
+def test_devices_that_share_the_weights_make_the_same_images(fsdp, tensor):
+    images = make_images(1, 16, num_images=16)
+    again = make_images(8, 16, num_images=16, mesh=create_mesh(fsdp=fsdp, tensor=tensor))
+    assert np.abs(again.astype(int) - images).max() <= 1
+    assert np.mean(again != images) < 0.01
 
 
 def test_options_matter():

@@ -1,10 +1,12 @@
 """How state and batches lie on meshes, and that it changes no result."""
 
+import functools
 import os
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -13,6 +15,8 @@ from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import UsageError
 from dico_jax.mesh import batch_sharding, create_mesh, data_shard, replicated, to_global
 from dico_jax.models import abstract_params, create_model
+from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
+from dico_jax.models.gathering import whole_where_used
 from dico_jax.sharding import DEFAULT_RULES, parse_rules, partition_spec, state_sharding
 from dico_jax.training.optimizer import create_optimizer
 from dico_jax.training.state import abstract_state, create_state, initializer
@@ -131,43 +135,78 @@ def test_a_state_is_made_in_its_place():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(whole))
 
 
-MODEL = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
+NETWORKS = {
+    "DiCo": {"hidden_size": 8, "depth": (1,) * 5},
+    "DiT": {"hidden_size": 8, "depth": 2, "num_heads": 2},
+}
 
 
-def loss_and_gradients(parts=1, **axes):
-    """Of fixed weights and draws, on a mesh of four devices."""
-    mesh, rng = create_mesh(jax.devices()[:4], **axes), np.random.default_rng(0)
+def loss_and_gradients(family="DiCo", data=1, fsdp=1, tensor=1, parts=1, stacked=False, **options):
+    """Of fixed weights and draws, on a mesh of the first devices; blocks are given back apart."""
+    count, rng = data * fsdp * tensor, np.random.default_rng(0)
+    mesh = create_mesh(jax.devices()[:count], data=data, fsdp=fsdp, tensor=tensor)
+    model = create_model(family, **NETWORKS[family], in_channels=1, num_classes=10, **options)
     params = jax.tree.map(
-        lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(np.float32), abstract_params(MODEL)
+        lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(np.float32), abstract_params(model)
     )
     x, noise = rng.normal(size=(2, 8, 8, 8, 1)).astype(np.float32)
     labels, t = rng.integers(0, 10, 8), rng.integers(0, 1000, 8)
     sharding, split = state_sharding(params, mesh), batch_sharding(mesh)
+    if stacked:
+        params = stack_blocks(jax.device_put(params, sharding), model.stages)
+        sharding = stack_shardings(sharding, model.stages)
     compiled = jax.jit(
-        lambda p, b, t, n: gradients(p, MODEL, create_diffusion(), b, t, n, parts),
+        lambda p, b, t, n: gradients(p, model, create_diffusion(), b, t, n, parts, sharding),
         in_shardings=(sharding, split, split, split),
         out_shardings=(sharding, replicated(mesh)),
     )
-    return jax.device_get(compiled(params, {"x": x, "y": labels}, t, noise))
+    grads, terms = compiled(params, {"x": x, "y": labels}, t, noise)
+    return jax.device_get((unstack_blocks(grads) if stacked else grads, terms))
 
 
-@pytest.fixture(scope="module")
-def plain():
-    return loss_and_gradients()
+@functools.cache
+def plain(family):
+    return loss_and_gradients(family)
+
+
+def slow(**how):
+    return pytest.param(how, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     "how",
     [
-        {"fsdp": 4},
-        {"fsdp": 2, "tensor": 2},
+        {"data": 2, "fsdp": 2, "tensor": 2},  # wrong where XLA partitions products along "fsdp"
+        slow(fsdp=4),
+        slow(data=2, fsdp=4),
+        slow(fsdp=2, tensor=2),
+        slow(fsdp=4, tensor=2),
+        slow(fsdp=2, tensor=4),
+        slow(data=4, tensor=2),
+        slow(data=2, tensor=4),
         # test_multiprocess.py has it too.
-        pytest.param({"parts": 2}, marks=pytest.mark.slow),
+        slow(data=4, parts=2),
+        *(
+            slow(family=family, data=2, fsdp=2, tensor=2, **more)
+            for family in NETWORKS
+            for more in (
+                {},
+                {"parts": 2},
+                {"remat": "blocks"},
+                {"remat": "dots"},
+                {"scan_blocks": True},
+                {"scan_blocks": True, "stacked": True},
+                {"scan_blocks": True, "stacked": True, "remat": "dots"},
+            )
+        ),
     ],
     ids=str,
 )
-def test_losses_and_gradients_are_the_same(how, plain):
-    (grads, terms), (found_grads, found_terms) = plain, loss_and_gradients(**how)
+def test_losses_and_gradients_are_the_same(how):
+    (grads, terms), (found_grads, found_terms) = (
+        plain(how.get("family", "DiCo")),
+        loss_and_gradients(**how),
+    )
     for name, value in terms.items():  # example by example, in their order
         np.testing.assert_allclose(found_terms[name], value, rtol=1e-5)
     jax.tree.map(
@@ -177,14 +216,52 @@ def test_losses_and_gradients_are_the_same(how, plain):
     )
 
 
+def test_a_network_gets_whole_what_the_batch_s_axes_split():
+    mesh = create_mesh(data=2, fsdp=2, tensor=2)
+    model = create_model("DiT", **NETWORKS["DiT"], scan_blocks=True, dtype="bfloat16")
+    params = abstract_params(model)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), params)
+    sharding = state_sharding(params, mesh)
+    # A rule for one block alone: a loop treats them all as the first.
+    sharding["blocks"]["1"]["mlp"]["fc1"]["kernel"] = replicated(mesh)
+    boxed = whole_where_used(params, model, sharding)
+    boxes = [boxed["blocks"][i]["mlp"]["fc1"]["kernel"] for i in ("0", "1")]
+    assert [box.names for box in boxes] == [("fsdp", "tensor")] * 2
+    kernel = jax.jit(lambda box: box.unbox())(boxes[0])
+    assert kernel.sharding.spec == P(None, "tensor")
+    assert kernel.dtype == jnp.bfloat16
+    assert isinstance(boxed["blocks"]["0"]["mlp"]["fc1"]["bias"], np.ndarray)  # only "tensor"
+
+    whole = whole_where_used(params, model, replicated(mesh))
+    assert jax.tree.structure(whole) == jax.tree.structure(params)
+
+
+@functools.cache
+def plain_run(family):
+    return run_steps(jax.devices()[:1], family, learning_rate=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "how", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"accumulation_steps": 2}], ids=str
+    ("family", "how"),
+    [
+        ("DiCo", {"fsdp": 4}),
+        ("DiCo", {"fsdp": 2, "tensor": 2}),
+        ("DiCo", {"fsdp": 2, "tensor": 2, "accumulation_steps": 2}),
+        ("DiCo", {"accumulation_steps": 2}),
+        ("DiT", {"fsdp": 2, "tensor": 2}),
+    ],
+    ids=str,
 )
-def test_meshes_and_accumulation_train_alike(how):
-    expected, _ = run_steps(jax.devices(), "DiCo", learning_rate=1e-4)
-    found, _ = run_steps(jax.devices(), "DiCo", learning_rate=1e-4, **how)
+def test_meshes_and_accumulation_train_alike(family, how):
+    expected, state = plain_run(family)
+    found, found_state = run_steps(jax.devices(), family, learning_rate=1e-4, **how)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+    jax.tree.map(  # Adam's parameters hardly tell a wrong gradient, its moments do
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()),
+        found_state.opt_state[0].mu,
+        state.opt_state[0].mu,
+    )
 
 
 def test_parameters_have_the_paths_that_the_rules_name():

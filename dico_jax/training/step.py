@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from dico_jax.diffusion import Diffusion, training_losses
 from dico_jax.mesh import batch_sharding, replicated
+from dico_jax.models.gathering import whole_where_used
 from dico_jax.training.ema import update_ema, update_width_emas
 from dico_jax.training.nan_policy import attempt_key, is_finite, keep_if
 from dico_jax.training.state import TrainState, run_keys
@@ -38,7 +39,7 @@ class StepOptions:
     skip_bad_steps: bool = False
 
 
-def loss_fn(params, model, diffusion: Diffusion, batch: dict, t, noise):
+def loss_fn(params, model, diffusion: Diffusion, batch: dict, t, noise, sharding: Any = None):
     """The mean training loss of a batch and its terms.
 
     Args:
@@ -47,10 +48,13 @@ def loss_fn(params, model, diffusion: Diffusion, batch: dict, t, noise):
       batch: {"x": (N, H, W, C) clean latents, "y": (N,) labels}.
       t: (N,) int timesteps.
       noise: like x.
+      sharding: of the parameters, where devices share them.
 
     Returns:
       (scalar loss, {"loss", "mse", ...}: (N,) for every example).
     """
+    if sharding is not None:
+        params = whole_where_used(params, model, sharding)
 
     def model_fn(x, timesteps):
         return model.apply({"params": params}, x, timesteps, batch["y"])
@@ -74,17 +78,19 @@ def drop_labels(key, y, probability: float, null_class: int):
     return jnp.where(jax.random.bernoulli(key, probability, y.shape), null_class, y)
 
 
-def gradients(params, model, diffusion: Diffusion, batch: dict, t, noise, parts: int = 1):
+def gradients(
+    params, model, diffusion: Diffusion, batch: dict, t, noise, parts: int = 1, sharding: Any = None
+):
     """The gradients of `loss_fn` and its terms (N,), in `parts` one after the other.
 
     A part holds every `parts`-th example, so that it lies on the devices as the batch does.
     """
     grad = jax.grad(loss_fn, has_aux=True)
     if parts == 1:
-        return grad(params, model, diffusion, batch, t, noise)
+        return grad(params, model, diffusion, batch, t, noise, sharding)
 
     def part(total, inputs):
-        grads, terms = grad(params, model, diffusion, *inputs)
+        grads, terms = grad(params, model, diffusion, *inputs, sharding)
         return jax.tree.map(jnp.add, total, grads), terms
 
     inputs = jax.tree.map(
@@ -134,6 +140,7 @@ def make_train_step(
       sharding: of the state, see `dico_jax.sharding`; whole on every device if None.
     """
     sharding = replicated(mesh) if sharding is None else sharding
+    params_sharding = sharding.params if isinstance(sharding, TrainState) else sharding
 
     def train_step(state: TrainState, batch: dict, attempt):
         key = jax.random.fold_in(run_keys(options.seed)[1], state.step)
@@ -143,7 +150,14 @@ def make_train_step(
             labels = drop_labels(label_key, batch["y"], model.class_dropout_prob, model.null_class)
             batch = batch | {"y": labels}
         grads, terms = gradients(
-            state.params, model, diffusion, batch, t, noise, options.accumulation_steps
+            state.params,
+            model,
+            diffusion,
+            batch,
+            t,
+            noise,
+            options.accumulation_steps,
+            params_sharding,
         )
         new_state, norms = apply_gradients(state, grads, optimizer, options.ema_decay)
         means = {name: value.mean() for name, value in terms.items()}
