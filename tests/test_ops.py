@@ -12,6 +12,7 @@ from dico_jax.ops.depthwise import conv_gelu_mean, depthwise_conv3x3
 from dico_jax.ops.gelu import gelu
 from dico_jax.ops.norm import layer_norm, norm_modulate
 from dico_jax.ops.stored import stored
+from dico_jax.ops.vectors import add_vector, multiply_vector
 
 
 def operands(shape, dtype, seed=0):
@@ -167,3 +168,31 @@ def test_stored_changes_nothing(dtype):
     x = jnp.asarray([0.0, -1.1, 3e-30, 65504.0, jnp.inf, jnp.nan], dtype)
     np.testing.assert_array_equal(jax.jit(stored)(x).astype("float32"), x.astype("float32"))
     np.testing.assert_array_equal(jax.grad(lambda x: stored(x).sum())(x[:4]), 1.0)
+
+
+@pytest.mark.parametrize("operation", [add_vector, multiply_vector])
+@pytest.mark.parametrize("rows", [(), (2,)])
+def test_vectors_over_positions_and_their_gradients(operation, rows):
+    plain = {add_vector: jnp.add, multiply_vector: jnp.multiply}[operation]
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, weights = (jnp.asarray(rng.normal(size=(2, 3, 5, 4))) for _ in range(2))
+        vector = jnp.asarray(rng.normal(size=(*rows, 4)))
+
+        def total(x, vector):
+            return jnp.sum(weights * operation(x, vector))
+
+        def formula(x, vector):
+            return jnp.sum(weights * plain(x, vector[:, None, None] if rows else vector))
+
+        ours, reference = (jax.value_and_grad(f, (0, 1))(x, vector) for f in (total, formula))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ours, reference)
+
+
+@pytest.mark.parametrize("operation", [add_vector, multiply_vector])
+@pytest.mark.parametrize("rows", [(), (2,)])
+def test_gradients_of_vectors_are_summed_in_float32(operation, rows):
+    x, vector = jnp.ones((2, 32, 32, 4), jnp.bfloat16), jnp.ones((*rows, 4), jnp.bfloat16)
+    gradient = jax.grad(lambda v: operation(x, v).astype(jnp.float32).sum())(vector)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), 1024.0 if rows else 2048.0)

@@ -11,6 +11,7 @@ from dico_jax.errors import UsageError
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.layers import (
     Conv3x3,
+    Dense,
     DepthwiseConvGelu,
     Modulation,
     Stage,
@@ -20,13 +21,13 @@ from dico_jax.models.layers import (
     linear_xavier_uniform,
     pixel_shuffle,
     pixel_unshuffle,
-    xavier_uniform,
     zeros,
 )
 from dico_jax.ops.depthwise import Implementation
 from dico_jax.ops.gelu import gelu
 from dico_jax.ops.norm import norm_modulate
 from dico_jax.ops.stored import stored
+from dico_jax.ops.vectors import multiply_vector
 
 
 class ChannelAttention(nn.Module):
@@ -37,7 +38,7 @@ class ChannelAttention(nn.Module):
     @nn.compact
     def __call__(self, mean):
         width = mean.shape[-1]
-        dense = nn.Dense(width, kernel_init=xavier_uniform, dtype=self.dtype, name="1")
+        dense = Dense(width, self.dtype, name="1")
         return jax.nn.sigmoid(dense(mean))
 
 
@@ -52,7 +53,7 @@ class DiCoBlock(nn.Module):
     @nn.compact
     def __call__(self, x, c):  # x (N, H, W, width), c (N, width)
         def conv1x1(features, name):
-            return nn.Dense(features, kernel_init=xavier_uniform, dtype=self.dtype, name=name)
+            return Dense(features, self.dtype, name=name)
 
         modulation = Modulation(6, self.width, self.dtype, name="adaLN_modulation")(c)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
@@ -60,7 +61,7 @@ class DiCoBlock(nn.Module):
         h = norm_modulate(x, shift1, scale1)
         h = conv1x1(self.width, "conv1")(h)
         h, mean = DepthwiseConvGelu(self.dtype, self.depthwise, name="conv2")(h)
-        h = h * ChannelAttention(self.dtype, name="ca")(mean)[:, None, None]
+        h = multiply_vector(h, ChannelAttention(self.dtype, name="ca")(mean))
         x = add_gated(x, gate1, conv1x1(self.width, "conv3")(h))
 
         h = norm_modulate(x, shift2, scale2)
@@ -192,7 +193,7 @@ class DiCo(Denoiser):
 
         def fuse(x, skip, name):  # the upsampled part first, then the skip connection
             x = jnp.concatenate([x, skip], axis=-1)
-            return nn.Dense(2 * d, kernel_init=xavier_uniform, dtype=dtype, name=name)(x)
+            return Dense(2 * d, dtype, name=name)(x)
 
         x = InputConv(d, dtype, name="x_embedder")(x)
         skip1 = stage(0, d)(x, c1)  # (N, H, W, D)

@@ -11,6 +11,7 @@ import numpy as np
 from dico_jax.errors import UsageError
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.layers import (
+    Dense,
     Modulation,
     Stage,
     TimestepEmbedder,
@@ -18,10 +19,10 @@ from dico_jax.models.layers import (
     add_gated,
     label_table,
     linear_xavier_uniform,
-    xavier_uniform,
     zeros,
 )
 from dico_jax.ops.norm import norm_modulate
+from dico_jax.ops.vectors import add_vector
 
 
 def position_embedding(height: int, width: int, channels: int) -> np.ndarray:
@@ -40,6 +41,26 @@ def position_embedding(height: int, width: int, channels: int) -> np.ndarray:
     return np.concatenate([encode(columns), encode(rows)], axis=1)
 
 
+class PatchConv(nn.Module):
+    """A linear layer of patches: (N, H, W, C) to (N, H/p, W/p, width); kernel (p, p, C, width)."""
+
+    width: int
+    patch_size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        p = self.patch_size
+        shape = (p, p, x.shape[-1], self.width)
+        kernel = self.param("kernel", linear_xavier_uniform, shape, jnp.float32)
+        bias = self.param("bias", zeros, (self.width,), jnp.float32)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (p, p), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return add_vector(y, bias)
+
+
 class PatchEmbed(nn.Module):
     """(N, H, W, C) to tokens (N, T, width), T running over rows, then columns."""
 
@@ -50,10 +71,7 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, x):
         p = self.patch_size
-        x = nn.Conv(
-            self.width, (p, p), strides=(p, p), padding=0, kernel_init=linear_xavier_uniform,
-            dtype=self.dtype, name="proj",
-        )(x)  # fmt: skip
+        x = PatchConv(self.width, p, self.dtype, name="proj")(x)
         return x.reshape(x.shape[0], -1, self.width)
 
 
@@ -67,7 +85,7 @@ class Attention(nn.Module):
     def __call__(self, x):
         n, tokens, width = x.shape
         head = width // self.num_heads
-        dense = functools.partial(nn.Dense, kernel_init=xavier_uniform, dtype=self.dtype)
+        dense = functools.partial(Dense, dtype=self.dtype)
         qkv = dense(3 * width, name="qkv")(x).reshape(n, tokens, 3, self.num_heads, head)
         q, k, v = qkv[:, :, 0] / math.sqrt(head), qkv[:, :, 1], qkv[:, :, 2]
         logits = jnp.einsum(
@@ -86,7 +104,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        dense = functools.partial(nn.Dense, kernel_init=xavier_uniform, dtype=self.dtype)
+        dense = functools.partial(Dense, dtype=self.dtype)
         return dense(x.shape[-1], name="fc2")(
             jax.nn.gelu(dense(self.hidden, name="fc1")(x), approximate=True)
         )
@@ -122,7 +140,7 @@ class FinalLayer(nn.Module):
         modulation = Modulation(2, x.shape[-1], self.dtype, name="adaLN_modulation")(c)
         shift, scale = jnp.split(modulation, 2, axis=-1)
         h = norm_modulate(x, shift, scale)
-        return nn.Dense(self.features, kernel_init=zeros, dtype=self.dtype, name="linear")(h)
+        return Dense(self.features, self.dtype, kernel_init=zeros, name="linear")(h)
 
 
 class LabelEmbedder(nn.Module):

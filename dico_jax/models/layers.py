@@ -18,6 +18,7 @@ import numpy as np
 from dico_jax.models.block_stacks import STACK
 from dico_jax.ops.conv import conv3x3
 from dico_jax.ops.depthwise import Implementation, conv_gelu_mean
+from dico_jax.ops.vectors import add_vector, multiply_vector
 
 xavier_uniform = nn.initializers.xavier_uniform()
 normal_002 = nn.initializers.normal(0.02)
@@ -51,7 +52,7 @@ def linear_xavier_uniform(key, shape, dtype=jnp.float32):
 
 def add_gated(x, gate, update):
     """X + gate * update, with a (N, C) gate over (N, ..., C)."""
-    return x + jnp.expand_dims(gate, tuple(range(1, x.ndim - 1))) * update
+    return x + multiply_vector(update, gate)
 
 
 def pixel_unshuffle(x):
@@ -81,6 +82,25 @@ def time_features(t, dtype=jnp.float32):
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+class Dense(nn.Module):
+    """A linear layer over channels, or a 1x1 convolution; kernel (C, features).
+
+    As flax's, but for the gradient of the bias, which is summed in float32.
+    """
+
+    features: int
+    dtype: jnp.dtype
+    kernel_init: Callable = xavier_uniform
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", zeros, (self.features,), jnp.float32)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return add_vector(x @ kernel, bias)
+
+
 class Modulation(nn.Module):
     """Linear(SiLU(c)), zero at initialisation: c (N, W) to `num` vectors of (N, width)."""
 
@@ -90,7 +110,7 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, c):
-        dense = nn.Dense(self.num * self.width, kernel_init=zeros, dtype=self.dtype, name="1")
+        dense = Dense(self.num * self.width, self.dtype, kernel_init=zeros, name="1")
         return dense(jax.nn.silu(c))
 
 
@@ -102,10 +122,8 @@ class TimestepMLP(nn.Module):
 
     @nn.compact
     def __call__(self, features):
-        h = nn.Dense(self.width, kernel_init=normal_002, dtype=self.dtype, name="0")(features)
-        return nn.Dense(self.width, kernel_init=normal_002, dtype=self.dtype, name="2")(
-            jax.nn.silu(h)
-        )
+        h = Dense(self.width, self.dtype, kernel_init=normal_002, name="0")(features)
+        return Dense(self.width, self.dtype, kernel_init=normal_002, name="2")(jax.nn.silu(h))
 
 
 class TimestepEmbedder(nn.Module):
@@ -141,7 +159,7 @@ class Conv3x3(nn.Module):
         if not self.use_bias:
             return y
         bias = self.param("bias", zeros, (self.width,), jnp.float32)
-        return y + bias.astype(self.dtype)
+        return add_vector(y, bias.astype(self.dtype))
 
 
 class DepthwiseConvGelu(nn.Module):

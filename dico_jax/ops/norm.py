@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dico_jax.ops.vectors import over_positions
+
 EPSILON = 1e-6
 
 
@@ -39,9 +41,7 @@ def _statistics(x):
 
 
 def _over(vector, x):
-    """(N, C) over (N, ..., C), in float32 or better."""
-    wide = vector.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.expand_dims(wide, tuple(range(1, x.ndim - 1)))
+    return over_positions(vector.astype(jnp.promote_types(x.dtype, jnp.float32)), x)
 
 
 def _norm_modulate_fwd(x, shift, scale):

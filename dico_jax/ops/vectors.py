@@ -1,0 +1,59 @@
+"""Vectors over the positions of an image, with gradients that are summed in float32.
+
+The derived gradient sums as many terms as there are positions in the dtype of the activations: in
+bfloat16 a sum of ones stops at 256.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def over_positions(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector (C,) or vectors (N, C), to be broadcast over x (N, ..., C)."""
+    if vector.ndim == 1:
+        return vector
+    return jnp.expand_dims(vector, tuple(range(1, x.ndim - 1)))
+
+
+@jax.custom_vjp
+def add_vector(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """The sum of x (N, ..., C) and a vector (C,), or one vector (N, C) per example."""
+    return x + over_positions(vector, x)
+
+
+@jax.custom_vjp
+def multiply_vector(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """The product of x (N, ..., C) and a vector (C,), or one vector (N, C) per example."""
+    return x * over_positions(vector, x)
+
+
+def _summed(dy, x, vector):
+    axes = tuple(range(0 if vector.ndim == 1 else 1, x.ndim - 1))
+    return dy.sum(axes).astype(vector.dtype)
+
+
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _add_fwd(x, vector):
+    return add_vector(x, vector), (jnp.zeros(0, x.dtype), vector)
+
+
+def _add_bwd(residuals, dy):
+    like_x, vector = residuals
+    return dy.astype(like_x.dtype), _summed(_wide(dy), dy, vector)
+
+
+def _multiply_fwd(x, vector):
+    return multiply_vector(x, vector), (x, vector)
+
+
+def _multiply_bwd(residuals, dy):
+    x, vector = residuals
+    dx = (dy * over_positions(vector, x)).astype(x.dtype)
+    return dx, _summed(_wide(dy) * _wide(x), x, vector)
+
+
+add_vector.defvjp(_add_fwd, _add_bwd)
+multiply_vector.defvjp(_multiply_fwd, _multiply_bwd)
