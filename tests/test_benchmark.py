@@ -177,6 +177,7 @@ def test_random_parameters_are_nowhere_zero():
     assert kernel.std() == pytest.approx(1 / math.sqrt(kernel.shape[0]), rel=0.1)
 
 
+@pytest.mark.slow
 def test_training_goes_from_state_to_state():
     program, config, _ = make_program("train", scan_blocks=True)
     first, second = (jax.device_get(program.run()) for _ in range(2))
@@ -191,6 +192,7 @@ def test_training_goes_from_state_to_state():
     assert memory["outputs_not_in_place"] < 0.01 * memory["outputs"]
 
 
+@pytest.mark.slow
 def test_latents_are_those_of_the_sampler():
     program, config, mesh = make_program("sample", steps=3, cfg_scale=2.0)
     experiment = experiment_from_config(config)
