@@ -76,7 +76,7 @@ def jax_tasks(folder: pathlib.Path, options: argparse.Namespace) -> Callable:
     inputs = np.load(folder / _INPUTS)
     x, t, y = (jax.device_put(inputs[name], split) for name in "xty")
 
-    def loss(params):
+    def loss(params, x, t, y):  # not as constants, which every device would have whole
         return jnp.square(model.apply({"params": params}, x, t, y)).mean()
 
     def prepare(task):
@@ -91,7 +91,7 @@ def jax_tasks(folder: pathlib.Path, options: argparse.Namespace) -> Callable:
             forward = jax.jit(lambda params, *xty: model.apply({"params": params}, *xty))
             return lambda: jax.block_until_ready(forward(params, x, t, y))
         gradient = jax.jit(jax.grad(loss), out_shardings=whole)
-        return lambda: jax.block_until_ready(gradient(params))
+        return lambda: jax.block_until_ready(gradient(params, x, t, y))
 
     if not (folder / _OUTPUT.format(JAX)).exists():  # once, whatever the task
         np.save(folder / _OUTPUT.format(JAX), np.asarray(prepare("forward")()))
