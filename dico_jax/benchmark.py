@@ -19,6 +19,7 @@ from absl import flags
 
 from dico_jax import cli
 from dico_jax.errors import UsageError
+from dico_jax.result_files import result_path, write_json
 
 _MODEL = flags.DEFINE_string("model", "DiCo-S", "Name of the model, such as DiCo-XL or DiT-XL/2.")
 _COMPARE = flags.DEFINE_list(
@@ -86,7 +87,7 @@ def main(action: str | None) -> None:
 def _measure(action: str, sizes: tuple[int, ...] | None, file: pathlib.Path | None) -> None:
     import jax
 
-    from dico_jax.benchmarking.report import result_text, write_json
+    from dico_jax.benchmarking.report import result_text
     from dico_jax.benchmarking.runner import Options, run_benchmark
 
     if flags.FLAGS["cpu_devices"].present and jax.default_backend() != "cpu":
@@ -126,7 +127,7 @@ def _table(file: pathlib.Path | None) -> None:
     print(table_text(rows))
     print("published:", "; ".join(SOURCES.values()))
     if file is not None:
-        from dico_jax.benchmarking.report import about, write_json
+        from dico_jax.benchmarking.report import about
 
         settings = {"image_size": _IMAGE_SIZE.value}
         result = {"action": "table", "settings": settings, "models": rows, **about()}
@@ -139,11 +140,7 @@ def _argv(action: str) -> list[str]:
 
 
 def _out() -> pathlib.Path | None:
-    if _OUT.value is None:
-        return None
-    from dico_jax.evaluation import new_file
-
-    return new_file(_OUT.value, ".json")
+    return None if _OUT.value is None else result_path(_OUT.value, ".json")
 
 
 def _ceiling_sizes() -> tuple[int, ...] | None:

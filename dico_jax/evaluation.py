@@ -29,6 +29,7 @@ from dico_jax.metrics.feature_networks import make_feature_fn
 from dico_jax.metrics.registry import create_network
 from dico_jax.metrics.statistics import save_statistics
 from dico_jax.plots import plot_sweep, require_matplotlib
+from dico_jax.result_files import result_path, write_json
 from dico_jax.training.checkpoints import library_versions
 
 
@@ -160,7 +161,7 @@ def evaluate_files(
     Raises:
       UsageError: something cannot be read or does not fit.
     """
-    file = None if out is None else new_file(out, ".json")
+    file = None if out is None else result_path(out, ".json")
     images = open_images(path, "--samples")
     result = Evaluation(reference, options).of_images(images, num_samples, file)
     _finish(result, file)
@@ -195,7 +196,7 @@ def evaluate_checkpoint(
     """
     file = None if out is None else pathlib.Path(out)
     if file is not None and sweep_cfg is None:
-        new_file(str(file), ".json")
+        result_path(str(file), ".json")
     scales = None if sweep_cfg is None else parse_sweep(sweep_cfg)
     if scales is not None:
         require_matplotlib("--sweep_cfg")
@@ -263,7 +264,7 @@ def prepare_reference(
     Raises:
       UsageError: something cannot be read or does not fit.
     """
-    file, mesh = new_file(out, ".npz"), create_mesh()
+    file, mesh = result_path(out, ".npz"), create_mesh()
     if source is None:
         check_there(path, "--path")  # before weights are loaded
     network = create_network(features, inception)
@@ -306,31 +307,13 @@ def parse_sweep(text: str) -> tuple[float, ...]:
 # Files of results.
 
 
-def new_file(out: str, suffix: str) -> pathlib.Path:
-    """The path of a file that can be written.
-
-    Raises:
-      UsageError: it is there already, has another suffix, or its folder is not there.
-    """
-    path = pathlib.Path(out)
-    if path.suffix != suffix:
-        raise UsageError(f"--out={out}: name a {suffix} file")
-    if path.exists():
-        raise UsageError(f"--out={out} exists: give another name")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"--out={out}: there is no folder {path.absolute().parent}")
-    return path
-
-
 def _partial(out: pathlib.Path) -> pathlib.Path:
     return out.with_name(f"{out.name}.partial.npz")
 
 
 def _write(file: pathlib.Path, value: dict[str, Any]) -> None:
     if jax.process_index() == 0:
-        temporary = file.with_name(f".{file.name}.tmp")
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(file)
+        write_json(file, value)
 
 
 def _finish(result: dict[str, Any], file: pathlib.Path | None) -> None:

@@ -62,6 +62,41 @@ class SamplingOptions:
             raise UsageError(f"sampling.cfg_scale={self.cfg_scale} must be at least 0; 1 is none")
 
 
+def make_latents_fn(
+    model: Any, diffusion: Diffusion, latent_shape: tuple[int, int, int], options: SamplingOptions
+) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """The function (params, indices (N,), labels (N,)) -> latents (N, H, W, C), to be jitted.
+
+    Arguments and errors are those of `make_generate_fn`.
+    """
+    if options.cfg_scale != 1.0 and model.null_class is None:
+        raise UsageError(
+            f"sampling.cfg_scale={options.cfg_scale} needs a model trained with "
+            "model.class_dropout_prob above 0: use sampling.cfg_scale=1"
+        )
+
+    def sample_latents(params, indices, labels):
+        keys = image_keys(options.seed, indices)
+        model_fn = guided_model_fn(
+            lambda x, t, y: model.apply({"params": params}, x, t, y),
+            labels,
+            model.null_class,
+            options.cfg_scale,
+            num_channels=latent_shape[-1],
+            cfg_channels=options.cfg_channels,
+        )
+        return sample_loop(
+            diffusion,
+            model_fn,
+            initial_noise(keys, latent_shape),
+            lambda i: step_noise(keys, i, latent_shape),
+            sampler=options.sampler,
+            eta=options.ddim_eta,
+        )
+
+    return sample_latents
+
+
 def make_generate_fn(
     model,
     diffusion: Diffusion,
@@ -90,30 +125,10 @@ def make_generate_fn(
       UsageError: guidance is asked of a model without a null class, or the autoencoder's weights
         cannot be read.
     """
-    if options.cfg_scale != 1.0 and model.null_class is None:
-        raise UsageError(
-            f"sampling.cfg_scale={options.cfg_scale} needs a model trained with "
-            "model.class_dropout_prob above 0: use sampling.cfg_scale=1"
-        )
+    sample_latents = make_latents_fn(model, diffusion, latent_shape, options)
 
     def generate(decoder_params, params, indices, labels):
-        keys = image_keys(options.seed, indices)
-        model_fn = guided_model_fn(
-            lambda x, t, y: model.apply({"params": params}, x, t, y),
-            labels,
-            model.null_class,
-            options.cfg_scale,
-            num_channels=latent_shape[-1],
-            cfg_channels=options.cfg_channels,
-        )
-        latents = sample_loop(
-            diffusion,
-            model_fn,
-            initial_noise(keys, latent_shape),
-            lambda i: step_noise(keys, i, latent_shape),
-            sampler=options.sampler,
-            eta=options.ddim_eta,
-        )
+        latents = sample_latents(params, indices, labels)
         return to_uint8(autoencoder.decode(decoder_params, latents))
 
     split, whole = batch_sharding(mesh), replicated(mesh)

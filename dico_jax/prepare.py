@@ -135,11 +135,11 @@ def _reference() -> None:
 
 
 def _classifier() -> None:
-    from dico_jax.evaluation import new_file
     from dico_jax.metrics.classifier import train_classifier
+    from dico_jax.result_files import result_path
 
     assert _OUT.value is not None
-    out = new_file(_OUT.value, ".npz")
+    out = result_path(_OUT.value, ".npz")
     classifier = train_classifier(_source(), _reader(), max_steps=_MAX_STEPS.value)
     classifier.save(out)
     print(

@@ -13,13 +13,7 @@ from ml_collections import ConfigDict
 
 from dico_jax.benchmarking.compiled import Compiled, compile_ahead
 from dico_jax.build import experiment_from_config, sampling_from_config
-from dico_jax.diffusion import (
-    guided_model_fn,
-    image_keys,
-    initial_noise,
-    sample_loop,
-    step_noise,
-)
+from dico_jax.generation import make_latents_fn
 from dico_jax.mesh import batch_sharding, replicated
 from dico_jax.models import abstract_params, count_parameters
 from dico_jax.models.block_stacks import STACK, map_stacks
@@ -157,29 +151,9 @@ def make_sample(config: ConfigDict, mesh: Mesh) -> Program:
     """
     experiment = experiment_from_config(config)
     process, options = sampling_from_config(config)
-    model: Any = experiment.model
-    shape = experiment.latent_shape
+    model, shape = experiment.model, experiment.latent_shape
     split, whole = batch_sharding(mesh), replicated(mesh)
-
-    def sample(params, indices, labels):
-        keys = image_keys(options.seed, indices)
-        model_fn = guided_model_fn(
-            lambda x, t, y: model.apply({"params": params}, x, t, y),
-            labels,
-            model.null_class,
-            options.cfg_scale,
-            num_channels=shape[-1],
-            cfg_channels=options.cfg_channels,
-        )
-        return sample_loop(
-            process,
-            model_fn,
-            initial_noise(keys, shape),
-            lambda i: step_noise(keys, i, shape),
-            sampler=options.sampler,
-            eta=options.ddim_eta,
-        )
-
+    sample = make_latents_fn(model, process, shape, options)
     params, size = abstract_params(model), config.data.batch_size
     numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
     compiled = compile_ahead(

@@ -3,8 +3,6 @@
 import datetime
 import functools
 import importlib.metadata
-import json
-import pathlib
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -20,13 +18,6 @@ def about() -> dict[str, Any]:
     }
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"versions": versions, "date_utc": date}
-
-
-def write_json(file: pathlib.Path, result: Mapping[str, Any]) -> None:
-    """Writes a result; the file appears when it is complete."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(file)
 
 
 def result_text(result: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dico_jax.errors import UsageError
-from dico_jax.models.layers import REMAT_POLICIES, accumulation_dtype
+from dico_jax.models.layers import REMAT_POLICIES
+from dico_jax.ops.precision import accumulation_dtype
 
 
 class Denoiser(nn.Module):

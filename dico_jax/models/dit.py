@@ -15,13 +15,13 @@ from dico_jax.models.layers import (
     Modulation,
     Stage,
     TimestepEmbedder,
-    accumulation_dtype,
     add_gated,
     label_table,
     linear_xavier_uniform,
     zeros,
 )
 from dico_jax.ops.norm import norm_modulate
+from dico_jax.ops.precision import accumulation_dtype
 from dico_jax.ops.vectors import add_vector
 
 

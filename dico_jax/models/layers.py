@@ -35,11 +35,6 @@ REMAT_POLICIES = {
 }
 
 
-def accumulation_dtype(dtype) -> jnp.dtype:
-    """The dtype of statistics and sums for activations of `dtype`: float32 or better."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def linear_xavier_uniform(key, shape, dtype=jnp.float32):
     """Xavier-uniform of a kernel (..., out) with the fans of a linear layer from prod(...) to out.
 

@@ -1,1 +1,1 @@
-"""The few operations worth tuning, each with one signature and several implementations."""
+"""The few operations worth tuning: more than one implementation, or a gradient of their own."""

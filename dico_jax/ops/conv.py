@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dico_jax.ops.precision import accumulation_dtype
+
 _TAPS = [(i, j) for i in range(3) for j in range(3)]
 
 
@@ -45,7 +47,7 @@ def _gathered(x, kernel):
 def _scattered(x, kernel):
     _, height, width, channels = x.shape
     features = kernel.shape[-1]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = accumulation_dtype(x.dtype)
     # What every position gives to its neighbours, those of one neighbour side by side.
     flat = kernel.transpose(2, 0, 1, 3).reshape(channels, 9 * features)
     given = _pad(jnp.matmul(x, flat, preferred_element_type=wide))

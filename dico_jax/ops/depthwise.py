@@ -14,6 +14,7 @@ from jax import lax
 
 from dico_jax.errors import UsageError
 from dico_jax.ops.gelu import gelu
+from dico_jax.ops.precision import accumulation_dtype
 
 Implementation = Literal["auto", "shifted", "lax", "pallas"]
 _TAPS = [(i, j) for i in range(3) for j in range(3)]
@@ -38,7 +39,7 @@ def conv_gelu_mean(
     """
     if implementation != "pallas":
         h = gelu(depthwise_conv3x3(x, kernel, bias, implementation=implementation))
-        return h, h.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        return h, h.mean((1, 2), dtype=accumulation_dtype(x.dtype))
     from dico_jax.ops import depthwise_pallas  # slow to import
 
     if not depthwise_pallas.supported(x.shape, x.dtype, "gpu"):
@@ -99,7 +100,7 @@ def _pad(x):
 def _sum_of_taps(x, kernel):
     """Sum over (i, j) of x shifted by (i - 1, j - 1), times kernel[i, j]; float32 or better."""
     _, height, width, _ = x.shape
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = accumulation_dtype(x.dtype)
     padded, kernel = _pad(x), kernel.astype(accumulator)
     total = None
     for i, j in _TAPS:
@@ -120,7 +121,7 @@ def _shifted_fwd(x, kernel, bias):
 def _shifted_bwd(residuals, dy):
     x, kernel = residuals
     _, height, width, _ = x.shape
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    accumulator = accumulation_dtype(x.dtype)
     # The transpose of a zero-padded convolution is the convolution by the rotated kernel.
     dx = _sum_of_taps(dy, kernel[::-1, ::-1]).astype(x.dtype)
     # The kernel's gradient shifts dy as well: shifted copies of x would be shared with the forward

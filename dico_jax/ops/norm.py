@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dico_jax.ops.precision import accumulation_dtype
 from dico_jax.ops.vectors import over_positions
 
 EPSILON = 1e-6
@@ -14,7 +15,7 @@ EPSILON = 1e-6
 
 def layer_norm(x: jax.Array) -> jax.Array:
     """Normalisation over channels, no affine parameters, eps 1e-6; returns float32 or better."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(accumulation_dtype(x.dtype))
     mean, rstd = _statistics(x)
     return (x - mean) * rstd
 
@@ -41,11 +42,11 @@ def _statistics(x):
 
 
 def _over(vector, x):
-    return over_positions(vector.astype(jnp.promote_types(x.dtype, jnp.float32)), x)
+    return over_positions(vector.astype(accumulation_dtype(x.dtype)), x)
 
 
 def _norm_modulate_fwd(x, shift, scale):
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(accumulation_dtype(x.dtype))
     mean, rstd = _statistics(wide)
     y = (wide - mean) * rstd * (1 + _over(scale, x)) + _over(shift, x)
     return y, (x, mean, rstd, shift, scale)

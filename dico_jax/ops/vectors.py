@@ -7,6 +7,8 @@ bfloat16 a sum of ones stops at 256.
 import jax
 import jax.numpy as jnp
 
+from dico_jax.ops.precision import accumulation_dtype
+
 
 def over_positions(vector: jax.Array, x: jax.Array) -> jax.Array:
     """A vector (C,) or vectors (N, C), to be broadcast over x (N, ..., C)."""
@@ -33,7 +35,7 @@ def _summed(dy, x, vector):
 
 
 def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(accumulation_dtype(x.dtype))
 
 
 def _add_fwd(x, vector):
