@@ -71,6 +71,8 @@ def get_config():
     config.model.patch_size = config_dict.placeholder(int)  # DiT only
     # DiCo only: implementation of the depthwise convolutions, "auto", "shifted", "lax" or "pallas".
     config.model.depthwise = config_dict.placeholder(str)
+    # DiT only: implementation of self-attention, "auto", "xla" or "cudnn".
+    config.model.attention = config_dict.placeholder(str)
     # Channels of the latents (or pixels) that the network sees.
     config.model.in_channels = 4
     # Unset (None) to take it from the source.

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
         "num_heads": None,
         "patch_size": None,
         "depthwise": None,
+        "attention": None,
         "in_channels": 4,
         "num_classes": 1000,
         "class_dropout_prob": 0.1,

@@ -1,7 +1,7 @@
 """DiT, the Diffusion Transformer (arXiv 2212.09748), which the DiCo paper compares itself with."""
 
 import functools
-import math
+from typing import get_args
 
 import flax.linen as nn
 import jax
@@ -20,8 +20,8 @@ from dico_jax.models.layers import (
     linear_xavier_uniform,
     zeros,
 )
+from dico_jax.ops.attention import Implementation, self_attention
 from dico_jax.ops.norm import norm_modulate
-from dico_jax.ops.precision import accumulation_dtype
 from dico_jax.ops.vectors import add_vector
 
 
@@ -80,6 +80,7 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: jnp.dtype
+    implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(self, x):
@@ -87,12 +88,8 @@ class Attention(nn.Module):
         head = width // self.num_heads
         dense = functools.partial(Dense, dtype=self.dtype)
         qkv = dense(3 * width, name="qkv")(x).reshape(n, tokens, 3, self.num_heads, head)
-        q, k, v = qkv[:, :, 0] / math.sqrt(head), qkv[:, :, 1], qkv[:, :, 2]
-        logits = jnp.einsum(
-            "nqhd,nkhd->nhqk", q, k, preferred_element_type=accumulation_dtype(q.dtype)
-        )
-        weights = jax.nn.softmax(logits).astype(v.dtype)
-        out = jnp.einsum("nhqk,nkhd->nqhd", weights, v)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        out = self_attention(q, k, v, implementation=self.implementation)
         return dense(width, name="proj")(out.reshape(n, tokens, width))
 
 
@@ -117,13 +114,15 @@ class DiTBlock(nn.Module):
     num_heads: int
     mlp_ratio: float
     dtype: jnp.dtype
+    attention: Implementation = "auto"
 
     @nn.compact
     def __call__(self, x, c):  # x (N, T, width), c (N, width)
         modulation = Modulation(6, self.width, self.dtype, name="adaLN_modulation")(c)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
         h = norm_modulate(x, shift1, scale1)
-        x = add_gated(x, gate1, Attention(self.num_heads, self.dtype, name="attn")(h))
+        attention = Attention(self.num_heads, self.dtype, self.attention, name="attn")
+        x = add_gated(x, gate1, attention(h))
         h = norm_modulate(x, shift2, scale2)
         mlp = Mlp(int(self.mlp_ratio * self.width), self.dtype, name="mlp")
         return add_gated(x, gate2, mlp(h))
@@ -164,6 +163,7 @@ class DiT(Denoiser):
       num_heads: number of attention heads.
       patch_size: side of a patch.
       mlp_ratio: feed-forward width over hidden_size.
+      attention: implementation of self-attention, see `dico_jax.ops.attention`.
     """
 
     hidden_size: int = 1152
@@ -171,6 +171,7 @@ class DiT(Denoiser):
     num_heads: int = 16
     patch_size: int = 2
     mlp_ratio: float = 4.0
+    attention: Implementation = "auto"
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -182,6 +183,11 @@ class DiT(Denoiser):
             raise UsageError(
                 f"model.depth={self.depth}, model.patch_size={self.patch_size}: "
                 "both must be at least 1"
+            )
+        if self.attention not in get_args(Implementation):
+            raise UsageError(
+                f"model.attention={self.attention!r} is unknown: use one of "
+                f"{', '.join(get_args(Implementation))}"
             )
         super().__post_init__()
 
@@ -206,7 +212,9 @@ class DiT(Denoiser):
         # The reference stores the table in float32, whatever it computes in.
         table = position_embedding(rows, columns, d).astype(np.float32)
         x = x + jnp.asarray(table, x.dtype)
-        block = functools.partial(DiTBlock, d, self.num_heads, self.mlp_ratio, dtype)
+        block = functools.partial(
+            DiTBlock, d, self.num_heads, self.mlp_ratio, dtype, self.attention
+        )
         x = Stage(self.depth, block, dtype, self.scan_blocks, self.remat, name="blocks")(x, c)
         x = FinalLayer(p * p * self.out_channels, dtype, name="final_layer")(x, c)
 

@@ -1,0 +1,74 @@
+"""Self-attention, the spatial mixing of every DiT block (arXiv 2212.09748, section 3.2)."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from dico_jax.errors import UsageError
+from dico_jax.ops.precision import accumulation_dtype
+
+Implementation = Literal["auto", "xla", "cudnn"]
+
+
+def self_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: Implementation = "auto"
+) -> jax.Array:
+    """Softmax of q k / sqrt(head), over the keys, times v; every token sees every token.
+
+    Args:
+      q, k, v: (N, T, heads, head) of one floating dtype.
+      implementation: "xla" (two products with the (N, heads, T, T) weights between them in memory),
+        "cudnn" (cuDNN's flash attention, which never stores them; float16 and bfloat16 on NVIDIA
+        GPUs of compute capability 8.0 and later, head up to 128 and divisible by 8), or "auto",
+        which is "cudnn" where that can be had and "xla" elsewhere.
+
+    Returns:
+      (N, T, heads, head) of q's dtype; the softmax is taken in float32 or better.
+
+    Raises:
+      UsageError: an unknown implementation, or one that q's dtype, shape or the platform lacks.
+    """
+    missing = cudnn_lacks(q.dtype, q.shape[-1])
+    if implementation == "xla" or (implementation == "auto" and missing):
+        return _two_products(q, k, v)
+    if implementation not in ("auto", "cudnn"):
+        raise UsageError(
+            f"implementation={implementation!r} of self_attention is unknown: "
+            'use "auto", "xla" or "cudnn"'
+        )
+    if missing:
+        raise UsageError(f'model.attention="cudnn" needs {missing}: use "auto"')
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def cudnn_lacks(dtype, head: int) -> str:
+    """What cuDNN's attention needs and does not have, "" where it can be used."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"float16 or bfloat16, not {jnp.dtype(dtype)}"
+    if head % 8 or head > 128:
+        return f"a head of up to 128 channels, divisible by 8, not {head}"
+    if jax.default_backend() != "gpu":
+        return f"a GPU, not {jax.default_backend()}"
+    name, capability = _gpu()
+    if not capability or capability < (8, 0):
+        return f"an NVIDIA GPU of compute capability 8.0 or later, not {name}"
+    return ""
+
+
+def _gpu() -> tuple[str, tuple[int, ...]]:
+    """Name and compute capability of this process's first GPU, () where it is not NVIDIA's."""
+    device = jax.local_devices(backend="gpu")[0]
+    numbers = str(getattr(device, "compute_capability", "")).split(".")
+    return device.device_kind, tuple(map(int, numbers)) if all(map(str.isdigit, numbers)) else ()
+
+
+def _two_products(q, k, v):
+    logits = jnp.einsum(
+        "nqhd,nkhd->nhqk",
+        q / math.sqrt(q.shape[-1]),
+        k,
+        preferred_element_type=accumulation_dtype(q.dtype),
+    )
+    return jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(logits).astype(v.dtype), v)
