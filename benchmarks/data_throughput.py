@@ -25,8 +25,10 @@ from PIL import Image
 from dico_jax.autoencoders.encoding import make_latents_fn
 from dico_jax.autoencoders.registry import Autoencoder
 from dico_jax.data.bad_examples import BadExampleLog
+from dico_jax.data.latent_folder import Plan
+from dico_jax.data.latent_writer import shard_writer, write_manifest
 from dico_jax.data.pipeline import DeviceBatches, training_batches
-from dico_jax.data.prepared_latents import Plan, PreparedLatents, shard_writer, write_manifest
+from dico_jax.data.prepared_latents import PreparedLatents
 from dico_jax.data.readers import PictureReader, read_orientation
 from dico_jax.mesh import batch_sharding, create_mesh, to_global
 

@@ -12,18 +12,15 @@ other work keeps a core busy, PyTorch's threads wait for each other and the rati
 """
 
 import argparse
-import itertools
 import json
 import os
 import pathlib
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 
 import numpy as np
+from side_by_side import Program, medians, serve
 
 MIN_RATIO = 0.9
 MAX_DISTANCE = 1e-5
@@ -129,8 +126,8 @@ def torch_features(folder: pathlib.Path, layout: str) -> Callable[[np.ndarray], 
     return features
 
 
-def serve(side: str, folder: pathlib.Path, cores: int) -> None:
-    """Answers "batch size, seconds" on stdin with images per second; the features go to a file."""
+def serve_side(side: str, folder: pathlib.Path, cores: int) -> None:
+    """Serves batch sizes as tasks; the features of the first pictures go to a file."""
     if cores:  # before either library starts its threads
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     images = np.load(folder / _IMAGES)
@@ -139,16 +136,7 @@ def serve(side: str, folder: pathlib.Path, cores: int) -> None:
         jax_features(folder, len(images)) if framework == "jax" else torch_features(folder, layout)
     )
     np.save(folder / _FEATURES.format(side), run(images[:2]))
-    print("ready", flush=True)
-    for line in sys.stdin:
-        batch_size, seconds = json.loads(line)
-        run(images[:batch_size])  # compiles, and wakes threads
-        times = []
-        while sum(times) < seconds or len(times) < 3:
-            start = time.perf_counter()
-            run(images[:batch_size])
-            times.append(time.perf_counter() - start)
-        print(batch_size / statistics.median(times), flush=True)
+    serve(lambda batch_size: lambda: run(images[:batch_size]))
 
 
 def main() -> None:
@@ -163,48 +151,39 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        serve(args.child[0], pathlib.Path(args.child[1]), args.cores)
+        serve_side(args.child[0], pathlib.Path(args.child[1]), args.cores)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write_inputs(folder, args.image_size, max(2, *args.batch_sizes))
-        speeds = _measured(folder, args)
+        programs = [_program(side, folder, args) for side in SIDES]
+        _compare_features(folder)
+        times = medians(programs, args.batch_sizes, args.rounds, args.seconds)
+        for program in programs:
+            program.close()
     best = {}
     for side in SIDES:
-        medians = {size: statistics.median(speeds[side, size]) for size in args.batch_sizes}
-        listed = ", ".join(f"{speed:.1f} ({size})" for size, speed in medians.items())
-        best[side] = max(medians.values())
+        speeds = {size: size / times[side, json.dumps(size)] for size in args.batch_sizes}
+        listed = ", ".join(f"{speed:.1f} ({size})" for size, speed in speeds.items())
+        best[side] = max(speeds.values())
         print(f"{side}: images/s (batch size) {listed}; best {best[side]:.1f}")
     ratio = best["jax"] / max(best[side] for side in SIDES[1:])
     print(f"ratio to the faster of PyTorch's: {ratio:.2f} (bar {MIN_RATIO})")
     sys.exit(0 if ratio >= MIN_RATIO else 1)
 
 
-def _measured(folder: pathlib.Path, args: argparse.Namespace) -> dict[tuple, list[float]]:
-    """Images per second of every round, by side and batch size."""
-    children = {}
-    for side in SIDES:
-        python = sys.executable if side == "jax" else args.torch_python
-        children[side] = subprocess.Popen(
-            [python, __file__, "--child", side, str(folder), f"--cores={args.cores}"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        if children[side].stdout.readline() != "ready\n":
-            sys.exit(f"{side} did not start")
+def _program(side: str, folder: pathlib.Path, args: argparse.Namespace) -> Program:
+    python = sys.executable if side == "jax" else args.torch_python
+    return Program(side, [python, __file__, "--child", side, str(folder), f"--cores={args.cores}"])
+
+
+def _compare_features(folder: pathlib.Path) -> None:
+    """Prints the distances of PyTorch's features from ours; fails where they are too large."""
     features = {side: np.load(folder / _FEATURES.format(side)) for side in SIDES}
     for side in SIDES[1:]:
         distance = np.abs(features["jax"] - features[side]).max() / np.abs(features[side]).max()
         print(f"features against {side}: {distance:.1e} of the peak (bar {MAX_DISTANCE})")
         assert distance < MAX_DISTANCE
-    speeds: dict[tuple, list[float]] = {}
-    for _, size, side in itertools.product(range(args.rounds), args.batch_sizes, SIDES):
-        children[side].stdin.write(json.dumps([size, args.seconds]) + "\n")
-        children[side].stdin.flush()
-        speeds.setdefault((side, size), []).append(float(children[side].stdout.readline()))
-    for child in children.values():
-        child.stdin.close()
-        child.wait()
-    return speeds
 
 
 if __name__ == "__main__":

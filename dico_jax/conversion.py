@@ -46,8 +46,9 @@ from dico_jax.model_detection import detect_model
 from dico_jax.models import abstract_params, create_model, model_options
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.dit import DiT, position_embedding
-from dico_jax.training.checkpoints import FOLDER, SavedWeights, write_checkpoint
+from dico_jax.training.checkpoints import FOLDER, write_checkpoint
 from dico_jax.training.optimizer import create_optimizer, learning_rate_schedule
+from dico_jax.training.saved_weights import SavedWeights
 
 _OPTIMIZER_KEYS = ("opt", "optimizer", "optimizer_state_dict")
 _TABLE = "pos_embed"  # of a DiT: fixed, so it is checked and not stored

@@ -30,7 +30,7 @@ from dico_jax.metrics.registry import create_network
 from dico_jax.metrics.statistics import save_statistics
 from dico_jax.plots import plot_sweep, require_matplotlib
 from dico_jax.result_files import result_path, write_json
-from dico_jax.training.checkpoints import library_versions
+from dico_jax.versions import library_versions
 
 
 @dataclasses.dataclass(frozen=True)

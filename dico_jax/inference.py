@@ -20,8 +20,9 @@ from dico_jax.generation import GenerateFn, generate_images, make_generate_fn
 from dico_jax.grids import class_name, image_grid, load_png, save_png
 from dico_jax.mesh import create_mesh, replicated
 from dico_jax.models import abstract_params
-from dico_jax.training.checkpoints import SavedWeights, library_versions
 from dico_jax.training.ema_snapshots import rebuilt_ema, snapshot_steps
+from dico_jax.training.saved_weights import SavedWeights
+from dico_jax.versions import library_versions
 
 _GRID_SIDE = 10
 PREVIEW = "preview"  # of --vae

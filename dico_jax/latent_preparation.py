@@ -17,24 +17,21 @@ from jax.sharding import Mesh
 from dico_jax.autoencoders import Autoencoder
 from dico_jax.autoencoders.encoding import encode_in_parts, to_model_range
 from dico_jax.data.bad_examples import too_many_bad
-from dico_jax.data.pictures import BadExample
-from dico_jax.data.pipeline import read_ahead
-from dico_jax.data.prepared_latents import (
-    DTYPES,
-    Manifest,
-    Plan,
+from dico_jax.data.latent_folder import DTYPES, Manifest, Plan, finished_shard
+from dico_jax.data.latent_writer import (
     claim_folder,
-    finished_shard,
     remove_leftovers,
     shard_writer,
     source_digest,
     write_manifest,
 )
+from dico_jax.data.pictures import BadExample
+from dico_jax.data.pipeline import read_ahead
 from dico_jax.data.readers import PictureReader
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.mesh import batch_sharding, create_mesh, replicated, to_global
-from dico_jax.training.checkpoints import library_versions
+from dico_jax.versions import library_versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +114,7 @@ def prepare_latents(
     Args:
       source: pictures.
       autoencoder: with an encoder.
-      out: the folder, local or gs://; see `dico_jax.data.prepared_latents`.
+      out: the folder, local or gs://; see `dico_jax.data.latent_folder`.
       options: how.
 
     Returns:

@@ -13,14 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dico_jax.defaults import with_defaults
 from dico_jax.errors import UsageError
-from dico_jax.training import checkpoints
-from dico_jax.training.checkpoints import (
-    Checkpointer,
-    DamagedCheckpointError,
-    SavedWeights,
-    saved_steps,
-)
+from dico_jax.training import checkpoints, step_folders
+from dico_jax.training.checkpoints import Checkpointer, DamagedCheckpointError, saved_steps
 from dico_jax.training.checksums import FILE, find_damage
+from dico_jax.training.saved_weights import SavedWeights
 from dico_jax.training.state import TrainState
 
 # Of reads and writes of TensorStore's that nobody waits for when one has failed.
@@ -359,7 +355,7 @@ def test_other_errors_of_a_save_keep_their_name(workdir, monkeypatch):
     def broken(folder):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(checkpoints, "write_checksums", broken)
+    monkeypatch.setattr(step_folders, "write_checksums", broken)
     with pytest.raises(RuntimeError, match="step 15 could not be saved .a bug"):
         save(workdir, 15)
     assert saved_steps(workdir) == {5, 10}

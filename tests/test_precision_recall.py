@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.metrics import precision_recall as module
+from dico_jax.metrics import manifolds_adm_float16, manifolds_exact, row_tiles
+from dico_jax.metrics.manifolds_adm_float16 import eigen_half_sum, half_distances
 from dico_jax.metrics.precision_recall import (
-    eigen_half_sum,
-    half_distances,
+    DISTANCES,
     manifold_members,
     manifold_radii,
     precision_recall,
@@ -60,7 +60,7 @@ def test_golden_precision_and_recall(k):
 @requires_golden
 @pytest.mark.parametrize("tile", [64, 2000])
 def test_golden_members_and_radii(tile, monkeypatch):
-    monkeypatch.setattr(module, "_TILE", tile)
+    monkeypatch.setattr(row_tiles, "_TILE", tile)
     golden = load("metrics.npz")
     reference, samples = golden["feat_ref"], golden["feat_sample"]
     of_reference, of_samples = manifold_members(reference, samples)
@@ -104,9 +104,9 @@ def some_rows(kind, rng, count):
     ["ties", "copies", "offset", "one place", "outlier", "float64", "clusters", "far clusters"],
 )
 def test_near_decisions_are_the_exact_ones(kind, monkeypatch):
-    monkeypatch.setattr(module, "_TILE", 64)
-    monkeypatch.setattr(module, "_HOST_ROWS", 50)
-    monkeypatch.setattr(module, "_HOST_COLUMNS", 60)
+    monkeypatch.setattr(row_tiles, "_TILE", 64)
+    monkeypatch.setattr(manifolds_exact, "_HOST_ROWS", 50)
+    monkeypatch.setattr(manifolds_exact, "_HOST_COLUMNS", 60)
     rng = np.random.default_rng(0)
     x, y = some_rows(kind, rng, 150), some_rows(kind, rng, 170)
     y[:20] = x[:20]
@@ -124,7 +124,7 @@ def test_the_edge_is_inside():
     assert not manifold_members(reference, further, k=1)[1].any()
 
 
-@pytest.mark.parametrize("distances", module.DISTANCES)
+@pytest.mark.parametrize("distances", DISTANCES)
 def test_every_size_of_set_and_tile(distances, monkeypatch):
     """Fewer rows than candidates, tiles that do not divide, one tile: all the same."""
     rng = np.random.default_rng(0)
@@ -132,7 +132,7 @@ def test_every_size_of_set_and_tile(distances, monkeypatch):
         x, y = rng.standard_normal((rows, 6)), rng.standard_normal((others, 6))
         found = []
         for tile in (2000, 16):
-            monkeypatch.setattr(module, "_TILE", tile)
+            monkeypatch.setattr(row_tiles, "_TILE", tile)
             found.append(manifold_members(x, y, 1, distances))
         assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
         if distances == "exact":
@@ -151,7 +151,7 @@ def test_golden_float16_figures(monkeypatch):
     example = half_distances(rows, norms[0], others, norms[1])
     assert np.asarray(example)[0].tolist() == published["pr_fp16_distance_example"]
     for tile in (2000, 50):
-        monkeypatch.setattr(module, "_TILE", tile)
+        monkeypatch.setattr(row_tiles, "_TILE", tile)
         radii = manifold_radii(reference, 3, "adm_float16")
         assert radii.sum() == published["pr_fp16_radii_ref_sum"]
         found = precision_recall(reference, samples, 3, "adm_float16")
@@ -161,7 +161,7 @@ def test_golden_float16_figures(monkeypatch):
 @requires_golden
 def test_golden_float32_figures(monkeypatch):
     """What the published evaluator does when a float16 distance is not finite."""
-    monkeypatch.setattr(module._AdmDistances, "_all_finite", lambda *blocks: False)
+    monkeypatch.setattr(manifolds_adm_float16._Distances, "_all_finite", lambda *blocks: False)
     golden, published = load("metrics.npz"), numbers()
     reference, samples = golden["feat_ref"], golden["feat_sample"]
     radii = manifold_radii(reference, 3, "adm_float16")
@@ -184,8 +184,8 @@ def test_every_result_is_rounded_to_float16():
 
 
 def test_only_blocks_that_overflow_are_done_in_float32(monkeypatch):
-    monkeypatch.setattr(module, "_TILE", 10)
-    monkeypatch.setattr(module, "_ADM_BLOCK", 20)
+    monkeypatch.setattr(row_tiles, "_TILE", 10)
+    monkeypatch.setattr(manifolds_adm_float16, "_BLOCK", 20)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 8)).astype(np.float32)
     x[45] *= 200  # its squared norm is above 65504

@@ -10,9 +10,10 @@ from etils import epath
 from configs import default
 from dico_jax.autoencoders.registry import Autoencoder
 from dico_jax.autoencoders.weights import Weights
-from dico_jax.data import prepared_latents
+from dico_jax.data import latent_writer, prepared_latents
+from dico_jax.data.latent_folder import read_manifest
 from dico_jax.data.pictures import load_picture
-from dico_jax.data.prepared_latents import PreparedLatents, read_manifest, verify
+from dico_jax.data.prepared_latents import PreparedLatents, verify
 from dico_jax.errors import UsageError
 from dico_jax.latent_preparation import Options, prepare_latents
 from tests.test_encoding import encode
@@ -124,7 +125,7 @@ def test_a_killed_call_goes_on_without_redoing_finished_shards(prepared, tmp_pat
             read.append(int(i))
             return super().__getitem__(i)
 
-    add = prepared_latents.ShardWriter.add
+    add = latent_writer.ShardWriter.add
 
     def dying(self, *args):
         calls.append(args)
@@ -132,10 +133,10 @@ def test_a_killed_call_goes_on_without_redoing_finished_shards(prepared, tmp_pat
             raise Killed
         add(self, *args)
 
-    monkeypatch.setattr(prepared_latents.ShardWriter, "add", dying)
+    monkeypatch.setattr(latent_writer.ShardWriter, "add", dying)
     with pytest.raises(Killed):
         prepare_latents(Dies(), autoencoder(), str(tmp_path), options())
-    monkeypatch.setattr(prepared_latents.ShardWriter, "add", add)
+    monkeypatch.setattr(latent_writer.ShardWriter, "add", add)
     first = tmp_path / "latents-00000-of-00003.array_record"
     assert [path.name for path in tmp_path.glob("*.array_record")] == [first.name]
     written = first.stat().st_mtime_ns

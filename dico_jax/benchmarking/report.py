@@ -7,11 +7,11 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from dico_jax.versions import library_versions
+
 
 def about() -> dict[str, Any]:
     """How a result was made: versions and the date."""
-    from dico_jax.training.checkpoints import library_versions  # late: a table does without
-
     versions = library_versions() | {
         "jaxlib": importlib.metadata.version("jaxlib"),
         "python": platform.python_version(),

@@ -13,13 +13,10 @@ checksums; its meta also says, under "converted", where it came from (see docs/c
 import contextlib
 import dataclasses
 import errno
-import importlib.metadata
 import os
 import pathlib
-import re
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,31 +25,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from dico_jax.defaults import with_defaults
 from dico_jax.errors import UsageError
-from dico_jax.interop.file_writers import Deferred
-from dico_jax.training.checksums import find_damage, write_checksums
+from dico_jax.training.checksums import find_damage
 from dico_jax.training.orbax_reports import unreported
 from dico_jax.training.state import TrainState
+from dico_jax.training.step_folders import (
+    check_accepted,
+    read_meta,
+    remove_unfinished,
+    seal,
+    system_error,
+)
 from dico_jax.training.streaming import deferred_handler, stored_leaves
+from dico_jax.versions import library_versions
 
 FOLDER = "checkpoints"
-WEIGHTS = {"ema": "ema_params", "params": "params"}
 _ITEMS = tuple(f.name for f in dataclasses.fields(TrainState) if f.name != "step")
 _MAX_LISTED = 5
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_PACKAGES = ("dico_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout, not installed
-            versions[package] = "not installed"
-    return versions
 
 
 class DamagedCheckpointError(UsageError):
@@ -76,6 +66,7 @@ class Checkpointer:
         """
         # Orbax needs an absolute path; a relative one fails later, in a background thread.
         self._folder = (workdir / FOLDER).absolute()
+        self._saving = -1  # the step of the save that may still be under way
         policies = ocp.checkpoint_managers
         preserved: list[Any] = [policies.LatestN(keep)]
         if keep_every:
@@ -88,14 +79,13 @@ class Checkpointer:
                 cleanup_tmp_directories=True,
                 single_host_load_and_broadcast=jax.process_count() > 1,
                 async_options=ocp.options.AsyncOptions(
-                    post_finalization_callback=self._seal,
+                    post_finalization_callback=lambda: seal(self._folder, self._saving),
                     # Where folders cannot be made, Orbax's threads would wait 5 minutes for them.
                     create_directories_asynchronously=False,
                 ),
             ),
         )
         self._meta = meta | {"versions": library_versions()}
-        self._saving = -1  # the step of the save that may still be under way
         self._failed = False
         self._resources = contextlib.ExitStack()
 
@@ -144,12 +134,11 @@ class Checkpointer:
                     meta=ocp.args.JsonSave(self._meta | {"extra": extra or {}}), **items
                 ),
             )
-        if not saved:  # Orbax says so, and nothing else
-            raise RuntimeError(f"Orbax refused to save step {step} in {self._folder}")
+        check_accepted(saved, step, self._folder)
 
     def extra(self, step: int) -> dict[str, Any]:
         """What `save` was given besides the state; {} if nothing."""
-        return _read_meta(self._folder / str(step)).get("extra", {})
+        return read_meta(self._folder / str(step)).get("extra", {})
 
     def wait(self) -> None:
         """Waits until the save in the background is finished; raises what `save` raises."""
@@ -163,15 +152,12 @@ class Checkpointer:
             yield
         except Exception as error:
             self._failed = True
-            _join_writers()
-            if jax.process_index() == 0:
-                for folder in self._unfinished():  # it may be what fills the disk
-                    shutil.rmtree(folder, ignore_errors=True)
+            remove_unfinished(self._folder, self._saving)
             raise self._explanation(error) from error
 
     def _explanation(self, error: Exception) -> Exception:
         failed = f"{self._folder}: step {self._saving} could not be saved"
-        number = _system_error(error)
+        number = system_error(error)
         if number is None:
             return RuntimeError(f"{failed} ({error})")
         there = next(path for path in (self._folder, *self._folder.parents) if path.exists())
@@ -183,17 +169,6 @@ class Checkpointer:
             f"{failed} ({os.strerror(number)}; {free / 1e6:,.0f} MB free there): {fix} and give "
             f"the same command again, which {then}"
         )
-
-    def _unfinished(self) -> list[pathlib.Path]:
-        """The folder that Orbax writes the step under way to, before it renames it."""
-        return list(self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
-
-    def _seal(self) -> None:
-        """Orbax calls this in one process, when all files of a checkpoint are written."""
-        folders = self._unfinished()
-        if len(folders) != 1:
-            raise RuntimeError(f"{self._folder} has {folders} for step {self._saving}")
-        write_checksums(folders[0])
 
     def restore(self, step: int, target: TrainState) -> TrainState:
         """The state saved at `step`, with the shapes, dtypes and shardings of `target`.
@@ -291,26 +266,6 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _join_writers() -> None:
-    """Waits for the threads that still write other items of a save that has failed."""
-    for thread in threading.enumerate():
-        if type(thread).__module__.startswith("orbax") and thread is not threading.current_thread():
-            with contextlib.suppress(Exception):  # it raises what the thread has raised
-                thread.join(timeout=60)
-
-
-def _system_error(error: BaseException) -> int | None:
-    """The number of the system's error behind this one, or None; TensorStore has it in its text."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno is not None:
-            return seen.errno
-        if match := re.search(r"os_error_code='(\d+)'", str(seen)):
-            return int(match[1])
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
 def _first_of_all_processes(reason: str | None) -> str | None:
     """The first process's reason that has one, so that all take the same decision."""
     if jax.process_count() == 1:
@@ -344,7 +299,7 @@ def _check_is_training_state(folder: pathlib.Path) -> None:
     if (folder / "opt_state").is_dir():
         return
     with _read_errors(folder, verified=False):
-        converted = "converted" in _read_meta(folder)
+        converted = "converted" in read_meta(folder)
     if not converted:
         raise DamagedCheckpointError(f"{folder} is damaged (opt_state is missing)")
     raise UsageError(
@@ -388,10 +343,6 @@ def _free_name(path: pathlib.Path) -> pathlib.Path:
     return name
 
 
-def _read_meta(folder: pathlib.Path) -> dict[str, Any]:
-    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "meta")
-
-
 def write_checkpoint(
     workdir: pathlib.Path, step: int, items: dict[str, Any], meta: dict[str, Any]
 ) -> None:
@@ -420,109 +371,7 @@ def write_checkpoint(
                 **{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()},
             ),
         )
-    if not saved:
-        raise RuntimeError(f"Orbax refused to save step {step} in {workdir}")
-
-
-class SavedWeights:
-    """The weights of a checkpoint, for reading.
-
-    Attributes:
-      folder: as given.
-      step: the step of the checkpoint.
-      config: the config it was made with, a dict; fields it did not have yet have their defaults.
-      class_names: of the classes it was trained on.
-      converted: of a converted checkpoint, where it came from; else None.
-    """
-
-    def __init__(self, folder: str, step: int | None = None, flag: str = "--ckpt"):
-        """Opens the newest checkpoint of a workdir (or of a converted one), or that of `step`.
-
-        Args:
-          folder: the workdir.
-          step: of the checkpoint; the newest if None.
-          flag: what messages call the folder.
-
-        Raises:
-          UsageError: there is no such folder, no checkpoint in it, or no such step; its meta is
-            damaged.
-        """
-        self.folder = folder
-        path = pathlib.Path(folder).absolute()
-        if not path.is_dir():
-            raise UsageError(
-                f"{flag}={folder}: no such folder; give the workdir of a run or a converted "
-                "checkpoint"
-            )
-        steps = saved_steps(path)
-        if not steps:
-            raise UsageError(
-                f"{flag}={folder} holds no checkpoint (looked for {FOLDER}/STEP in it): "
-                "give the workdir of a run or a converted checkpoint"
-            )
-        if step is not None and step not in steps:
-            raise UsageError(
-                f"--step={step}: {folder} has steps {', '.join(map(str, sorted(steps)))}"
-            )
-        self.step = max(steps) if step is None else step
-        self._path = path / FOLDER / str(self.step)
-        self._check("meta")
-        meta = _read_meta(self._path)
-        self.config, self.class_names = with_defaults(meta["config"]), meta["class_names"]
-        self.converted = meta.get("converted")
-
-    def read(self, weights: str, abstract_params: Any) -> Any:
-        """The parameter tree called `weights`: "ema" or "params".
-
-        Args:
-          weights: which.
-          abstract_params: tree of ShapeDtypeStruct with shardings.
-
-        Raises:
-          UsageError: this checkpoint does not have those weights, or they are damaged.
-        """
-        item = self._item(weights)
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            return reader.restore(item, args=ocp.args.StandardRestore(abstract_params))
-
-    def available(self) -> list[str]:
-        """The weights that this checkpoint has, of "ema" and "params"."""
-        return [name for name, folder in WEIGHTS.items() if (self._path / folder).is_dir()]
-
-    def leaves(self, weights: str) -> dict[tuple[str, ...], Deferred]:
-        """The arrays of the parameter tree called `weights` by path, each read when asked for.
-
-        Raises:
-          UsageError: this checkpoint does not have those weights, or they are damaged.
-        """
-        return stored_leaves(self._item(weights))
-
-    def optimizer_leaves(self) -> dict[tuple[str, ...], Deferred]:
-        """The arrays of the optimizer's state by path, each read when asked for.
-
-        Raises:
-          UsageError: this checkpoint has none, or it is damaged.
-        """
-        if not (self._path / "opt_state").is_dir():
-            raise UsageError(f"{self._path} has weights alone, and no state of an optimizer")
-        self._check("opt_state")
-        return stored_leaves(self._path / "opt_state")
-
-    def _item(self, weights: str) -> pathlib.Path:
-        item = self._path / WEIGHTS[weights]
-        if not item.is_dir():
-            have = ", ".join(self.available()) or "none"
-            raise UsageError(f"--weights={weights}: {self._path} has only {have}")
-        self._check(WEIGHTS[weights])
-        return item
-
-    def _check(self, item: str) -> None:
-        """Raises DamagedCheckpointError where the files of an item differ from their checksums."""
-        _, reason = find_damage(self._path, item)
-        if reason:
-            raise DamagedCheckpointError(
-                f"{self._path} is damaged ({reason}): use the checkpoint of another step"
-            )
+    check_accepted(saved, step, workdir)
 
 
 def saved_steps(workdir: pathlib.Path) -> set[int]:

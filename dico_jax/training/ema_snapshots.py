@@ -17,9 +17,10 @@ import flax
 import orbax.checkpoint as ocp
 
 from dico_jax.errors import UsageError
-from dico_jax.training.checksums import find_damage, write_checksums
+from dico_jax.training.checksums import find_damage
 from dico_jax.training.ema import Snapshot, rebuild
 from dico_jax.training.orbax_reports import unreported
+from dico_jax.training.step_folders import check_accepted, read_meta, seal
 from dico_jax.training.streaming import stored_leaves
 
 FOLDER = "ema_snapshots"
@@ -45,7 +46,9 @@ class EmaSnapshots:
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
                     cleanup_tmp_directories=True,
-                    async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+                    async_options=ocp.options.AsyncOptions(
+                        post_finalization_callback=lambda: seal(self._folder, self._saving)
+                    ),
                 ),
             )
 
@@ -96,8 +99,7 @@ class EmaSnapshots:
         self._saving = step
         with self._explained():
             saved = self._manager.save(step, args=ocp.args.Composite(meta=meta, **items))
-        if not saved:  # Orbax says so, and nothing else
-            raise RuntimeError(f"Orbax refused to save step {step} in {self._folder}")
+        check_accepted(saved, step, self._folder)
 
     def wait(self) -> None:
         """Waits until the save in the background is finished; raises what `save` raises."""
@@ -116,11 +118,6 @@ class EmaSnapshots:
                 f"({_one_line(error)}): make room, or train with "
                 "--config.training.ema_snapshot_every_steps=0"
             ) from error
-
-    def _seal(self) -> None:
-        """Orbax calls this in one process, when all files of a snapshot are written."""
-        (folder,) = self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-        write_checksums(folder)
 
 
 def snapshot_steps(workdir: str) -> list[int]:
@@ -192,7 +189,7 @@ def _width_of(name: str) -> float:
 def _widths(folder: pathlib.Path) -> dict[str, float]:
     """The widths of one step's snapshots by item, all of which are there."""
     try:
-        widths = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "meta")["widths"]
+        widths = read_meta(folder)["widths"]
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(folder / "meta", error) from error
     for name in widths:

@@ -10,7 +10,8 @@ import numpy as np
 
 from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params
-from dico_jax.training.checkpoints import SavedWeights, saved_steps
+from dico_jax.training.checkpoints import saved_steps
+from dico_jax.training.saved_weights import SavedWeights
 from dico_jax.training.state import TrainState
 
 _FIELD = "config.training.init_from"
