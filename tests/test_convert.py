@@ -1,6 +1,7 @@
 """Files to checkpoints and back: recorded outputs, exact round trips, runs that go on."""
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -31,9 +32,10 @@ from dico_jax.mesh import create_mesh, replicated
 from dico_jax.models import abstract_params, create_model
 from dico_jax.models.dit import position_embedding
 from dico_jax.training import run
-from dico_jax.training.checkpoints import Checkpointer, SavedWeights
+from dico_jax.training.checkpoints import Checkpointer
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
+from dico_jax.training.saved_weights import SavedWeights
 from dico_jax.training.state import TrainState, abstract_state, initializer
 from dico_jax.training.warm_start import WarmStart
 from tests import golden
@@ -47,8 +49,12 @@ TRAIN = golden.FOLDER / "train_checkpoint.pt"
 
 
 def forward(model, params, g):
-    apply = jax.jit(lambda x: model.apply({"params": params}, x, g["t"], g["y"]))
-    return apply(jnp.asarray(nhwc(g["x"])))
+    return compiled(model)({"params": params}, nhwc(g["x"]), g["t"], g["y"])
+
+
+@functools.cache
+def compiled(model):
+    return jax.jit(model.apply)
 
 
 def read(path):

@@ -1,5 +1,7 @@
 """Images depend on (seed, index, label) and on nothing else; grids; the digits' judge."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -24,19 +26,25 @@ def autoencoder(name):
     return create_autoencoder(ConfigDict(DEFAULTS["autoencoder"] | {"name": name}))
 
 
-def make_images(num_devices, batch_size, num_images=10, seed=0, mesh=None, **options):
+@functools.cache
+def generator(mesh, **options):
+    """A function that makes images, and parameters for it."""
     model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
-    mesh = create_mesh(jax.devices()[:num_devices]) if mesh is None else mesh
     generate = make_generate_fn(
         model,
         create_diffusion("4"),
         autoencoder("identity"),
         (8, 8, 1),
-        SamplingOptions(seed=seed, cfg_channels="all", **options),
+        SamplingOptions(cfg_channels="all", **options),
         mesh,
     )
     params = golden.drawn_params(model, 3, "A")
-    params = jax.device_put(params, state_sharding(params, mesh))
+    return generate, jax.device_put(params, state_sharding(params, mesh))
+
+
+def make_images(num_devices, batch_size, num_images=10, seed=0, mesh=None, **options):
+    mesh = create_mesh(jax.devices()[:num_devices]) if mesh is None else mesh
+    generate, params = generator(mesh, seed=seed, **options)
     labels = np.arange(num_images) % 10
     batches = list(generate_images(generate, params, labels, batch_size, num_devices))
     assert max(map(len, batches)) <= -(-batch_size // num_devices) * num_devices

@@ -8,7 +8,8 @@ import pytest
 from dico_jax.models import abstract_params, create_model
 from tests.golden import distance
 
-DICO = ("DiCo", {"hidden_size": 32, "depth": (2, 2, 2, 2, 2), "num_classes": 10})
+DICO = ("DiCo", {"hidden_size": 32, "depth": (1, 1, 2, 1, 1), "num_classes": 10})
+DEEPER_DICO = ("DiCo", {**DICO[1], "depth": (2, 2, 2, 2, 2)})
 DIT = ("DiT", {"hidden_size": 64, "depth": 4, "num_heads": 4, "num_classes": 10})
 # Of the peak. A bfloat16 number has 8 bits: a rounding is 2^-9 of it, and errors of the layers add.
 OUTPUT_BUDGET = 0.02
@@ -26,7 +27,14 @@ def drawn(model):
     return jax.tree.map(draw, abstract_params(model))
 
 
-@pytest.mark.parametrize("network", [DICO, DIT], ids=lambda network: network[0])
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(DICO, id="DiCo"),
+        pytest.param(DIT, id="DiT"),
+        pytest.param(DEEPER_DICO, id="deeper DiCo", marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_stays_within_its_budget(network):
     name, sizes = network
     rng = np.random.default_rng(1)

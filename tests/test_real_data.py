@@ -156,6 +156,7 @@ def test_ones_own_pictures_with_bad_files_among_them(vae, tmp_path):
         train(config, str(tmp_path / "other"))
 
 
+@pytest.mark.slow  # test_sources.py reads zip files, test_training.py trains on pictures
 def test_cifar10_from_its_zip(tmp_path):
     config = small(cifar10.get_config(), source="zip", path=str(DATA / "cifar10_test.zip"))
     config.data.num_workers = 1

@@ -14,7 +14,7 @@ from tests.test_training import tiny_config
 
 @pytest.fixture(autouse=True)
 def _short_training(monkeypatch):
-    monkeypatch.setattr(classifier, "_MIN_STEPS", 10)
+    monkeypatch.setattr(classifier, "_MIN_STEPS", 2)
     monkeypatch.setattr(classifier, "_EPOCHS", 0)
 
 
@@ -53,7 +53,7 @@ def test_a_curve_that_goes_on_after_an_interruption(tmp_path, monkeypatch):
     assert statistics.count == 1797
 
     files[0].unlink()
-    monkeypatch.setattr(classifier, "_MIN_STEPS", 12)  # then it is another classifier
+    monkeypatch.setattr(classifier, "_MIN_STEPS", 3)  # then it is another classifier
     with pytest.raises(UsageError, match=r"reference.npz was measured with other weights"):
         train(config(), str(tmp_path / "parts"))
 

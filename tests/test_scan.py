@@ -216,7 +216,7 @@ def test_on_eight_devices(family, are_split):
 
 
 @golden.requires_golden
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def test_published_numbers(dtype):
     g = golden.load("dico_tiny_forward.npz")
     with jax.enable_x64(dtype == "float64"):
