@@ -86,6 +86,7 @@ def test_a_stage_takes_its_blocks_in_stacks(dtype):
     jax.tree.map(np.testing.assert_array_equal, found_grads, grads)
 
 
+@pytest.mark.slow  # the tests above have its parts
 def test_a_run_may_change_between_blocks_and_stacks(tmp_path):
     """Its checkpoints are the same, and its numbers up to the rounding of sums."""
     weights = []

@@ -18,6 +18,7 @@ import pytest
 import safetensors.numpy
 
 from dico_jax.errors import UsageError
+from dico_jax.interop import restricted_pickle
 from dico_jax.interop.torch_files import open_tensors, write_pt, write_safetensors
 from tests.interop_files import (
     HOOKS,
@@ -369,7 +370,6 @@ def doubling(levels, opener, closer):
         (b"]" * 100_000 + b"a" * 99_999, "64 levels"),
         (b"](" * 100_000 + b"e" * 100_000, "64 levels"),
         (b"(" * 100_000, "missing on the stack"),
-        (b"]\x94" * 1_500_000, "steps"),
         (b"\x8a\xff" + b"\x7f" * 255, "integer of 255 bytes"),
         (b"\x8b\xff\xff\xff\x7f", "integer of 2147483647 bytes"),
         (b"X\xff\xff\xff\xff", "ends early"),
@@ -412,6 +412,12 @@ def doubling(levels, opener, closer):
 def test_bombs_and_broken_pickles(tmp_path, body, part):
     data = body if body.startswith(b"\x80") else pickled(body)
     refused_pickle(tmp_path, data, part)
+
+
+@pytest.mark.parametrize("limit", [2000, pytest.param(2_000_000, marks=pytest.mark.slow)])
+def test_a_pickle_of_too_many_steps(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(restricted_pickle, "_MAX_STEPS", limit)
+    refused_pickle(tmp_path, pickled(b"]\x94" * (limit * 3 // 4)), f"more than {limit} steps")
 
 
 def test_a_memo_index_takes_no_memory(tmp_path):
