@@ -64,7 +64,7 @@ def read_all(path):
 def refusal(path, *parts):
     """The message of the UsageError that reading all of `path` gives."""
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     try:
         with pytest.raises(UsageError) as caught:
             read_all(path)
@@ -77,7 +77,7 @@ def refusal(path, *parts):
     assert "\n" not in message
     assert len(message) < 600
     assert peak < 500 << 20
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
     return message
 
 
