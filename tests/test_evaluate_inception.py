@@ -9,6 +9,7 @@ import pytest
 from dico_jax.mesh import create_mesh
 from dico_jax.metrics.evaluator import create_evaluator
 from dico_jax.metrics.feature_networks import make_feature_fn
+from dico_jax.metrics.feature_summary import FeatureSummary
 from dico_jax.metrics.inception_features import InceptionFeatures
 from tests import golden
 from tests.commands import call
@@ -40,12 +41,10 @@ def write_as_adm(path, features, **more):
 
 
 @golden.requires_golden
-def test_from_files_of_others(weights_file, network, features, tmp_path):  # noqa: F811
-    """Statistics of ADM with images, and those of pytorch-fid without."""
-    paths = {name: tmp_path / f"{name}.npz" for name in ("adm", "pytorch_fid", "samples")}
+def test_from_a_file_of_adm(weights_file, features, tmp_path):  # noqa: F811
+    """Statistics of ADM with images."""
+    paths = {name: tmp_path / f"{name}.npz" for name in ("adm", "samples")}
     write_as_adm(paths["adm"], features[0], arr_0=REFERENCE)
-    pool = features[0].pool
-    np.savez(paths["pytorch_fid"], mu=pool.mean(0), sigma=np.cov(pool, rowvar=False))
     np.savez(paths["samples"], arr_0=SAMPLES)
     done = call(
         "dico_jax.evaluate", f"--samples={paths['samples']}", f"--reference={paths['adm']}",
@@ -64,13 +63,24 @@ def test_from_files_of_others(weights_file, network, features, tmp_path):  # noq
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-4), name
     assert any("not the published weights" in text for text in result["warnings"])
-    # Without its numbers: the roots of such large matrices take seconds.
-    pytorch_fid = create_evaluator(
-        network, str(paths["pytorch_fid"]), None, batch_size=16, mesh=create_mesh()
-    )
-    assert pytorch_fid.metrics == ("fid", "inception_score")
-    np.testing.assert_array_equal(pytorch_fid.reference.mean, pool.mean(0))
-    np.testing.assert_array_equal(pytorch_fid.reference.covariance, np.cov(pool, rowvar=False))
+
+
+@golden.requires_golden
+@pytest.mark.parametrize("numbers", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_from_a_file_of_pytorch_fid(network, features, tmp_path, numbers):
+    """Its statistics are those of the file; the numbers need roots that take seconds."""
+    pool, path = features[0].pool, tmp_path / "pytorch_fid.npz"
+    np.savez(path, mu=pool.mean(0), sigma=np.cov(pool, rowvar=False))
+    evaluator = create_evaluator(network, str(path), None, batch_size=16, mesh=create_mesh())
+    assert evaluator.metrics == ("fid", "inception_score")
+    np.testing.assert_array_equal(evaluator.reference.mean, pool.mean(0))
+    np.testing.assert_array_equal(evaluator.reference.covariance, np.cov(pool, rowvar=False))
+    if numbers:
+        summary = FeatureSummary(network, evaluator.keeps_features)
+        summary.add(features[1])
+        found = evaluator.numbers(summary)
+        assert set(found) == {"fid", "inception_score", "inception_score_std"}
+        assert found["fid"] == pytest.approx(distances(features)["fid"], rel=1e-6)
 
 
 def distances(features):

@@ -30,7 +30,7 @@ def self_attention(
     Raises:
       UsageError: an unknown implementation, or one that q's dtype, shape or the platform lacks.
     """
-    missing = cudnn_lacks(q.dtype, q.shape[-1])
+    missing = _cudnn_lacks(q.dtype, q.shape[-1])
     if implementation == "xla" or (implementation == "auto" and missing):
         return _two_products(q, k, v)
     if implementation not in ("auto", "cudnn"):
@@ -43,7 +43,7 @@ def self_attention(
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
-def cudnn_lacks(dtype, head: int) -> str:
+def _cudnn_lacks(dtype, head: int) -> str:
     """What cuDNN's attention needs and does not have, "" where it can be used."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"float16 or bfloat16, not {jnp.dtype(dtype)}"
