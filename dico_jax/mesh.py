@@ -55,12 +55,31 @@ def _keep_freed_memory() -> None:
     XLA takes the memory of all activations anew for every step. The kernel would clear every page
     of it again, which takes a quarter of a training step's time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
-        mallopt(trim_threshold, -1)  # never give memory back
-        mallopt(mmap_max, 0)  # nor take it apart from the heap,
-        mallopt(arena_max, 1)  # other threads' heaps are too small; it costs locks, so not always
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or not hasattr(libc, "mallopt"):
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
+    libc.mallopt(trim_threshold, -1)  # never give memory back
+    libc.mallopt(mmap_max, 0)  # nor take it apart from the heap,
+    libc.mallopt(arena_max, 1)  # other threads' heaps are too small; it costs locks, so not always
+    _ask_for_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") // 2)
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL, pages: int) -> None:
+    """Lets the kernel back the heap's next `pages` pages by pages of 2 MB.
+
+    They are named while malloc has them, which touches none; the heap keeps their addresses.
+    Strided reads of an array miss fewer of them, and a page taken for the first time costs less.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    page, madv_hugepage = os.sysconf("SC_PAGESIZE"), 14
+    block = libc.malloc(pages * page)
+    if block:  # else the system does not promise that much: all works, with small pages
+        start = -(-block // page) * page
+        libc.madvise(start, (pages - 1) * page, madv_hugepage)
+        libc.free(block)
 
 
 def create_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:

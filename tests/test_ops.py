@@ -10,6 +10,7 @@ from dico_jax.models import create_model
 from dico_jax.ops.conv import conv3x3
 from dico_jax.ops.depthwise import conv_gelu_mean, depthwise_conv3x3
 from dico_jax.ops.gelu import gelu
+from dico_jax.ops.linear import gated_linear, linear
 from dico_jax.ops.norm import layer_norm, norm_modulate
 from dico_jax.ops.stored import stored
 from dico_jax.ops.vectors import add_vector, multiply_vector
@@ -78,6 +79,69 @@ def test_conv3x3_is_a_zero_padded_cross_correlation(size, channels):
         for j in range(3)
     )
     np.testing.assert_allclose(conv3x3(x, kernel), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("channels", [(3, 5), (8, 20), (10, 40), (2, 20), (40, 4)])
+def test_conv3x3_has_the_gradient_of_a_convolution(channels):
+    """For (10, 40) there are fewer positions than channels, which has a formula of its own."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.normal(size=(2, 5, 3, channels[0])))
+        kernel = jnp.asarray(rng.normal(size=(3, 3, *channels)))
+        weights = jnp.asarray(rng.normal(size=(2, 5, 3, channels[1])))
+
+        def plain(x, kernel):
+            return jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+        ours, reference = (
+            jax.grad(lambda *args, f=f: jnp.sum(weights * f(*args)), (0, 1))(x, kernel)
+            for f in (conv3x3, plain)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, reference)
+
+
+@pytest.mark.parametrize("positions", [(), (7,), (5, 3), (2, 1)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_linear_layers_and_their_gradients_are_those_of_the_formula(positions, gated):
+    """With (5, 3) an example is larger than the kernel, with (2, 1) it is smaller."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        shapes = [(2, *positions, 6), (6, 4), (4,), (2, 4)]
+        x, kernel, bias, gate = (jnp.asarray(rng.normal(size=shape)) for shape in shapes)
+        weights = jnp.asarray(rng.normal(size=(2, *positions, 4)))
+
+        def formula(x, kernel, bias, gate=None):
+            y = jnp.einsum("...c,cd->...d", x, kernel) + bias
+            return y if gate is None else y * gate.reshape(2, *[1] * len(positions), 4)
+
+        args = (x, kernel, bias, gate) if gated else (x, kernel, bias)
+        ours, reference = (
+            jax.value_and_grad(
+                lambda *args, f=f: jnp.sum(weights * f(*args)), tuple(range(len(args)))
+            )(*args)
+            for f in (gated_linear if gated else linear, formula)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ours, reference)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_of_linear_layers_are_summed_in_float32(gated):
+    x, kernel = jnp.ones((2, 32, 32, 4), jnp.bfloat16), jnp.ones((4, 4), jnp.bfloat16)
+    vectors = {"bias": jnp.ones(4, jnp.bfloat16)} | (
+        {"gate": jnp.ones((2, 4), jnp.bfloat16)} if gated else {}
+    )
+
+    def total(vectors):
+        y = (gated_linear if gated else linear)(x, kernel, **vectors)
+        return y.astype(jnp.float32).sum()
+
+    gradients = jax.grad(total)(vectors)
+    # 2048 ones, and 1024 fives: a sum in bfloat16 would stop far below.
+    np.testing.assert_array_equal(gradients["bias"].astype(jnp.float32), 2048.0)
+    if gated:
+        np.testing.assert_array_equal(gradients["gate"].astype(jnp.float32), 5120.0)
 
 
 def test_conv3x3_with_few_outputs_sums_in_float32():

@@ -16,7 +16,6 @@ from dico_jax.models.layers import (
     Modulation,
     Stage,
     TimestepEmbedder,
-    add_gated,
     label_table,
     linear_xavier_uniform,
     pixel_shuffle,
@@ -62,12 +61,11 @@ class DiCoBlock(nn.Module):
         h = conv1x1(self.width, "conv1")(h)
         h, mean = DepthwiseConvGelu(self.dtype, self.depthwise, name="conv2")(h)
         h = multiply_vector(h, ChannelAttention(self.dtype, name="ca")(mean))
-        x = add_gated(x, gate1, conv1x1(self.width, "conv3")(h))
+        x = x + conv1x1(self.width, "conv3")(h, gate1)
 
         h = norm_modulate(x, shift2, scale2)
         h = conv1x1(int(self.mlp_ratio * self.width), "conv4")(h)
-        h = conv1x1(self.width, "conv5")(gelu(h))
-        return add_gated(x, gate2, h)
+        return x + conv1x1(self.width, "conv5")(gelu(h), gate2)
 
 
 class InputConv(nn.Module):

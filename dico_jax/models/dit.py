@@ -15,14 +15,13 @@ from dico_jax.models.layers import (
     Modulation,
     Stage,
     TimestepEmbedder,
-    add_gated,
     label_table,
     linear_xavier_uniform,
     zeros,
 )
 from dico_jax.ops.attention import Implementation, self_attention
 from dico_jax.ops.norm import norm_modulate
-from dico_jax.ops.vectors import add_vector
+from dico_jax.ops.vectors import add_vector, multiply_vector
 
 
 def position_embedding(height: int, width: int, channels: int) -> np.ndarray:
@@ -122,10 +121,10 @@ class DiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
         h = norm_modulate(x, shift1, scale1)
         attention = Attention(self.num_heads, self.dtype, self.attention, name="attn")
-        x = add_gated(x, gate1, attention(h))
+        x = x + multiply_vector(attention(h), gate1)
         h = norm_modulate(x, shift2, scale2)
         mlp = Mlp(int(self.mlp_ratio * self.width), self.dtype, name="mlp")
-        return add_gated(x, gate2, mlp(h))
+        return x + multiply_vector(mlp(h), gate2)
 
 
 class FinalLayer(nn.Module):

@@ -18,7 +18,8 @@ import numpy as np
 from dico_jax.models.block_stacks import STACK
 from dico_jax.ops.conv import conv3x3
 from dico_jax.ops.depthwise import Implementation, conv_gelu_mean
-from dico_jax.ops.vectors import add_vector, multiply_vector
+from dico_jax.ops.linear import gated_linear, linear
+from dico_jax.ops.vectors import add_vector
 
 xavier_uniform = nn.initializers.xavier_uniform()
 normal_002 = nn.initializers.normal(0.02)
@@ -43,11 +44,6 @@ def linear_xavier_uniform(key, shape, dtype=jnp.float32):
     fan_in, fan_out = math.prod(shape[:-1]), shape[-1]
     bound = math.sqrt(6.0 / (fan_in + fan_out))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def add_gated(x, gate, update):
-    """X + gate * update, with a (N, C) gate over (N, ..., C)."""
-    return x + multiply_vector(update, gate)
 
 
 def pixel_unshuffle(x):
@@ -80,7 +76,8 @@ def time_features(t, dtype=jnp.float32):
 class Dense(nn.Module):
     """A linear layer over channels, or a 1x1 convolution; kernel (C, features).
 
-    As flax's, but for the gradient of the bias, which is summed in float32.
+    As flax's, but for the gradients (`dico_jax.ops.linear`). With a gate (N, features), results are
+    multiplied by it.
     """
 
     features: int
@@ -88,12 +85,12 @@ class Dense(nn.Module):
     kernel_init: Callable = xavier_uniform
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, gate=None):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", zeros, (self.features,), jnp.float32)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return add_vector(x @ kernel, bias)
+        return linear(x, kernel, bias) if gate is None else gated_linear(x, kernel, bias, gate)
 
 
 class Modulation(nn.Module):

@@ -28,9 +28,41 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return _gathered(x, kernel)
     if 9 * kernel.shape[-1] <= channels:
         return _scattered(x, kernel)
+    return _convolved(x, kernel)
+
+
+def _convolve(x, kernel):
     return lax.conv_general_dilated(
         x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+@jax.custom_vjp
+def _convolved(x, kernel):
+    return _convolve(x, kernel)
+
+
+def _convolved_bwd(residuals, dy):
+    x, kernel = residuals
+    (dkernel,) = jax.vjp(lambda kernel: _convolve(x, kernel), kernel)[1](dy)
+    if dy.size < kernel.shape[-1] ** 2:  # fewer positions than channels
+        return _few_positions_gradient(dy, kernel), dkernel
+    (dx,) = jax.vjp(lambda x: _convolve(x, kernel), x)[1](dy)
+    return dx, dkernel
+
+
+def _few_positions_gradient(dy, kernel):
+    """Gradient of a convolution's input, by products that read the kernel as it lies.
+
+    XLA for CPU brings it into another order first, which takes longer than the convolution.
+    """
+    wide = accumulation_dtype(dy.dtype)
+    taps = kernel.reshape(-1, kernel.shape[-1])
+    taken = lax.dot_general(dy, taps, (((3,), (1,)), ((), ())), preferred_element_type=wide)
+    return _shifted_sum(taken, _TAPS[::-1]).astype(dy.dtype)
+
+
+_convolved.defvjp(lambda x, kernel: (_convolve(x, kernel), (x, kernel)), _convolved_bwd)
 
 
 def _pad(x):
@@ -45,14 +77,20 @@ def _gathered(x, kernel):
 
 
 def _scattered(x, kernel):
-    _, height, width, channels = x.shape
-    features = kernel.shape[-1]
+    channels, features = kernel.shape[2:]
     wide = accumulation_dtype(x.dtype)
     # What every position gives to its neighbours, those of one neighbour side by side.
     flat = kernel.transpose(2, 0, 1, 3).reshape(channels, 9 * features)
-    given = _pad(jnp.matmul(x, flat, preferred_element_type=wide))
-    total = jnp.zeros((), wide)
-    for k, (i, j) in enumerate(_TAPS):
-        part = given[..., k * features : (k + 1) * features]
+    given = jnp.matmul(x, flat, preferred_element_type=wide)
+    return _shifted_sum(given, _TAPS).astype(x.dtype)
+
+
+def _shifted_sum(parts, taps):
+    """Sum of nine equal parts of the channels, each shifted by its tap (i - 1, j - 1)."""
+    _, height, width, channels = parts.shape
+    features, padded = channels // 9, _pad(parts)
+    total = jnp.zeros((), parts.dtype)
+    for k, (i, j) in enumerate(taps):
+        part = padded[..., k * features : (k + 1) * features]
         total = total + part[:, i : i + height, j : j + width]
-    return total.astype(x.dtype)
+    return total
