@@ -6,12 +6,10 @@ much and compute little.
 
 import os
 
+from tests.commands import HURRY
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-)
+_FLAGS = ("--xla_force_host_platform_device_count=8", *HURRY.split())
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
     [_given, *(flag for flag in _FLAGS if flag.split("=")[0] not in _given)]

@@ -3,6 +3,8 @@
 import json
 import resource
 import shutil
+import threading
+import time
 from typing import Any
 
 import jax
@@ -328,6 +330,22 @@ def test_a_save_that_cannot_be_written(workdir, small_files, capfd, when):
     assert_same(restore_newest(workdir)[0], make_state(10))
     save(workdir, 15)
     assert_same(restore_newest(workdir)[0], make_state(15))
+
+
+def test_what_comes_late_of_a_failed_save_goes_too(tmp_path):
+    folder = tmp_path / "15.orbax-checkpoint-tmp"
+    folder.mkdir()
+
+    def write_late():
+        time.sleep(0.2)
+        folder.mkdir()
+        (folder / "a file").write_text("late")
+
+    thread = threading.Thread(target=write_late)
+    thread.start()
+    step_folders.remove_unfinished(tmp_path, 15)
+    thread.join()
+    assert not folder.exists()
 
 
 def test_a_folder_that_has_gone(workdir):

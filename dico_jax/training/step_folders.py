@@ -8,12 +8,15 @@ import pathlib
 import re
 import shutil
 import threading
+import time
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from dico_jax.training.checksums import write_checksums
+
+_PAUSE_SECONDS, _QUIET_SECONDS, _MOST_SECONDS = 0.05, 0.5, 10.0
 
 
 def read_meta(folder: pathlib.Path) -> dict[str, Any]:
@@ -43,11 +46,23 @@ def seal(folder: pathlib.Path, step: int) -> None:
 
 
 def remove_unfinished(folder: pathlib.Path, step: int) -> None:
-    """Removes what a failed save has written, which may be what fills the disk."""
+    """Removes what a failed save has written, which may be what fills the disk.
+
+    TensorStore's threads cannot be waited for, and may write a file, its folder included, after the
+    others have given up. So it removes until nothing has come for a while; at the latest the next
+    run removes the rest.
+    """
     _join_writers()
-    if jax.process_index() == 0:
+    if jax.process_index():
+        return
+    end = time.monotonic() + _MOST_SECONDS
+    quiet = 0.0
+    while quiet < _QUIET_SECONDS and time.monotonic() < end:
         for unfinished in _unfinished(folder, step):
             shutil.rmtree(unfinished, ignore_errors=True)
+            quiet = 0.0
+        time.sleep(_PAUSE_SECONDS)
+        quiet += _PAUSE_SECONDS
 
 
 def _unfinished(folder: pathlib.Path, step: int) -> list[pathlib.Path]:
