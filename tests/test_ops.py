@@ -219,11 +219,12 @@ def test_norm_modulate_of_bfloat16_is_computed_in_float32():
     assert [g.dtype for g in pull(y)] == [jnp.bfloat16] * 3
 
 
-def test_gelu_has_the_gradient_of_its_formula():
+@pytest.mark.parametrize("between_products", [False, True])
+def test_gelu_has_the_gradient_of_its_formula(between_products):
     with jax.enable_x64(True):
         x = jnp.linspace(-9, 9, 301)
         reference = jax.grad(lambda x: jnp.sum(jax.nn.gelu(x, approximate=False)))(x)
-        ours = jax.grad(lambda x: jnp.sum(gelu(x)))(x)
+        ours = jax.grad(lambda x: jnp.sum(gelu(x, between_products)))(x)
         np.testing.assert_allclose(ours, reference, rtol=1e-12, atol=1e-15)
 
 
