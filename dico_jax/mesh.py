@@ -31,7 +31,8 @@ def use_all_cores(*, keep_memory: bool = False) -> None:
 
     Args:
       keep_memory: for training, whose activations take much memory in every step: have malloc keep
-        it from step to step. Does nothing where there is an accelerator, or no glibc.
+        it from step to step, in large pages. Does nothing where there is an accelerator, or no
+        glibc.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -55,8 +56,7 @@ def _keep_freed_memory() -> None:
     XLA takes the memory of all activations anew for every step. The kernel would clear every page
     of it again, which takes a quarter of a training step's time.
     """
-    libc = ctypes.CDLL(None)
-    if sys.platform != "linux" or not hasattr(libc, "mallopt"):
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
     libc.mallopt(trim_threshold, -1)  # never give memory back

@@ -39,8 +39,7 @@ def gated_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, gate: jax.Arr
 
     Args:
       x: (N, ..., C) activations, any floating dtype.
-      kernel, bias: (C, D) and (D,), dtype of x.
-      gate: (N, D).
+      kernel, bias, gate: (C, D), (D,) and (N, D), dtype of x.
 
     Returns:
       (x @ kernel + bias) * gate, (N, ..., D) of x's dtype.
