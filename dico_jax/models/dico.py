@@ -65,7 +65,7 @@ class DiCoBlock(nn.Module):
 
         h = norm_modulate(x, shift2, scale2)
         h = conv1x1(int(self.mlp_ratio * self.width), "conv4")(h)
-        return x + conv1x1(self.width, "conv5")(gelu(h, True), gate2)
+        return x + conv1x1(self.width, "conv5")(gelu(h, between_products=True), gate2)
 
 
 class InputConv(nn.Module):

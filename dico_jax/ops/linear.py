@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dico_jax.ops.precision import accumulation_dtype
+from dico_jax.ops.precision import accumulation_dtype, widened
 from dico_jax.ops.vectors import over_positions
 
 
@@ -26,7 +26,7 @@ def _linear_fwd(x, kernel, bias):
 def _linear_bwd(residuals, dy):
     x, kernel = residuals
     dy = dy.astype(x.dtype)
-    dbias = _wide(dy).sum(tuple(range(dy.ndim - 1)))
+    dbias = widened(dy).sum(tuple(range(dy.ndim - 1)))
     return dy @ kernel.T, _kernel_gradient(x, dy), dbias.astype(kernel.dtype)
 
 
@@ -55,8 +55,8 @@ def _gated_linear_fwd(x, kernel, bias, gate):
 def _gated_linear_bwd(residuals, dy):
     x, kernel, gate, ungated = residuals
     positions = tuple(range(1, dy.ndim - 1))
-    dgate = (_wide(dy) * _wide(ungated)).sum(positions)
-    dbias = (_wide(dy).sum(positions) * _wide(gate)).sum(0)
+    dgate = (widened(dy) * widened(ungated)).sum(positions)
+    dbias = (widened(dy).sum(positions) * widened(gate)).sum(0)
     dkernel = lax.platform_dependent(
         x, dy, gate, cpu=_gated_kernel_gradient_on_cpu, default=_gated_kernel_gradient
     )
@@ -65,10 +65,6 @@ def _gated_linear_bwd(residuals, dy):
 
 
 gated_linear.defvjp(_gated_linear_fwd, _gated_linear_bwd)
-
-
-def _wide(x):
-    return x.astype(accumulation_dtype(x.dtype))
 
 
 def _kernel_gradient(x, dy):

@@ -7,7 +7,7 @@ bfloat16 a sum of ones stops at 256.
 import jax
 import jax.numpy as jnp
 
-from dico_jax.ops.precision import accumulation_dtype
+from dico_jax.ops.precision import widened
 
 
 def over_positions(vector: jax.Array, x: jax.Array) -> jax.Array:
@@ -34,17 +34,13 @@ def _summed(dy, x, vector):
     return dy.sum(axes).astype(vector.dtype)
 
 
-def _wide(x):
-    return x.astype(accumulation_dtype(x.dtype))
-
-
 def _add_fwd(x, vector):
     return add_vector(x, vector), (jnp.zeros(0, x.dtype), vector)
 
 
 def _add_bwd(residuals, dy):
     like_x, vector = residuals
-    return dy.astype(like_x.dtype), _summed(_wide(dy), dy, vector)
+    return dy.astype(like_x.dtype), _summed(widened(dy), dy, vector)
 
 
 def _multiply_fwd(x, vector):
@@ -54,7 +50,7 @@ def _multiply_fwd(x, vector):
 def _multiply_bwd(residuals, dy):
     x, vector = residuals
     dx = (dy * over_positions(vector, x)).astype(x.dtype)
-    return dx, _summed(_wide(dy) * _wide(x), x, vector)
+    return dx, _summed(widened(dy) * widened(x), x, vector)
 
 
 add_vector.defvjp(_add_fwd, _add_bwd)
