@@ -1,4 +1,4 @@
-"""The tuned operations against plain ones."""
+"""The tuned operations against plain ones, computed together and apart (`dico_jax.ops.apart`)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,22 @@ import pytest
 
 from dico_jax.errors import UsageError
 from dico_jax.models import create_model
+from dico_jax.ops import apart as apart_module
+from dico_jax.ops import winograd
+from dico_jax.ops.apart import apart, stored, with_sums
 from dico_jax.ops.conv import conv3x3
 from dico_jax.ops.depthwise import conv_gelu_mean, depthwise_conv3x3
 from dico_jax.ops.gelu import gelu
-from dico_jax.ops.linear import gated_linear, linear
+from dico_jax.ops.linear import gated_linear, linear, linear_gelu
 from dico_jax.ops.norm import layer_norm, norm_modulate
-from dico_jax.ops.stored import stored
 from dico_jax.ops.vectors import add_vector, multiply_vector
+
+
+@pytest.fixture(autouse=True, params=[2**18, 0], ids=["together", "apart"])
+def _large(request, monkeypatch):
+    """Every test meets both ways, that of small arrays and that of large ones on CPU."""
+    monkeypatch.setattr(apart_module, "LARGE", request.param)
+    jax.clear_caches()
 
 
 def operands(shape, dtype, seed=0):
@@ -23,7 +32,7 @@ def operands(shape, dtype, seed=0):
     return [jnp.asarray(a, dtype) for a in arrays]
 
 
-SHAPES = [(2, 8, 8, 6), (1, 4, 12, 3), (3, 1, 1, 2), (2, 2, 5, 4)]
+SHAPES = [(2, 8, 8, 6), (1, 4, 12, 3), (3, 1, 1, 2), (2, 2, 5, 4), (2, 4, 16, 32)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -102,9 +111,9 @@ def test_conv3x3_has_the_gradient_of_a_convolution(channels):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, reference)
 
 
-@pytest.mark.parametrize("positions", [(), (7,), (5, 3), (2, 1)])
-@pytest.mark.parametrize("gated", [False, True])
-def test_linear_layers_and_their_gradients_are_those_of_the_formula(positions, gated):
+@pytest.mark.parametrize("positions", [(), (7,), (5, 3), (2, 1), (4, 8)])
+@pytest.mark.parametrize("layer", [linear, gated_linear, linear_gelu])
+def test_linear_layers_and_their_gradients_are_those_of_the_formula(positions, layer):
     """With (5, 3) an example is larger than the kernel, with (2, 1) it is smaller."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
@@ -114,16 +123,21 @@ def test_linear_layers_and_their_gradients_are_those_of_the_formula(positions, g
 
         def formula(x, kernel, bias, gate=None):
             y = jnp.einsum("...c,cd->...d", x, kernel) + bias
+            if layer is linear_gelu:
+                return jax.nn.gelu(y, approximate=False)
             return y if gate is None else y * gate.reshape(2, *[1] * len(positions), 4)
 
-        args = (x, kernel, bias, gate) if gated else (x, kernel, bias)
+        args = (x, kernel, bias, gate) if layer is gated_linear else (x, kernel, bias)
         ours, reference = (
             jax.value_and_grad(
                 lambda *args, f=f: jnp.sum(weights * f(*args)), tuple(range(len(args)))
             )(*args)
-            for f in (gated_linear if gated else linear, formula)
+            for f in (layer, formula)
         )
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ours, reference)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), ours, reference
+        )
+        np.testing.assert_allclose(layer(*args), formula(*args), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -185,7 +199,7 @@ def test_a_network_refuses_an_unknown_implementation():
         create_model("DiCo-S", depthwise="fft")
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 3, 16), (3, 7, 8)])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 16), (3, 7, 8), (2, 4, 8, 48)])
 def test_norm_modulate_and_its_gradient_are_those_of_the_formula(shape):
     def formula(x, shift, scale):
         shift, scale = (jnp.expand_dims(v, tuple(range(1, x.ndim - 1))) for v in (shift, scale))
@@ -215,17 +229,44 @@ def test_norm_modulate_of_bfloat16_is_computed_in_float32():
     shift, scale = jnp.ones((2, 64), jnp.bfloat16), jnp.ones((2, 64), jnp.bfloat16)
     y, pull = jax.vjp(norm_modulate, x, shift, scale)
     wide = [v.astype(jnp.float32) for v in (x, shift, scale)]
-    np.testing.assert_array_equal(y, norm_modulate(*wide))
+    # Sums may be taken in another order.
+    np.testing.assert_allclose(y, norm_modulate(*wide), rtol=1e-5, atol=2e-6)
     assert [g.dtype for g in pull(y)] == [jnp.bfloat16] * 3
 
 
-@pytest.mark.parametrize("between_products", [False, True])
-def test_gelu_has_the_gradient_of_its_formula(between_products):
+def test_gelu_has_the_gradient_of_its_formula():
     with jax.enable_x64(True):
         x = jnp.linspace(-9, 9, 301)
         reference = jax.grad(lambda x: jnp.sum(jax.nn.gelu(x, approximate=False)))(x)
-        ours = jax.grad(lambda x: jnp.sum(gelu(x, between_products)))(x)
+        ours = jax.grad(lambda x: jnp.sum(gelu(x)))(x)
         np.testing.assert_allclose(ours, reference, rtol=1e-12, atol=1e-15)
+
+
+def test_gelu_at_the_ends_of_its_dtypes_has_a_finite_gradient():
+    """Where x is 0, and where its GELU or their quotient is no normal number."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x = jnp.asarray([0.0, -0.0, 1e-38, -1e-38, 1e-45, -13.0, -14.5, -1e4, 1e4], dtype)
+        gradient = jax.grad(lambda x: gelu(x).astype(jnp.float32).sum())(x)
+        expected = jnp.asarray([0.5] * 5 + [0.0] * 3 + [1.0], jnp.float32)
+        np.testing.assert_allclose(gradient.astype(jnp.float32), expected, atol=1e-6)
+
+
+def test_linear_gelu_of_bfloat16_has_the_gradient_of_its_parts():
+    rng = np.random.default_rng(0)
+    shapes = [(2, 8, 8, 16), (16, 32), (32,)]
+    x, kernel, bias = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+
+    def gradient(f):
+        return jax.grad(lambda *args: f(*args).astype(jnp.float32).sum(), (0, 1, 2))(
+            x, kernel, bias
+        )
+
+    parts = gradient(lambda *args: gelu(linear(*args)))
+    for ours, theirs in zip(gradient(linear_gelu), parts, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            ours.astype("float32"), theirs.astype("float32"), rtol=2**-7, atol=0.05
+        )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -261,3 +302,89 @@ def test_gradients_of_vectors_are_summed_in_float32(operation, rows):
     gradient = jax.grad(lambda v: operation(x, v).astype(jnp.float32).sum())(vector)
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_array_equal(gradient.astype(jnp.float32), 1024.0 if rows else 2048.0)
+
+
+def plain_convolution(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+# Of the gradients: few tiles or many, for the kernel by fewer multiplications or by a convolution.
+@pytest.mark.parametrize(
+    ("shape", "features"),
+    [((2, 4, 6, 20), 16), ((2, 16, 16, 128), 130), ((3, 16, 16, 128), 128), ((4, 8, 16, 16), 8)],
+)
+@pytest.mark.parametrize(("dtype", "bar"), [("float32", 2e-6), ("float64", 1e-14)])
+def test_winograd_and_its_gradients_are_those_of_the_convolution(shape, features, dtype, bar):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.normal(size=shape), dtype)
+        kernel = jnp.asarray(rng.normal(size=(3, 3, shape[-1], features)), dtype)
+        dy = jnp.asarray(rng.normal(size=(*shape[:-1], features)), dtype)
+
+        @jax.jit
+        def ours(x, kernel, dy):
+            y, pull = jax.vjp(winograd.conv3x3, x, kernel)
+            return y, *pull(dy)
+
+        y, pull = jax.vjp(plain_convolution, *(a.astype("float64") for a in (x, kernel)))
+        reference = y, *pull(dy.astype("float64"))
+        for a, b in zip(ours(x, kernel, dy), reference, strict=True):
+            assert a.dtype == dtype
+            assert np.abs(a - b).max() < bar * np.abs(b).max()
+
+
+def test_conv3x3_takes_winograd_where_it_loses_nothing():
+    """On CPU, for large float32 arrays; sums of bfloat16 are those of the convolution."""
+    x, kernel = jnp.ones((2, 16, 16, 64)), jnp.ones((3, 3, 64, 64))
+
+    def products(x, kernel):
+        return jax.jit(conv3x3).lower(x, kernel).compile().as_text().count(" dot(")
+
+    assert winograd.pays(x, kernel)
+    assert products(x, kernel) == 16
+    np.testing.assert_allclose(conv3x3(x, kernel), plain_convolution(x, kernel), rtol=1e-5)
+    for small in (x[:1], x[:, :15], x[..., :32], x.astype(jnp.bfloat16)):
+        taken = kernel[:, :, : small.shape[-1]].astype(small.dtype)
+        assert not winograd.pays(small, taken)
+        assert products(small, taken) == 0
+
+
+def test_what_is_computed_apart_is_a_call_that_nothing_is_fused_across():
+    x = jnp.ones((8, 16, 32))
+
+    def program(x):
+        y = apart(jnp.sin, x)
+        return y + 1, with_sums(lambda sums, y: sums.over_positions(jnp.square, y), y)
+
+    text = jax.jit(program).lower(x).compile().as_text()
+    calls = [line for line in text.splitlines() if 'inlineable="false"' in line]
+    assert len(calls) == (2 if apart_module.LARGE == 0 else 0)
+    assert all(" call(" in line for line in calls)
+
+
+def test_devices_that_split_the_batch_wait_for_each_other_once():
+    """No sum over the batch is taken in what is computed apart: all are one reduction."""
+    rng = np.random.default_rng(0)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), "data")
+    split, whole = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        for axes in (("data",), ())
+    )
+    shapes = {"taps": (3, 3, 1, 16), "bias": (16,), "kernel": (16, 16)}
+    params = {k: jnp.asarray(rng.normal(size=shape)) for k, shape in shapes.items()}
+    x, shift = jnp.asarray(rng.normal(size=(4, 8, 8, 16))), jnp.asarray(rng.normal(size=(4, 16)))
+
+    def loss(params, x, shift):
+        h, _ = conv_gelu_mean(x, params["taps"], params["bias"])
+        h = linear_gelu(norm_modulate(h, shift, shift), params["kernel"], params["bias"])
+        return jnp.square(gated_linear(h, params["kernel"], params["bias"], shift)).sum()
+
+    reference = jax.grad(loss)(params, x, shift)
+    gradient = jax.jit(jax.grad(loss), out_shardings=whole)
+    args = jax.device_put(params, whole), *jax.device_put((x, shift), split)
+    text = gradient.lower(*args).compile().as_text()
+    assert text.count(" all-reduce(") == 1
+    for a, b in zip(jax.tree.leaves(gradient(*args)), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)

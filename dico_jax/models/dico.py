@@ -22,10 +22,9 @@ from dico_jax.models.layers import (
     pixel_unshuffle,
     zeros,
 )
+from dico_jax.ops.apart import stored
 from dico_jax.ops.depthwise import Implementation
-from dico_jax.ops.gelu import gelu
 from dico_jax.ops.norm import norm_modulate
-from dico_jax.ops.stored import stored
 from dico_jax.ops.vectors import multiply_vector
 
 
@@ -51,8 +50,8 @@ class DiCoBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, c):  # x (N, H, W, width), c (N, width)
-        def conv1x1(features, name):
-            return Dense(features, self.dtype, name=name)
+        def conv1x1(features, name, **options):
+            return Dense(features, self.dtype, name=name, **options)
 
         modulation = Modulation(6, self.width, self.dtype, name="adaLN_modulation")(c)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
@@ -64,8 +63,8 @@ class DiCoBlock(nn.Module):
         x = x + conv1x1(self.width, "conv3")(h, gate1)
 
         h = norm_modulate(x, shift2, scale2)
-        h = conv1x1(int(self.mlp_ratio * self.width), "conv4")(h)
-        return x + conv1x1(self.width, "conv5")(gelu(h, between_products=True), gate2)
+        h = conv1x1(int(self.mlp_ratio * self.width), "conv4", with_gelu=True)(h)
+        return x + conv1x1(self.width, "conv5")(h, gate2)
 
 
 class InputConv(nn.Module):

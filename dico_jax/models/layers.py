@@ -18,7 +18,7 @@ import numpy as np
 from dico_jax.models.block_stacks import STACK
 from dico_jax.ops.conv import conv3x3
 from dico_jax.ops.depthwise import Implementation, conv_gelu_mean
-from dico_jax.ops.linear import gated_linear, linear
+from dico_jax.ops.linear import gated_linear, linear, linear_gelu
 from dico_jax.ops.vectors import add_vector
 
 xavier_uniform = nn.initializers.xavier_uniform()
@@ -76,13 +76,14 @@ def time_features(t, dtype=jnp.float32):
 class Dense(nn.Module):
     """A linear layer over channels, or a 1x1 convolution; kernel (C, features).
 
-    As flax's, but for the gradients (`dico_jax.ops.linear`). With a gate (N, features), results are
-    multiplied by it.
+    As flax's, but for the gradients (`dico_jax.ops.linear`). Results go through the exact GELU if
+    `with_gelu`; with a gate (N, features), they are multiplied by it.
     """
 
     features: int
     dtype: jnp.dtype
     kernel_init: Callable = xavier_uniform
+    with_gelu: bool = False
 
     @nn.compact
     def __call__(self, x, gate=None):
@@ -90,7 +91,9 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", zeros, (self.features,), jnp.float32)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return linear(x, kernel, bias) if gate is None else gated_linear(x, kernel, bias, gate)
+        if gate is not None:
+            return gated_linear(x, kernel, bias, gate)
+        return (linear_gelu if self.with_gelu else linear)(x, kernel, bias)
 
 
 class Modulation(nn.Module):

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dico_jax.ops import winograd
+from dico_jax.ops.apart import apart
 from dico_jax.ops.precision import accumulation_dtype
 
 _TAPS = [(i, j) for i in range(3) for j in range(3)]
@@ -14,7 +16,8 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Few input channels, or an input smaller than the kernel, make one product of all nine
     neighbours. Few output channels make one product whose results are shifted and added. Both keep
-    the matrix units of every platform filled, where a convolution would not.
+    the matrix units of every platform filled, where a convolution would not. What is left is a
+    convolution, on CPU by fewer multiplications where that is faster (`dico_jax.ops.winograd`).
 
     Args:
       x: (N, H, W, C) activations, any floating dtype.
@@ -28,6 +31,8 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return _gathered(x, kernel)
     if 9 * kernel.shape[-1] <= channels:
         return _scattered(x, kernel)
+    if winograd.pays(x, kernel):
+        return lax.platform_dependent(x, kernel, cpu=winograd.conv3x3, default=_convolved)
     return _convolved(x, kernel)
 
 
@@ -70,10 +75,15 @@ def _pad(x):
 
 
 def _gathered(x, kernel):
+    return _neighbours(x, _TAPS) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _neighbours(x, taps):
+    """X shifted by every tap (i - 1, j - 1), side by side in the channels."""
     _, height, width, _ = x.shape
     padded = _pad(x)
-    taps = [padded[:, i : i + height, j : j + width] for i, j in _TAPS]
-    return jnp.concatenate(taps, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+    parts = [padded[:, i : i + height, j : j + width] for i, j in taps]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def _scattered(x, kernel):
@@ -82,7 +92,19 @@ def _scattered(x, kernel):
     # What every position gives to its neighbours, those of one neighbour side by side.
     flat = kernel.transpose(2, 0, 1, 3).reshape(channels, 9 * features)
     given = jnp.matmul(x, flat, preferred_element_type=wide)
-    return _shifted_sum(given, _TAPS).astype(x.dtype)
+    return _sum_of_given(given).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _sum_of_given(given):
+    return _shifted_sum(given, _TAPS)
+
+
+def _sum_of_given_bwd(_, dy):
+    return (apart(lambda dy: _neighbours(dy, _TAPS[::-1]), dy),)
+
+
+_sum_of_given.defvjp(lambda given: (_sum_of_given(given), None), _sum_of_given_bwd)
 
 
 def _shifted_sum(parts, taps):

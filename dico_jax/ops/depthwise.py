@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from dico_jax.errors import UsageError
+from dico_jax.ops.apart import apart, with_sums
 from dico_jax.ops.gelu import gelu
-from dico_jax.ops.precision import accumulation_dtype
+from dico_jax.ops.precision import accumulation_dtype, widened
 
 Implementation = Literal["auto", "shifted", "lax", "pallas"]
 _TAPS = [(i, j) for i in range(3) for j in range(3)]
@@ -94,14 +95,14 @@ def _grouped(x, kernel):
 
 
 def _pad(x):
-    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    zero = jnp.zeros((), x.dtype)
+    return lax.pad(x, zero, ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
 
 
-def _sum_of_taps(x, kernel):
+def _sum_of_taps(padded, kernel):
     """Sum over (i, j) of x shifted by (i - 1, j - 1), times kernel[i, j]; float32 or better."""
-    _, height, width, _ = x.shape
-    accumulator = accumulation_dtype(x.dtype)
-    padded, kernel = _pad(x), kernel.astype(accumulator)
+    height, width = padded.shape[1] - 2, padded.shape[2] - 2
+    kernel = kernel.astype(accumulation_dtype(padded.dtype))
     total = None
     for i, j in _TAPS:
         term = padded[:, i : i + height, j : j + width] * kernel[i, j, 0]
@@ -109,32 +110,41 @@ def _sum_of_taps(x, kernel):
     return total
 
 
+def _convolve(padded, kernel, bias):
+    return (_sum_of_taps(padded, kernel) + bias).astype(padded.dtype)
+
+
 @jax.custom_vjp
 def _shifted(x, kernel, bias):
-    return (_sum_of_taps(x, kernel) + bias).astype(x.dtype)
+    return _convolve(_pad(x), kernel, bias)
 
 
 def _shifted_fwd(x, kernel, bias):
-    return _shifted(x, kernel, bias), (x, kernel)
+    return apart(_convolve, _pad(x), kernel, bias), (x, kernel)
+
+
+def _backward(sums, x, kernel, dy):
+    """Gradients of x, and for every example of the kernel (N, 9, C) and of the bias (N, C)."""
+    _, height, width, _ = x.shape
+    padded = _pad(dy)
+    # The transpose of a zero-padded convolution is the convolution by the rotated kernel.
+    dx = _sum_of_taps(padded, kernel[::-1, ::-1]).astype(x.dtype)
+    # The kernel's gradient shifts dy as well: shifted copies of x would be shared with the forward
+    # pass, and kept until here.
+    shifted = [
+        padded[:, 2 - i : 2 - i + height, 2 - j : 2 - j + width] for i, j in _TAPS
+    ]  # fmt: skip
+    taps = [
+        sums.over_positions(lambda dy, x: widened(dy) * widened(x), dy, x) for dy in shifted
+    ]  # fmt: skip
+    return dx, jnp.stack(taps, 1), sums.over_positions(widened, dy)
 
 
 def _shifted_bwd(residuals, dy):
     x, kernel = residuals
-    _, height, width, _ = x.shape
-    accumulator = accumulation_dtype(x.dtype)
-    # The transpose of a zero-padded convolution is the convolution by the rotated kernel.
-    dx = _sum_of_taps(dy, kernel[::-1, ::-1]).astype(x.dtype)
-    # The kernel's gradient shifts dy as well: shifted copies of x would be shared with the forward
-    # pass, and kept until here.
-    padded, wide = _pad(dy), x.astype(accumulator)
-
-    def reduce(product):  # fused with the product on every platform
-        return jnp.sum(product, axis=(0, 1, 2), dtype=accumulator)
-
-    taps = [reduce(padded[:, 2 - i : 2 - i + height, 2 - j : 2 - j + width] * wide)
-            for i, j in _TAPS]  # fmt: skip
-    dkernel = jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
-    return dx, dkernel, reduce(dy.astype(accumulator)).astype(dy.dtype)
+    dx, taps, total = with_sums(_backward, x, kernel, dy)
+    dkernel = taps.sum(0).reshape(kernel.shape).astype(kernel.dtype)
+    return dx, dkernel, total.sum(0).astype(dy.dtype)
 
 
 _shifted.defvjp(_shifted_fwd, _shifted_bwd)

@@ -5,10 +5,11 @@ needs one of its arrays in another order: written as here, XLA for CPU moves the
 """
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from dico_jax.ops.precision import accumulation_dtype, widened
+from dico_jax.ops.apart import apart, with_sums
+from dico_jax.ops.gelu import gelu, times_slope, times_slope_by_quotient
+from dico_jax.ops.precision import widened
 from dico_jax.ops.vectors import over_positions
 
 
@@ -26,8 +27,8 @@ def _linear_fwd(x, kernel, bias):
 def _linear_bwd(residuals, dy):
     x, kernel = residuals
     dy = dy.astype(x.dtype)
-    dbias = widened(dy).sum(tuple(range(dy.ndim - 1)))
-    return dy @ kernel.T, _kernel_gradient(x, dy), dbias.astype(kernel.dtype)
+    dbias = with_sums(_position_sums, dy).sum(0).astype(kernel.dtype)
+    return _input_gradient(dy, kernel), _kernel_gradient(x, dy), dbias
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)
@@ -44,56 +45,104 @@ def gated_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, gate: jax.Arr
     Returns:
       (x @ kernel + bias) * gate, (N, ..., D) of x's dtype.
     """
-    return (x @ kernel + bias) * over_positions(gate, x)
+    return _gated(x @ kernel + bias, gate)
 
 
 def _gated_linear_fwd(x, kernel, bias, gate):
-    ungated = x @ kernel + bias
-    return ungated * over_positions(gate, x), (x, kernel, gate, ungated)
+    product = x @ kernel
+    return _gated(product + bias, gate), (x, kernel, bias, gate, product)
 
 
 def _gated_linear_bwd(residuals, dy):
-    x, kernel, gate, ungated = residuals
-    positions = tuple(range(1, dy.ndim - 1))
-    dgate = (widened(dy) * widened(ungated)).sum(positions)
-    dbias = (widened(dy).sum(positions) * widened(gate)).sum(0)
-    dkernel = lax.platform_dependent(
-        x, dy, gate, cpu=_gated_kernel_gradient_on_cpu, default=_gated_kernel_gradient
+    x, kernel, bias, gate, product = residuals
+    total, along = with_sums(_gate_sums, dy, product)
+    dgate = along + widened(bias) * total
+    dbias = (total * widened(gate)).sum(0)
+    dy = apart(_gated, dy, gate).astype(x.dtype)
+    return (
+        _input_gradient(dy, kernel),
+        _kernel_gradient(x, dy),
+        dbias.astype(bias.dtype),
+        dgate.astype(gate.dtype),
     )
-    dx = _gated(dy, gate) @ kernel.T
-    return dx, dkernel, dbias.astype(kernel.dtype), dgate.astype(gate.dtype)
 
 
 gated_linear.defvjp(_gated_linear_fwd, _gated_linear_bwd)
 
 
+@jax.custom_vjp
+def linear_gelu(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """The exact GELU of a linear layer.
+
+    Args:
+      x: (N, ..., C) activations, any floating dtype.
+      kernel, bias: (C, D) and (D,), dtype of x.
+
+    Returns:
+      gelu(x @ kernel + bias), (N, ..., D) of x's dtype.
+    """
+
+    def of_matrix(product, bias):  # XLA for CPU multiplies matrices: as one, it is read once
+        return _biased_gelu(product.reshape(-1, *bias.shape), bias).reshape(product.shape)
+
+    return lax.platform_dependent(x @ kernel, bias, cpu=of_matrix, default=_biased_gelu)
+
+
+def _linear_gelu_fwd(x, kernel, bias):
+    product = x @ kernel
+    y = apart(_biased_gelu, product, bias)
+    return y, (x, kernel, bias, product, y)
+
+
+def _linear_gelu_bwd(residuals, dy):
+    x, kernel, bias, product, y = residuals
+
+    def slope(times):
+        return lambda product, bias, y, dy: times(product + bias, y, dy)
+
+    operands = product, bias, y, dy.astype(x.dtype)
+    dy = apart(slope(times_slope), *operands, on_cpu=slope(times_slope_by_quotient))
+    return _linear_bwd((x, kernel), dy)
+
+
+linear_gelu.defvjp(_linear_gelu_fwd, _linear_gelu_bwd)
+
+
+def _biased_gelu(product, bias):
+    return gelu(product + bias)
+
+
+def _gated(y, gate):
+    return y * over_positions(gate, y)
+
+
+def _position_sums(sums, dy):
+    return sums.over_positions(widened, dy)
+
+
+def _gate_sums(sums, dy, product):
+    """Sums over positions of dy and of dy times the product, (N, D)."""
+    return sums.over_positions(widened, dy), sums.over_positions(
+        lambda dy, product: widened(dy) * widened(product), dy, product
+    )
+
+
+def _input_gradient(dy, kernel):
+    """The product dy @ kernel.T of dy (N, ..., D) and kernel (C, D): (N, ..., C)."""
+    if dy.ndim > 2:
+        return dy @ kernel.T
+
+    def transposed(kernel, dy):  # the few rows are brought into another order, not the kernel
+        return lax.dot_general(kernel, dy, (((1,), (1,)), ((), ())))
+
+    return apart(transposed, kernel, dy).T
+
+
 def _kernel_gradient(x, dy):
     """The sum over all positions of the products of x (N, ..., C) and dy (N, ..., D): (C, D)."""
     summed = tuple(range(x.ndim - 1))
-    if x.ndim == 2:  # few rows: bringing x into another order costs less than the result
+    result = x.shape[-1] * dy.shape[-1]
+    # One of the two is brought into another order; if it is dy, so is the result.
+    if x.size <= dy.size + result:
         return lax.dot_general(x, dy, ((summed, summed), ((), ())))
     return lax.dot_general(dy, x, ((summed, summed), ((), ()))).T
-
-
-def _gated(dy, gate):
-    return (dy * over_positions(gate, dy)).astype(dy.dtype)
-
-
-def _gated_kernel_gradient(x, dy, gate):
-    return _kernel_gradient(x, _gated(dy, gate))
-
-
-def _gated_kernel_gradient_on_cpu(x, dy, gate):
-    """The same with the gate after the product, for products of images.
-
-    A gate in the loop that transposes dy takes five times as long as the transposing alone. But
-    each example then has a gradient: only where that is no larger than the example itself.
-    """
-    if x.size // x.shape[-1] < x.shape[0] * dy.shape[-1]:
-        return _gated_kernel_gradient(x, dy, gate)
-    summed = tuple(range(1, x.ndim - 1))
-    wide = accumulation_dtype(x.dtype)
-    examples = lax.dot_general(
-        dy, x, ((summed, summed), ((0,), (0,))), preferred_element_type=wide
-    )  # (N, D, C)
-    return jnp.einsum("ndc,nd->cd", examples, gate.astype(wide)).astype(x.dtype)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dico_jax.ops.precision import accumulation_dtype
+from dico_jax.ops.apart import with_sums
+from dico_jax.ops.precision import accumulation_dtype, widened
 from dico_jax.ops.vectors import over_positions
 
 EPSILON = 1e-6
@@ -15,9 +16,11 @@ EPSILON = 1e-6
 
 def layer_norm(x: jax.Array) -> jax.Array:
     """Normalisation over channels, no affine parameters, eps 1e-6; returns float32 or better."""
-    x = x.astype(accumulation_dtype(x.dtype))
-    mean, rstd = _statistics(x)
-    return (x - mean) * rstd
+    x = widened(x)
+    mean = x.mean(-1, keepdims=True)
+    # Not mean(x^2) - mean^2, which loses the digits of a small variance.
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    return (x - mean) * lax.rsqrt(variance + EPSILON)
 
 
 @jax.custom_vjp
@@ -34,33 +37,45 @@ def norm_modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array
     return layer_norm(x) * (1 + _over(scale, x)) + _over(shift, x)
 
 
-def _statistics(x):
-    """Mean and reciprocal standard deviation over channels, (N, ..., 1)."""
-    mean = x.mean(-1, keepdims=True)
-    # Not mean(x^2) - mean^2, which loses the digits of a small variance.
-    return mean, lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + EPSILON)
-
-
 def _over(vector, x):
     return over_positions(vector.astype(accumulation_dtype(x.dtype)), x)
 
 
-def _norm_modulate_fwd(x, shift, scale):
-    wide = x.astype(accumulation_dtype(x.dtype))
-    mean, rstd = _statistics(wide)
+def _forward(sums, x, shift, scale):
+    """The result, and the mean and reciprocal standard deviation (N, ..., 1) of the channels."""
+    wide = widened(x)
+    mean = sums.channel_mean(lambda x: x, wide)
+    variance = sums.channel_mean(lambda x, mean: jnp.square(x - mean), wide, mean)
+    rstd = lax.rsqrt(variance + EPSILON)
     y = (wide - mean) * rstd * (1 + _over(scale, x)) + _over(shift, x)
+    return y, mean, rstd
+
+
+def _backward(sums, x, mean, rstd, scale, dy):
+    """Gradients of x, shift and scale in float32 or better."""
+    wide, factor = widened(x), 1 + _over(scale, x)
+
+    def along(dy, x, mean, rstd):
+        return dy * ((x - mean) * rstd)
+
+    dmean = sums.channel_mean(lambda dy, factor: dy * factor, dy, factor)
+    dscaled = sums.channel_mean(
+        lambda dy, factor, *rest: along(dy * factor, *rest), dy, factor, wide, mean, rstd
+    )
+    dx = rstd * (dy * factor - dmean - (wide - mean) * rstd * dscaled)
+    dshift = sums.over_positions(lambda dy: dy, dy)
+    return dx, dshift, sums.over_positions(along, dy, wide, mean, rstd)
+
+
+def _norm_modulate_fwd(x, shift, scale):
+    y, mean, rstd = with_sums(_forward, x, shift, scale)
     return y, (x, mean, rstd, shift, scale)
 
 
 def _norm_modulate_bwd(residuals, dy):
     x, mean, rstd, shift, scale = residuals
-    normed = (x - mean) * rstd
-    positions = tuple(range(1, x.ndim - 1))
-    dnormed = dy * (1 + _over(scale, x))
-    along = (dnormed * normed).mean(-1, keepdims=True)
-    dx = rstd * (dnormed - dnormed.mean(-1, keepdims=True) - normed * along)
-    dscale = (dy * normed).sum(positions)
-    return dx.astype(x.dtype), dy.sum(positions).astype(shift.dtype), dscale.astype(scale.dtype)
+    dx, dshift, dscale = with_sums(_backward, x, mean, rstd, scale, dy)
+    return dx.astype(x.dtype), dshift.astype(shift.dtype), dscale.astype(scale.dtype)
 
 
 norm_modulate.defvjp(_norm_modulate_fwd, _norm_modulate_bwd)

@@ -7,6 +7,7 @@ bfloat16 a sum of ones stops at 256.
 import jax
 import jax.numpy as jnp
 
+from dico_jax.ops.apart import apart, with_sums
 from dico_jax.ops.precision import widened
 
 
@@ -26,12 +27,16 @@ def add_vector(x: jax.Array, vector: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def multiply_vector(x: jax.Array, vector: jax.Array) -> jax.Array:
     """The product of x (N, ..., C) and a vector (C,), or one vector (N, C) per example."""
+    return _times(x, vector)
+
+
+def _times(x, vector):
     return x * over_positions(vector, x)
 
 
-def _summed(dy, x, vector):
-    axes = tuple(range(0 if vector.ndim == 1 else 1, x.ndim - 1))
-    return dy.sum(axes).astype(vector.dtype)
+def _as_vector(sums, vector):
+    """Sums over positions (N, C) as the gradient of `vector`."""
+    return (sums.sum(0) if vector.ndim == 1 else sums).astype(vector.dtype)
 
 
 def _add_fwd(x, vector):
@@ -40,17 +45,21 @@ def _add_fwd(x, vector):
 
 def _add_bwd(residuals, dy):
     like_x, vector = residuals
-    return dy.astype(like_x.dtype), _summed(widened(dy), dy, vector)
+    total = with_sums(lambda sums, dy: sums.over_positions(widened, dy), dy)
+    return dy.astype(like_x.dtype), _as_vector(total, vector)
 
 
 def _multiply_fwd(x, vector):
-    return multiply_vector(x, vector), (x, vector)
+    return apart(_times, x, vector), (x, vector)
 
 
 def _multiply_bwd(residuals, dy):
     x, vector = residuals
-    dx = (dy * over_positions(vector, x)).astype(x.dtype)
-    return dx, _summed(widened(dy) * widened(x), x, vector)
+
+    def along(sums, dy, x):
+        return sums.over_positions(lambda dy, x: widened(dy) * widened(x), dy, x)
+
+    return _times(dy, vector).astype(x.dtype), _as_vector(with_sums(along, dy, x), vector)
 
 
 add_vector.defvjp(_add_fwd, _add_bwd)
