@@ -66,7 +66,7 @@ def jax_tasks(folder: pathlib.Path, options: argparse.Namespace) -> Callable:
 
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-        use_all_cores(keep_memory="gradient" in options.tasks)
+        use_all_cores(keep_memory=True)
     precision = "tensorfloat32" if options.tf32 else "highest"
     jax.config.update("jax_default_matmul_precision", precision)
     mesh = create_mesh()
