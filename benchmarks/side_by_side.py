@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-# The first runs compile, and get memory from the system, which may take longer than to run.
-WARM_UP = 6
+# The first run compiles. The next get memory from the system, until malloc has all that they ask
+# for where they ask for it: up to half as slow again, for 10 to 20 runs.
+WARM_UP = 20
 
 
 def serve(prepare: Callable[[object], Callable[[], object]]) -> None:

@@ -73,7 +73,7 @@ def main(action: str | None) -> None:
     cli.check_flags(action, _ACTIONS)
     sizes = _ceiling_sizes()
     if action != "table":
-        _make_cpu_devices(action)
+        _make_cpu_devices()
     file = _out()
     if action == "table":
         _table(file)
@@ -160,12 +160,12 @@ def _ceiling_sizes() -> tuple[int, ...] | None:
     return sizes
 
 
-def _make_cpu_devices(action: str) -> None:
+def _make_cpu_devices() -> None:
     """Before JAX is used; a number of devices that XLA_FLAGS names stays."""
     if not _CPU_DEVICES.value:
         from dico_jax.mesh import use_all_cores
 
-        use_all_cores(keep_memory=action == "train")
+        use_all_cores(keep_memory=True)
         return
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         raise UsageError(

@@ -212,7 +212,7 @@ def test_on_eight_devices(family, are_split):
     function = stage_function(family, 3, scan=True, remat="dots")
     found = run(function, params, [place(x, "data") for x in args])
     assert len(found[0].sharding.device_set) == 8
-    assert_close(found, reference, 1e-6, 1e-5)
+    assert_close(found, reference, 1e-6, 2e-5)  # sums over the batch in another order
 
 
 @golden.requires_golden
