@@ -6,6 +6,7 @@ from jax import lax
 
 from dico_jax.ops import winograd
 from dico_jax.ops.apart import apart
+from dico_jax.ops.direct import direct_conv3x3, zero_padded
 from dico_jax.ops.precision import accumulation_dtype
 
 _TAPS = [(i, j) for i in range(3) for j in range(3)]
@@ -36,23 +37,17 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _convolved(x, kernel)
 
 
-def _convolve(x, kernel):
-    return lax.conv_general_dilated(
-        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
 @jax.custom_vjp
 def _convolved(x, kernel):
-    return _convolve(x, kernel)
+    return direct_conv3x3(x, kernel)
 
 
 def _convolved_bwd(residuals, dy):
     x, kernel = residuals
-    (dkernel,) = jax.vjp(lambda kernel: _convolve(x, kernel), kernel)[1](dy)
+    (dkernel,) = jax.vjp(lambda kernel: direct_conv3x3(x, kernel), kernel)[1](dy)
     if dy.size < kernel.shape[-1] ** 2:  # fewer positions than channels
         return _few_positions_gradient(dy, kernel), dkernel
-    (dx,) = jax.vjp(lambda x: _convolve(x, kernel), x)[1](dy)
+    (dx,) = jax.vjp(lambda x: direct_conv3x3(x, kernel), x)[1](dy)
     return dx, dkernel
 
 
@@ -67,11 +62,7 @@ def _few_positions_gradient(dy, kernel):
     return _shifted_sum(taken, _TAPS[::-1]).astype(dy.dtype)
 
 
-_convolved.defvjp(lambda x, kernel: (_convolve(x, kernel), (x, kernel)), _convolved_bwd)
-
-
-def _pad(x):
-    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+_convolved.defvjp(lambda x, kernel: (direct_conv3x3(x, kernel), (x, kernel)), _convolved_bwd)
 
 
 def _gathered(x, kernel):
@@ -81,7 +72,7 @@ def _gathered(x, kernel):
 def _neighbours(x, taps):
     """X shifted by every tap (i - 1, j - 1), side by side in the channels."""
     _, height, width, _ = x.shape
-    padded = _pad(x)
+    padded = zero_padded(x)
     parts = [padded[:, i : i + height, j : j + width] for i, j in taps]
     return jnp.concatenate(parts, axis=-1)
 
@@ -110,7 +101,7 @@ _sum_of_given.defvjp(lambda given: (_sum_of_given(given), None), _sum_of_given_b
 def _shifted_sum(parts, taps):
     """Sum of nine equal parts of the channels, each shifted by its tap (i - 1, j - 1)."""
     _, height, width, channels = parts.shape
-    features, padded = channels // 9, _pad(parts)
+    features, padded = channels // 9, zero_padded(parts)
     total = jnp.zeros((), parts.dtype)
     for k, (i, j) in enumerate(taps):
         part = padded[..., k * features : (k + 1) * features]

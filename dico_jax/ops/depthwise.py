@@ -14,6 +14,7 @@ from jax import lax
 
 from dico_jax.errors import UsageError
 from dico_jax.ops.apart import apart, with_sums
+from dico_jax.ops.direct import zero_padded
 from dico_jax.ops.gelu import gelu
 from dico_jax.ops.precision import accumulation_dtype, widened
 
@@ -94,11 +95,6 @@ def _grouped(x, kernel):
     )
 
 
-def _pad(x):
-    zero = jnp.zeros((), x.dtype)
-    return lax.pad(x, zero, ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
-
-
 def _sum_of_taps(padded, kernel):
     """Sum over (i, j) of x shifted by (i - 1, j - 1), times kernel[i, j]; float32 or better."""
     height, width = padded.shape[1] - 2, padded.shape[2] - 2
@@ -116,17 +112,17 @@ def _convolve(padded, kernel, bias):
 
 @jax.custom_vjp
 def _shifted(x, kernel, bias):
-    return _convolve(_pad(x), kernel, bias)
+    return _convolve(zero_padded(x), kernel, bias)
 
 
 def _shifted_fwd(x, kernel, bias):
-    return apart(_convolve, _pad(x), kernel, bias), (x, kernel)
+    return apart(_convolve, zero_padded(x), kernel, bias), (x, kernel)
 
 
 def _backward(sums, x, kernel, dy):
     """Gradients of x, and for every example of the kernel (N, 9, C) and of the bias (N, C)."""
     _, height, width, _ = x.shape
-    padded = _pad(dy)
+    padded = zero_padded(dy)
     # The transpose of a zero-padded convolution is the convolution by the rotated kernel.
     dx = _sum_of_taps(padded, kernel[::-1, ::-1]).astype(x.dtype)
     # The kernel's gradient shifts dy as well: shifted copies of x would be shared with the forward

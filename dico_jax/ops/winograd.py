@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from dico_jax.ops.apart import apart
+from dico_jax.ops.direct import direct_conv3x3, zero_padded
 
 # The matrices of inputs, kernels and results; for gradients, their transposes.
 _INPUT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
@@ -96,8 +97,6 @@ def _of_products(*products):
 def _inputs(x):
     """The 4x4 inputs of every tile, transformed: 16 times (N, H/2, W/2, C)."""
     _, height, width, _ = x.shape
-    zero = jnp.zeros((), x.dtype)
-    padded = lax.pad(x, zero, ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
 
     def of_inputs(padded):
         parts = [
@@ -105,7 +104,7 @@ def _inputs(x):
         ]
         return _transformed(_INPUT, parts)
 
-    return apart(of_inputs, padded)
+    return apart(of_inputs, zero_padded(x))
 
 
 def _joined(quarters):
@@ -139,7 +138,7 @@ def _few_tiles_gradient(dy, kernels):
 def _kernel_gradient(x, kernel, dy):
     tiles, channels = x.size // (4 * x.shape[-1]), min(kernel.shape[2:])
     if tiles < channels or channels < 128:  # 16 results would be larger, or change too much
-        return jax.vjp(lambda kernel: _plain(x, kernel), kernel)[1](dy)[0]
+        return jax.vjp(lambda kernel: direct_conv3x3(x, kernel), kernel)[1](dy)[0]
 
     def of_results(dy):
         return _transformed(_RESULT.T, [[dy[:, i::2, j::2] for j in range(2)] for i in range(2)])
@@ -153,9 +152,3 @@ def _kernel_gradient(x, kernel, dy):
 
     sums = [product(v, w) for v, w in zip(_inputs(x), apart(of_results, dy), strict=True)]
     return apart(of_sums, *sums)
-
-
-def _plain(x, kernel):
-    return lax.conv_general_dilated(
-        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
