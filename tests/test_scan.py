@@ -197,9 +197,10 @@ def test_recomputing_costs_operations_in_separate_blocks_too():
 
 @pytest.mark.parametrize(("family", "are_split"), [("DiCo", True), ("DiT", False)])
 def test_on_eight_devices(family, are_split):
-    """The batch split over a mesh, and the parameters whole or split as well."""
-    params, args = stage_params(family, 3), stage_inputs(family)
-    reference = run(compiled_stage(family, 3, True, "dots", "float32"), params, args)
+    """The batch split over a mesh, and the parameters whole or split as well.
+
+    In float64: in float32 the order of sums, which differs, decides more than the bar.
+    """
     mesh = Mesh(np.array(jax.devices()), ("data",))
 
     def place(x, *axes):
@@ -208,11 +209,14 @@ def test_on_eight_devices(family, are_split):
     def last(leaf):  # every width here divides by eight
         return (*[None] * (leaf.ndim - 1), "data") if are_split else ()
 
-    params = jax.tree.map(lambda leaf: place(leaf, *last(leaf)), params)
-    function = stage_function(family, 3, scan=True, remat="dots")
-    found = run(function, params, [place(x, "data") for x in args])
-    assert len(found[0].sharding.device_set) == 8
-    assert_close(found, reference, 1e-6, 2e-5)  # sums over the batch in another order
+    with jax.enable_x64(True):
+        params, args = stage_params(family, 3, "float64"), stage_inputs(family, "float64")
+        reference = run(compiled_stage(family, 3, True, "dots", "float64"), params, args)
+        params = jax.tree.map(lambda leaf: place(leaf, *last(leaf)), params)
+        function = stage_function(family, 3, scan=True, remat="dots", dtype="float64")
+        found = run(function, params, [place(x, "data") for x in args])
+        assert len(found[0].sharding.device_set) == 8
+        assert_close(found, reference, 1e-12, 1e-12)
 
 
 @golden.requires_golden
