@@ -41,14 +41,15 @@ class Program:
     """A program that `serve`s in a process of its own, until `close`."""
 
     def __init__(self, name: str, command: list[str], env: Mapping[str, str] | None = None):
-        """Starts it and waits until it is ready; exits where it fails to start."""
+        """Starts it and waits until it is ready; where it fails to start, exits as it did."""
         self.name = name
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
         assert self._process.stdout is not None
         if self._process.stdout.readline() != "ready\n":
-            sys.exit(f"{name} did not start")
+            print(f"{name} did not start", file=sys.stderr)
+            sys.exit(self._process.wait() or 1)
 
     def times(self, task: object, seconds: float) -> list[float]:
         """Seconds of every run of `task`, for about `seconds` in all."""

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 from side_by_side import Program, medians, serve
@@ -78,6 +79,11 @@ def jax_tasks(folder: pathlib.Path, options: argparse.Namespace) -> Callable:
     precision = "tensorfloat32" if options.tf32 else "highest"
     jax.config.update("jax_default_matmul_precision", precision)
     mesh = create_mesh()
+    if options.batch_size % mesh.size:
+        refuse(
+            f"--batch_size={options.batch_size} does not divide over {mesh.size} devices: use "
+            f"{-(-options.batch_size // mesh.size) * mesh.size}"
+        )
     whole, split = replicated(mesh), batch_sharding(mesh)
     model = create_model(options.model, dtype=options.dtype)
     params = jax.device_put(load_pytorch(folder / _WEIGHTS, model), whole)
@@ -109,14 +115,18 @@ def jax_tasks(folder: pathlib.Path, options: argparse.Namespace) -> Callable:
 # ----------------------------------------------------------------------------------------- PyTorch
 
 
+def family(options: argparse.Namespace) -> str:
+    """The released module that has the model."""
+    return "dico_models" if options.model.startswith("DiCo") else "dit_models"
+
+
 def torch_model(options: argparse.Namespace):
     """The released network, from the user's checkout of the released code."""
     import torch
 
     sys.path.insert(0, options.reference)
-    family = "dico_models" if options.model.startswith("DiCo") else "dit_models"  # needs timm
     torch.manual_seed(0)
-    model = importlib.import_module(family).DiT_models[options.model]().eval()
+    model = importlib.import_module(family(options)).DiT_models[options.model]().eval()
     for parameter in model.parameters():
         if not parameter.abs().max():  # what starts at zero would hide half of the network
             torch.nn.init.normal_(parameter, std=0.02)
@@ -318,9 +328,50 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def refuse(message: str) -> NoReturn:
+    """Ends the program for wrong usage."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def wrong_usage(options: argparse.Namespace) -> str | None:
+    """What cannot be done as asked, and the fix; or None."""
+    from dico_jax import create_model
+    from dico_jax.errors import UsageError
+
+    try:
+        create_model(options.model)
+    except UsageError as error:
+        return f"--model={options.model}: {error}"
+    if options.image_size < 64 or options.image_size % 64:
+        return f"--image_size={options.image_size}: use a multiple of 64"
+    for name in ("batch_size", "ceiling_size", "rounds"):
+        if getattr(options, name) < 1:
+            return f"--{name}={getattr(options, name)}: use 1 or more"
+    if not (pathlib.Path(options.reference) / f"{family(options)}.py").is_file():
+        return (
+            f"--reference={options.reference} has no {family(options)}.py: name a checkout of "
+            "https://github.com/shallowdream204/DiCo"
+        )
+    python, needed = options.torch_python or sys.executable, "torch, numpy"
+    needed += "" if options.model.startswith("DiCo") else ", timm"
+    try:
+        subprocess.run([python, "-c", f"import {needed}"], check=True, capture_output=True)
+    except FileNotFoundError:
+        return f"--torch_python={python} is not there: name a Python that has {needed}"
+    except subprocess.CalledProcessError as error:
+        why = error.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        return f"{python} cannot import {needed} {why}: name one that can, --torch_python=PATH"
+    if options.out and not pathlib.Path(options.out).absolute().parent.is_dir():
+        return f"--out={options.out}: its folder is not there: make it first"
+    return None
+
+
 def main() -> None:
-    """Measures and prints; exits 1 when a bar is not met."""
+    """Measures and prints; exits 1 when a bar is not met, 2 for wrong usage."""
     options = parse_arguments()
+    if not options.child and (message := wrong_usage(options)):
+        refuse(message)
     if options.child == "weights":
         write_weights(options.child_folder, options)
     elif options.child:
