@@ -1,6 +1,8 @@
 """Runs that are preempted, killed, or started twice."""
 
+import asyncio
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -9,13 +11,17 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from configs import digits
 from dico_jax.build import FIELDS
 from dico_jax.errors import UsageError
+from dico_jax.interop.file_writers import Deferred
+from dico_jax.training import streaming
 from dico_jax.training.checkpoints import saved_steps
 from dico_jax.training.loop import train
 from dico_jax.training.preemption import Preempted, Preemption
@@ -221,6 +227,28 @@ def test_a_preempted_run_goes_on_exactly(tmp_path):
     assert [step for step, _ in logged(parts)] == list(range(1, NUM_STEPS + 1))
     assert logged(parts) == logged(whole)
     assert last_arrays(parts) == last_arrays(whole)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_write_that_fails_leaves_no_other_one_writing(monkeypatch, failing):
+    """Whoever cleans up after it must be alone in the folder."""
+    waited = set()
+
+    def result(number):
+        waited.add(number)
+        if number == failing:
+            raise OSError("the disk is full")
+
+    async def serialize(self, values, infos, args):
+        return [types.SimpleNamespace(result=functools.partial(result, i)) for i in range(2)]
+
+    monkeypatch.setattr(ocp.type_handlers.NumpyHandler, "serialize", serialize)
+    monkeypatch.setattr(streaming, "_GROUP_BYTES", 1)
+    leaves = [Deferred(np.dtype("float32"), (2,), lambda: np.zeros(2, np.float32))] * 2
+    handler = streaming._DeferredHandler()
+    with pytest.raises(OSError, match="the disk is full"):
+        asyncio.run(handler.serialize(leaves, [None, None]))
+    assert waited == {0, 1}
 
 
 def test_a_second_run_refuses_while_the_first_lives(tmp_path):

@@ -6,6 +6,7 @@ TypeHandler as its documentation describes them, so that the result is an ordina
 """
 
 import asyncio
+import contextlib
 import functools
 import math
 import pathlib
@@ -48,8 +49,10 @@ class _DeferredHandler(ocp.type_handlers.NumpyHandler):
 
 
 def _wait(futures: Sequence[Any]) -> None:
-    for future in futures:
-        future.result()
+    """Waits for all of them, also where one has failed; raises what failed."""
+    with contextlib.ExitStack() as waits:
+        for future in futures:
+            waits.callback(future.result)
 
 
 def _groups(leaves: Sequence[Deferred]) -> Iterator[list[int]]:
