@@ -6,10 +6,8 @@ from jax import lax
 
 from dico_jax.ops import winograd
 from dico_jax.ops.apart import apart
-from dico_jax.ops.direct import direct_conv3x3, zero_padded
+from dico_jax.ops.direct import TAPS, direct_conv3x3, direct_kernel_gradient, zero_padded
 from dico_jax.ops.precision import accumulation_dtype
-
-_TAPS = [(i, j) for i in range(3) for j in range(3)]
 
 
 def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -44,7 +42,7 @@ def _convolved(x, kernel):
 
 def _convolved_bwd(residuals, dy):
     x, kernel = residuals
-    (dkernel,) = jax.vjp(lambda kernel: direct_conv3x3(x, kernel), kernel)[1](dy)
+    dkernel = direct_kernel_gradient(x, kernel, dy)
     if dy.size < kernel.shape[-1] ** 2:  # fewer positions than channels
         return _few_positions_gradient(dy, kernel), dkernel
     (dx,) = jax.vjp(lambda x: direct_conv3x3(x, kernel), x)[1](dy)
@@ -59,14 +57,14 @@ def _few_positions_gradient(dy, kernel):
     wide = accumulation_dtype(dy.dtype)
     taps = kernel.reshape(-1, kernel.shape[-1])
     taken = lax.dot_general(dy, taps, (((3,), (1,)), ((), ())), preferred_element_type=wide)
-    return _shifted_sum(taken, _TAPS[::-1]).astype(dy.dtype)
+    return _shifted_sum(taken, TAPS[::-1]).astype(dy.dtype)
 
 
 _convolved.defvjp(lambda x, kernel: (direct_conv3x3(x, kernel), (x, kernel)), _convolved_bwd)
 
 
 def _gathered(x, kernel):
-    return _neighbours(x, _TAPS) @ kernel.reshape(-1, kernel.shape[-1])
+    return _neighbours(x, TAPS) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _neighbours(x, taps):
@@ -88,11 +86,11 @@ def _scattered(x, kernel):
 
 @jax.custom_vjp
 def _sum_of_given(given):
-    return _shifted_sum(given, _TAPS)
+    return _shifted_sum(given, TAPS)
 
 
 def _sum_of_given_bwd(_, dy):
-    return (apart(lambda dy: _neighbours(dy, _TAPS[::-1]), dy),)
+    return (apart(lambda dy: _neighbours(dy, TAPS[::-1]), dy),)
 
 
 _sum_of_given.defvjp(lambda given: (_sum_of_given(given), None), _sum_of_given_bwd)

@@ -10,16 +10,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from dico_jax.errors import UsageError
 from dico_jax.ops.apart import apart, with_sums
-from dico_jax.ops.direct import zero_padded
+from dico_jax.ops.direct import TAPS, direct_conv3x3, zero_padded
 from dico_jax.ops.gelu import gelu
 from dico_jax.ops.precision import accumulation_dtype, widened
 
 Implementation = Literal["auto", "shifted", "lax", "pallas"]
-_TAPS = [(i, j) for i in range(3) for j in range(3)]
 
 
 def conv_gelu_mean(
@@ -77,21 +75,10 @@ def depthwise_conv3x3(
     if implementation in ("auto", "shifted"):
         return _shifted(x, kernel, bias)
     if implementation == "lax":
-        return _grouped(x, kernel) + bias
+        return direct_conv3x3(x, kernel, groups=x.shape[-1]) + bias
     raise UsageError(
         f"implementation={implementation!r} of depthwise_conv3x3 is unknown: "
         'use "auto", "shifted" or "lax"'
-    )
-
-
-def _grouped(x, kernel):
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(1, 1),
-        padding=((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
     )
 
 
@@ -100,7 +87,7 @@ def _sum_of_taps(padded, kernel):
     height, width = padded.shape[1] - 2, padded.shape[2] - 2
     kernel = kernel.astype(accumulation_dtype(padded.dtype))
     total = None
-    for i, j in _TAPS:
+    for i, j in TAPS:
         term = padded[:, i : i + height, j : j + width] * kernel[i, j, 0]
         total = term if total is None else total + term
     return total
@@ -128,7 +115,7 @@ def _backward(sums, x, kernel, dy):
     # The kernel's gradient shifts dy as well: shifted copies of x would be shared with the forward
     # pass, and kept until here.
     shifted = [
-        padded[:, 2 - i : 2 - i + height, 2 - j : 2 - j + width] for i, j in _TAPS
+        padded[:, 2 - i : 2 - i + height, 2 - j : 2 - j + width] for i, j in TAPS
     ]  # fmt: skip
     taps = [
         sums.over_positions(lambda dy, x: widened(dy) * widened(x), dy, x) for dy in shifted

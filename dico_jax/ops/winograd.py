@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from dico_jax.ops.apart import apart
-from dico_jax.ops.direct import direct_conv3x3, zero_padded
+from dico_jax.ops.direct import direct_kernel_gradient, zero_padded
 
 # The matrices of inputs, kernels and results; for gradients, their transposes.
 _INPUT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
@@ -138,7 +138,7 @@ def _few_tiles_gradient(dy, kernels):
 def _kernel_gradient(x, kernel, dy):
     tiles, channels = x.size // (4 * x.shape[-1]), min(kernel.shape[2:])
     if tiles < channels or channels < 128:  # 16 results would be larger, or change too much
-        return jax.vjp(lambda kernel: direct_conv3x3(x, kernel), kernel)[1](dy)[0]
+        return direct_kernel_gradient(x, kernel, dy)
 
     def of_results(dy):
         return _transformed(_RESULT.T, [[dy[:, i::2, j::2] for j in range(2)] for i in range(2)])
