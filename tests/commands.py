@@ -15,10 +15,18 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# A compiler in a hurry, for tests and commands that compute little.
-HURRY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
-    HURRY += " --xla_cpu_use_fusion_emitters=false"  # a third less time in the compiler
+
+
+def compiler_flags(optimization_level):
+    """A compiler in a hurry, for tests and commands that compute little."""
+    flags = f"--xla_backend_optimization_level={optimization_level}"
+    flags += " --xla_llvm_disable_expensive_passes=true"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
+        flags += " --xla_cpu_use_fusion_emitters=false"  # a third less time in the compiler
+    return flags
+
+
+HURRY = compiler_flags(0)
 _TIMEOUT = 600
 
 _server = multiprocessing.get_context("forkserver")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.commands import HURRY, call
+from tests.commands import call, compiler_flags
 
 
 # The shorter run has a narrower network, which learns faster, and compiles in less of a hurry than
@@ -12,7 +12,7 @@ from tests.commands import HURRY, call
 @pytest.mark.parametrize(
     ("num_steps", "learning_rate", "width", "sampling_steps", "lowest", "xla_flags"),
     [
-        (250, 0.01, 16, 25, 75, HURRY.replace("level=0", "level=1")),
+        (250, 0.01, 16, 25, 75, compiler_flags(1)),
         pytest.param(400, 0.004, 24, 50, 85, "", marks=pytest.mark.slow),
     ],
     ids=["shorter", "longer"],
