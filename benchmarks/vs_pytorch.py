@@ -35,6 +35,7 @@ JAX = "dico_jax"
 EAGER = ("eager", "eager channels-last")
 COMPILED = ("compile", "compile channels-last")
 CEILING = "matrix product"
+LATENT_STEP = 8  # pixels per position of the latents, each way
 MAX_DISTANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 # Over torch.compile, of the ceiling, over eager; by model, batch, dtype and device, at 256x256.
 _GPU_BARS = {"forward/compile": 1.5, "forward/ceiling": 0.55}
@@ -53,7 +54,7 @@ _INPUTS, _WEIGHTS, _OUTPUT, _TORCH = "inputs.npz", "weights.pt", "{}.npy", "torc
 def write_inputs(folder: pathlib.Path, options: argparse.Namespace) -> None:
     """Noisy latents, timesteps and labels, for both sides."""
     rng = np.random.default_rng(0)
-    side, n = options.image_size // 8, options.batch_size
+    side, n = options.image_size // LATENT_STEP, options.batch_size
     np.savez(
         folder / _INPUTS,
         x=rng.standard_normal((n, side, side, 4), np.float32),
@@ -76,9 +77,12 @@ def jax_tasks(folder: pathlib.Path, options: argparse.Namespace) -> Callable:
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
         use_all_cores(keep_memory=True)
+    elif jax.default_backend() != "gpu":
+        refuse(f"--device=cuda: JAX has no GPU here, only {jax.default_backend()}")
     precision = "tensorfloat32" if options.tf32 else "highest"
     jax.config.update("jax_default_matmul_precision", precision)
-    mesh = create_mesh()
+    # As PyTorch: all cores, but one GPU.
+    mesh = create_mesh() if options.device == "cpu" else create_mesh(jax.devices()[:1])
     if options.batch_size % mesh.size:
         refuse(
             f"--batch_size={options.batch_size} does not divide over {mesh.size} devices: use "
@@ -236,7 +240,7 @@ def summarise(times: dict[tuple[str, str], float], options: argparse.Namespace) 
     from dico_jax import create_model
     from dico_jax.models.flops import FLOPS_PER_MAC, PASSES_PER_TRAINING_STEP, forward_macs
 
-    side = options.image_size // 8
+    side = options.image_size // LATENT_STEP
     forward = FLOPS_PER_MAC * forward_macs(create_model(options.model), (side, side, 4))
     flops = {"forward": forward, "gradient": PASSES_PER_TRAINING_STEP * forward}
     products = {name: t for (name, task), t in times.items() if json.loads(task) == CEILING}
@@ -267,10 +271,10 @@ def summarise(times: dict[tuple[str, str], float], options: argparse.Namespace) 
 
 def processor() -> str:
     """The CPU's name, family and model: virtual machines often hide the name."""
-    lines = pathlib.Path("/proc/cpuinfo")
-    if not lines.exists():
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
         return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in lines.read_text().splitlines() if ":" in line)
+    fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
     known = {name.strip(): value.strip() for name, value in fields.items()}
     names = [name for name in ("model name", "cpu family", "model") if name in known]
     return ", ".join(f"{name} {known[name]}" for name in names) or platform.machine()
@@ -322,7 +326,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ceiling_size", type=int, default=4096, help="side of the matrices")
     parser.add_argument("--rounds", type=int, default=5, help="[%(default)s]")
     parser.add_argument("--seconds", type=float, default=2.0, help="per measurement [%(default)s]")
-    parser.add_argument("--out", help="a JSON file for the figures")
+    parser.add_argument("--out", help="a new .json file for the figures")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--child_folder", type=pathlib.Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -334,55 +338,64 @@ def refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def wrong_usage(options: argparse.Namespace) -> str | None:
-    """What cannot be done as asked, and the fix; or None."""
+def check_usage(options: argparse.Namespace) -> None:
+    """Refuses what cannot be done as asked, before anything is measured."""
     from dico_jax import create_model
     from dico_jax.errors import UsageError
+    from dico_jax.result_files import result_path
 
     try:
-        create_model(options.model)
+        step = LATENT_STEP * create_model(options.model).size_divisor
+        if options.out:
+            result_path(options.out, ".json")
     except UsageError as error:
-        return f"--model={options.model}: {error}"
-    if options.image_size < 64 or options.image_size % 64:
-        return f"--image_size={options.image_size}: use a multiple of 64"
+        refuse(str(error))
+    if options.image_size < step or options.image_size % step:
+        refuse(f"--image_size={options.image_size}: use a multiple of {step}")
     for name in ("batch_size", "ceiling_size", "rounds"):
         if getattr(options, name) < 1:
-            return f"--{name}={getattr(options, name)}: use 1 or more"
+            refuse(f"--{name}={getattr(options, name)}: use 1 or more")
     if not (pathlib.Path(options.reference) / f"{family(options)}.py").is_file():
-        return (
+        refuse(
             f"--reference={options.reference} has no {family(options)}.py: name a checkout of "
             "https://github.com/shallowdream204/DiCo"
         )
-    python, needed = options.torch_python or sys.executable, "torch, numpy"
-    needed += "" if options.model.startswith("DiCo") else ", timm"
+    check_torch(options)
+
+
+def check_torch(options: argparse.Namespace) -> None:
+    """Refuses a Python without what the released code needs, or without the GPU."""
+    python = options.torch_python or sys.executable
+    needed = "torch, numpy" if options.model.startswith("DiCo") else "torch, numpy, timm"
+    code = f"import {needed}"
+    if options.device == "cuda":
+        code += "; torch.cuda.get_device_name()"
     try:
-        subprocess.run([python, "-c", f"import {needed}"], check=True, capture_output=True)
-    except FileNotFoundError:
-        return f"--torch_python={python} is not there: name a Python that has {needed}"
+        subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    except OSError as error:
+        refuse(f"--torch_python={python} does not run ({error.strerror}): name a Python")
     except subprocess.CalledProcessError as error:
-        why = error.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        return f"{python} cannot import {needed} {why}: name one that can, --torch_python=PATH"
-    if options.out and not pathlib.Path(options.out).absolute().parent.is_dir():
-        return f"--out={options.out}: its folder is not there: make it first"
-    return None
+        why = (error.stderr.strip() or f"exit status {error.returncode}").splitlines()[-1]
+        refuse(f"{python} fails at '{code}' ({why}): name one that does it, --torch_python=PATH")
 
 
 def main() -> None:
     """Measures and prints; exits 1 when a bar is not met, 2 for wrong usage."""
     options = parse_arguments()
-    if not options.child and (message := wrong_usage(options)):
-        refuse(message)
     if options.child == "weights":
         write_weights(options.child_folder, options)
     elif options.child:
         make = jax_tasks if options.child == JAX else functools.partial(torch_tasks, options.child)
         serve(make(options.child_folder, options))
     else:
+        check_usage(options)
         sys.exit(0 if compare(options) else 1)
 
 
 def compare(options: argparse.Namespace) -> bool:
     """All of it; whether the bars are met."""
+    from dico_jax.result_files import write_json
+
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write_inputs(folder, options)
@@ -400,7 +413,7 @@ def compare(options: argparse.Namespace) -> bool:
     summary = summarise(times, options)
     if options.out:
         figures = made | {"distances_over_peak": distances} | summary
-        pathlib.Path(options.out).write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(pathlib.Path(options.out), figures)
     return check_bars(summary, options)
 
 

@@ -32,27 +32,37 @@ def refused(*arguments, **environment):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=DiCo-Q"], "--model=DiCo-Q: model.name='DiCo-Q' is unknown: use"),
-        (["--image_size=250"], "--image_size=250: use a multiple of 64"),
+        (["--model=DiCo-Q"], "model.name='DiCo-Q' is unknown: use"),
+        (["--image_size=250"], "--image_size=250: use a multiple of 32"),
         (["--batch_size=0"], "--batch_size=0: use 1 or more"),
         (["--model=DiT-S/2"], "has no dit_models.py: name a checkout of https://github.com/"),
-        (["--torch_python=none/python"], "none/python is not there: name a Python that has torch"),
+        (["--torch_python=none/python"], "--torch_python=none/python does not run (No such file"),
+        (["--torch_python=."], "--torch_python=. does not run (Permission denied)"),
+        (["--out=none/figures.json"], "--out=none/figures.json: there is no folder"),
+        (["--out=figures"], "--out=figures: name a .json file"),
     ],
 )
 def test_wrong_usage(reference, arguments, message):
     assert message in refused(f"--reference={reference}", *arguments)
 
 
-def test_a_python_without_pytorch(reference):
+@pytest.mark.parametrize(
+    ("torch", "arguments", "reason"),
+    [
+        ("raise ImportError('no PyTorch')", [], "no PyTorch"),
+        ("", ["--device=cuda"], "module 'torch' has no attribute 'cuda'"),
+    ],
+)
+def test_a_pytorch_that_cannot_do_it(reference, torch, arguments, reason):
     """The folder's own torch.py stands in the way of any other."""
-    (reference / "torch.py").write_text("raise ImportError('no PyTorch here')\n")
-    line = refused(f"--reference={reference}", PYTHONPATH=str(reference))
-    assert "cannot import torch, numpy" in line
-    assert "no PyTorch here" in line
+    (reference / "torch.py").write_text(torch)
+    line = refused(f"--reference={reference}", *arguments, PYTHONPATH=str(reference))
+    assert "fails at 'import torch, numpy" in line
+    assert reason in line
 
 
-def test_a_folder_that_is_not_there(reference):
-    (reference / "torch.py").write_text("")
-    out = reference / "none" / "figures.json"
-    line = refused(f"--reference={reference}", f"--out={out}", PYTHONPATH=str(reference))
-    assert line == f"--out={out}: its folder is not there: make it first"
+def test_a_result_that_is_there_already(reference):
+    out = reference / "figures.json"
+    out.write_text("kept")
+    assert "exists: give another name" in refused(f"--reference={reference}", f"--out={out}")
+    assert out.read_text() == "kept"
