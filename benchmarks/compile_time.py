@@ -34,13 +34,13 @@ def compile_part(options: dict, what: str) -> dict[str, float]:
     import jax.numpy as jnp
     from ml_collections import ConfigDict
 
-    from dico_jax.defaults import DEFAULTS
+    from dico_jax.checkpoints.state import abstract_state, initializer
+    from dico_jax.config import DEFAULTS
     from dico_jax.diffusion import create_diffusion
-    from dico_jax.mesh import create_mesh
     from dico_jax.models import create_model
     from dico_jax.models.block_stacks import map_stacks
+    from dico_jax.parallel.mesh import create_mesh
     from dico_jax.training.optimizer import create_optimizer
-    from dico_jax.training.state import abstract_state, initializer
     from dico_jax.training.step import StepOptions, make_train_step
 
     model = create_model("DiCo", **options)

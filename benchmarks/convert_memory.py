@@ -24,10 +24,10 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dico_jax.interop.key_maps import KEY_MAPS, state_dict_shapes
-from dico_jax.interop.optimizer_state import AdamWState, write_adamw
-from dico_jax.interop.torch_files import Deferred, write_pt
 from dico_jax.models import abstract_params, create_model
+from dico_jax.pytorch.key_maps import KEY_MAPS, state_dict_shapes
+from dico_jax.pytorch.optimizer_state import AdamWState, write_adamw
+from dico_jax.pytorch.torch_files import Deferred, write_pt
 
 MAX_RATIO = 1.5
 MAX_SECONDS = 60

@@ -30,7 +30,7 @@ from dico_jax.data.latent_writer import shard_writer, write_manifest
 from dico_jax.data.pipeline import DeviceBatches, training_batches
 from dico_jax.data.prepared_latents import PreparedLatents
 from dico_jax.data.readers import PictureReader, read_orientation
-from dico_jax.mesh import batch_sharding, create_mesh, to_global
+from dico_jax.parallel.mesh import batch_sharding, create_mesh, to_global
 
 _PICTURES = flags.DEFINE_string("pictures", None, "Folder of JPEGs, a subfolder per class.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each is measured.")

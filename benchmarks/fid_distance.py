@@ -19,9 +19,9 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dico_jax.metrics.frechet import frechet_distance
-from dico_jax.metrics.moments import Moments
-from dico_jax.metrics.precision_recall import precision_recall
+from dico_jax.evaluation.frechet import frechet_distance
+from dico_jax.evaluation.moments import Moments
+from dico_jax.evaluation.precision_recall import precision_recall
 
 BAR_SECONDS = 10
 PARTS = ("moments", "frechet", "scipy", "precision_recall")

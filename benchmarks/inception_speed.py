@@ -33,7 +33,7 @@ def write_inputs(folder: pathlib.Path, image_size: int, batch_size: int) -> None
     """The network, random weights, positions for resizing, and pictures, for both sides."""
     import flax
 
-    from dico_jax.metrics.inception import NETWORK, abstract_params, resize_tables
+    from dico_jax.evaluation.inception import NETWORK, abstract_params, resize_tables
 
     def plain(layer):
         if isinstance(layer, tuple) and hasattr(layer, "_asdict"):
@@ -60,10 +60,10 @@ def jax_features(folder: pathlib.Path, batch_size: int) -> Callable[[np.ndarray]
     """The features of pictures, as `dico_jax.evaluate` makes them."""
     import flax
 
-    from dico_jax.mesh import create_mesh, use_all_cores
-    from dico_jax.metrics.feature_networks import make_feature_fn
-    from dico_jax.metrics.inception_features import InceptionFeatures
-    from dico_jax.metrics.inception_weights import InceptionWeights
+    from dico_jax.evaluation.feature_networks import make_feature_fn
+    from dico_jax.evaluation.inception_features import InceptionFeatures
+    from dico_jax.evaluation.inception_weights import InceptionWeights
+    from dico_jax.parallel.mesh import create_mesh, use_all_cores
 
     use_all_cores()
     params = flax.traverse_util.unflatten_dict(dict(np.load(folder / _WEIGHTS)), sep="/")

@@ -22,13 +22,13 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dico_jax.defaults import DEFAULTS
+from dico_jax.checkpoints.checkpointer import Checkpointer
+from dico_jax.checkpoints.state import create_state, initializer
+from dico_jax.config import DEFAULTS
 from dico_jax.diffusion import create_diffusion
-from dico_jax.mesh import create_mesh, replicated
 from dico_jax.models import create_model
-from dico_jax.training.checkpoints import Checkpointer
+from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.state import create_state, initializer
 from dico_jax.training.step import StepOptions, make_train_step
 
 

@@ -72,7 +72,7 @@ def jax_tasks(folder: pathlib.Path, options: argparse.Namespace) -> Callable:
     import jax.numpy as jnp
 
     from dico_jax import create_model, load_pytorch
-    from dico_jax.mesh import batch_sharding, create_mesh, replicated, use_all_cores
+    from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated, use_all_cores
 
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
@@ -342,7 +342,7 @@ def check_usage(options: argparse.Namespace) -> None:
     """Refuses what cannot be done as asked, before anything is measured."""
     from dico_jax import create_model
     from dico_jax.errors import UsageError
-    from dico_jax.result_files import result_path
+    from dico_jax.files import result_path
 
     try:
         step = LATENT_STEP * create_model(options.model).size_divisor
@@ -394,7 +394,7 @@ def main() -> None:
 
 def compare(options: argparse.Namespace) -> bool:
     """All of it; whether the bars are met."""
-    from dico_jax.result_files import write_json
+    from dico_jax.files import write_json
 
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

@@ -8,7 +8,7 @@ Hardware: one GPU with 80 GB or more, or a TPU slice (not measured yet).
 Expected: FID 27.20, IS 56.52 at 400K steps without guidance (paper).
 """
 
-from configs import default
+from dico_jax.configs import default
 
 
 def get_config():

@@ -8,7 +8,7 @@ Hardware: one GPU (not measured yet).
 Expected: recognisable pictures of the ten classes (no FID measured yet).
 """
 
-from configs import default
+from dico_jax.configs import default
 
 
 def get_config():

@@ -8,7 +8,7 @@ Expected: of 500 guided samples at least 98% are taken for the digit that was as
 classifier that knows the real ones; their spread within a class is at least 0.8 of the real ones'.
 """
 
-from configs import default
+from dico_jax.configs import default
 
 
 def get_config():

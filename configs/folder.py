@@ -9,7 +9,7 @@ Hardware: one GPU (not measured yet).
 Expected: depends on the pictures.
 """
 
-from configs import default
+from dico_jax.configs import default
 
 
 def get_config():

@@ -8,7 +8,7 @@ Hardware: 8 GPUs with 80 GB, or a TPU slice (not measured yet).
 Expected: FID 1.90 with guidance (paper).
 """
 
-from configs import default
+from dico_jax.configs import default
 
 
 def get_config():

@@ -8,7 +8,7 @@ Hardware: 8 GPUs with 80 GB, or a TPU slice (not measured yet).
 Expected: FID 13.66, IS 91.37 at 400K steps without guidance (paper).
 """
 
-from configs import default
+from dico_jax.configs import default
 
 
 def get_config():

@@ -8,7 +8,7 @@ Hardware: one GPU with 40 GB or more, or a TPU slice (not measured yet).
 Expected: FID 49.97, IS 31.38 at 400K steps without guidance (paper).
 """
 
-from configs import default
+from dico_jax.configs import default
 
 
 def get_config():

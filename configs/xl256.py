@@ -9,7 +9,7 @@ Expected: FID 11.67, IS 100.42 at 400K steps without guidance; FID 2.05, IS 282.
     3,750K steps with guidance 1.4 (paper).
 """
 
-from configs import default
+from dico_jax.configs import default
 
 
 def get_config():

@@ -8,7 +8,7 @@ import importlib
 _HOMES = {
     "create_diffusion": "dico_jax.diffusion",
     "create_model": "dico_jax.models",
-    "load_pytorch": "dico_jax.conversion",
+    "load_pytorch": "dico_jax.pytorch.conversion",
 }
 __all__ = ["create_diffusion", "create_model", "load_pytorch"]
 

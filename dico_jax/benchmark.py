@@ -19,7 +19,7 @@ from absl import flags
 
 from dico_jax import cli
 from dico_jax.errors import UsageError
-from dico_jax.result_files import result_path, write_json
+from dico_jax.files import result_path, write_json
 
 _MODEL = flags.DEFINE_string("model", "DiCo-S", "Name of the model, such as DiCo-XL or DiT-XL/2.")
 _COMPARE = flags.DEFINE_list(
@@ -163,7 +163,7 @@ def _ceiling_sizes() -> tuple[int, ...] | None:
 def _make_cpu_devices() -> None:
     """Before JAX is used; a number of devices that XLA_FLAGS names stays."""
     if not _CPU_DEVICES.value:
-        from dico_jax.mesh import use_all_cores
+        from dico_jax.parallel.mesh import use_all_cores
 
         use_all_cores(keep_memory=True)
         return

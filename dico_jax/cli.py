@@ -11,8 +11,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from dico_jax.errors import UsageError
-from dico_jax.training.stopped import TrainingStopped
+from dico_jax.errors import TrainingStopped, UsageError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -75,7 +74,9 @@ def define_distributed_flags() -> Callable[[], None]:
     )
 
     def join() -> None:
-        from dico_jax import distributed  # late: --help answers before JAX is imported
+        from dico_jax.parallel import (
+            processes as distributed,  # late: --help answers before JAX is imported
+        )
 
         distributed.initialize(address.value, count.value, index.value, timeout.value)
 

@@ -80,7 +80,7 @@ def main(action: str | None) -> None:
 
 
 def _from_pytorch(given: flags.FlagValues) -> str:
-    from dico_jax.conversion import from_pytorch
+    from dico_jax.pytorch.conversion import from_pytorch
 
     return from_pytorch(
         given.input,
@@ -95,7 +95,7 @@ def _from_pytorch(given: flags.FlagValues) -> str:
 
 
 def _to_pytorch(given: flags.FlagValues) -> str:
-    from dico_jax.conversion import to_pytorch
+    from dico_jax.pytorch.conversion import to_pytorch
 
     return to_pytorch(
         given.ckpt,
@@ -118,7 +118,7 @@ def _vae(given: flags.FlagValues) -> str:
 
 
 def _inception(given: flags.FlagValues) -> str:
-    from dico_jax.metrics.inception_weights import convert_inception
+    from dico_jax.evaluation.inception_weights import convert_inception
 
     return convert_inception(given.input, given.out)
 

@@ -14,8 +14,9 @@ With --out the same command goes on after an interruption. docs/evaluation.md ex
 
 from absl import flags
 
-from dico_jax import cli, sampler_flags
+from dico_jax import cli
 from dico_jax.errors import UsageError
+from dico_jax.sampling import flags as sampler_flags
 
 _SAMPLES = flags.DEFINE_string("samples", None, "Folder of pictures, or .npz file with arr_0.")
 _CKPT = flags.DEFINE_string("ckpt", None, "Workdir of a run, or a converted checkpoint.")
@@ -54,11 +55,11 @@ def main() -> None:
     """Parses flags, measures, prints and writes."""
     _check()
     # Late imports: --help answers before JAX is imported.
-    from dico_jax.mesh import use_all_cores
+    from dico_jax.parallel.mesh import use_all_cores
 
     use_all_cores()
     _JOIN()
-    from dico_jax.evaluation import Options, evaluate_checkpoint, evaluate_files
+    from dico_jax.evaluation.measure import Options, evaluate_checkpoint, evaluate_files
 
     options = Options(
         features=_FEATURES.value,

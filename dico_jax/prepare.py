@@ -27,7 +27,7 @@ from typing import Any
 from absl import flags
 
 from dico_jax import cli
-from dico_jax.defaults import DEFAULTS
+from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
 
 _OUT = flags.DEFINE_string("out", None, "latents: folder, local or gs://; others: a new .npz file.")
@@ -111,8 +111,8 @@ def _latents() -> None:
 
 
 def _reference() -> None:
-    from dico_jax.evaluation import prepare_reference
-    from dico_jax.mesh import use_all_cores
+    from dico_jax.evaluation.measure import prepare_reference
+    from dico_jax.parallel.mesh import use_all_cores
 
     use_all_cores()
     assert _OUT.value is not None
@@ -135,8 +135,8 @@ def _reference() -> None:
 
 
 def _classifier() -> None:
-    from dico_jax.metrics.classifier import train_classifier
-    from dico_jax.result_files import result_path
+    from dico_jax.evaluation.classifier import train_classifier
+    from dico_jax.files import result_path
 
     assert _OUT.value is not None
     out = result_path(_OUT.value, ".npz")
@@ -174,7 +174,7 @@ def _prepare_latents() -> None:
     from ml_collections import ConfigDict
 
     from dico_jax.autoencoders import create_autoencoder
-    from dico_jax.latent_preparation import Options, prepare_latents
+    from dico_jax.data.latent_preparation import Options, prepare_latents
 
     options = Options(
         image_size=_IMAGE_SIZE.value,

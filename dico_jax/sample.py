@@ -2,7 +2,8 @@
 
 from absl import flags
 
-from dico_jax import cli, sampler_flags
+from dico_jax import cli
+from dico_jax.sampling import flags as sampler_flags
 
 _CKPT = flags.DEFINE_string(
     "ckpt", None, "Workdir of a run, or a converted checkpoint.", required=True
@@ -19,7 +20,7 @@ _NPZ = flags.DEFINE_string(
 def main() -> None:
     """Parses flags, samples and saves."""
     # Late imports: --help answers before JAX is imported.
-    from dico_jax.inference import CheckpointSampler
+    from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 
     sampler = CheckpointSampler(_CKPT.value, **sampler_flags.sampler_arguments(_BATCH_SIZE.value))
     sampler.save(

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dico_jax.checkpoints.state import TrainState
 from dico_jax.diffusion import create_diffusion, guided_model_fn, sample_loop
 from dico_jax.models import create_model
-from dico_jax.training.state import TrainState
 from dico_jax.training.step import apply_gradients, loss_fn
 from tests.golden import drawn_params
 

@@ -6,15 +6,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import digits
-from dico_jax.mesh import create_mesh
+from dico_jax.checkpoints.saved_weights import SavedWeights
+from dico_jax.checkpoints.snapshots import rebuilt_ema, snapshot_steps
+from dico_jax.checkpoints.state import abstract_state, create_state, initializer
 from dico_jax.models import create_model
 from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
-from dico_jax.sharding import state_sharding
-from dico_jax.training.ema_snapshots import rebuilt_ema, snapshot_steps
+from dico_jax.parallel.mesh import create_mesh
+from dico_jax.parallel.sharding import state_sharding
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.saved_weights import SavedWeights
-from dico_jax.training.state import abstract_state, create_state, initializer
 from tests.test_scan import FAMILIES, make_stage, stage_inputs, stage_params
 from tests.test_training import tiny_config
 

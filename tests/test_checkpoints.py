@@ -13,13 +13,14 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dico_jax.defaults import with_defaults
+from dico_jax.checkpoints import checkpointer as checkpoints
+from dico_jax.checkpoints import step_folders
+from dico_jax.checkpoints.checkpointer import Checkpointer, DamagedCheckpointError, saved_steps
+from dico_jax.checkpoints.checksums import FILE, find_damage
+from dico_jax.checkpoints.saved_weights import SavedWeights
+from dico_jax.checkpoints.state import TrainState
+from dico_jax.config import with_defaults
 from dico_jax.errors import UsageError
-from dico_jax.training import checkpoints, step_folders
-from dico_jax.training.checkpoints import Checkpointer, DamagedCheckpointError, saved_steps
-from dico_jax.training.checksums import FILE, find_damage
-from dico_jax.training.saved_weights import SavedWeights
-from dico_jax.training.state import TrainState
 
 # Of reads and writes of TensorStore's that nobody waits for when one has failed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

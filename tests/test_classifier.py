@@ -10,10 +10,10 @@ import pytest
 from dico_jax.data.digits import DigitsSource
 from dico_jax.data.readers import PictureReader
 from dico_jax.errors import UsageError
-from dico_jax.mesh import create_mesh
-from dico_jax.metrics.classifier import load_classifier, train_classifier
-from dico_jax.metrics.feature_networks import make_feature_fn
-from dico_jax.metrics.moments import Moments
+from dico_jax.evaluation.classifier import load_classifier, train_classifier
+from dico_jax.evaluation.feature_networks import make_feature_fn
+from dico_jax.evaluation.moments import Moments
+from dico_jax.parallel.mesh import create_mesh
 
 
 class Plain:

@@ -9,23 +9,22 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import default, digits, folder
-from dico_jax.build import (
-    FIELDS,
-    check_fields,
+from dico_jax.config import DEFAULTS, check_fields, flatten, with_defaults
+from dico_jax.configs import default, digits, folder
+from dico_jax.errors import UsageError
+from dico_jax.experiment import (
     check_training,
     experiment_from_config,
-    flatten,
     reader_from_config,
     sampling_from_config,
     source_from_config,
     with_num_classes,
 )
-from dico_jax.defaults import DEFAULTS, with_defaults
-from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params, count_parameters
 from dico_jax.training.optimizer import create_optimizer
 from dico_jax.training.step import loss_fn
+
+FIELDS = frozenset(flatten(DEFAULTS))
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")

@@ -16,28 +16,28 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from dico_jax.conversion import from_pytorch, load_pytorch, to_pytorch
-from dico_jax.defaults import DEFAULTS
+from dico_jax.checkpoints.checkpointer import Checkpointer
+from dico_jax.checkpoints.saved_weights import SavedWeights
+from dico_jax.checkpoints.state import TrainState, abstract_state, initializer
+from dico_jax.checkpoints.warm_start import WarmStart
+from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
-from dico_jax.inference import CheckpointSampler
-from dico_jax.interop.key_maps import (
+from dico_jax.models import abstract_params, create_model
+from dico_jax.models.dit import position_embedding
+from dico_jax.parallel.mesh import create_mesh, replicated
+from dico_jax.pytorch.conversion import from_pytorch, load_pytorch, to_pytorch
+from dico_jax.pytorch.key_maps import (
     KEY_MAPS,
     from_state_dict,
     state_dict_shapes,
     to_state_dict,
 )
-from dico_jax.interop.tensor_refs import DTYPES
-from dico_jax.interop.torch_files import open_tensors, write_pt, write_safetensors
-from dico_jax.mesh import create_mesh, replicated
-from dico_jax.models import abstract_params, create_model
-from dico_jax.models.dit import position_embedding
+from dico_jax.pytorch.tensor_refs import DTYPES
+from dico_jax.pytorch.torch_files import open_tensors, write_pt, write_safetensors
+from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from dico_jax.training import run
-from dico_jax.training.checkpoints import Checkpointer
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.saved_weights import SavedWeights
-from dico_jax.training.state import TrainState, abstract_state, initializer
-from dico_jax.training.warm_start import WarmStart
 from tests import golden
 from tests.commands import call
 from tests.golden import TINY, distance, nhwc

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.interop.key_maps import KEY_MAPS, check_tensors, entries, state_dict_shapes
-from dico_jax.model_detection import detect_model
 from dico_jax.models import abstract_params, create_model
+from dico_jax.pytorch.detection import detect_model
+from dico_jax.pytorch.key_maps import KEY_MAPS, check_tensors, entries, state_dict_shapes
 from tests import golden
 
 TINY = {"hidden_size": 8, "depth": (1, 2, 1, 3, 1), "mlp_ratio": 2.0}

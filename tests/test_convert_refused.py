@@ -16,13 +16,13 @@ import zipfile
 import numpy as np
 import pytest
 
-from dico_jax import conversion
-from dico_jax.conversion import from_pytorch, load_pytorch, to_pytorch
+from dico_jax import files
 from dico_jax.errors import UsageError
-from dico_jax.interop import file_writers
-from dico_jax.interop.key_maps import KEY_MAPS, state_dict_shapes
-from dico_jax.interop.torch_files import Deferred, open_tensors, write_pt, write_safetensors
 from dico_jax.models import abstract_params, create_model
+from dico_jax.pytorch import conversion
+from dico_jax.pytorch.conversion import from_pytorch, load_pytorch, to_pytorch
+from dico_jax.pytorch.key_maps import KEY_MAPS, state_dict_shapes
+from dico_jax.pytorch.torch_files import Deferred, open_tensors, write_pt, write_safetensors
 from tests.commands import call
 from tests.interop_files import pickled, tensor, zip_pt
 
@@ -308,7 +308,7 @@ def test_checkpoints_that_are_none(good):
 
 def test_full_disks(good, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(file_writers.shutil, "disk_usage", lambda _: usage(9, 9, 1000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage(9, 9, 1000))
     refused_out(good, "b.pt", "needs about .* GB, and .* GB are free")
     refused(good, "a.pt", "needs about .* GB, and .* GB are free")
 

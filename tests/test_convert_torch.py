@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dico_jax.conversion import from_pytorch, to_pytorch
-from dico_jax.defaults import DEFAULTS
-from dico_jax.interop.key_maps import KEY_MAPS, from_state_dict, state_dict_shapes, to_state_dict
-from dico_jax.mesh import create_mesh, replicated
+from dico_jax.checkpoints.checkpointer import Checkpointer
+from dico_jax.checkpoints.state import TrainState
+from dico_jax.config import DEFAULTS
 from dico_jax.models import abstract_params, create_model
-from dico_jax.training.checkpoints import Checkpointer
+from dico_jax.parallel.mesh import create_mesh, replicated
+from dico_jax.pytorch.conversion import from_pytorch, to_pytorch
+from dico_jax.pytorch.key_maps import KEY_MAPS, from_state_dict, state_dict_shapes, to_state_dict
 from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.state import TrainState
 from tests import golden
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")

@@ -14,15 +14,15 @@ from dico_jax.autoencoders import create_autoencoder
 from dico_jax.autoencoders.conversion import convert_vae
 from dico_jax.autoencoders.kl import KLConfig, abstract_params
 from dico_jax.autoencoders.weights import open_kl
-from dico_jax.conversion import from_pytorch
-from dico_jax.defaults import DEFAULTS
+from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
-from dico_jax.inference import CheckpointSampler
-from dico_jax.interop.key_maps import KEY_MAPS, state_dict_shapes, to_state_dict
-from dico_jax.interop.tensor_refs import DTYPES
-from dico_jax.interop.torch_files import open_tensors, write_pt, write_safetensors
 from dico_jax.models import abstract_params as abstract_model
 from dico_jax.models import create_model
+from dico_jax.pytorch.conversion import from_pytorch
+from dico_jax.pytorch.key_maps import KEY_MAPS, state_dict_shapes, to_state_dict
+from dico_jax.pytorch.tensor_refs import DTYPES
+from dico_jax.pytorch.torch_files import open_tensors, write_pt, write_safetensors
+from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from tests import golden
 from tests.commands import call
 from tests.golden import TINY

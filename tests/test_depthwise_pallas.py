@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dico_jax.mesh import BATCH_AXES, create_mesh
 from dico_jax.ops import depthwise_gpu, depthwise_pallas, depthwise_tpu
 from dico_jax.ops.depthwise import depthwise_conv3x3
 from dico_jax.ops.gelu import gelu
+from dico_jax.parallel.mesh import BATCH_AXES, create_mesh
 
 PLATFORMS = ("gpu", "tpu")
 NAMES = ("h", "sums", "dx", "dkernel", "dbias")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.metrics import kid
-from dico_jax.metrics.frechet import frechet_distance, rank_warning
-from dico_jax.metrics.inception_score import InceptionScore
-from dico_jax.metrics.kid import kernel_distance, squared_discrepancy
-from dico_jax.metrics.moments import Moments
+from dico_jax.evaluation import kid
+from dico_jax.evaluation.frechet import frechet_distance, rank_warning
+from dico_jax.evaluation.inception_score import InceptionScore
+from dico_jax.evaluation.kid import kernel_distance, squared_discrepancy
+from dico_jax.evaluation.moments import Moments
 from tests.golden import FOLDER, load, requires_golden
 
 

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dico_jax.errors import UsageError
-from dico_jax.mesh import create_mesh, replicated
-from dico_jax.training.ema import (
+from dico_jax.checkpoints.averages import (
     MAX_WIDTH,
     Snapshot,
     _log_inner_product,
@@ -25,13 +23,15 @@ from dico_jax.training.ema import (
     update_width_emas,
     width_to_gamma,
 )
-from dico_jax.training.ema_snapshots import (
+from dico_jax.checkpoints.snapshots import (
     EmaSnapshots,
     list_snapshots,
     rebuilt_ema,
     snapshot_steps,
 )
-from dico_jax.training.state import width_name
+from dico_jax.checkpoints.state import width_name
+from dico_jax.errors import UsageError
+from dico_jax.parallel.mesh import create_mesh, replicated
 
 TRACKED = (0.05, 0.10)
 

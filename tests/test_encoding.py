@@ -11,7 +11,7 @@ from dico_jax.autoencoders.encoding import make_latents_fn, to_model_range
 from dico_jax.autoencoders.registry import Autoencoder
 from dico_jax.autoencoders.weights import Weights
 from dico_jax.errors import UsageError
-from dico_jax.mesh import batch_sharding, create_mesh, to_global
+from dico_jax.parallel.mesh import batch_sharding, create_mesh, to_global
 
 N, SCALE = 16, 0.25
 

@@ -9,10 +9,10 @@ from PIL import Image
 from dico_jax.data.digits import DigitsSource
 from dico_jax.data.readers import PictureReader
 from dico_jax.errors import UsageError
-from dico_jax.evaluation import Options, evaluate_files, parse_sweep, prepare_reference
-from dico_jax.metrics import evaluator
-from dico_jax.metrics.classifier import train_classifier
-from dico_jax.metrics.statistics import open_reference
+from dico_jax.evaluation import evaluator
+from dico_jax.evaluation.classifier import train_classifier
+from dico_jax.evaluation.measure import Options, evaluate_files, parse_sweep, prepare_reference
+from dico_jax.evaluation.statistics import open_reference
 from tests.commands import assert_refused, call, call_together
 from tests.test_commands import QUICK
 

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from dico_jax.mesh import create_mesh
-from dico_jax.metrics.evaluator import create_evaluator
-from dico_jax.metrics.feature_networks import make_feature_fn
-from dico_jax.metrics.feature_summary import FeatureSummary
-from dico_jax.metrics.inception_features import InceptionFeatures
+from dico_jax.evaluation.evaluator import create_evaluator
+from dico_jax.evaluation.feature_networks import make_feature_fn
+from dico_jax.evaluation.feature_summary import FeatureSummary
+from dico_jax.evaluation.inception_features import InceptionFeatures
+from dico_jax.parallel.mesh import create_mesh
 from tests import golden
 from tests.commands import call
 from tests.test_inception import weights_file  # noqa: F401 - a fixture

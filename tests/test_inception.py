@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dico_jax.interop.torch_files import write_pt
-from dico_jax.metrics.inception import (
+from dico_jax.evaluation.inception import (
     ALL_TAPS,
     NUM_FEATURES,
     NUM_LOGITS,
@@ -19,7 +18,8 @@ from dico_jax.metrics.inception import (
     resize_tables,
     resized,
 )
-from dico_jax.metrics.inception_weights import load_inception, state_shapes
+from dico_jax.evaluation.inception_weights import load_inception, state_shapes
+from dico_jax.pytorch.torch_files import write_pt
 from tests import golden
 from tests.golden import distance
 

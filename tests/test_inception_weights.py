@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.interop.key_maps import entries
-from dico_jax.interop.torch_files import open_tensors, write_pt, write_safetensors
-from dico_jax.metrics import inception_weights
-from dico_jax.metrics.inception_weights import (
+from dico_jax.evaluation import inception_weights
+from dico_jax.evaluation.inception_weights import (
     FILE_NAMES,
     KEY_MAP,
     convert_inception,
     load_inception,
     state_shapes,
 )
+from dico_jax.pytorch.key_maps import entries
+from dico_jax.pytorch.torch_files import open_tensors, write_pt, write_safetensors
 from tests import commands
 from tests.interop_files import (
     HOOKS,

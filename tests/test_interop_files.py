@@ -14,8 +14,8 @@ import safetensors
 import safetensors.numpy
 
 from dico_jax.errors import UsageError
-from dico_jax.interop.tensor_refs import DTYPES
-from dico_jax.interop.torch_files import (
+from dico_jax.pytorch.tensor_refs import DTYPES
+from dico_jax.pytorch.torch_files import (
     Deferred,
     TensorRef,
     open_tensors,

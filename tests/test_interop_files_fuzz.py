@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.interop.torch_files import open_tensors, select_weights, write_pt, write_safetensors
+from dico_jax.pytorch.torch_files import open_tensors, select_weights, write_pt, write_safetensors
 from tests import golden
 from tests.interop_files import flat
 

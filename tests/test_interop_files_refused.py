@@ -18,8 +18,8 @@ import pytest
 import safetensors.numpy
 
 from dico_jax.errors import UsageError
-from dico_jax.interop import restricted_pickle
-from dico_jax.interop.torch_files import open_tensors, write_pt, write_safetensors
+from dico_jax.pytorch import restricted_pickle
+from dico_jax.pytorch.torch_files import open_tensors, write_pt, write_safetensors
 from tests.interop_files import (
     HOOKS,
     REBUILD,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.interop.key_maps import (
+from dico_jax.models import abstract_params, create_model
+from dico_jax.pytorch.key_maps import (
     KEY_MAPS,
     KeyMap,
     check_tensors,
@@ -20,8 +21,7 @@ from dico_jax.interop.key_maps import (
     state_dict_shapes,
     to_state_dict,
 )
-from dico_jax.interop.torch_files import open_tensors
-from dico_jax.models import abstract_params, create_model
+from dico_jax.pytorch.torch_files import open_tensors
 from tests import golden
 from tests.interop_files import assert_same
 

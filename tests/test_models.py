@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.interop.key_maps import KEY_MAPS, from_state_dict, state_dict_shapes, to_state_dict
 from dico_jax.models import MODELS, abstract_params, count_parameters, create_model, model_options
 from dico_jax.models.layers import pixel_shuffle, pixel_unshuffle, time_features
+from dico_jax.pytorch.key_maps import KEY_MAPS, from_state_dict, state_dict_shapes, to_state_dict
 from tests import golden
 from tests.golden import TINY
 

@@ -238,7 +238,7 @@ def test_initialisation_of_dico_s(depth):
     """Every tensor has the published distribution: bound and deviation, or zero."""
     import flax
 
-    from dico_jax.interop.key_maps import torch_key
+    from dico_jax.pytorch.key_maps import torch_key
 
     recorded = json.loads((golden.FOLDER / "init_dico_s.json").read_text())
     model = create_model("DiCo", hidden_size=128, depth=depth, mlp_ratio=2.0)

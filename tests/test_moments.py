@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.metrics.moments import Moments
+from dico_jax.evaluation.moments import Moments
 from tests.golden import distance, load, requires_golden
 
 WIDTH = 37

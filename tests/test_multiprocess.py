@@ -99,8 +99,8 @@ def test_a_process_that_never_joins_is_an_error_and_no_hang(tmp_path):
     ],
 )
 def test_wrong_descriptions(args, part, tmp_path):
-    from dico_jax import distributed
     from dico_jax.errors import UsageError
+    from dico_jax.parallel import processes as distributed
 
     values = {arg.lstrip("-").split("=")[0]: arg.split("=")[1] for arg in args}
     numbers = {k: int(v) if v.isdecimal() else v for k, v in values.items()}
@@ -109,7 +109,7 @@ def test_wrong_descriptions(args, part, tmp_path):
 
 
 def test_surroundings_of_several_processes():
-    from dico_jax.distributed import several_processes
+    from dico_jax.parallel.processes import several_processes
 
     assert not several_processes({"TPU_SKIP_MDS_QUERY": "1"})
     assert several_processes({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"})

@@ -10,16 +10,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from dico_jax.conversion import to_pytorch
-from dico_jax.defaults import DEFAULTS
+from dico_jax.checkpoints.checkpointer import Checkpointer
+from dico_jax.checkpoints.state import TrainState
+from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
-from dico_jax.interop.optimizer_state import from_optax, to_optax
-from dico_jax.interop.torch_files import open_tensors
-from dico_jax.mesh import create_mesh, replicated
 from dico_jax.models import abstract_params, create_model
-from dico_jax.training.checkpoints import Checkpointer
+from dico_jax.parallel.mesh import create_mesh, replicated
+from dico_jax.pytorch.conversion import to_pytorch
+from dico_jax.pytorch.optimizer_state import from_optax, to_optax
+from dico_jax.pytorch.torch_files import open_tensors
 from dico_jax.training.optimizer import create_optimizer, is_kernel, learning_rate_schedule
-from dico_jax.training.state import TrainState
 
 PARAMS = {
     "a": {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([1.0, -1.0])},

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.metrics import manifolds_adm_float16, manifolds_exact, row_tiles
-from dico_jax.metrics.manifolds_adm_float16 import eigen_half_sum, half_distances
-from dico_jax.metrics.precision_recall import (
+from dico_jax.evaluation import manifolds_adm_float16, manifolds_exact, row_tiles
+from dico_jax.evaluation.manifolds_adm_float16 import eigen_half_sum, half_distances
+from dico_jax.evaluation.precision_recall import (
     DISTANCES,
     manifold_members,
     manifold_radii,

@@ -12,10 +12,10 @@ from dico_jax.autoencoders.registry import Autoencoder
 from dico_jax.autoencoders.weights import Weights
 from dico_jax.data import latent_writer, prepared_latents
 from dico_jax.data.latent_folder import read_manifest
+from dico_jax.data.latent_preparation import Options, prepare_latents
 from dico_jax.data.pictures import load_picture
 from dico_jax.data.prepared_latents import PreparedLatents, verify
 from dico_jax.errors import UsageError
-from dico_jax.latent_preparation import Options, prepare_latents
 from tests.test_encoding import encode
 
 SIZE = 8

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.metrics import classifier
-from dico_jax.metrics.statistics import Statistics, open_reference
+from dico_jax.evaluation import classifier
+from dico_jax.evaluation.statistics import Statistics, open_reference
 from dico_jax.training.loop import train
 from tests.test_training import tiny_config
 

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dico_jax.checkpoints.state import abstract_state, create_state, initializer
 from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import UsageError
-from dico_jax.mesh import batch_sharding, create_mesh, data_shard, replicated, to_global
 from dico_jax.models import abstract_params, create_model
 from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
 from dico_jax.models.gathering import whole_where_used
-from dico_jax.sharding import DEFAULT_RULES, parse_rules, partition_spec, state_sharding
+from dico_jax.parallel.mesh import batch_sharding, create_mesh, data_shard, replicated, to_global
+from dico_jax.parallel.sharding import DEFAULT_RULES, parse_rules, partition_spec, state_sharding
 from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.state import abstract_state, create_state, initializer
 from dico_jax.training.step import gradients
 from tests.test_training import digits, run_steps
 
@@ -37,9 +37,7 @@ def test_mesh_axes():
 
 
 def test_all_cores():
-    code = (
-        "from dico_jax.mesh import jax, use_all_cores; use_all_cores(); print(len(jax.devices()))"
-    )
+    code = "import jax, dico_jax.parallel.mesh as m; m.use_all_cores(); print(jax.device_count())"
     for flags, count in (("", min(os.cpu_count(), 8)), (os.environ["XLA_FLAGS"], 8)):
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {"XLA_FLAGS": flags},
@@ -52,7 +50,7 @@ def test_all_cores():
 def test_memory_that_is_kept_is_not_cleared_again():
     code = """
 import ctypes, resource, sys, threading
-from dico_jax.mesh import use_all_cores
+from dico_jax.parallel.mesh import use_all_cores
 
 use_all_cores(keep_memory=sys.argv[1] == "keep")
 libc, size, faults = ctypes.CDLL(None), 100_000_000, []

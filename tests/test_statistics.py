@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.metrics import statistics as module
-from dico_jax.metrics.statistics import (
+from dico_jax.evaluation import statistics as module
+from dico_jax.evaluation.statistics import (
     NpzImages,
     ReferenceImages,
     Statistics,

@@ -18,14 +18,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import digits
-from dico_jax.build import FIELDS
+from dico_jax.checkpoints import streaming
+from dico_jax.checkpoints.checkpointer import saved_steps
+from dico_jax.checkpoints.streaming import stored_leaves
 from dico_jax.errors import UsageError
-from dico_jax.interop.file_writers import Deferred
-from dico_jax.training import streaming
-from dico_jax.training.checkpoints import saved_steps
+from dico_jax.experiment import FIELDS
+from dico_jax.files import Deferred
 from dico_jax.training.loop import train
 from dico_jax.training.preemption import Preempted, Preemption
-from dico_jax.training.streaming import stored_leaves
 from dico_jax.training.workdir import MUTABLE_FIELDS, check_workdir, open_workdir, workdir_lock
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -280,9 +280,9 @@ workdir, address, index = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3
 jax.distributed.initialize(address, 2, index)
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from dico_jax.training.checkpoints import Checkpointer
+from dico_jax.checkpoints.checkpointer import Checkpointer
 from dico_jax.training.preemption import Preempted, Preemption
-from dico_jax.training.state import TrainState
+from dico_jax.checkpoints.state import TrainState
 from dico_jax.training.workdir import workdir_lock
 
 mesh = Mesh(np.array(jax.devices()), ("fsdp",))

@@ -13,8 +13,8 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from dico_jax.mesh import BATCH_AXES, create_mesh
 from dico_jax.ops import depthwise_pallas
+from dico_jax.parallel.mesh import BATCH_AXES, create_mesh
 from tests.test_depthwise_pallas import abstract_operands, with_gradient
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs the package libtpu")

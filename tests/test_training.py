@@ -8,15 +8,21 @@ import numpy as np
 import pytest
 
 from configs import digits
+from dico_jax.checkpoints.averages import update_width_emas
+from dico_jax.checkpoints.state import abstract_state, create_state, initializer
 from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import UsageError
-from dico_jax.mesh import batch_sharding, check_batch_size, create_mesh, replicated, to_global
 from dico_jax.models import create_model
-from dico_jax.sharding import state_sharding
-from dico_jax.training.ema import update_width_emas
+from dico_jax.parallel.mesh import (
+    batch_sharding,
+    check_batch_size,
+    create_mesh,
+    replicated,
+    to_global,
+)
+from dico_jax.parallel.sharding import state_sharding
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.state import abstract_state, create_state, initializer
 from dico_jax.training.step import StepOptions, draw_noise, drop_labels, make_train_step
 from dico_jax.training.workdir import open_workdir
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from configs import default
+from dico_jax.checkpoints.state import TrainState
 from dico_jax.diffusion import create_diffusion
-from dico_jax.interop.key_maps import KEY_MAPS, to_state_dict
 from dico_jax.models import create_model
+from dico_jax.pytorch.key_maps import KEY_MAPS, to_state_dict
 from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.state import TrainState
 from dico_jax.training.step import apply_gradients, loss_fn
 from tests import golden
 from tests.golden import TINY, TINY_DRAWS, distance, nhwc

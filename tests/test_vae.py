@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from dico_jax.autoencoders import create_autoencoder, posterior_latents, to_uint8
 from dico_jax.autoencoders.kl import AutoencoderKL, KLConfig, abstract_params
 from dico_jax.autoencoders.tiling import cut, decode_in_tiles
-from dico_jax.build import experiment_from_config
-from dico_jax.defaults import DEFAULTS
+from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
-from dico_jax.interop.key_maps import KEY_MAPS, from_state_dict, state_dict_shapes
+from dico_jax.experiment import experiment_from_config
+from dico_jax.pytorch.key_maps import KEY_MAPS, from_state_dict, state_dict_shapes
 from tests import golden
 from tests.golden import distance, nhwc
 

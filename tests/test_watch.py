@@ -12,15 +12,14 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from configs import default
 from dico_jax import cli
-from dico_jax.errors import UsageError
-from dico_jax.mesh import batch_sharding, create_mesh, replicated
+from dico_jax.errors import TrainingStopped, UsageError
+from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated
 from dico_jax.training import nan_policy, profiling
 from dico_jax.training.compilation_cache import enable_compilation_cache
 from dico_jax.training.nan_policy import NanWatch, attempt_key, is_finite, keep_if
 from dico_jax.training.profiling import Profiler
 from dico_jax.training.stall import Patience, StallWatch, stall_file
 from dico_jax.training.step_metrics import PartialMean, mean_of_steps, quarter_losses
-from dico_jax.training.stopped import TrainingStopped
 from dico_jax.training.watch import check_watch
 
 

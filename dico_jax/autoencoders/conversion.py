@@ -12,9 +12,9 @@ import jax
 
 from dico_jax.autoencoders.weights import FORMAT, naming, open_kl
 from dico_jax.errors import UsageError
-from dico_jax.interop.file_writers import check_new
-from dico_jax.interop.progress import ByteProgress
-from dico_jax.interop.torch_files import write_safetensors
+from dico_jax.files import check_new
+from dico_jax.pytorch.progress import ByteProgress
+from dico_jax.pytorch.torch_files import write_safetensors
 
 _SLACK = 1.02  # of the size of what is written over the size of its tensors
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from dico_jax.autoencoders.registry import Autoencoder, posterior_latents
 from dico_jax.errors import UsageError
-from dico_jax.mesh import BATCH_AXES, batch_sharding, replicated
+from dico_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 
 LATENT_SAMPLING = ("sample", "mean", "fixed")
 

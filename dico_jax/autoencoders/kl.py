@@ -2,7 +2,7 @@
 
 A picture becomes the means and log variances of a Gaussian per latent position; a latent becomes a
 picture. Modules carry the names of diffusers' modules, positions in lists included, so that a
-parameter path joined with dots is a state dict's key (see `dico_jax.interop.key_maps`).
+parameter path joined with dots is a state dict's key (see `dico_jax.pytorch.key_maps`).
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from dico_jax.autoencoders.kl import AutoencoderKL, KLConfig
 from dico_jax.autoencoders.tiling import MIN_TILE, decode_in_tiles
 from dico_jax.autoencoders.weights import RELEASED, Weights, naming, open_kl
 from dico_jax.errors import UsageError
-from dico_jax.interop.hub import is_remote
+from dico_jax.pytorch.hub import is_remote
 
 # A linear fit of RGB to the four scaled latents of Stable Diffusion's autoencoder, as several
 # user interfaces preview them.

@@ -24,10 +24,10 @@ import numpy as np
 from dico_jax.autoencoders.kl import KLConfig, abstract_params
 from dico_jax.autoencoders.kl_detection import detect_config, parse_options, read_options
 from dico_jax.errors import UsageError
-from dico_jax.interop.hub import file_beside, is_remote, local_file
-from dico_jax.interop.key_maps import KEY_MAPS, entries, known_names
-from dico_jax.interop.lazy_trees import Health, deferred_tree
-from dico_jax.interop.torch_files import Deferred, TensorFile, open_tensors, select_weights
+from dico_jax.pytorch.hub import file_beside, is_remote, local_file
+from dico_jax.pytorch.key_maps import KEY_MAPS, entries, known_names
+from dico_jax.pytorch.lazy_trees import Health, deferred_tree
+from dico_jax.pytorch.torch_files import Deferred, TensorFile, open_tensors, select_weights
 
 KEY_MAP = KEY_MAPS["AutoencoderKL"]
 FORMAT = "dico_jax.AutoencoderKL"  # of a file that `convert vae` wrote

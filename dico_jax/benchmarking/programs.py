@@ -12,15 +12,15 @@ from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 
 from dico_jax.benchmarking.compiled import Compiled, compile_ahead
-from dico_jax.build import experiment_from_config, sampling_from_config
-from dico_jax.generation import make_latents_fn
-from dico_jax.mesh import batch_sharding, replicated
+from dico_jax.checkpoints.state import TrainState, abstract_state, initializer
+from dico_jax.experiment import experiment_from_config, sampling_from_config
 from dico_jax.models import abstract_params, count_parameters
 from dico_jax.models.block_stacks import STACK, map_stacks
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.flops import FLOPS_PER_MAC, forward_macs, training_flops
+from dico_jax.parallel.mesh import batch_sharding, replicated
+from dico_jax.sampling.generate import make_latents_fn
 from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.state import TrainState, abstract_state, initializer
 from dico_jax.training.step import StepOptions, make_train_step
 
 _SMALL = 0.02  # standard deviation of parameters that are no kernels

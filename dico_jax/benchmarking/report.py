@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dico_jax.versions import library_versions
+from dico_jax.files import library_versions
 
 
 def about() -> dict[str, Any]:

@@ -15,10 +15,10 @@ from dico_jax.benchmarking.compiled import Compiled, memory_gb, xla_counts
 from dico_jax.benchmarking.programs import ACTIONS, Program, Work, check_finite
 from dico_jax.benchmarking.report import about
 from dico_jax.benchmarking.timing import Times, measure
-from dico_jax.build import experiment_from_config, sampling_from_config
-from dico_jax.defaults import DEFAULTS
+from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
-from dico_jax.mesh import check_batch_size, create_mesh, num_batch_shards
+from dico_jax.experiment import experiment_from_config, sampling_from_config
+from dico_jax.parallel.mesh import check_batch_size, create_mesh, num_batch_shards
 from dico_jax.training.speed import peak_flops, peak_memory_gb
 
 PRECISIONS = ("default", "high", "highest")

@@ -84,7 +84,7 @@ def training_batches(
       horizontal_flip: mirror each example with probability 1/2.
       max_bad_fraction: of the source's examples; more bad ones in a row are an error.
       num_workers: processes that read; 0 for threads of this one.
-      process_index, process_count: which of equal blocks of rows, see `dico_jax.mesh.data_shard`.
+      process_index, process_count: which of equal blocks of rows, see `parallel.mesh.data_shard`.
 
     Returns:
       Batches of n = batch_size / process_count: {"example": (n, ...) as the reader makes them,

@@ -15,9 +15,9 @@ import jax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from dico_jax.mesh import BATCH_AXES
 from dico_jax.models.block_stacks import STACK
 from dico_jax.models.denoiser import Denoiser
+from dico_jax.parallel.mesh import BATCH_AXES
 
 
 class _Shared(nn.Partitioned):

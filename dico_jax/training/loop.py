@@ -10,18 +10,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dico_jax.metrics.class_agreement import ClassAgreement
-from dico_jax.training.checkpoints import Checkpointer
-from dico_jax.training.ema_snapshots import EmaSnapshots
+from dico_jax.checkpoints.checkpointer import Checkpointer
+from dico_jax.checkpoints.snapshots import EmaSnapshots
+from dico_jax.checkpoints.state import TrainState
+from dico_jax.config import config_to_dict
+from dico_jax.evaluation.class_agreement import ClassAgreement
 from dico_jax.training.logging import Logger, open_logger
 from dico_jax.training.nan_policy import NanWatch
 from dico_jax.training.preemption import Preempted, Preemption
 from dico_jax.training.profiling import Profiler
 from dico_jax.training.run import Run
 from dico_jax.training.stall import StallWatch, stall_file
-from dico_jax.training.state import TrainState
 from dico_jax.training.step_metrics import mean_of_steps
-from dico_jax.training.workdir import config_to_dict, open_workdir, workdir_lock
+from dico_jax.training.workdir import open_workdir, workdir_lock
 
 _STEPS_AHEAD = 2  # of the devices: enough to keep them busy, and few enough to notice a stall
 

@@ -24,8 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dico_jax.errors import UsageError
-from dico_jax.training.stopped import TrainingStopped
+from dico_jax.errors import TrainingStopped, UsageError
 
 POLICIES = ("stop", "skip", "rollback")
 MAX_SKIPPED_IN_A_ROW = 100

@@ -10,24 +10,29 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dico_jax.autoencoders.encoding import make_latents_fn
-from dico_jax.build import (
+from dico_jax.checkpoints.averages import parse_widths
+from dico_jax.checkpoints.checkpointer import Checkpointer
+from dico_jax.checkpoints.state import TrainState, abstract_state, create_state, initializer
+from dico_jax.checkpoints.warm_start import open_warm_start
+from dico_jax.config import check_fields, config_errors, config_to_dict
+from dico_jax.data.bad_examples import BadExampleLog
+from dico_jax.data.pipeline import DeviceBatches, training_batches
+from dico_jax.data.sources import Source
+from dico_jax.errors import UsageError
+from dico_jax.evaluation.class_agreement import ClassAgreement, class_agreement, require_sklearn
+from dico_jax.evaluation.run_evaluation import RunEvaluation
+from dico_jax.experiment import (
     Experiment,
-    check_fields,
     check_training,
-    config_errors,
     experiment_from_config,
     reader_from_config,
     sampling_from_config,
     source_from_config,
     with_num_classes,
 )
-from dico_jax.data.bad_examples import BadExampleLog
-from dico_jax.data.pipeline import DeviceBatches, training_batches
-from dico_jax.data.sources import Source
-from dico_jax.errors import UsageError
-from dico_jax.generation import generate_images, make_generate_fn
-from dico_jax.grids import class_name, image_grid, save_png
-from dico_jax.mesh import (
+from dico_jax.models import count_parameters
+from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
+from dico_jax.parallel.mesh import (
     batch_sharding,
     check_batch_size,
     create_mesh,
@@ -35,21 +40,15 @@ from dico_jax.mesh import (
     num_batch_shards,
     to_global,
 )
-from dico_jax.metrics.class_agreement import ClassAgreement, class_agreement, require_sklearn
-from dico_jax.models import count_parameters
-from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
-from dico_jax.sharding import DEFAULT_RULES, parse_rules, state_sharding
-from dico_jax.training.checkpoints import Checkpointer
+from dico_jax.parallel.sharding import DEFAULT_RULES, parse_rules, state_sharding
+from dico_jax.sampling.generate import generate_images, make_generate_fn
+from dico_jax.sampling.grids import class_name, image_grid, save_png
 from dico_jax.training.compilation_cache import enable_compilation_cache
-from dico_jax.training.ema import parse_widths
-from dico_jax.training.evaluation import RunEvaluation
 from dico_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from dico_jax.training.speed import SpeedMetrics
-from dico_jax.training.state import TrainState, abstract_state, create_state, initializer
 from dico_jax.training.step import StepOptions, make_train_step
-from dico_jax.training.warm_start import open_warm_start
 from dico_jax.training.watch import check_watch
-from dico_jax.training.workdir import check_workdir, config_to_dict
+from dico_jax.training.workdir import check_workdir
 
 
 class Run:

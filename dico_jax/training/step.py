@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from dico_jax.checkpoints.averages import update_ema, update_width_emas
+from dico_jax.checkpoints.state import TrainState, run_keys
 from dico_jax.diffusion import Diffusion, training_losses
-from dico_jax.mesh import batch_sharding, replicated
 from dico_jax.models.gathering import whole_where_used
-from dico_jax.training.ema import update_ema, update_width_emas
+from dico_jax.parallel.mesh import batch_sharding, replicated
 from dico_jax.training.nan_policy import attempt_key, is_finite, keep_if
-from dico_jax.training.state import TrainState, run_keys
 from dico_jax.training.step_metrics import quarter_losses
 
 StepFn = Callable[..., tuple[TrainState, dict]]
@@ -137,7 +137,7 @@ def make_train_step(
       model, diffusion, optimizer: what is trained, and how.
       mesh: batches are split over it.
       options: how.
-      sharding: of the state, see `dico_jax.sharding`; whole on every device if None.
+      sharding: of the state, see `dico_jax.parallel.sharding`; whole on every device if None.
     """
     sharding = replicated(mesh) if sharding is None else sharding
     params_sharding = sharding.params if isinstance(sharding, TrainState) else sharding

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from dico_jax.build import config_errors
+from dico_jax.config import config_errors
 from dico_jax.training.logging import require_wandb
 from dico_jax.training.nan_policy import check_on_nan
 from dico_jax.training.profiling import check_profile

@@ -10,13 +10,12 @@ import pathlib
 import socket
 import sys
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO
 
 import jax
 from ml_collections import ConfigDict
 
-from dico_jax.build import flatten
-from dico_jax.defaults import DEFAULTS
+from dico_jax.config import DEFAULTS, config_to_dict, flatten
 from dico_jax.errors import UsageError
 
 # Fields (or sections, with a dot at the end) that may change between two runs in one workdir: they
@@ -54,11 +53,6 @@ MUTABLE_FIELDS = (
 
 
 _DEFAULTS = flatten(json.loads(json.dumps(DEFAULTS)))
-
-
-def config_to_dict(config: ConfigDict) -> dict[str, Any]:
-    """The config as plain JSON values (tuples become lists)."""
-    return json.loads(config.to_json_best_effort())
 
 
 def check_workdir(workdir: str, config: ConfigDict) -> None:

@@ -1,0 +1,242 @@
+"""Objects from a config, checked before anything is compiled.
+
+Every wrong field ends in a UsageError that starts with its full name, `config.a.b=value`.
+"""
+
+import dataclasses
+
+import jax
+from ml_collections import ConfigDict
+
+from dico_jax.autoencoders import Autoencoder, create_autoencoder
+from dico_jax.config import check_at_least, config_errors
+from dico_jax.data.arrays import ArraySource
+from dico_jax.data.bad_examples import BadExampleLog
+from dico_jax.data.pipeline import Reader
+from dico_jax.data.prepared_latents import PreparedLatents
+from dico_jax.data.readers import PictureReader, read_orientation
+from dico_jax.data.sources import Source, create_source
+from dico_jax.diffusion import Diffusion, create_diffusion
+from dico_jax.errors import UsageError
+from dico_jax.models import create_model
+from dico_jax.models.denoiser import Denoiser
+from dico_jax.sampling.generate import SamplingOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config describes, without its data.
+
+    Attributes:
+      model: the network, a linen module.
+      diffusion: the process it is trained with.
+      autoencoder: between pictures and latents.
+      latent_shape: (H, W, C) of the network's input.
+    """
+
+    model: Denoiser
+    diffusion: Diffusion
+    autoencoder: Autoencoder
+    latent_shape: tuple[int, int, int]
+
+
+def model_from_config(config: ConfigDict) -> Denoiser:
+    """The network of a config.
+
+    Raises:
+      UsageError: naming the field, its value and the fix.
+    """
+    with config_errors():
+        options = {k: v for k, v in config.model.items() if k != "name" and v is not None}
+        return create_model(config.model.name, **options)
+
+
+def experiment_from_config(config: ConfigDict) -> Experiment:
+    """The network, process and autoencoder of a config.
+
+    Raises:
+      UsageError: naming the field, its value and the fix.
+    """
+    model = model_from_config(config)
+    with config_errors("diffusion."):
+        diffusion = create_diffusion(
+            noise_schedule=config.diffusion.noise_schedule,
+            diffusion_steps=config.diffusion.diffusion_steps,
+            learn_sigma=config.model.learn_sigma,
+        )
+    with config_errors():
+        autoencoder = create_autoencoder(config.autoencoder)
+        if autoencoder.channels not in (None, model.in_channels):
+            raise UsageError(
+                f"model.in_channels={model.in_channels} does not fit config.autoencoder.name="
+                f"{config.autoencoder.name!r}: use {autoencoder.channels}"
+            )
+        side = _latent_side(config.data.image_size, autoencoder.downsampling, model.size_divisor)
+    return Experiment(model, diffusion, autoencoder, (side, side, model.in_channels))
+
+
+def _latent_side(image_size: int, downsampling: int, size_divisor: int) -> int:
+    step = downsampling * size_divisor
+    if image_size < step or image_size % step:
+        below = image_size // step * step
+        choices = [str(size) for size in (below, below + step) if size > 0]
+        raise UsageError(
+            f"data.image_size={image_size} must be a multiple of {step} (the autoencoder shrinks "
+            f"images by {downsampling}, the network's input must divide by {size_divisor}): "
+            f"use {' or '.join(choices)}"
+        )
+    return image_size // downsampling
+
+
+def sampling_from_config(config: ConfigDict) -> tuple[Diffusion, SamplingOptions]:
+    """The respaced process and the options that a config's samples are made with.
+
+    Raises:
+      UsageError: naming the field, its value and the fix.
+    """
+    sampling = config.sampling
+    with config_errors():
+        options = SamplingOptions(
+            seed=config.seed,
+            sampler=sampling.sampler,
+            ddim_eta=sampling.ddim_eta,
+            cfg_scale=sampling.cfg_scale,
+            cfg_channels=sampling.cfg_channels,
+        )
+        for field in ("num_steps", "batch_size", "grid_rows", "grid_columns"):
+            check_at_least(config, f"sampling.{field}", 1)
+        check_at_least(config, "sampling.grid_every_steps", 0)
+    try:
+        process = create_diffusion(
+            timestep_respacing=str(sampling.num_steps),
+            noise_schedule=config.diffusion.noise_schedule,
+            diffusion_steps=config.diffusion.diffusion_steps,
+            learn_sigma=config.model.learn_sigma,
+        )
+    except UsageError as error:
+        raise UsageError(f"config.sampling.num_steps={sampling.num_steps}: {error}") from error
+    return process, options
+
+
+def source_from_config(config: ConfigDict) -> Source:
+    """The training examples of a config.
+
+    Raises:
+      UsageError: naming the field, its value and the fix.
+    """
+    with config_errors():
+        return create_source(config.data)
+
+
+def with_num_classes(config: ConfigDict, source: Source) -> ConfigDict:
+    """The config with `model.num_classes`, which is taken from the source where it is not set."""
+    if config.model.num_classes is not None:
+        return config
+    config = config.copy_and_resolve_references()
+    config.model.num_classes = len(source.class_names)
+    return config
+
+
+def reader_from_config(config: ConfigDict, experiment: Experiment, source: Source) -> Reader:
+    """How the source's examples are read for the network, once they are found to fit it.
+
+    Raises:
+      UsageError: naming the field, its value and the fix.
+    """
+    data = config.data
+    with config_errors():
+        if len(source.class_names) > experiment.model.num_classes:
+            raise UsageError(
+                f"model.num_classes={experiment.model.num_classes} is too few for {source!r}: "
+                f"use {len(source.class_names)}"
+            )
+        if not 0 <= data.max_bad_fraction <= 1:
+            raise UsageError(f"data.max_bad_fraction={data.max_bad_fraction} must be in [0, 1]")
+        check_at_least(config, "data.num_workers", 0)
+        if source.kind == "pictures":
+            channels = _picture_channels(config, experiment)
+            read: Reader = PictureReader(data.image_size, channels, data.exif_rotation)
+        else:
+            assert isinstance(source, ArraySource | PreparedLatents)
+            _check_latents(config, experiment, source)
+            read = read_orientation
+        if isinstance(source, PreparedLatents) and data.verify_checksums:
+            source.check_checksums(jax.process_index(), jax.process_count())
+    BadExampleLog(source, read, data.max_bad_fraction)  # counts what listing has skipped
+    return read
+
+
+def _picture_channels(config: ConfigDict, experiment: Experiment) -> int:
+    name, channels = config.autoencoder.name, experiment.model.in_channels
+    if experiment.autoencoder.encode is not None:
+        return 3
+    if name != "identity":
+        raise UsageError(
+            f"autoencoder.name={name!r} cannot encode the pictures of config.data.source="
+            f"{config.data.source!r}: use 'sd_vae', or prepare latents with dico_jax.prepare"
+        )
+    if channels not in (1, 3):
+        raise UsageError(
+            f"model.in_channels={channels} does not fit pictures without an autoencoder: "
+            "use 3, or 1 for grey"
+        )
+    return channels
+
+
+def _check_latents(
+    config: ConfigDict, experiment: Experiment, source: ArraySource | PreparedLatents
+) -> None:
+    height, width, channels = source.image_shape
+    if isinstance(source, PreparedLatents):
+        _check_prepared(config, experiment, source)
+        channels //= 2  # means and log variances
+    if (height, width, channels) != experiment.latent_shape:
+        raise UsageError(
+            f"data.image_size={config.data.image_size} with "
+            f"config.model.in_channels={config.model.in_channels} needs examples of shape "
+            f"{experiment.latent_shape}, but {source!r} has {(height, width, channels)}"
+        )
+
+
+def _check_prepared(config: ConfigDict, experiment: Experiment, source: PreparedLatents) -> None:
+    if experiment.autoencoder.name == "identity":
+        raise UsageError(
+            "autoencoder.name='identity' does not fit prepared latents: use 'sd_vae', or "
+            "'latent_preview' to do without its weights"
+        )
+    wanted = source.manifest.plan.encoder_digest
+    found = experiment.autoencoder.encoder_digest  # reads the weights
+    if found is not None and found != wanted:
+        raise UsageError(
+            f"autoencoder.path={config.autoencoder.path} is not the autoencoder that encoded "
+            f"{source!r} (encoders {found[:12]} and {wanted[:12]}): use that one, or prepare the "
+            "latents again"
+        )
+
+
+def check_training(config: ConfigDict) -> None:
+    """Raises UsageError for numbers of `config.training` that make no sense."""
+    training = config.training
+    with config_errors():
+        for field in (
+            "num_steps",
+            "accumulation_steps",
+            "log_every_steps",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        ):
+            check_at_least(config, f"training.{field}", 1)
+        check_at_least(config, "training.keep_every_steps", 0)
+        if training.keep_every_steps % training.checkpoint_every_steps:
+            raise UsageError(
+                f"training.keep_every_steps={training.keep_every_steps} must be a multiple of "
+                f"config.training.checkpoint_every_steps={training.checkpoint_every_steps}"
+            )
+        if not 0 < training.preemption_exit_status < 256:
+            raise UsageError(
+                f"training.preemption_exit_status={training.preemption_exit_status} must be in 1 "
+                "to 255"
+            )
+        if not 0 <= training.ema_decay < 1:
+            raise UsageError(f"training.ema_decay={training.ema_decay} must be in [0, 1)")
+        check_at_least(config, "eval.class_agreement_samples", 0)

@@ -1,0 +1,79 @@
+"""Files of Hugging Face repositories, by names such as hf://owner/repo/folder/file.pt."""
+
+import os
+
+from dico_jax.errors import UsageError
+from dico_jax.pytorch.safetensors_reader import shard_names
+
+_SCHEME = "hf://"
+
+
+def local_file(name: str | os.PathLike) -> str:
+    """The path of a file: `name` itself, or where huggingface_hub has put hf://OWNER/REPO/FILE.
+
+    Of an index of sharded .safetensors, the shards are fetched too. What was fetched before is not
+    fetched again.
+
+    Raises:
+      UsageError: the name is not of that form, huggingface_hub is not installed, or the download
+        failed.
+    """
+    name = os.fspath(name)
+    if not is_remote(name):
+        return name
+    repo, file = _parts(name)
+    path = _download(name, repo, file)
+    if file.endswith(".json"):
+        folder = file.rpartition("/")[0]
+        for shard in shard_names(path):
+            _download(name, repo, f"{folder}/{shard}" if folder else shard)
+    return path
+
+
+def file_beside(name: str, file: str) -> str | None:
+    """Where huggingface_hub has put the file called `file` in the folder of hf://OWNER/REPO/FILE.
+
+    Returns:
+      The path, or None where the repository has no such file.
+
+    Raises:
+      UsageError: as in `local_file`.
+    """
+    repo, path = _parts(name)
+    folder = path.rpartition("/")[0]
+    try:
+        return _download(name, repo, f"{folder}/{file}" if folder else file)
+    except UsageError as error:
+        classes = {cls.__name__ for cls in type(error.__cause__).__mro__}
+        # The class of "not in the cache, and no network" derives from that of "not there".
+        if "EntryNotFoundError" in classes and "LocalEntryNotFoundError" not in classes:
+            return None
+        raise
+
+
+def is_remote(name: str | os.PathLike) -> bool:
+    """Whether `name` is an address of this kind, and not a file."""
+    return os.fspath(name).startswith(_SCHEME)
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The repository and the file in it."""
+    parts = name.removeprefix(_SCHEME).split("/", 2)
+    if len(parts) != 3 or not all(parts):
+        raise UsageError(f"{name}: write hf://OWNER/REPO/FILE")
+    return "/".join(parts[:2]), parts[2]
+
+
+def _download(name: str, repo: str, file: str) -> str:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UsageError(
+            f"{name} needs huggingface_hub: pip install 'dico_jax[hub]', or download the file "
+            "yourself and give its path"
+        ) from error
+    try:
+        return huggingface_hub.hf_hub_download(repo, file)
+    except Exception as error:  # of many classes, which change from version to version
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UsageError(f"{name}: {file} of {repo} cannot be downloaded: {reason}") from error

@@ -1,0 +1,143 @@
+"""Parameter trees of files, and state dicts of checkpoints, with leaves that are made when asked.
+
+Names, shapes and dtypes are all checked first, which reads no tensor; then whoever writes the
+result asks for one leaf after the other, and holds no more than that.
+"""
+
+import functools
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dico_jax.errors import UsageError
+from dico_jax.files import Deferred
+from dico_jax.pytorch.key_maps import Entry, KeyMap, Path, check_tensors, entries, known_names
+
+_MAX_NAMED = 5
+
+
+class Health:
+    """Counts NaN and infinite weights while they pass, and tells of them in the end."""
+
+    def __init__(self) -> None:
+        self._bad: dict[str, int] = {}
+        self._rounded = 0
+
+    def look(self, key: str, values: np.ndarray) -> None:
+        """Counts in one tensor."""
+        # A finite sum has finite terms, and takes no memory; else they are counted.
+        with np.errstate(all="ignore"):
+            if np.isfinite(values.sum(dtype=np.float32)):
+                return
+        count = int(values.size - np.count_nonzero(np.isfinite(values)))
+        if count:
+            self._bad[key] = self._bad.get(key, 0) + count
+
+    def note_dtypes(self, dtypes: Iterable[Any]) -> None:
+        """Counts tensors that float32 does not hold exactly."""
+        self._rounded += sum(np.dtype(dtype).itemsize > 4 for dtype in dtypes)
+
+    def warn(self) -> None:
+        """Prints on stderr what there is to say."""
+        if self._rounded:
+            print(f"warning: {self._rounded} float64 tensors, rounded to float32", file=sys.stderr)
+        if self._bad:
+            worst = sorted(self._bad.items(), key=lambda item: -item[1])
+            named = ", ".join(f"{key} ({count})" for key, count in worst[:_MAX_NAMED])
+            more = f" and {len(worst) - _MAX_NAMED} more" if len(worst) > _MAX_NAMED else ""
+            print(
+                f"warning: {sum(self._bad.values())} weights are NaN or infinite, in "
+                f"{len(worst)} tensors: {named}{more}",
+                file=sys.stderr,
+            )
+
+
+def load_params(tensors: Mapping[str, Any], abstract_params: Any, key_map: KeyMap) -> Any:
+    """The parameter tree of a state dict, read now: float32 NumPy arrays, C-contiguous.
+
+    Args:
+      tensors: lazy tensors by name, see `torch_files.select_weights`.
+      abstract_params: the tree to fill (arrays or ShapeDtypeStructs).
+      key_map: of the network.
+
+    Raises:
+      UsageError: tensors are missing, unexpected, misshapen, or hold no floats; all are listed.
+    """
+    health = Health()
+    tree = deferred_tree(tensors, entries(abstract_params, key_map), key_map, health)
+    params = jax.tree.map(lambda leaf: np.ascontiguousarray(leaf.read()), tree)
+    health.warn()
+    return params
+
+
+def deferred_tree(
+    tensors: Mapping[str, Any], wanted: list[Entry], key_map: KeyMap, health: Health
+) -> Any:
+    """The parameter tree of a state dict, float32, leaves unread.
+
+    Args:
+      tensors: lazy tensors by name.
+      wanted: the parameters.
+      key_map: of the network.
+      health: looks at what is read.
+
+    Raises:
+      UsageError: as in `load_params`.
+    """
+    found = known_names(tensors, key_map)
+    check_tensors(found, wanted, key_map)
+    wrong = [key for key, ref in found.items() if not jnp.issubdtype(ref.dtype, jnp.floating)]
+    if wrong:
+        listed = "; ".join(f"{key} is {found[key].dtype}" for key in wrong)
+        raise UsageError(f"weights must be floating-point numbers: {listed}")
+    health.note_dtypes(ref.dtype for ref in found.values())
+
+    def read(entry: Entry) -> np.ndarray:
+        tensor = found[entry.key].read()
+        health.look(entry.key, tensor)
+        return entry.to_jax(tensor.astype(np.float32, copy=False))
+
+    return flax.traverse_util.unflatten_dict(
+        {e.path: Deferred(np.float32, e.shape, functools.partial(read, e)) for e in wanted}
+    )
+
+
+def deferred_state_dict(
+    leaves: Mapping[Path, Any], wanted: list[Entry], name: str, health: Health
+) -> dict[str, Deferred]:
+    """The state dict of saved parameters, in the order of `wanted`, tensors unread.
+
+    Args:
+      leaves: lazy arrays by path.
+      wanted: the parameters.
+      name: what messages call the leaves.
+      health: looks at what is read.
+
+    Raises:
+      UsageError: the leaves are not the parameters; all differences are listed.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    problems = [
+        f"{'/'.join(e.path)} is {shapes.get(e.path, 'missing')} instead of {e.shape}"
+        for e in wanted
+        if shapes.get(e.path) != e.shape
+    ]
+    extra = shapes.keys() - {entry.path for entry in wanted}
+    problems += [f"unexpected {'/'.join(path)}" for path in sorted(extra)]
+    if problems:
+        raise UsageError(f"{name} are not those of the config's model: {'; '.join(problems)}")
+
+    def make(entry: Entry) -> np.ndarray:
+        leaf = leaves[entry.path].read()
+        health.look(entry.key, leaf)
+        return entry.to_torch(leaf)
+
+    return {
+        e.key: Deferred(leaves[e.path].dtype, e.torch_shape, functools.partial(make, e))
+        for e in wanted
+    }

@@ -1,0 +1,208 @@
+"""AdamW's state: PyTorch's, keyed by number, against Optax's, a tree like the parameters.
+
+PyTorch (`optimizer.state_dict()`): "state" has, per parameter, "step" (a float tensor; a number in
+old files), "exp_avg" and "exp_avg_sq", under the parameter's number in the order of declaration;
+"param_groups" has the options. A parameter that is never trained (DiT's position table) has a
+number and no state. Optax: one `count`, and the trees `mu` and `nu` of the same two averages. Both
+compute the same step from the same numbers.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+from dico_jax.errors import UsageError
+from dico_jax.files import is_tensor
+from dico_jax.pytorch.key_maps import Entry
+
+_MAX_STEP = 2**31 - 1  # Optax counts in int32
+
+# Options of PyTorch's AdamW that the conversion does not touch, as its constructor sets them.
+_TORCH_DEFAULTS = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+# Options that change what a step computes, and that Optax's AdamW does not have.
+_REFUSED = ("amsgrad", "maximize")
+
+
+class AdamWState(NamedTuple):
+    """The state of a run's optimizer.
+
+    Attributes:
+      step: the number of steps taken.
+      exp_avg: the average of the gradients by parameter name, tensors.
+      exp_avg_sq: the average of their squares.
+      options: learning_rate, b1, b2, eps, weight_decay (as in `config.optimizer`).
+    """
+
+    step: int
+    exp_avg: dict[str, Any]
+    exp_avg_sq: dict[str, Any]
+    options: dict[str, float]
+
+
+def read_adamw(state_dict: object, declared: Iterable[str], wanted: list[Entry]) -> AdamWState:
+    """AdamW's state from PyTorch's `state_dict`, tensors unread but for the step counters.
+
+    Args:
+      state_dict: the optimizer's, with lazy tensors.
+      declared: the names of all tensors of the model, in the order of its own state dict.
+      wanted: the trained parameters.
+
+    Raises:
+      UsageError: it is no state of AdamW over one group of these parameters, or one that Optax's
+        AdamW does not have. All missing and misshapen averages are listed.
+    """
+    state, group = _parts(state_dict)
+    numbers = _numbers(group, list(declared))
+    problems: list[str] = []
+    steps: dict[str, int] = {}
+    averages: dict[str, dict[str, Any]] = {"exp_avg": {}, "exp_avg_sq": {}}
+    for entry in wanted:
+        own = state.get(numbers.get(entry.key))
+        if not isinstance(own, Mapping):
+            problems.append(f"no state of {entry.key}")
+            continue
+        steps[entry.key] = _step(own.get("step"), entry.key)
+        for name, found in averages.items():
+            tensor: Any = own.get(name)
+            if not is_tensor(tensor):
+                problems.append(f"no {name} of {entry.key}")
+            elif (shape := tuple(tensor.shape)) != entry.torch_shape:
+                problems.append(f"{name} of {entry.key} is {shape}, not {entry.torch_shape}")
+            else:
+                found[entry.key] = tensor
+    if problems:
+        raise UsageError("the optimizer's state does not fit the model: " + "; ".join(problems))
+    return AdamWState(_common(steps), **averages, options=_options(group))
+
+
+def _parts(state_dict: object) -> tuple[Mapping, Mapping]:
+    """The parts "state" and the one group of "param_groups"."""
+    parts = state_dict if isinstance(state_dict, Mapping) else {}
+    state, groups = parts.get("state"), parts.get("param_groups")
+    if not isinstance(state, Mapping) or not isinstance(groups, list | tuple):
+        raise UsageError("the optimizer's state has no state and param_groups, as AdamW's has")
+    if len(groups) != 1 or not isinstance(groups[0], Mapping):
+        raise UsageError(
+            f"the optimizer has {len(groups)} groups of parameters; one, as in the released code, "
+            "can be converted"
+        )
+    return state, groups[0]
+
+
+def _numbers(group: Mapping, declared: list[str]) -> dict[str, int]:
+    """Each parameter's number."""
+    numbers = group.get("params")
+    if not isinstance(numbers, list | tuple) or len(numbers) != len(declared):
+        count = len(numbers) if isinstance(numbers, list | tuple) else "no"
+        raise UsageError(
+            f"the optimizer has {count} parameters and the model {len(declared)}: "
+            "they are not of one run"
+        )
+    return dict(zip(declared, numbers, strict=True))
+
+
+def _step(value: object, key: str) -> int:
+    """A step counter, which is a whole number in a float."""
+    if hasattr(value, "read"):
+        value = value.read()
+    number = np.asarray(value)
+    if number.dtype.kind not in "iuf" or number.size != 1:
+        raise UsageError(f"the optimizer's step of {key} is {value!r:.40}, not a number")
+    step = float(number.reshape(()))
+    if not 0 <= step <= _MAX_STEP or step != int(step):
+        raise UsageError(f"the optimizer's step of {key} is {step}, not a number of steps")
+    return int(step)
+
+
+def _common(steps: Mapping[str, int]) -> int:
+    """The step of all parameters; Optax has one counter for all."""
+    different = sorted(set(steps.values()))
+    if len(different) > 1:
+        one = next(key for key, step in steps.items() if step == different[0])
+        raise UsageError(
+            f"the optimizer took {different[0]} steps for {one} and {different[-1]} for others: "
+            "only one number for all can be converted"
+        )
+    return different[0] if different else 0
+
+
+def _options(group: Mapping) -> dict[str, float]:
+    for name in _REFUSED:
+        if group.get(name):
+            raise UsageError(f"the optimizer has {name}={group[name]!r}, which Optax's AdamW lacks")
+    if group.get("decoupled_weight_decay", True) is False and group.get("weight_decay"):
+        raise UsageError("the optimizer is Adam with weight decay in the gradient, not AdamW")
+    try:
+        b1, b2 = group["betas"]
+        values = (group["lr"], b1, b2, group["eps"], group["weight_decay"])
+        numbers = [float(np.asarray(v.read() if hasattr(v, "read") else v)) for v in values]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"the optimizer's options are not AdamW's ({error})") from error
+    return dict(zip(("learning_rate", "b1", "b2", "eps", "weight_decay"), numbers, strict=True))
+
+
+def write_adamw(state: AdamWState, declared: Iterable[str]) -> dict[str, Any]:
+    """PyTorch's `state_dict` of AdamW, for `torch.optim.AdamW.load_state_dict`.
+
+    Args:
+      state: the state, with tensors in PyTorch's layouts.
+      declared: the names of all tensors of the model, in the order of its state dict.
+    """
+    declared = list(declared)
+    step = np.asarray(state.step, np.float32)  # as PyTorch has it
+    moments = {
+        number: {"step": step, "exp_avg": state.exp_avg[key], "exp_avg_sq": state.exp_avg_sq[key]}
+        for number, key in enumerate(declared)
+        if key in state.exp_avg
+    }
+    group = {
+        "lr": state.options["learning_rate"],
+        "betas": (state.options["b1"], state.options["b2"]),
+        "eps": state.options["eps"],
+        "weight_decay": state.options["weight_decay"],
+        **_TORCH_DEFAULTS,
+        "params": list(range(len(declared))),
+    }
+    return {"state": moments, "param_groups": [group]}
+
+
+def to_optax(abstract_state: Any, step: Any, exp_avg: Any, exp_avg_sq: Any) -> Any:
+    """Optax's state of AdamW, of any leaves.
+
+    Args:
+      abstract_state: the state to fill: `jax.eval_shape(optimizer.init, params)`.
+      step: the leaf for the counter.
+      exp_avg: the average of the gradients, a tree like the parameters.
+      exp_avg_sq: the average of their squares.
+    """
+    return optax.tree_utils.tree_set(abstract_state, count=step, mu=exp_avg, nu=exp_avg_sq)
+
+
+def from_optax(leaves: Mapping[tuple[str, ...], Any]) -> tuple[Any, dict, dict]:
+    """The counter's leaf and both averages by parameter path.
+
+    Args:
+      leaves: of a saved state by path, see `dico_jax.checkpoints.streaming.stored_leaves`.
+
+    Raises:
+      UsageError: there is no Adam in the state.
+    """
+    prefix = next((path[: path.index("nu")] for path in leaves if "nu" in path), ())
+    start = len(prefix)
+    mu, nu = (
+        {p[start + 1 :]: v for p, v in leaves.items() if p[: start + 1] == (*prefix, name)}
+        for name in ("mu", "nu")
+    )
+    if not nu or mu.keys() != nu.keys() or (*prefix, "count") not in leaves:
+        raise UsageError("the optimizer's state is not AdamW's: it has no mu, nu and count")
+    return leaves[*prefix, "count"], mu, nu

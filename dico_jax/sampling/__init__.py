@@ -1,0 +1,1 @@
+"""Images from noise: of a network, and of a checkpoint into a folder."""

@@ -1,0 +1,305 @@
+"""Images of a checkpoint, into a folder."""
+
+import contextlib
+import difflib
+import json
+import pathlib
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from ml_collections import ConfigDict
+
+from dico_jax.autoencoders.registry import WAYS_OUT
+from dico_jax.checkpoints.saved_weights import SavedWeights
+from dico_jax.checkpoints.snapshots import rebuilt_ema, snapshot_steps
+from dico_jax.errors import UsageError
+from dico_jax.experiment import experiment_from_config, sampling_from_config
+from dico_jax.files import library_versions
+from dico_jax.models import abstract_params
+from dico_jax.parallel.mesh import create_mesh, replicated
+from dico_jax.sampling.generate import GenerateFn, generate_images, make_generate_fn
+from dico_jax.sampling.grids import class_name, image_grid, load_png, save_png
+
+_GRID_SIDE = 10
+PREVIEW = "preview"  # of --vae
+
+
+def parse_classes(
+    text: str, num_images: int, num_classes: int, seed: int, class_names: Sequence[str] = ()
+) -> np.ndarray:
+    """The label of every image, int32 (num_images,).
+
+    Args:
+      text: "all" for every class in turn, "random" for classes drawn from the seed, or numbers or
+        names with commas between, taken in turn.
+      num_images: how many.
+      num_classes: how many classes the model has.
+      seed: for "random"; label i depends on the seed and i alone.
+      class_names: of the classes, by number.
+
+    Raises:
+      UsageError: something else, or a class that the model does not have.
+    """
+    if text == "random":
+        # Philox gives a stream that can be cut anywhere: more images leave the first as they were.
+        generator = np.random.Generator(np.random.Philox(seed))
+        return generator.integers(0, num_classes, num_images).astype(np.int32)
+    if text == "all":
+        classes = list(range(num_classes))
+    else:
+        classes = [
+            _class_number(part.strip(), text, num_classes, class_names) for part in text.split(",")
+        ]
+    return np.resize(np.array(classes, np.int32), num_images)
+
+
+def choose_autoencoder(config: ConfigDict, vae: str) -> None:
+    """Changes `config.autoencoder` to the one that --vae names.
+
+    Args:
+      config: of the checkpoint.
+      vae: a file, folder or hf:// address with weights, or "preview".
+
+    Raises:
+      UsageError: the checkpoint's model has no latents.
+    """
+    autoencoder = config.autoencoder
+    if autoencoder.name == "identity":
+        raise UsageError(
+            f"--vae={vae}: this checkpoint is a model of pixels, which needs no autoencoder; "
+            "leave it out"
+        )
+    if vae == PREVIEW:
+        autoencoder.name = "latent_preview"
+    else:
+        autoencoder.update(name="sd_vae", path=vae)
+
+
+@contextlib.contextmanager
+def _vae_errors(vae: str | None) -> Iterator[None]:
+    """Names the flag in errors about the autoencoder's file, or says that there is one."""
+    try:
+        yield
+    except UsageError as error:
+        text, field = str(error).removeprefix("config."), "autoencoder.path="
+        if not text.startswith(field):
+            raise
+        said = f"config.{text}" if vae is None else text.replace(field, "--vae=", 1)
+        raise UsageError(
+            f"{said.removesuffix(WAYS_OUT)}; give --vae=FILE, or --vae={PREVIEW} for small "
+            "false-colour pictures"
+        ) from error
+
+
+def _class_number(part: str, text: str, num_classes: int, class_names: Sequence[str]) -> int:
+    if part in class_names and not (part.isdecimal() and int(part) < num_classes):
+        return list(class_names).index(part)
+    if not part.lstrip("-").isdecimal():
+        close = difflib.get_close_matches(part, class_names, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UsageError(
+            f"--classes={text!r}: {part!r} is no class; write numbers such as 1,2,3, names of "
+            f"classes, 'all' or 'random'{hint}"
+        )
+    if not 0 <= int(part) < num_classes:
+        raise UsageError(
+            f"--classes={text}: the model has no class {part}, use 0 to {num_classes - 1}"
+        )
+    return int(part)
+
+
+class CheckpointSampler:
+    """The sampler of a checkpoint, with its config's options or others."""
+
+    def __init__(
+        self,
+        ckpt: str,
+        *,
+        step: int | None = None,
+        weights: str = "ema",
+        ema_width: float | None = None,
+        seed: int = 0,
+        overrides: dict[str, Any] | None = None,
+        vae: str | None = None,
+    ):
+        """Loads the weights.
+
+        Args:
+          ckpt: workdir of a run, or a converted checkpoint.
+          step: of the checkpoint; the newest if None.
+          weights: "ema" or "params".
+          ema_width: in place of `weights`, the relative width of an average that is rebuilt from
+            the run's snapshots; `step` is then one of theirs.
+          seed: decides, with an image's index, all its noise.
+          overrides: fields of `config.sampling` to change.
+          vae: in place of the config's autoencoder, see `choose_autoencoder`.
+
+        Raises:
+          UsageError: no such checkpoint or autoencoder, or options that cannot work.
+        """
+        saved = SavedWeights(ckpt, None if ema_width is not None else step)
+        config = ConfigDict(saved.config)
+        config.seed = seed
+        config.sampling.update(overrides or {})
+        if vae is not None:
+            choose_autoencoder(config, vae)
+        with _vae_errors(vae):
+            self.experiment = experiment_from_config(config)
+            autoencoder = self.experiment.autoencoder
+            digest = autoencoder.decoder_digest  # reads the weights, and may fail
+        self.class_names, self._config, self._mesh = saved.class_names, config, create_mesh()
+        self._generate = self._make_generate_fn()
+        sharding = replicated(self._mesh)
+        if ema_width is None:
+            target = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                abstract_params(self.experiment.model),
+            )
+            self._params, used_step = saved.read(weights, target), saved.step
+        else:
+            self._params = jax.device_put(rebuilt_ema(ckpt, ema_width, step), sharding)
+            used_step = snapshot_steps(ckpt)[-1] if step is None else step
+        self.settings = {
+            "ckpt": str(pathlib.Path(ckpt).absolute()),
+            "step": used_step,
+            "weights": weights if ema_width is None else f"ema_width={ema_width}",
+            "seed": seed,
+            "sampling": config.sampling.to_dict(),
+            "autoencoder": {
+                **config.autoencoder.to_dict(),
+                "path": config.autoencoder.path if digest else None,  # read, or of no use
+                "scaling_factor": autoencoder.scaling_factor,
+                "decoder_digest": digest,
+            },
+        }
+
+    def _make_generate_fn(self) -> GenerateFn:
+        process, options = sampling_from_config(self._config)
+        experiment = self.experiment
+        return make_generate_fn(
+            experiment.model,
+            process,
+            experiment.autoencoder,
+            experiment.latent_shape,
+            options,
+            self._mesh,
+        )
+
+    def set_guidance(self, cfg_scale: float) -> None:
+        """Changes the guidance scale of all images from now on.
+
+        Raises:
+          UsageError: the model cannot be guided.
+        """
+        self._config.sampling.cfg_scale = cfg_scale
+        self._generate = self._make_generate_fn()
+        self.settings["sampling"] = self._config.sampling.to_dict()
+
+    def images(self, labels: np.ndarray, start: int = 0) -> Iterator[np.ndarray]:
+        """Images `start`, start + 1, ... of the given labels: uint8 batches (N, H, W, C)."""
+        return generate_images(
+            self._generate,
+            self._params,
+            labels,
+            self._config.sampling.batch_size,
+            self._mesh.size,
+            start,
+        )
+
+    def save(self, out: str, *, num_images: int, classes: str = "all", npz: str | None = None):
+        """Writes OUT/000000.png and on, grid.png and sampling.json (how they were made).
+
+        Images that an earlier call with the same settings left are kept and not made again.
+
+        Args:
+          out: the folder.
+          num_images: how many images.
+          classes: see `parse_classes`.
+          npz: also write all images as arr_0 (uint8 NHWC) and their labels as arr_1 into this file.
+
+        Raises:
+          UsageError: a wrong class, or a folder that holds images made in another way.
+        """
+        num_classes = self.experiment.model.num_classes
+        labels = parse_classes(
+            classes, num_images, num_classes, self.settings["seed"], self.class_names
+        )
+        folder = pathlib.Path(out)
+        _claim_folder(folder, self.settings | {"classes": classes}, library_versions())
+        files = [folder / f"{i:06d}.png" for i in range(num_images)]
+        done = next((i for i, file in enumerate(files) if not file.exists()), num_images)
+        with tqdm.tqdm(total=num_images, initial=done, unit="image", dynamic_ncols=True) as bar:
+            index = done
+            for batch in self.images(labels, start=done) if done < num_images else ():
+                for image in batch:
+                    _save_atomically(files[index], image)
+                    index += 1
+                bar.update(len(batch))
+        save_png(folder / "grid.png", self._grid(files, labels))
+        if npz is not None:
+            _write_npz(pathlib.Path(npz), files, labels)
+
+    def _grid(self, files: list[pathlib.Path], labels: np.ndarray) -> np.ndarray:
+        """The first classes, a row each, with the first images of each."""
+        classes = list(dict.fromkeys(labels.tolist()))[:_GRID_SIDE]
+        picked = [np.flatnonzero(labels == c)[:_GRID_SIDE] for c in classes]
+        rows = [np.stack([load_png(files[i]) for i in indices]) for indices in picked]
+        return image_grid(rows, [class_name(self.class_names, c) for c in classes])
+
+
+def _claim_folder(folder: pathlib.Path, settings: dict, versions: dict) -> None:
+    """Writes sampling.json, or checks that the folder's images were made in the same way."""
+    file = folder / "sampling.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out={folder} cannot be made: {error}") from error
+    settings = json.loads(json.dumps(settings))
+    # How many at a time does not change an image.
+    settings["sampling"].pop("batch_size")
+    if file.exists():
+        old, new = (_decisive(s) for s in (json.loads(file.read_text())["settings"], settings))
+        if old != new:
+            differing = [k for k in new if old.get(k) != new[k]]
+            raise UsageError(
+                f"--out={folder} holds images made with other settings "
+                f"({', '.join(differing)}; see {file.name}): give another folder"
+            )
+    elif any(folder.glob("[0-9]*.png")):
+        raise UsageError(
+            f"--out={folder} holds images but no {file.name} to say how they were made: "
+            "give another folder"
+        )
+    file.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2) + "\n")
+
+
+def _decisive(settings: dict) -> dict:
+    """The settings that decide an image: of the autoencoder's file its content, not its place."""
+    autoencoder = {k: v for k, v in settings.get("autoencoder", {}).items() if k != "path"}
+    return settings | {"autoencoder": autoencoder}
+
+
+def _save_atomically(file: pathlib.Path, image: np.ndarray) -> None:
+    """An interrupted call must not leave half a file that a later one would keep."""
+    temporary = file.with_name(f".{file.name}")
+    save_png(temporary, image)
+    temporary.rename(file)
+
+
+def _write_npz(path: pathlib.Path, files: list[pathlib.Path], labels: np.ndarray) -> None:
+    """Writes arr_0 (uint8 images) and arr_1 (labels), image by image: 50,000 need no memory."""
+    shape = (len(files), *load_png(files[0]).shape)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    temporary = path.with_name(path.name + ".tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+            np.lib.format.write_array_header_1_0(entry, header)
+            for file in files:
+                entry.write(load_png(file).tobytes())
+        with archive.open("arr_1.npy", "w") as entry:
+            np.lib.format.write_array(entry, labels.astype(np.int64))
+    temporary.rename(path)

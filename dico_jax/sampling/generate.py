@@ -1,0 +1,174 @@
+"""Images from noise: the sampler, the network and the autoencoder in one jitted call per batch.
+
+Image i of a seed is the same whatever the batch size, the devices, or an interruption: all its
+noise follows from (seed, i).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dico_jax.autoencoders import Autoencoder, to_uint8
+from dico_jax.diffusion import (
+    CFG_CHANNELS,
+    SAMPLERS,
+    Diffusion,
+    guided_model_fn,
+    image_keys,
+    initial_noise,
+    sample_loop,
+    step_noise,
+)
+from dico_jax.errors import UsageError
+from dico_jax.models.gathering import whole_where_used
+from dico_jax.parallel.mesh import batch_sharding, from_same, replicated
+
+GenerateFn = Callable[[Any, np.ndarray, np.ndarray], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How to sample; see `config.sampling` in configs/default.py.
+
+    Attributes:
+      seed: with an image's index, decides all its noise.
+      sampler: a name of `SAMPLERS`.
+      ddim_eta: 0 for deterministic DDIM, 1 for as much noise as DDPM.
+      cfg_scale: guidance scale; 1 for none.
+      cfg_channels: a name of `CFG_CHANNELS`.
+    """
+
+    seed: int = 0
+    sampler: str = "ddpm"
+    ddim_eta: float = 0.0
+    cfg_scale: float = 1.0
+    cfg_channels: str = "first_three"
+
+    def __post_init__(self):
+        for field, choices in (("sampler", SAMPLERS), ("cfg_channels", CFG_CHANNELS)):
+            if getattr(self, field) not in choices:
+                raise UsageError(
+                    f"sampling.{field}={getattr(self, field)!r} is unknown: "
+                    f"use one of {', '.join(choices)}"
+                )
+        if not 0 <= self.ddim_eta <= 1:
+            raise UsageError(f"sampling.ddim_eta={self.ddim_eta} must be in [0, 1]")
+        if not self.cfg_scale >= 0:
+            raise UsageError(f"sampling.cfg_scale={self.cfg_scale} must be at least 0; 1 is none")
+
+
+def make_latents_fn(
+    model: Any, diffusion: Diffusion, latent_shape: tuple[int, int, int], options: SamplingOptions
+) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """The function (params, indices (N,), labels (N,)) -> latents (N, H, W, C), to be jitted.
+
+    Arguments and errors are those of `make_generate_fn`.
+    """
+    if options.cfg_scale != 1.0 and model.null_class is None:
+        raise UsageError(
+            f"sampling.cfg_scale={options.cfg_scale} needs a model trained with "
+            "model.class_dropout_prob above 0: use sampling.cfg_scale=1"
+        )
+
+    def sample_latents(params, indices, labels):
+        keys = image_keys(options.seed, indices)
+        model_fn = guided_model_fn(
+            lambda x, t, y: model.apply({"params": params}, x, t, y),
+            labels,
+            model.null_class,
+            options.cfg_scale,
+            num_channels=latent_shape[-1],
+            cfg_channels=options.cfg_channels,
+        )
+        return sample_loop(
+            diffusion,
+            model_fn,
+            initial_noise(keys, latent_shape),
+            lambda i: step_noise(keys, i, latent_shape),
+            sampler=options.sampler,
+            eta=options.ddim_eta,
+        )
+
+    return sample_latents
+
+
+def make_generate_fn(
+    model,
+    diffusion: Diffusion,
+    autoencoder: Autoencoder,
+    latent_shape: tuple[int, int, int],
+    options: SamplingOptions,
+    mesh: Mesh,
+    *,
+    load: bool = True,
+) -> GenerateFn:
+    """The jitted function (params, indices (N,), labels (N,)) -> uint8 images (N, H, W, C).
+
+    N must divide over the mesh, see `generate_images`.
+
+    Args:
+      model: the network.
+      diffusion: the respaced process.
+      autoencoder: decodes; its weights are put on the devices once.
+      latent_shape: (H, W, C) of the network's input.
+      options: how to sample.
+      mesh: images are split over it.
+      load: reads the autoencoder's weights now; False leaves that, and what may be wrong with
+        them, to the first images.
+
+    Raises:
+      UsageError: guidance is asked of a model without a null class, or the autoencoder's weights
+        cannot be read.
+    """
+    sample_latents = make_latents_fn(model, diffusion, latent_shape, options)
+
+    def generate(decoder_params, params, indices, labels):
+        latents = sample_latents(params, indices, labels)
+        return to_uint8(autoencoder.decode(decoder_params, latents))
+
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    # The network's parameters stay as they lie: a run may share them among devices.
+    jitted = jax.jit(generate, in_shardings=(whole, None, split, split), out_shardings=whole)
+    # An argument and no constant: XLA would fold and copy 300 MB of constants.
+    decoder_params = functools.cache(lambda: jax.device_put(autoencoder.params, whole))
+    if load:
+        decoder_params()
+
+    def call(params, indices, labels):
+        lie = jax.tree.map(lambda leaf: getattr(leaf, "sharding", whole), params)
+        params = whole_where_used(params, model, lie)
+        return jitted(decoder_params(), params, from_same(indices, split), from_same(labels, split))
+
+    return call
+
+
+def generate_images(
+    generate: GenerateFn,
+    params,
+    labels: np.ndarray,
+    batch_size: int,
+    num_devices: int,
+    start: int = 0,
+) -> Iterator[np.ndarray]:
+    """Images start, start + 1, ... batch by batch: uint8 (<= batch_size, H, W, C).
+
+    Args:
+      generate: see `make_generate_fn`.
+      params: the weights.
+      labels: int (N,), the label of every image from 0 on.
+      batch_size: images at a time. Every batch has the same size on the devices (one compilation),
+        rounded up to a multiple of num_devices; what is over at the end is cut off.
+      num_devices: size of the mesh.
+      start: the first image to make.
+    """
+    labels = np.asarray(labels, np.int32)
+    size = -(-min(batch_size, len(labels)) // num_devices) * num_devices
+    for first in range(start, len(labels), size):
+        indices = np.arange(first, min(first + size, len(labels)), dtype=np.int32)
+        padded = np.pad(indices, (0, size - len(indices)), mode="edge")
+        yield np.asarray(generate(params, padded, labels[padded]))[: len(indices)]
