@@ -29,7 +29,7 @@ from dico_jax.data.latent_folder import Plan
 from dico_jax.data.latent_writer import shard_writer, write_manifest
 from dico_jax.data.pipeline import DeviceBatches, training_batches
 from dico_jax.data.prepared_latents import PreparedLatents
-from dico_jax.data.readers import PictureReader, read_orientation
+from dico_jax.data.readers import PictureReader, read_label, read_orientation
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, to_global
 
 _PICTURES = flags.DEFINE_string("pictures", None, "Folder of JPEGs, a subfolder per class.")
@@ -58,7 +58,7 @@ def latents_per_second(source: PreparedLatents, num_workers: int, num_batches: i
     preview = Autoencoder("latent_preview", 8, 4, decode=lambda params, x: x)
     to_latents = make_latents_fn("moments", preview, latent_sampling="sample", seed=0, mesh=mesh)
     stream = training_batches(
-        source, read_orientation, batch_size=_BATCH, seed=0, horizontal_flip=True,
+        source, read_orientation, read_label, batch_size=_BATCH, seed=0, horizontal_flip=True,
         num_workers=num_workers,
     )  # fmt: skip
     put = functools.partial(to_global, sharding=batch_sharding(mesh))
@@ -99,7 +99,9 @@ def pipeline_per_second(source, num_workers: int, num_pictures: int, batch_size:
     """Pictures per second that come out of the training pipeline in batches."""
     read = PictureReader(_SIZE, 3)
     stream = iter(
-        training_batches(source, read, batch_size=batch_size, seed=0, num_workers=num_workers)
+        training_batches(
+            source, read, read_label, batch_size=batch_size, seed=0, num_workers=num_workers
+        )
     )
     # What was read ahead before the clock starts is made up for by what is read ahead at its end.
     for _ in range(4):

@@ -45,13 +45,13 @@ def latents(example, kind, latent_sampling="sample", step=0, seed=0, devices=1, 
     mesh = create_mesh(jax.devices()[:devices])
     fn = latents_fn(kind, latent_sampling, seed, mesh)
     batch = {
-        "example": example,
-        "label": LABELS,
+        "image": example,
+        "condition": {"label": LABELS},
         "index": LABELS + 100,
         "mirrored": np.full(N, mirrored),
     }
     out = fn(to_global(batch, batch_sharding(mesh)), np.int32(step))
-    np.testing.assert_array_equal(out["y"], LABELS)
+    np.testing.assert_array_equal(out["condition"]["label"], LABELS)
     assert out["x"].dtype == np.float32
     return np.asarray(out["x"])
 
@@ -110,7 +110,12 @@ def test_latents_and_pixels_pass_through():
     fn = make_latents_fn(
         "pictures", pixels, latent_sampling="sample", seed=0, mesh=create_mesh(jax.devices()[:1])
     )
-    batch = {"example": PICTURES, "label": LABELS, "index": LABELS, "mirrored": LABELS > 3}
+    batch = {
+        "image": PICTURES,
+        "condition": {"label": LABELS},
+        "index": LABELS,
+        "mirrored": LABELS > 3,
+    }
     np.testing.assert_allclose(fn(batch, 0)["x"], PICTURES / 127.5 - 1, atol=1e-6)
 
 

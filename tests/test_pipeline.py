@@ -12,7 +12,7 @@ from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.folders import FolderSource
 from dico_jax.data.pictures import BadExample
 from dico_jax.data.pipeline import DeviceBatches, training_batches
-from dico_jax.data.readers import PictureReader, read_orientation
+from dico_jax.data.readers import PictureReader, read_label, read_orientation
 from dico_jax.errors import UsageError
 from tests.real_data import IMAGENET, requires_data
 
@@ -51,12 +51,14 @@ class SomeBad:
 
 def batches(source=None, read=read_orientation, start_step=0, **kwargs):
     kwargs = {"batch_size": 8, "seed": 0, **kwargs}
-    return iter(training_batches(source or Numbers(), read, start_step=start_step, **kwargs))
+    return iter(
+        training_batches(source or Numbers(), read, read_label, start_step=start_step, **kwargs)
+    )
 
 
 def labels_of(num_batches, *args, **kwargs):
     iterator = batches(*args, **kwargs)
-    return np.stack([next(iterator)["label"] for _ in range(num_batches)])
+    return np.stack([next(iterator)["condition"]["label"] for _ in range(num_batches)])
 
 
 def test_every_epoch_has_every_example_once_in_a_new_order():
@@ -97,7 +99,7 @@ def test_ids_of_three_epochs_for_any_number_of_processes_and_from_any_batch():
         rest, rest_arrays = ids(1, 0, start)
         assert rest == whole[start:]
         for a, b in zip(rest_arrays, arrays[start:], strict=True):  # the same flips, too
-            np.testing.assert_array_equal(a["example"], b["example"])
+            np.testing.assert_array_equal(a["image"], b["image"])
 
 
 @pytest.mark.parametrize("start", [0, 3])
@@ -106,19 +108,24 @@ def test_workers_change_nothing(start):
     plain = labels_of(6, start_step=start)
     for workers in (1, 3):
         iterator = batches(start_step=start, num_workers=workers)
-        found = [next(iterator)["label"] for _ in range(6)]
+        found = [next(iterator)["condition"]["label"] for _ in range(6)]
         iterator.close()
         np.testing.assert_array_equal(found, plain)
 
 
 def test_a_batch():
     batch = next(batches(horizontal_flip=True, batch_size=64, seed=3))
-    assert batch["example"].shape == (64, 2, 2, 1)
-    assert batch["example"].dtype == np.float32
-    assert batch["label"].dtype == batch["index"].dtype == batch["skipped"].dtype == np.int32
+    assert batch["image"].shape == (64, 2, 2, 1)
+    assert batch["image"].dtype == np.float32
+    assert (
+        batch["condition"]["label"].dtype
+        == batch["index"].dtype
+        == batch["skipped"].dtype
+        == np.int32
+    )
     assert 16 < batch["mirrored"].sum() < 48
     assert not batch["skipped"].any()
-    np.testing.assert_array_equal(batch["label"], batch["index"])
+    np.testing.assert_array_equal(batch["condition"]["label"], batch["index"])
 
 
 def test_readers():
@@ -143,12 +150,12 @@ def test_the_next_good_example_takes_the_place_of_a_bad_one(tmp_path):
     for instead, of in ((5, 3), (5, 4), (0, 19)):
         expected[plain == of] = instead
     stream = DeviceBatches(
-        training_batches(source, read, batch_size=8, seed=0, max_bad_fraction=0.2),
+        training_batches(source, read, read_label, batch_size=8, seed=0, max_bad_fraction=0.2),
         lambda batch: batch,
         log,
     )
     with stream as iterator:
-        found = [next(iterator)["label"] for _ in range(5)]
+        found = [next(iterator)["condition"]["label"] for _ in range(5)]
     np.testing.assert_array_equal(found, expected)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert {line["id"] for line in lines} == {"notes.txt"} | {f"number/{i}" for i in bad}
@@ -163,7 +170,7 @@ def test_the_next_good_example_takes_the_place_of_a_bad_one(tmp_path):
 def test_too_many_bad_examples_stop_with_their_list(tmp_path):
     source, read = Numbers(), SomeBad({3, 9, 15})
     log = BadExampleLog(source, read, 0.1, tmp_path / "bad.jsonl")
-    stream = training_batches(source, read, batch_size=8, seed=0, max_bad_fraction=0.1)
+    stream = training_batches(source, read, read_label, batch_size=8, seed=0, max_bad_fraction=0.1)
     with (
         DeviceBatches(stream, lambda batch: batch, log) as iterator,
         pytest.raises(UsageError) as error,
@@ -193,7 +200,7 @@ def test_batches_are_put_on_the_devices_before_they_are_asked_for():
             enough.set()
         return batch
 
-    stream = training_batches(source, read, batch_size=8, seed=0)
+    stream = training_batches(source, read, read_label, batch_size=8, seed=0)
     with DeviceBatches(stream, put_one, BadExampleLog(source, read, 0.0)) as iterator:
         first = next(iterator)
         assert enough.wait(60)  # two more, though only one was asked for

@@ -23,11 +23,11 @@ LatentsFn = Callable[[dict[str, Any], Any], dict[str, jax.Array]]
 def make_latents_fn(
     kind: str, autoencoder: Autoencoder, *, latent_sampling: str, seed: int, mesh: Mesh
 ) -> LatentsFn:
-    """The jitted function (batch, step) -> {"x": float32 scaled latents, "y": labels}.
+    """The jitted function (batch, step) -> {"x": float32 scaled latents, "condition"}.
 
-    The batch has "example", by the kind of its source: "pictures", uint8 (N, H, W, C), which are
+    The batch has "image", by the kind of its source: "pictures", uint8 (N, H, W, C), which are
     encoded here; "moments", (N, h, w, 2C), as prepared ahead; or "latents", (N, h, w, C), scaled
-    already. It has also "label", and for fixed draws "index" and "mirrored" (all (N,)).
+    already. Its "condition" is passed on. For fixed draws it has "index" and "mirrored", both (N,).
 
     Args:
       kind: of the source.
@@ -49,13 +49,13 @@ def make_latents_fn(
     encode = autoencoder.encode
 
     def latents(params, batch, step):
-        x = to_model_range(batch["example"])
+        x = to_model_range(batch["image"])
         if kind == "pictures" and encode is not None:
             x = encode_in_parts(encode, mesh)(params, x)
         if kind == "moments" or (kind == "pictures" and encode is not None):
             noise = _noise(latent_sampling, seed, step, batch, x.shape)
             x = posterior_latents(x, noise, autoencoder.scaling_factor)
-        return {"x": x, "y": batch["label"]}
+        return {"x": x, "condition": batch["condition"]}
 
     params = jax.device_put(autoencoder.params, whole) if kind == "pictures" else {}
     return functools.partial(

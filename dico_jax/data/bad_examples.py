@@ -29,7 +29,14 @@ def too_many_bad(
 class BadExampleLog:
     """The bad examples met so far, in a file with one JSON object {"id", "reason"} a line."""
 
-    def __init__(self, source, read, max_bad_fraction: float, file: pathlib.Path | None = None):
+    def __init__(
+        self,
+        source,
+        read,
+        max_bad_fraction: float,
+        file: pathlib.Path | None = None,
+        read_condition=lambda example: {},
+    ):
         """Takes up what the file already has, and what the source skipped when it was opened.
 
         Args:
@@ -37,11 +44,13 @@ class BadExampleLog:
           read: their reader, which raises BadExample.
           max_bad_fraction: of all examples; more is an error.
           file: made when there is something to write; None keeps no file.
+          read_condition: the other reader of the examples, which may raise BadExample, too.
 
         Raises:
           UsageError: there are already too many.
         """
         self._source, self._read, self._fraction = source, read, max_bad_fraction
+        self._read_condition = read_condition
         self._file = file
         self.bad: dict[str, str] = {}
         if file is not None and file.exists():
@@ -68,7 +77,9 @@ class BadExampleLog:
         if name in self.bad:
             return
         try:
-            self._read(self._source[index]["image"], False)
+            example = self._source[index]
+            self._read(example["image"], False)
+            self._read_condition(example)
         except BadExample as error:
             self._note(name, str(error))
 

@@ -22,6 +22,7 @@ from dico_jax.data.pictures import BadExample
 from dico_jax.data.sources import Source
 
 Reader = Callable[[Any, bool], np.ndarray]
+ConditionReader = Callable[[dict[str, Any]], dict[str, np.ndarray]]
 
 _ENDLESS = 1 << 48  # examples; Grain's own endless sequence is too long to be cut into parts
 _BATCHES_AHEAD = 2  # of every worker, and on the devices
@@ -34,9 +35,14 @@ class ExampleLoader:
     """
 
     def __init__(
-        self, source: Source, read: Reader, horizontal_flip: bool, max_bad_fraction: float
+        self,
+        source: Source,
+        read: Reader,
+        read_condition: ConditionReader,
+        horizontal_flip: bool,
+        max_bad_fraction: float,
     ):
-        self._source, self._read = source, read
+        self._source, self._read, self._read_condition = source, read, read_condition
         self._flip, self._max_bad_fraction = horizontal_flip, max_bad_fraction
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -49,8 +55,8 @@ class ExampleLoader:
             try:
                 example = self._source[position]
                 return {
-                    "example": self._read(example["image"], mirrored),
-                    "label": np.int32(example["label"]),
+                    "image": self._read(example["image"], mirrored),
+                    "condition": self._read_condition(example),
                     "index": np.int32(position),
                     "mirrored": np.bool_(mirrored),
                     "skipped": np.int32(len(bad)),
@@ -63,6 +69,7 @@ class ExampleLoader:
 def training_batches(
     source: Source,
     read: Reader,
+    read_condition: ConditionReader,
     *,
     batch_size: int,
     seed: int,
@@ -78,6 +85,8 @@ def training_batches(
     Args:
       source: the examples.
       read: makes the array of an example's image, see `dico_jax.data.readers`.
+      read_condition: makes of an example, a dict, what the network is told of it: arrays by name,
+        of the same shapes for every example. It goes to worker processes, too.
       batch_size: examples per step over all processes; divides by process_count.
       seed: decides the order and the mirroring.
       start_step: number of batches already used.
@@ -87,11 +96,11 @@ def training_batches(
       process_index, process_count: which of equal blocks of rows, see `parallel.mesh.data_shard`.
 
     Returns:
-      Batches of n = batch_size / process_count: {"example": (n, ...) as the reader makes them,
-      "label": int32 (n,), "index": int32 (n,) in the source, "mirrored": bool (n,), "skipped":
-      int32 (n,), how many examples just before this one in the source were bad}.
+      Batches of n = batch_size / process_count: {"image": (n, ...) as the reader makes them,
+      "condition": {name: (n, ...)}, "index": int32 (n,) in the source, "mirrored": bool (n,),
+      "skipped": int32 (n,), how many examples just before this one in the source were bad}.
     """
-    load = ExampleLoader(source, read, horizontal_flip, max_bad_fraction)
+    load = ExampleLoader(source, read, read_condition, horizontal_flip, max_bad_fraction)
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle()
     dataset = dataset.repeat(_ENDLESS // len(source) + 1).random_map(load)
     dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
@@ -122,8 +131,8 @@ def _ignore_sigterm(worker: int, num_workers: int) -> None:
 class DeviceBatches:
     """An iterator of batches on the devices, put there by a thread ahead of their use.
 
-    A batch has "example", "label", "index" and "mirrored", see `training_batches`. Use as a context
-    manager, which ends workers and threads.
+    A batch has "image", "condition", "index" and "mirrored", see `training_batches`. Use as a
+    context manager, which ends workers and threads.
 
     Attributes:
       waited: seconds that the newest batch was waited for.

@@ -1,6 +1,7 @@
 """From an example of a source to the array that goes into a batch."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,11 @@ class PictureReader:
             image, size=self.size, channels=self.channels, exif_rotation=self.exif_rotation
         )
         return picture[:, ::-1] if mirrored else picture
+
+
+def read_label(example: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The class of an example as a condition: {"label": int32 ()}."""
+    return {"label": np.asarray(example["label"], np.int32)}
 
 
 def read_orientation(image: np.ndarray, mirrored: bool) -> np.ndarray:

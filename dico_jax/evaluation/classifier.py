@@ -25,6 +25,7 @@ import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dico_jax.data.pipeline import training_batches
+from dico_jax.data.readers import read_label
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.feature_networks import Features
@@ -182,8 +183,10 @@ def train_classifier(
     optimizer = optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, num_steps))
 
     def loss_fn(params, batch):
-        _, logits = _apply(network, params, batch["example"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        _, logits = _apply(network, params, batch["image"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch["condition"]["label"]
+        )
         return losses.mean()
 
     @jax.jit
@@ -191,12 +194,12 @@ def train_classifier(
         updates, opt_state = optimizer.update(jax.grad(loss_fn)(params, batch), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    batches = iter(training_batches(train, read, batch_size=size, seed=seed))
+    batches = iter(training_batches(train, read, read_label, batch_size=size, seed=seed))
     batch = next(batches)
-    params = jax.jit(network.init)(jax.random.key(seed), batch["example"])["params"]
+    params = jax.jit(network.init)(jax.random.key(seed), batch["image"])["params"]
     opt_state = optimizer.init(params)
     for _ in tqdm.trange(num_steps, desc="classifier", unit="step", dynamic_ncols=True):
-        params, opt_state = step(params, opt_state, {k: batch[k] for k in ("example", "label")})
+        params, opt_state = step(params, opt_state, {k: batch[k] for k in ("image", "condition")})
         batch = next(batches)
     classify = jax.jit(lambda p, x: _apply(network, p, x)[1].argmax(-1))
     right = [
@@ -205,7 +208,7 @@ def train_classifier(
     ]
     return Classifier(
         params=jax.device_get(params),
-        image_shape=batch["example"].shape[1:],
+        image_shape=batch["image"].shape[1:],
         class_names=tuple(source.class_names),
         info={
             "source": repr(source),

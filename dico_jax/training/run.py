@@ -17,6 +17,7 @@ from dico_jax.checkpoints.warm_start import open_warm_start
 from dico_jax.config import check_fields, config_errors, config_to_dict
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.pipeline import DeviceBatches, training_batches
+from dico_jax.data.readers import read_label
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.class_agreement import ClassAgreement, class_agreement, require_sklearn
@@ -90,13 +91,14 @@ class Run:
             widths = parse_widths(training.ema_widths, training.ema_snapshot_every_steps)
             self._init = initializer(model, optimizer, self.experiment.latent_shape, widths)
             self.target = _with_sharding(abstract_state(self._init), self.mesh, rules)
-            self.to_latents = make_latents_fn(
+            to_latents = make_latents_fn(
                 self.source.kind,
                 self.experiment.autoencoder,
                 latent_sampling=config.data.latent_sampling,
                 seed=config.seed,
                 mesh=self.mesh,
             )
+            self.to_latents = lambda batch, step: _labelled(to_latents(batch, step))
             if config.eval.class_agreement_samples:
                 require_sklearn("eval.class_agreement_samples")
             self._generate = make_generate_fn(
@@ -197,6 +199,7 @@ class Run:
         batches = training_batches(
             self.source,
             self.read,
+            read_label,
             batch_size=data.batch_size,
             seed=self.config.seed,
             start_step=start_step,
@@ -268,6 +271,10 @@ class Run:
             self.sample(state, labels),
             labels,
         )
+
+
+def _labelled(batch: dict) -> dict:
+    return {"x": batch["x"], "y": batch["condition"]["label"]}
 
 
 def _with_sharding(state: TrainState, mesh, rules) -> Any:
