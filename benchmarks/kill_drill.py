@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dico_jax.checkpoints.streaming import stored_leaves
+from dico_jax.checkpoints.reader import stored_leaves
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EVERY = 10  # steps between two checkpoints

@@ -14,9 +14,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dico_jax.checkpoints import checkpointer as checkpoints
-from dico_jax.checkpoints import step_folders
-from dico_jax.checkpoints.checkpointer import Checkpointer, DamagedCheckpointError, saved_steps
+from dico_jax.checkpoints import writer
+from dico_jax.checkpoints.checkpointer import Checkpointer, DamagedCheckpointError
 from dico_jax.checkpoints.checksums import FILE, find_damage
+from dico_jax.checkpoints.reader import saved_steps
 from dico_jax.checkpoints.saved_weights import SavedWeights
 from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import with_defaults
@@ -344,7 +345,7 @@ def test_what_comes_late_of_a_failed_save_goes_too(tmp_path):
 
     thread = threading.Thread(target=write_late)
     thread.start()
-    step_folders.remove_unfinished(tmp_path, 15)
+    writer._remove_unfinished(tmp_path, 15)
     thread.join()
     assert not folder.exists()
 
@@ -374,7 +375,7 @@ def test_other_errors_of_a_save_keep_their_name(workdir, monkeypatch):
     def broken(folder):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(step_folders, "write_checksums", broken)
+    monkeypatch.setattr(writer, "write_checksums", broken)
     with pytest.raises(RuntimeError, match="step 15 could not be saved .a bug"):
         save(workdir, 15)
     assert saved_steps(workdir) == {5, 10}

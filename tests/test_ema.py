@@ -443,7 +443,8 @@ def test_damaged_snapshots_are_named(damage, part, workdir):
     damage(folder)
     with pytest.raises(UsageError) as error:
         rebuilt_ema(str(workdir), 0.1)
-    assert f"{folder / part} is damaged (" in str(error.value)
+    for text in (str(folder), part, " is damaged ("):
+        assert text in str(error.value)
     assert "\n" not in str(error.value)
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -463,18 +464,18 @@ def fill_disk(monkeypatch, manager, method):
 
     def fail(*_, **__):
         monkeypatch.setattr(manager, method, original)
-        raise ValueError("RESOURCE_EXHAUSTED: Error writing\n local file: No space left on device")
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing\n local file [os_error_code='28']")
 
     monkeypatch.setattr(manager, method, fail)
 
 
 def test_a_full_disk(tmp_path, monkeypatch, capsys):
     with EmaSnapshots(tmp_path, 1) as snapshots:
-        fill_disk(monkeypatch, snapshots._manager, "save")
-        with pytest.raises(UsageError, match="averages of step 2 could not be kept .*: make room"):
+        fill_disk(monkeypatch, snapshots._writer._manager, "save")
+        with pytest.raises(UsageError, match="snapshots: step 2 could not be saved .*: make room"):
             snapshots.save(2, jax.device_put(trees(2)))
     assert snapshot_steps(str(tmp_path)) == []
     snapshots = EmaSnapshots(tmp_path, 1).__enter__()
-    fill_disk(monkeypatch, snapshots._manager, "wait_until_finished")
+    fill_disk(monkeypatch, snapshots._writer._manager, "wait_until_finished")
     snapshots.__exit__(KeyError, KeyError("why the run ended"), None)
-    assert "could not be kept" in capsys.readouterr().err
+    assert "could not be saved" in capsys.readouterr().err

@@ -18,9 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import digits
-from dico_jax.checkpoints import streaming
-from dico_jax.checkpoints.checkpointer import saved_steps
-from dico_jax.checkpoints.streaming import stored_leaves
+from dico_jax.checkpoints import writer
+from dico_jax.checkpoints.reader import saved_steps, stored_leaves
 from dico_jax.config import DEFAULTS, flatten
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred
@@ -244,9 +243,9 @@ def test_a_write_that_fails_leaves_no_other_one_writing(monkeypatch, failing):
         return [types.SimpleNamespace(result=functools.partial(result, i)) for i in range(2)]
 
     monkeypatch.setattr(ocp.type_handlers.NumpyHandler, "serialize", serialize)
-    monkeypatch.setattr(streaming, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(writer, "_GROUP_BYTES", 1)
     leaves = [Deferred(np.dtype("float32"), (2,), lambda: np.zeros(2, np.float32))] * 2
-    handler = streaming._DeferredHandler()
+    handler = writer._DeferredHandler()
     with pytest.raises(OSError, match="the disk is full"):
         asyncio.run(handler.serialize(leaves, [None, None]))
     assert waited == {0, 1}

@@ -3,12 +3,14 @@
 import pathlib
 from typing import Any
 
-import orbax.checkpoint as ocp
-
-from dico_jax.checkpoints.checkpointer import FOLDER, DamagedCheckpointError, saved_steps
-from dico_jax.checkpoints.checksums import find_damage
-from dico_jax.checkpoints.step_folders import read_meta
-from dico_jax.checkpoints.streaming import stored_leaves
+from dico_jax.checkpoints.reader import (
+    FOLDER,
+    read_meta,
+    read_tree,
+    saved_steps,
+    stored_leaves,
+    verify,
+)
 from dico_jax.config import with_defaults
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred
@@ -41,16 +43,12 @@ class SavedWeights:
         """
         self.folder = folder
         path = pathlib.Path(folder).absolute()
-        if not path.is_dir():
-            raise UsageError(
-                f"{flag}={folder}: no such folder; give the workdir of a run or a converted "
-                "checkpoint"
-            )
         steps = saved_steps(path)
         if not steps:
+            lacks = f" holds no checkpoint (looked for {FOLDER}/STEP in it)"
             raise UsageError(
-                f"{flag}={folder} holds no checkpoint (looked for {FOLDER}/STEP in it): "
-                "give the workdir of a run or a converted checkpoint"
+                f"{flag}={folder}{lacks if path.is_dir() else ': no such folder'}: give the "
+                "workdir of a run or a converted checkpoint"
             )
         if step is not None and step not in steps:
             raise UsageError(
@@ -58,7 +56,7 @@ class SavedWeights:
             )
         self.step = max(steps) if step is None else step
         self._path = path / FOLDER / str(self.step)
-        self._check("meta")
+        self._verify("meta")
         meta = read_meta(self._path)
         self.config, self.class_names = with_defaults(meta["config"]), meta["class_names"]
         self.converted = meta.get("converted")
@@ -73,9 +71,7 @@ class SavedWeights:
         Raises:
           UsageError: this checkpoint does not have those weights, or they are damaged.
         """
-        item = self._item(weights)
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            return reader.restore(item, args=ocp.args.StandardRestore(abstract_params))
+        return read_tree(self._item(weights), abstract_params)
 
     def available(self) -> list[str]:
         """The weights that this checkpoint has, of "ema" and "params"."""
@@ -97,7 +93,7 @@ class SavedWeights:
         """
         if not (self._path / "opt_state").is_dir():
             raise UsageError(f"{self._path} has weights alone, and no state of an optimizer")
-        self._check("opt_state")
+        self._verify("opt_state")
         return stored_leaves(self._path / "opt_state")
 
     def _item(self, weights: str) -> pathlib.Path:
@@ -105,13 +101,8 @@ class SavedWeights:
         if not item.is_dir():
             have = ", ".join(self.available()) or "none"
             raise UsageError(f"--weights={weights}: {self._path} has only {have}")
-        self._check(_ITEMS[weights])
+        self._verify(_ITEMS[weights])
         return item
 
-    def _check(self, item: str) -> None:
-        """Raises DamagedCheckpointError where the files of an item differ from their checksums."""
-        _, reason = find_damage(self._path, item)
-        if reason:
-            raise DamagedCheckpointError(
-                f"{self._path} is damaged ({reason}): use the checkpoint of another step"
-            )
+    def _verify(self, item: str) -> None:
+        verify(self._path, item, advice=": use the checkpoint of another step")

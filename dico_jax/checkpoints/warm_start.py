@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dico_jax.checkpoints.checkpointer import saved_steps
+from dico_jax.checkpoints.checkpointer import listed
+from dico_jax.checkpoints.reader import saved_steps
 from dico_jax.checkpoints.saved_weights import SavedWeights
 from dico_jax.checkpoints.state import TrainState
 from dico_jax.errors import UsageError
@@ -55,11 +56,9 @@ class WarmStart:
         ]
         problems += [f"{'/'.join(p)} is there only" for p in self._leaves if p not in wanted]
         if problems:
-            more = len(problems) - _MAX_LISTED
             raise UsageError(
                 f"{_FIELD}={folder} has another network ({saved.config['model']['name']}) than "
-                f"this config: {'; '.join(problems[:_MAX_LISTED])}"
-                f"{f' and {more} more' if more > 0 else ''}"
+                f"this config: {listed(problems, _MAX_LISTED)}"
             )
 
     def _shape(self, path: tuple[str, ...]) -> tuple[int, ...] | None:

@@ -192,7 +192,7 @@ def from_optax(leaves: Mapping[tuple[str, ...], Any]) -> tuple[Any, dict, dict]:
     """The counter's leaf and both averages by parameter path.
 
     Args:
-      leaves: of a saved state by path, see `dico_jax.checkpoints.streaming.stored_leaves`.
+      leaves: of a saved state by path, see `dico_jax.checkpoints.reader.stored_leaves`.
 
     Raises:
       UsageError: there is no Adam in the state.

@@ -20,8 +20,8 @@ from dico_jax.training.nan_policy import NanWatch
 from dico_jax.training.preemption import Preempted, Preemption
 from dico_jax.training.profiling import Profiler
 from dico_jax.training.run import Run
-from dico_jax.training.stall import StallWatch, stall_file
 from dico_jax.training.step_metrics import mean_of_steps
+from dico_jax.training.watch import StallWatch, stall_file
 from dico_jax.training.workdir import open_workdir, workdir_lock
 
 _STEPS_AHEAD = 2  # of the devices: enough to keep them busy, and few enough to notice a stall

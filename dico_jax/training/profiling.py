@@ -7,16 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dico_jax.errors import UsageError
-
 FOLDER = "profile"
-
-
-def check_profile(profile: ConfigDict) -> None:
-    """Raises UsageError for numbers of `config.profile` that make no sense."""
-    for field, low in (("start_step", 0), ("num_steps", 1)):
-        if profile[field] < low:
-            raise UsageError(f"profile.{field}={profile[field]} must be at least {low}")
 
 
 class Profiler:
@@ -36,11 +27,7 @@ class Profiler:
           profile: `config.profile`.
           workdir: the trace goes into its folder "profile".
           say: prints a line.
-
-        Raises:
-          UsageError: numbers that make no sense.
         """
-        check_profile(profile)
         self._first = profile.start_step if jax.process_index() == 0 else 0
         self._last = self._first + profile.num_steps - 1
         self._folder, self._say = workdir / FOLDER, say
