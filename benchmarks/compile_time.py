@@ -53,7 +53,7 @@ def compile_part(options: dict, what: str) -> dict[str, float]:
     )
     batch = {
         "x": jax.ShapeDtypeStruct((BATCH_SIZE, *shape), jnp.float32),
-        "y": jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.int32),
+        "condition": jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.int32),
     }
     if what == "step":
         mesh = create_mesh(jax.devices()[:1])
@@ -65,7 +65,9 @@ def compile_part(options: dict, what: str) -> dict[str, float]:
     elif what == "gradient":
 
         def loss(params, batch):
-            out = model.apply({"params": params}, batch["x"], batch["y"], batch["y"])
+            out = model.apply(
+                {"params": params}, batch["x"], batch["condition"], batch["condition"]
+            )
             return jnp.square(out).mean()
 
         function, args = jax.jit(jax.grad(loss)), (state.params, batch)

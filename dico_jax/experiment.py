@@ -4,22 +4,25 @@ Every wrong field ends in a UsageError that starts with its full name, `config.a
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from dico_jax.autoencoders import Autoencoder, create_autoencoder
-from dico_jax.config import check_at_least, config_errors
+from dico_jax.config import DEFAULTS, check_at_least, config_errors
 from dico_jax.data.arrays import ArraySource
 from dico_jax.data.bad_examples import BadExampleLog
+from dico_jax.data.pictures import BadExample
 from dico_jax.data.pipeline import Reader
 from dico_jax.data.prepared_latents import PreparedLatents
 from dico_jax.data.readers import PictureReader, read_orientation
 from dico_jax.data.sources import Source, create_source
 from dico_jax.diffusion import Diffusion, create_diffusion
 from dico_jax.errors import UsageError
-from dico_jax.models import create_model
+from dico_jax.models import create_model, model_options
 from dico_jax.models.denoiser import Denoiser
+from dico_jax.models.registry import find_model
 from dico_jax.sampling.generate import SamplingOptions
 
 
@@ -47,8 +50,17 @@ def model_from_config(config: ConfigDict) -> Denoiser:
       UsageError: naming the field, its value and the fix.
     """
     with config_errors():
-        options = {k: v for k, v in config.model.items() if k != "name" and v is not None}
-        return create_model(config.model.name, **options)
+        return create_model(config.model.name, **_model_options(config))
+
+
+def _model_options(config: ConfigDict) -> dict[str, Any]:
+    """The options of `config.model`, but for those of other networks that nobody has set."""
+    known, defaults = model_options(config.model.name), DEFAULTS["model"]
+    return {
+        name: value
+        for name, value in config.model.items()
+        if name != "name" and value is not None and (name in known or value != defaults[name])
+    }
 
 
 def experiment_from_config(config: ConfigDict) -> Experiment:
@@ -128,12 +140,16 @@ def source_from_config(config: ConfigDict) -> Source:
         return create_source(config.data)
 
 
-def with_num_classes(config: ConfigDict, source: Source) -> ConfigDict:
-    """The config with `model.num_classes`, which is taken from the source where it is not set."""
-    if config.model.num_classes is not None:
+def with_source_options(config: ConfigDict, source: Source) -> ConfigDict:
+    """The config with the options of the network that are not set and that the source knows."""
+    with config_errors():
+        network, _ = find_model(config.model.name)
+    options = config.model.to_dict()
+    completed = network.complete_options(options, source)
+    if completed == options:
         return config
     config = config.copy_and_resolve_references()
-    config.model.num_classes = len(source.class_names)
+    config.model.update(completed)
     return config
 
 
@@ -145,11 +161,8 @@ def reader_from_config(config: ConfigDict, experiment: Experiment, source: Sourc
     """
     data = config.data
     with config_errors():
-        if len(source.class_names) > experiment.model.num_classes:
-            raise UsageError(
-                f"model.num_classes={experiment.model.num_classes} is too few for {source!r}: "
-                f"use {len(source.class_names)}"
-            )
+        experiment.model.check_source(source)
+        _check_examples(config, experiment.model, source)
         if not 0 <= data.max_bad_fraction <= 1:
             raise UsageError(f"data.max_bad_fraction={data.max_bad_fraction} must be in [0, 1]")
         check_at_least(config, "data.num_workers", 0)
@@ -164,6 +177,19 @@ def reader_from_config(config: ConfigDict, experiment: Experiment, source: Sourc
             source.check_checksums(jax.process_index(), jax.process_count())
     BadExampleLog(source, read, data.max_bad_fraction)  # counts what listing has skipped
     return read
+
+
+def _check_examples(config: ConfigDict, model: Denoiser, source: Source) -> None:
+    """Raises UsageError where the first good example lacks what the network is told."""
+    for index in range(len(source)):
+        try:
+            model.read_condition(source[index])
+            return
+        except BadExample:  # counted where it is trained on
+            continue
+        except UsageError as error:
+            fix = f"does not fit {source!r}: {error}"
+            raise UsageError("model.name", config.model.name, fix) from error
 
 
 def _picture_channels(config: ConfigDict, experiment: Experiment) -> int:

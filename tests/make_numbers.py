@@ -46,7 +46,7 @@ def compute(name, dtype):
     @jax.jit
     def train_step(state):
         grads, terms = jax.grad(loss_fn, has_aux=True)(
-            state.params, model, create_diffusion(), {"x": x, "y": y}, t, noise
+            state.params, model, create_diffusion(), {"x": x, "condition": {"label": y}}, t, noise
         )
         return apply_gradients(state, grads, optimizer, 0.9)[0], terms
 

@@ -18,7 +18,7 @@ from dico_jax.experiment import (
     reader_from_config,
     sampling_from_config,
     source_from_config,
-    with_num_classes,
+    with_source_options,
 )
 from dico_jax.models import abstract_params, count_parameters
 from dico_jax.training.optimizer import create_optimizer
@@ -83,7 +83,7 @@ def test_loss_can_be_traced(name):
     t = jax.ShapeDtypeStruct((2,), jnp.int32)
     loss, terms = jax.eval_shape(
         lambda p, x, y, t, noise: loss_fn(
-            p, model, experiment.diffusion, {"x": x, "y": y}, t, noise
+            p, model, experiment.diffusion, {"x": x, "condition": {"label": y}}, t, noise
         ),
         abstract_params(model), x, t, t, x,
     )  # fmt: skip
@@ -160,11 +160,11 @@ def test_num_classes_are_counted_where_they_are_not_set():
     config = folder.get_config()
     assert config.model.num_classes is None
     source = source_from_config(digits.get_config())
-    counted = with_num_classes(config, source)
+    counted = with_source_options(config, source)
     assert counted.model.num_classes == 10
     assert counted.is_locked
     assert config.model.num_classes is None
-    assert with_num_classes(default.get_config(), source).model.num_classes == 1000
+    assert with_source_options(default.get_config(), source).model.num_classes == 1000
 
 
 def test_configs_of_older_checkpoints_are_completed():

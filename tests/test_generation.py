@@ -16,7 +16,6 @@ from dico_jax.evaluation.class_agreement import class_agreement, mean_pairwise_d
 from dico_jax.models import create_model
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.parallel.sharding import state_sharding
-from dico_jax.sampling.checkpoint_sampler import parse_classes
 from dico_jax.sampling.generate import SamplingOptions, generate_images, make_generate_fn
 from dico_jax.sampling.grids import image_grid, load_png, save_png
 from tests import golden
@@ -104,12 +103,16 @@ def test_guidance_needs_a_null_class():
 
 
 def test_classes():
-    np.testing.assert_array_equal(parse_classes("all", 5, 3, 0), [0, 1, 2, 0, 1])
-    np.testing.assert_array_equal(parse_classes("7,2", 3, 10, 0), [7, 2, 7])
-    drawn = parse_classes("random", 1000, 10, 0)
+    def labels(text, num_images, seed=0, num_classes=10):
+        model = create_model("DiCo", num_classes=num_classes)
+        return model.parse_conditions(text, num_images, seed)["label"]
+
+    np.testing.assert_array_equal(labels("all", 5, num_classes=3), [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(labels("7,2", 3), [7, 2, 7])
+    drawn = labels("random", 1000)
     assert set(drawn) == set(range(10))
-    np.testing.assert_array_equal(parse_classes("random", 500, 10, 0), drawn[:500])
-    assert (parse_classes("random", 1000, 10, 1) != drawn).any()
+    np.testing.assert_array_equal(labels("random", 500), drawn[:500])
+    assert (labels("random", 1000, seed=1) != drawn).any()
 
 
 def test_to_uint8_cuts_as_the_released_code_does():

@@ -163,7 +163,7 @@ def loss_and_gradients(family="DiCo", data=1, fsdp=1, tensor=1, parts=1, stacked
         in_shardings=(sharding, split, split, split),
         out_shardings=(sharding, replicated(mesh)),
     )
-    grads, terms = compiled(params, {"x": x, "y": labels}, t, noise)
+    grads, terms = compiled(params, {"x": x, "condition": {"label": labels}}, t, noise)
     return jax.device_get((unstack_blocks(grads) if stacked else grads, terms))
 
 

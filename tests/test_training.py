@@ -23,7 +23,7 @@ from dico_jax.parallel.mesh import (
 from dico_jax.parallel.sharding import state_sharding
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.step import StepOptions, draw_noise, drop_labels, make_train_step
+from dico_jax.training.step import StepOptions, draw_noise, drop_conditions, make_train_step
 from dico_jax.training.workdir import open_workdir
 
 
@@ -68,7 +68,7 @@ def run_steps(devices, family, num_steps=3, accumulation_steps=1, learning_rate=
     for _ in range(num_steps):
         batch = {
             "x": rng.normal(size=(16, 8, 8, 1)).astype(np.float32),
-            "y": rng.integers(0, 10, 16).astype(np.int32),
+            "condition": {"label": rng.integers(0, 10, 16).astype(np.int32)},
         }
         state, metrics = step(state, to_global(batch, batch_sharding(mesh)))
         losses.append(float(metrics["loss"]))
@@ -100,7 +100,7 @@ def test_examples_of_one_step_get_different_noise_and_timesteps():
 
 
 def test_labels_are_dropped_at_the_given_rate():
-    dropped = drop_labels(jax.random.key(0), jnp.full(20_000, 3), 0.1, 10)
+    dropped = drop_conditions(jax.random.key(0), jnp.full(20_000, 3), 0.1, jnp.full(20_000, 10))
     assert set(np.unique(dropped)) == {3, 10}
     assert abs(np.mean(dropped == 10) - 0.1) < 0.01
 
@@ -123,7 +123,7 @@ def test_the_step_drops_labels(probability, matters):
     for label in (1, 2):
         state = new_state()  # whose gates are closed at first
         state = state.replace(params=jax.tree.map(lambda p: p + 0.1, state.params))
-        batch = {"x": jnp.ones((16, 8, 8, 1)), "y": jnp.full(16, label)}
+        batch = {"x": jnp.ones((16, 8, 8, 1)), "condition": {"label": jnp.full(16, label)}}
         state, metrics = step(state, batch)
         table = state.params["y_embedder"]["embedding_table"]["embedding"]
         found.append((float(metrics["grad_norm"]), np.asarray(table)))
@@ -135,7 +135,7 @@ def test_the_step_drops_labels(probability, matters):
 def test_a_step_left_out_still_counts_in_averages_that_widen():
     widths = (0.1,)
     step, new_state = quick_step(StepOptions(ema_widths=widths, skip_bad_steps=True))
-    batch = {"x": jnp.ones((16, 8, 8, 1)), "y": jnp.zeros(16, jnp.int32)}
+    batch = {"x": jnp.ones((16, 8, 8, 1)), "condition": {"label": jnp.zeros(16, jnp.int32)}}
     state, metrics = step(new_state(), batch)
     state, metrics = step(state, batch)
     before = jax.device_get(state)

@@ -37,7 +37,10 @@ def setup(dtype, **options):
 
 def batch_of(dtype, prefix="", t=None):
     g = recorded()
-    batch = {"x": jnp.asarray(nhwc(g[f"{prefix}x0"]), dtype), "y": jnp.asarray(g[f"{prefix}y"])}
+    batch = {
+        "x": jnp.asarray(nhwc(g[f"{prefix}x0"]), dtype),
+        "condition": jnp.asarray(g[f"{prefix}y"]),
+    }
     noise = jnp.asarray(nhwc(g[f"{prefix}noise"]), dtype)
     return batch, jnp.asarray(g[f"{prefix}t"] if t is None else t), noise
 
@@ -200,7 +203,7 @@ def test_ten_steps_of_adamw_and_ema(lr, dtype):
         for i in range(10):
             x, noise = (jnp.asarray(nhwc(g[f"traj_{k}"][i]), dtype) for k in ("x0", "noise"))
             y, t = (jnp.asarray(g[f"traj_{k}"][i]) for k in "yt")
-            state, row = train_step(state, {"x": x, "y": y}, t, noise)
+            state, row = train_step(state, {"x": x, "condition": y}, t, noise)
             rows.append(np.asarray(row))
         params, ema = (
             to_state_dict(tree, KEY_MAPS["DiCo"]) for tree in (state.params, state.ema_params)

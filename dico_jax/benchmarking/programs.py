@@ -113,7 +113,7 @@ def make_train(config: ConfigDict, mesh: Mesh) -> Program:
             in_shardings=(whole, split),
             out_shardings=(whole, whole),
         ),
-        (abstract, {"x": x, "y": y}),
+        (abstract, {"x": x, "condition": {"label": y}}),
     )
     params, average = (draw_params(abstract.params, whole) for _ in range(2))
     state = TrainState(
@@ -124,7 +124,9 @@ def make_train(config: ConfigDict, mesh: Mesh) -> Program:
     )
     x, _, y = _inputs(size, shape, model.num_classes, split)
     work = _work(model, shape, size * training_flops(model, shape))
-    return Program(compiled, work, _train_run(compiled.executable, state, {"x": x, "y": y}))
+    return Program(
+        compiled, work, _train_run(compiled.executable, state, {"x": x, "condition": {"label": y}})
+    )
 
 
 def _train_run(executable, state: TrainState, batch: dict) -> Callable[[], Any]:
@@ -158,12 +160,12 @@ def make_sample(config: ConfigDict, mesh: Mesh) -> Program:
     numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
     compiled = compile_ahead(
         jax.jit(sample, in_shardings=(whole, split, split), out_shardings=split),
-        (params, numbers, numbers),
+        (params, numbers, {"label": numbers}),
     )
     indices = np.arange(size, dtype=np.int32)
     args = (
         draw_params(params, whole),
-        *jax.device_put((indices, indices % model.num_classes), split),
+        *jax.device_put((indices, model.default_conditions(indices, None)), split),
     )
     passes = size * process.num_steps * passes_per_step(options.cfg_scale)
     work = _work(model, shape, passes * FLOPS_PER_MAC * forward_macs(model, shape))

@@ -54,8 +54,7 @@ def initializer(
     """
 
     def init(key):
-        x, t = jnp.zeros((1, *input_shape)), jnp.zeros((1,), jnp.int32)
-        params = model.init(key, x, t, t)["params"]
+        params = model.init(key, *model.example_inputs(side=input_shape[0]))["params"]
 
         def copy():  # two names for one buffer could not both be donated
             return jax.tree.map(jnp.copy, params)

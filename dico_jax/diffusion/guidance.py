@@ -58,38 +58,37 @@ def classifier_free_guidance(
 
 def guided_model_fn(
     model_fn: Callable[[jax.Array, jax.Array, Any], jax.Array],
-    y: Any,
-    null_class: Any,
+    condition: Any,
+    null: Any,
     scale,
     num_channels: int,
     cfg_channels: str = "first_three",
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """A model of (x, t) that is guided towards y, for `sample_loop`.
+    """A model of (x, t) that is guided towards the condition, for `sample_loop`.
 
     Args:
-      model_fn: model_fn(x, t, y) is the model's output.
-      y: the condition: labels (N,), or a tree of arrays (N, ...).
-      null_class: the null condition: the number of classes, or a tree like y of arrays that
-        broadcast to y's.
+      model_fn: model_fn(x, t, condition) is the model's output.
+      condition: a tree of arrays (N, ...), such as labels (N,).
+      null: the condition that says nothing, a tree like it of arrays that broadcast to its own.
       scale: the guidance scale. The Python number 1 runs the model on N examples, without
         guidance; every other number, and every array (traced or not), on 2N.
       num_channels: C, the channels of the data.
       cfg_channels: a key of `CFG_CHANNELS`, see `classifier_free_guidance`.
 
     Returns:
-      f(x, t): (N, ..., C) and (N,) to the guided output for y.
+      f(x, t): (N, ..., C) and (N,) to the guided output.
 
     Raises:
       UsageError: an unknown cfg_channels.
     """
     _num_guided(num_channels, cfg_channels)
     if isinstance(scale, numbers.Number) and scale == 1:
-        return lambda x, t: model_fn(x, t, y)
-    y = jax.tree.map(jnp.asarray, y)
+        return lambda x, t: model_fn(x, t, condition)
+    condition = jax.tree.map(jnp.asarray, condition)
     null = jax.tree.map(
-        lambda a, n: jnp.broadcast_to(jnp.asarray(n, a.dtype), a.shape), y, null_class
+        lambda a, n: jnp.broadcast_to(jnp.asarray(n, a.dtype), a.shape), condition, null
     )
-    pairs = jax.tree.map(_interleave, y, null)
+    pairs = jax.tree.map(_interleave, condition, null)
 
     def guided(x, t):
         output = model_fn(_interleave(x, x), _interleave(t, t), pairs)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from dico_jax.data.image_sets import ImageSet, SourceImages
 from dico_jax.data.readers import PictureReader
@@ -29,7 +28,7 @@ from dico_jax.evaluation.registry import create_network
 from dico_jax.evaluation.statistics import save_statistics
 from dico_jax.files import library_versions, result_path, write_json
 from dico_jax.parallel.mesh import create_mesh
-from dico_jax.sampling.checkpoint_sampler import CheckpointSampler, parse_classes
+from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +91,8 @@ class Evaluation:
     def of_sampler(
         self,
         sampler: CheckpointSampler,
-        labels: np.ndarray,
+        conditions: Any,
+        count: int,
         classes: str,
         out: pathlib.Path | None,
     ) -> dict[str, Any]:
@@ -100,12 +100,13 @@ class Evaluation:
 
         Args:
           sampler: makes them.
-          labels: one per sample.
-          classes: what the labels are made of, see `parse_classes`.
+          conditions: of all samples, see `CheckpointSampler.conditions`.
+          count: how many there are.
+          classes: what the conditions are made of.
           out: as for `of_images`.
         """
-        samples = samples_of(sampler, labels, classes)
-        return self._result(lambda start: sampler.images(labels, start=start), samples, out)
+        samples = samples_of(sampler, count, classes)
+        return self._result(lambda start: sampler.images(conditions, start=start), samples, out)
 
     def about(self, samples: dict[str, Any]) -> dict[str, Any]:
         """What a result says of its origin, but for versions, devices and date."""
@@ -134,11 +135,11 @@ class Evaluation:
         }
 
 
-def samples_of(sampler: CheckpointSampler, labels: np.ndarray, classes: str) -> dict[str, Any]:
+def samples_of(sampler: CheckpointSampler, count: int, classes: str) -> dict[str, Any]:
     """What a result says of samples of a checkpoint."""
     settings = json.loads(json.dumps(sampler.settings | {"classes": classes}))
     del settings["sampling"]["batch_size"]  # it does not change an image
-    return settings | {"count": len(labels)}
+    return settings | {"count": count}
 
 
 def evaluate_files(
@@ -185,7 +186,7 @@ def evaluate_checkpoint(
       reference, options: see `Evaluation`.
       out: a JSON file; it must be new, but for a sweep that goes on.
       num_samples: how many.
-      classes: see `parse_classes`.
+      classes: see `CheckpointSampler.conditions`.
       sweep_cfg: guidance scales, see `parse_sweep`; the result then is {"sweep": [a result per
         scale]}, and a plot lies beside `out`.
       **sampler_options: of `CheckpointSampler`.
@@ -200,23 +201,21 @@ def evaluate_checkpoint(
     if scales is not None:
         require_matplotlib("--sweep_cfg")
     sampler = CheckpointSampler(ckpt, **sampler_options)
-    model = sampler.experiment.model
-    labels = parse_classes(
-        classes, num_samples, model.num_classes, sampler.settings["seed"], sampler.class_names
-    )
+    conditions = sampler.conditions(num_samples, classes)
     evaluation = Evaluation(reference, options)
     if scales is None:
-        result = evaluation.of_sampler(sampler, labels, classes, file)
+        result = evaluation.of_sampler(sampler, conditions, num_samples, classes, file)
         _finish(result, file)
         return result
     assert file is not None
-    return {"sweep": _sweep(evaluation, sampler, labels, classes, scales, file)}
+    return {"sweep": _sweep(evaluation, sampler, conditions, num_samples, classes, scales, file)}
 
 
 def _sweep(
     evaluation: Evaluation,
     sampler: CheckpointSampler,
-    labels: np.ndarray,
+    conditions: Any,
+    count: int,
     classes: str,
     scales: Sequence[float],
     file: pathlib.Path,
@@ -225,10 +224,10 @@ def _sweep(
     results = _read_sweep(file)
     for scale in scales:
         sampler.set_guidance(scale)
-        _check_same_sweep(evaluation.about(samples_of(sampler, labels, classes)), results, file)
+        _check_same_sweep(evaluation.about(samples_of(sampler, count, classes)), results, file)
         if scale not in map(_scale_of, results):
             part = file.with_name(f"{file.stem}-{scale}.json")
-            results.append(evaluation.of_sampler(sampler, labels, classes, part))
+            results.append(evaluation.of_sampler(sampler, conditions, count, classes, part))
             _write(file, {"sweep": results})
             _partial(part).unlink(missing_ok=True)
         print(f"guidance scale {scale}: {_line(next(r for r in results if _scale_of(r) == scale))}")

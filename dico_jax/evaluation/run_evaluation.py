@@ -39,7 +39,7 @@ class RunEvaluation:
         config: ConfigDict,
         source: Source,
         read: Callable[[Any, bool], np.ndarray],
-        num_classes: int,
+        conditions: Callable[[np.ndarray], Any],
         mesh: Mesh,
     ):
         """Loads what is there already.
@@ -47,7 +47,7 @@ class RunEvaluation:
         Args:
           config: of the run.
           source, read: its examples.
-          num_classes: of the model; samples take every class in turn.
+          conditions: from the indices of samples (N,) to what the network is told of them.
           mesh: the devices.
 
         Raises:
@@ -55,7 +55,7 @@ class RunEvaluation:
         """
         self._options, self._mesh = config.eval, mesh
         self._batch_size = config.sampling.batch_size
-        self._source, self._read, self._num_classes = source, read, num_classes
+        self._source, self._read, self._conditions = source, read, conditions
         self._network: FeatureNetwork | None = None
         self._evaluator: Evaluator | None = None
         if not self._options.every_steps:
@@ -86,19 +86,17 @@ class RunEvaluation:
         else:
             self._evaluator = self._against_own(network, workdir / _REFERENCE_FILE)
 
-    def __call__(
-        self, samples: Callable[[np.ndarray, int], Iterator[np.ndarray]]
-    ) -> dict[str, float]:
+    def __call__(self, samples: Callable[[Any, int], Iterator[np.ndarray]]) -> dict[str, float]:
         """The numbers, by "FEATURES/METRIC".
 
         Args:
-          samples: function from the labels of all samples, and the first one to make, to batches.
+          samples: from the conditions of all samples, and the first one to make, to batches.
         """
         evaluator = self._evaluator
         assert evaluator is not None, "open() comes first"
-        labels = np.arange(self._options.num_samples) % self._num_classes
+        conditions = self._conditions(np.arange(self._options.num_samples))
         summary = evaluator.summary(
-            lambda start: samples(labels, start), len(labels), progress=False
+            lambda start: samples(conditions, start), self._options.num_samples, progress=False
         )
         numbers = evaluator.numbers(summary)
         return {f"{evaluator.network.name}/{name}": value for name, value in numbers.items()}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dico_jax.errors import UsageError
-from dico_jax.models.denoiser import Denoiser
+from dico_jax.models.class_conditional import ClassConditional
 from dico_jax.models.layers import (
     Conv3x3,
     Dense,
@@ -16,6 +16,7 @@ from dico_jax.models.layers import (
     Modulation,
     Stage,
     TimestepEmbedder,
+    check_feed_forward,
     label_table,
     linear_xavier_uniform,
     pixel_shuffle,
@@ -138,7 +139,7 @@ class FinalLayer(nn.Module):
         return Conv3x3(self.out_channels, self.dtype, kernel_init=zeros, name="out_proj")(h)
 
 
-class DiCo(Denoiser):
+class DiCo(ClassConditional):
     """A DiCo network, called as every `Denoiser`. `create_model` makes the published sizes.
 
     Attributes:
@@ -157,6 +158,8 @@ class DiCo(Denoiser):
     stages = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
 
     def __post_init__(self):
+        self.check_positive("hidden_size")
+        check_feed_forward(self.hidden_size, self.mlp_ratio)
         if self.hidden_size % 2:
             raise UsageError(f"model.hidden_size={self.hidden_size} must be even")
         if len(self.depth) != 5 or min(self.depth) < 1:
@@ -172,11 +175,13 @@ class DiCo(Denoiser):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x, t, y):
-        self.check_input(x)
+    def forward(self, x, t, condition):
+        """The U, by stages."""
         d, dtype, wide = self.hidden_size, self.dtype, self.wide_dtype
         widths = (d, 2 * d, 4 * d)
-        labels = LabelEmbedder(self.num_label_rows, widths, wide, name="y_embedder")(y)
+        labels = LabelEmbedder(self.num_label_rows, widths, wide, name="y_embedder")(
+            condition["label"]
+        )
         c1, c2, c3 = (
             TimestepEmbedder(width, wide, name=f"t_embedder_{k}")(t) + label
             for k, (width, label) in enumerate(zip(widths, labels, strict=True), start=1)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dico_jax.errors import UsageError
-from dico_jax.models.denoiser import Denoiser
+from dico_jax.models.class_conditional import ClassConditional
 from dico_jax.models.layers import (
     Dense,
     Modulation,
     Stage,
     TimestepEmbedder,
+    check_feed_forward,
     label_table,
     linear_xavier_uniform,
     zeros,
@@ -153,7 +154,7 @@ class LabelEmbedder(nn.Module):
         return label_table(self.num_rows, self.width, self.dtype, "embedding_table")(y)
 
 
-class DiT(Denoiser):
+class DiT(ClassConditional):
     """A DiT network, called as every `Denoiser`. `create_model` makes the published sizes.
 
     Attributes:
@@ -173,6 +174,8 @@ class DiT(Denoiser):
     attention: Implementation = "auto"
 
     def __post_init__(self):
+        self.check_positive("hidden_size")
+        check_feed_forward(self.hidden_size, self.mlp_ratio)
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise UsageError(
                 f"model.hidden_size={self.hidden_size} must divide by model.num_heads="
@@ -193,19 +196,19 @@ class DiT(Denoiser):
     stages = ("blocks",)
 
     @property
-    def size_divisor(self) -> int:
+    def size_divisor(self) -> int:  # type: ignore[override]
         """What height and width of the input must divide by."""
         return self.patch_size
 
     @nn.compact
-    def __call__(self, x, t, y):
-        self.check_input(x)
+    def forward(self, x, t, condition):
+        """Patches to tokens, blocks, tokens to pixels."""
         n, height, width, _ = x.shape
         rows, columns, p = height // self.patch_size, width // self.patch_size, self.patch_size
         d, dtype, wide = self.hidden_size, self.dtype, self.wide_dtype
 
-        label = LabelEmbedder(self.num_label_rows, d, wide, name="y_embedder")(y)
-        c = TimestepEmbedder(d, wide, name="t_embedder")(t) + label
+        embed = LabelEmbedder(self.num_label_rows, d, wide, name="y_embedder")
+        c = TimestepEmbedder(d, wide, name="t_embedder")(t) + embed(condition["label"])
 
         x = PatchEmbed(p, d, dtype, name="x_embedder")(x)  # (N, T, D)
         # The reference stores the table in float32, whatever it computes in.

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dico_jax.errors import UsageError
 from dico_jax.models.block_stacks import STACK
 from dico_jax.ops.conv import conv3x3
 from dico_jax.ops.depthwise import Implementation, conv_gelu_mean
@@ -34,6 +35,12 @@ REMAT_POLICIES = {
     "blocks": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def check_feed_forward(width: int, mlp_ratio: float) -> None:
+    """Raises UsageError for a feed-forward of no channels."""
+    if int(mlp_ratio * width) < 1:
+        raise UsageError("model.mlp_ratio", mlp_ratio, "leaves the feed-forward no channels")
 
 
 def linear_xavier_uniform(key, shape, dtype=jnp.float32):

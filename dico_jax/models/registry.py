@@ -1,7 +1,8 @@
 """Networks by name."""
 
+import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,7 +28,8 @@ _DIT = {
     "DiT-XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
 }
 
-MODELS: dict[str, tuple[Callable[..., Denoiser], Mapping[str, Any]]] = {
+# A network is a class and a row: name, class, and the options that the name stands for.
+MODELS: dict[str, tuple[type[Denoiser], Mapping[str, Any]]] = {
     **{name: (DiCo, sizes) for name, sizes in _DICO.items()},
     **{
         f"{name}/{patch}": (DiT, {**sizes, "patch_size": patch})
@@ -41,20 +43,27 @@ MODELS: dict[str, tuple[Callable[..., Denoiser], Mapping[str, Any]]] = {
 _DTYPES = ("float32", "bfloat16", "float64")
 
 
-def model_options(name: str) -> dict[str, Any]:
-    """The options of model `name` with their defaults: sizes, in_channels, num_classes, dtype, ...
+def find_model(name: str) -> tuple[type[Denoiser], Mapping[str, Any]]:
+    """The class of model `name`, and the sizes that the name stands for.
 
     Raises:
       UsageError: no model has that name; the message gives the closest ones.
     """
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4) or list(MODELS)
-        raise UsageError(f"model.name={name!r} is unknown: use {' or '.join(map(repr, close))}")
-    cls, sizes = MODELS[name]
+        raise UsageError("model.name", name, f"is unknown: use {' or '.join(map(repr, close))}")
+    return MODELS[name]
+
+
+def model_options(name: str) -> dict[str, Any]:
+    """The options of model `name` with their defaults: sizes, in_channels, dtype, ...
+
+    Raises:
+      UsageError: see `find_model`.
+    """
+    cls, sizes = find_model(name)
     fields = {
-        f.name: f.default
-        for f in cls.__dataclass_fields__.values()  # type: ignore[attr-defined]
-        if f.name not in ("parent", "name")
+        f.name: f.default for f in dataclasses.fields(cls) if f.name not in ("parent", "name")
     }
     return {**fields, **sizes}
 
@@ -69,7 +78,7 @@ def create_model(name: str, **options) -> Denoiser:
         `dtype` is "float32" (default), "bfloat16" or "float64" (which needs jax_enable_x64).
 
     Returns:
-      A linen module: `model.apply({"params": params}, x, t, y)`, see `Denoiser`.
+      A linen module: `model.apply({"params": params}, x, t, condition)`, see `Denoiser`.
 
     Raises:
       UsageError: an unknown name or option, or a value that no network can have.
@@ -80,7 +89,8 @@ def create_model(name: str, **options) -> Denoiser:
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
-            raise UsageError(f"model.{option}={value!r}: model {name!r} has no such option; {hint}")
+            fix = f": model {name!r} has no such option; {hint}"
+            raise UsageError(f"model.{option}", value, fix)
         if option in sizes and value != sizes[option]:
             raise UsageError(
                 f"model.{option}={value!r} contradicts model.name={name!r}, which has "
@@ -115,7 +125,4 @@ def count_parameters(model: Denoiser) -> int:
 
 def abstract_params(model: Denoiser) -> Any:
     """The parameter tree of `model` as `jax.ShapeDtypeStruct`s, without computing anything."""
-    side = model.size_divisor
-    x = jax.ShapeDtypeStruct((1, side, side, model.in_channels), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), x, t, t)["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]

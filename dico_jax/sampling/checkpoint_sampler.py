@@ -1,11 +1,10 @@
 """Images of a checkpoint, into a folder."""
 
 import contextlib
-import difflib
 import json
 import pathlib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,39 +21,10 @@ from dico_jax.files import library_versions
 from dico_jax.models import abstract_params
 from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.sampling.generate import GenerateFn, generate_images, make_generate_fn
-from dico_jax.sampling.grids import class_name, image_grid, load_png, save_png
+from dico_jax.sampling.grids import image_grid, load_png, save_png
 
 _GRID_SIDE = 10
 PREVIEW = "preview"  # of --vae
-
-
-def parse_classes(
-    text: str, num_images: int, num_classes: int, seed: int, class_names: Sequence[str] = ()
-) -> np.ndarray:
-    """The label of every image, int32 (num_images,).
-
-    Args:
-      text: "all" for every class in turn, "random" for classes drawn from the seed, or numbers or
-        names with commas between, taken in turn.
-      num_images: how many.
-      num_classes: how many classes the model has.
-      seed: for "random"; label i depends on the seed and i alone.
-      class_names: of the classes, by number.
-
-    Raises:
-      UsageError: something else, or a class that the model does not have.
-    """
-    if text == "random":
-        # Philox gives a stream that can be cut anywhere: more images leave the first as they were.
-        generator = np.random.Generator(np.random.Philox(seed))
-        return generator.integers(0, num_classes, num_images).astype(np.int32)
-    if text == "all":
-        classes = list(range(num_classes))
-    else:
-        classes = [
-            _class_number(part.strip(), text, num_classes, class_names) for part in text.split(",")
-        ]
-    return np.resize(np.array(classes, np.int32), num_images)
 
 
 def choose_autoencoder(config: ConfigDict, vae: str) -> None:
@@ -93,23 +63,6 @@ def _vae_errors(vae: str | None) -> Iterator[None]:
             f"{said.removesuffix(WAYS_OUT)}; give --vae=FILE, or --vae={PREVIEW} for small "
             "false-colour pictures"
         ) from error
-
-
-def _class_number(part: str, text: str, num_classes: int, class_names: Sequence[str]) -> int:
-    if part in class_names and not (part.isdecimal() and int(part) < num_classes):
-        return list(class_names).index(part)
-    if not part.lstrip("-").isdecimal():
-        close = difflib.get_close_matches(part, class_names, n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise UsageError(
-            f"--classes={text!r}: {part!r} is no class; write numbers such as 1,2,3, names of "
-            f"classes, 'all' or 'random'{hint}"
-        )
-    if not 0 <= int(part) < num_classes:
-        raise UsageError(
-            f"--classes={text}: the model has no class {part}, use 0 to {num_classes - 1}"
-        )
-    return int(part)
 
 
 class CheckpointSampler:
@@ -199,12 +152,23 @@ class CheckpointSampler:
         self._generate = self._make_generate_fn()
         self.settings["sampling"] = self._config.sampling.to_dict()
 
-    def images(self, labels: np.ndarray, start: int = 0) -> Iterator[np.ndarray]:
-        """Images `start`, start + 1, ... of the given labels: uint8 batches (N, H, W, C)."""
+    def conditions(self, num_images: int, classes: str = "all") -> Any:
+        """The conditions of all images, see `ClassConditional.parse_conditions`."""
+        return self.experiment.model.parse_conditions(
+            classes, num_images, self.settings["seed"], self.class_names
+        )
+
+    def images(self, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
+        """Images `start`, start + 1, ...: uint8 batches (N, H, W, C).
+
+        Args:
+          conditions: of all images from 0 on; a tree of arrays, or labels where these are all.
+          start: the first image to make.
+        """
         return generate_images(
             self._generate,
             self._params,
-            labels,
+            conditions,
             self._config.sampling.batch_size,
             self._mesh.size,
             start,
@@ -218,37 +182,40 @@ class CheckpointSampler:
         Args:
           out: the folder.
           num_images: how many images.
-          classes: see `parse_classes`.
+          classes: see `ClassConditional.parse_conditions`.
           npz: also write all images as arr_0 (uint8 NHWC) and their labels as arr_1 into this file.
 
         Raises:
           UsageError: a wrong class, or a folder that holds images made in another way.
         """
-        num_classes = self.experiment.model.num_classes
-        labels = parse_classes(
-            classes, num_images, num_classes, self.settings["seed"], self.class_names
-        )
+        conditions = self.conditions(num_images, classes)
         folder = pathlib.Path(out)
         _claim_folder(folder, self.settings | {"classes": classes}, library_versions())
         files = [folder / f"{i:06d}.png" for i in range(num_images)]
         done = next((i for i, file in enumerate(files) if not file.exists()), num_images)
         with tqdm.tqdm(total=num_images, initial=done, unit="image", dynamic_ncols=True) as bar:
             index = done
-            for batch in self.images(labels, start=done) if done < num_images else ():
+            for batch in self.images(conditions, start=done) if done < num_images else ():
                 for image in batch:
                     _save_atomically(files[index], image)
                     index += 1
                 bar.update(len(batch))
-        save_png(folder / "grid.png", self._grid(files, labels))
+        save_png(folder / "grid.png", self._grid(files, conditions))
         if npz is not None:
-            _write_npz(pathlib.Path(npz), files, labels)
+            arrays = self.experiment.model.named_arrays(conditions)
+            _write_npz(pathlib.Path(npz), files, arrays)
 
-    def _grid(self, files: list[pathlib.Path], labels: np.ndarray) -> np.ndarray:
-        """The first classes, a row each, with the first images of each."""
-        classes = list(dict.fromkeys(labels.tolist()))[:_GRID_SIDE]
-        picked = [np.flatnonzero(labels == c)[:_GRID_SIDE] for c in classes]
+    def _grid(self, files: list[pathlib.Path], conditions: Any) -> np.ndarray:
+        """The first conditions, a row each, with the first images of each."""
+        images: dict[tuple[bytes, ...], list[int]] = {}
+        leaves = jax.tree.leaves(conditions)
+        for i in range(len(files)):
+            images.setdefault(tuple(leaf[i].tobytes() for leaf in leaves), []).append(i)
+        picked = [indices[:_GRID_SIDE] for indices in images.values()][:_GRID_SIDE]
         rows = [np.stack([load_png(files[i]) for i in indices]) for indices in picked]
-        return image_grid(rows, [class_name(self.class_names, c) for c in classes])
+        firsts = jax.tree.map(lambda leaf: leaf[[i[0] for i in picked]], conditions)
+        names = self.experiment.model.describe_conditions(firsts, self.class_names)
+        return image_grid(rows, names)
 
 
 def _claim_folder(folder: pathlib.Path, settings: dict, versions: dict) -> None:
@@ -290,8 +257,10 @@ def _save_atomically(file: pathlib.Path, image: np.ndarray) -> None:
     temporary.rename(file)
 
 
-def _write_npz(path: pathlib.Path, files: list[pathlib.Path], labels: np.ndarray) -> None:
-    """Writes arr_0 (uint8 images) and arr_1 (labels), image by image: 50,000 need no memory."""
+def _write_npz(
+    path: pathlib.Path, files: list[pathlib.Path], arrays: dict[str, np.ndarray]
+) -> None:
+    """Writes arr_0 (uint8 images), image by image: 50,000 need no memory; and other arrays."""
     shape = (len(files), *load_png(files[0]).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     temporary = path.with_name(path.name + ".tmp")
@@ -300,6 +269,7 @@ def _write_npz(path: pathlib.Path, files: list[pathlib.Path], labels: np.ndarray
             np.lib.format.write_array_header_1_0(entry, header)
             for file in files:
                 entry.write(load_png(file).tobytes())
-        with archive.open("arr_1.npy", "w") as entry:
-            np.lib.format.write_array(entry, labels.astype(np.int64))
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as entry:
+                np.lib.format.write_array(entry, array)
     temporary.rename(path)

@@ -28,7 +28,7 @@ from dico_jax.errors import UsageError
 from dico_jax.models.gathering import whole_where_used
 from dico_jax.parallel.mesh import batch_sharding, from_same, replicated
 
-GenerateFn = Callable[[Any, np.ndarray, np.ndarray], jax.Array]
+GenerateFn = Callable[[Any, np.ndarray, Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,23 +64,23 @@ class SamplingOptions:
 
 def make_latents_fn(
     model: Any, diffusion: Diffusion, latent_shape: tuple[int, int, int], options: SamplingOptions
-) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """The function (params, indices (N,), labels (N,)) -> latents (N, H, W, C), to be jitted.
+) -> Callable[[Any, jax.Array, Any], jax.Array]:
+    """The function (params, indices (N,), conditions) -> latents (N, H, W, C), to be jitted.
 
     Arguments and errors are those of `make_generate_fn`.
     """
-    if options.cfg_scale != 1.0 and model.null_class is None:
+    if options.cfg_scale != 1.0 and model.null_condition(1) is None:
         raise UsageError(
-            f"sampling.cfg_scale={options.cfg_scale} needs a model trained with "
-            "model.class_dropout_prob above 0: use sampling.cfg_scale=1"
+            f"sampling.cfg_scale={options.cfg_scale} needs a model that was trained to do without "
+            "its condition (model.class_dropout_prob above 0): use sampling.cfg_scale=1"
         )
 
-    def sample_latents(params, indices, labels):
+    def sample_latents(params, indices, conditions):
         keys = image_keys(options.seed, indices)
         model_fn = guided_model_fn(
-            lambda x, t, y: model.apply({"params": params}, x, t, y),
-            labels,
-            model.null_class,
+            lambda x, t, condition: model.apply({"params": params}, x, t, condition),
+            conditions,
+            model.null_condition(len(indices)),
             options.cfg_scale,
             num_channels=latent_shape[-1],
             cfg_channels=options.cfg_channels,
@@ -107,9 +107,10 @@ def make_generate_fn(
     *,
     load: bool = True,
 ) -> GenerateFn:
-    """The jitted function (params, indices (N,), labels (N,)) -> uint8 images (N, H, W, C).
+    """The jitted function (params, indices (N,), conditions) -> uint8 images (N, H, W, C).
 
-    N must divide over the mesh, see `generate_images`.
+    Conditions are a tree of arrays (N, ...), see `Denoiser`. N must divide over the mesh, see
+    `generate_images`.
 
     Args:
       model: the network.
@@ -122,13 +123,13 @@ def make_generate_fn(
         them, to the first images.
 
     Raises:
-      UsageError: guidance is asked of a model without a null class, or the autoencoder's weights
-        cannot be read.
+      UsageError: guidance is asked of a model without a null condition, or the weights of the
+        autoencoder cannot be read.
     """
     sample_latents = make_latents_fn(model, diffusion, latent_shape, options)
 
-    def generate(decoder_params, params, indices, labels):
-        latents = sample_latents(params, indices, labels)
+    def generate(decoder_params, params, indices, conditions):
+        latents = sample_latents(params, indices, conditions)
         return to_uint8(autoencoder.decode(decoder_params, latents))
 
     split, whole = batch_sharding(mesh), replicated(mesh)
@@ -139,10 +140,12 @@ def make_generate_fn(
     if load:
         decoder_params()
 
-    def call(params, indices, labels):
+    def call(params, indices, conditions):
         lie = jax.tree.map(lambda leaf: getattr(leaf, "sharding", whole), params)
         params = whole_where_used(params, model, lie)
-        return jitted(decoder_params(), params, from_same(indices, split), from_same(labels, split))
+        given = indices, model.as_condition(conditions)
+        given = jax.tree.map(lambda leaf: from_same(leaf, split), given)
+        return jitted(decoder_params(), params, *given)
 
     return call
 
@@ -150,7 +153,7 @@ def make_generate_fn(
 def generate_images(
     generate: GenerateFn,
     params,
-    labels: np.ndarray,
+    conditions: Any,
     batch_size: int,
     num_devices: int,
     start: int = 0,
@@ -160,15 +163,16 @@ def generate_images(
     Args:
       generate: see `make_generate_fn`.
       params: the weights.
-      labels: int (N,), the label of every image from 0 on.
+      conditions: a tree of arrays (N, ...), those of every image from 0 on.
       batch_size: images at a time. Every batch has the same size on the devices (one compilation),
         rounded up to a multiple of num_devices; what is over at the end is cut off.
       num_devices: size of the mesh.
       start: the first image to make.
     """
-    labels = np.asarray(labels, np.int32)
-    size = -(-min(batch_size, len(labels)) // num_devices) * num_devices
-    for first in range(start, len(labels), size):
-        indices = np.arange(first, min(first + size, len(labels)), dtype=np.int32)
+    count = len(jax.tree.leaves(conditions)[0])
+    size = -(-min(batch_size, count) // num_devices) * num_devices
+    for first in range(start, count, size):
+        indices = np.arange(first, min(first + size, count), dtype=np.int32)
         padded = np.pad(indices, (0, size - len(indices)), mode="edge")
-        yield np.asarray(generate(params, padded, labels[padded]))[: len(indices)]
+        told = jax.tree.map(lambda leaf, rows=padded: leaf[rows], conditions)
+        yield np.asarray(generate(params, padded, told))[: len(indices)]

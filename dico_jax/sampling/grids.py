@@ -16,11 +16,6 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
     return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
 
 
-def class_name(names: Sequence[str], label: int) -> str:
-    """The name of class `label`, or its number where it has none."""
-    return names[label] if label < len(names) else str(label)
-
-
 def image_grid(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
     """Rows of images, each with a label at its left.
 

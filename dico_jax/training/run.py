@@ -29,7 +29,7 @@ from dico_jax.experiment import (
     reader_from_config,
     sampling_from_config,
     source_from_config,
-    with_num_classes,
+    with_source_options,
 )
 from dico_jax.models import count_parameters
 from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
@@ -43,7 +43,7 @@ from dico_jax.parallel.mesh import (
 )
 from dico_jax.parallel.sharding import DEFAULT_RULES, parse_rules, state_sharding
 from dico_jax.sampling.generate import generate_images, make_generate_fn
-from dico_jax.sampling.grids import class_name, image_grid, save_png
+from dico_jax.sampling.grids import image_grid, save_png
 from dico_jax.training.compilation_cache import enable_compilation_cache
 from dico_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from dico_jax.training.speed import SpeedMetrics
@@ -80,7 +80,7 @@ class Run:
             rules = parse_rules(config.mesh.rules) or DEFAULT_RULES
         self._check_batch_size(config)
         self.source: Source = source_from_config(config)
-        self.config = config = with_num_classes(config, self.source)
+        self.config = config = with_source_options(config, self.source)
         self.experiment: Experiment = experiment_from_config(config)
         process, sampling_options = sampling_from_config(config)
         self.read = reader_from_config(config, self.experiment, self.source)
@@ -115,7 +115,11 @@ class Run:
                 ),
             )
         self.evaluation = RunEvaluation(
-            config, self.source, self.read, model.num_classes, self.mesh
+            config,
+            self.source,
+            self.read,
+            functools.partial(model.default_conditions, source=self.source),
+            self.mesh,
         )
         self._warm_start = open_warm_start(training.init_from, workdir, model)
         check_workdir(workdir, config)
@@ -214,17 +218,15 @@ class Run:
         log = BadExampleLog(self.source, self.read, data.max_bad_fraction, file)
         return DeviceBatches(batches, lambda batch: to_global(batch, sharding), log)
 
-    def sample(self, state: TrainState, labels: np.ndarray) -> np.ndarray:
+    def sample(self, state: TrainState, conditions: Any) -> np.ndarray:
         """Images of the averaged weights of a packed state, uint8 (N, H, W, C)."""
-        return np.concatenate(list(self._samples(state, labels)))
+        return np.concatenate(list(self._samples(state, conditions)))
 
-    def _samples(
-        self, state: TrainState, labels: np.ndarray, start: int = 0
-    ) -> Iterator[np.ndarray]:
+    def _samples(self, state: TrainState, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
         return generate_images(
             self._generate,
             self.unpack(state.ema_params),
-            labels,
+            conditions,
             self.config.sampling.batch_size,
             num_batch_shards(self.mesh),
             start,
@@ -244,14 +246,11 @@ class Run:
         return every > 0 and step % every == 0
 
     def save_grid(self, step: int, state: TrainState) -> np.ndarray:
-        """Writes samples/step_N.png, a row per class, and returns it."""
-        sampling, num_classes = self.config.sampling, self.experiment.model.num_classes
-        rows = min(sampling.grid_rows, num_classes)
-        classes = np.linspace(0, num_classes - 1, rows).round().astype(int)  # spread over all
-        images = self.sample(state, np.repeat(classes, sampling.grid_columns))
-        grid = image_grid(
-            np.split(images, rows), [class_name(self.source.class_names, c) for c in classes]
-        )
+        """Writes samples/step_N.png, a row per condition, and returns it."""
+        sampling, model = self.config.sampling, self.experiment.model
+        conditions, names = model.grid_conditions(sampling.grid_rows, self.source)
+        repeated = jax.tree.map(lambda a: np.repeat(a, sampling.grid_columns, axis=0), conditions)
+        grid = image_grid(np.split(self.sample(state, repeated), len(names)), names)
         if jax.process_index() == 0:
             folder = self.workdir / "samples"
             folder.mkdir(exist_ok=True)
@@ -264,12 +263,12 @@ class Run:
         if not num_samples:
             return None
         examples = [self.source[i] for i in range(len(self.source))]
-        labels = np.arange(num_samples) % self.experiment.model.num_classes
+        asked = self.experiment.model.default_conditions(np.arange(num_samples), self.source)
         return class_agreement(
             np.stack([self.read(e["image"], False) for e in examples]),
             np.array([e["label"] for e in examples]),
-            self.sample(state, labels),
-            labels,
+            self.sample(state, asked),
+            asked["label"],
         )
 
 

@@ -45,7 +45,7 @@ def loss_fn(params, model, diffusion: Diffusion, batch: dict, t, noise, sharding
     Args:
       params: the parameters.
       model, diffusion: the network and its process.
-      batch: {"x": (N, H, W, C) clean latents, "y": (N,) labels}.
+      batch: {"x": (N, H, W, C) clean latents, "condition": a tree of arrays (N, ...)}.
       t: (N,) int timesteps.
       noise: like x.
       sharding: of the parameters, where devices share them.
@@ -57,25 +57,37 @@ def loss_fn(params, model, diffusion: Diffusion, batch: dict, t, noise, sharding
         params = whole_where_used(params, model, sharding)
 
     def model_fn(x, timesteps):
-        return model.apply({"params": params}, x, timesteps, batch["y"])
+        return model.apply({"params": params}, x, timesteps, batch["condition"])
 
     terms = training_losses(diffusion, model_fn, batch["x"], t, noise)
     return terms["loss"].mean(), terms
 
 
 def draw_noise(key, x, num_timesteps: int):
-    """The draws of a step: timesteps (N,), noise like x, and the key of the label drop."""
-    t_key, noise_key, label_key = jax.random.split(key, 3)
+    """The draws of a step: timesteps (N,), noise like x, and the key of the dropping."""
+    t_key, noise_key, drop_key = jax.random.split(key, 3)
     t = jax.random.randint(t_key, x.shape[:1], 0, num_timesteps)
-    return t, jax.random.normal(noise_key, x.shape, x.dtype), label_key
+    return t, jax.random.normal(noise_key, x.shape, x.dtype), drop_key
 
 
-def drop_labels(key, y, probability: float, null_class: int):
-    """Labels (N,) int, each replaced by the null class with `probability`: one draw for all tables.
+def drop_conditions(key, conditions, probability: float, null):
+    """Conditions (N, ...), each replaced by the null condition with `probability`.
 
-    The published code draws it inside the network.
+    One draw for all arrays of an example. The published code draws it inside the network.
+
+    Args:
+      key: of the draw.
+      conditions: a tree of arrays (N, ...).
+      probability: of dropping an example's condition.
+      null: the null condition, a tree like `conditions`.
     """
-    return jnp.where(jax.random.bernoulli(key, probability, y.shape), null_class, y)
+    count = len(jax.tree.leaves(conditions)[0])
+    dropped = jax.random.bernoulli(key, probability, (count,))
+
+    def drop(leaf, nothing):
+        return jnp.where(dropped.reshape(count, *[1] * (leaf.ndim - 1)), nothing, leaf)
+
+    return jax.tree.map(drop, conditions, null)
 
 
 def gradients(
@@ -145,10 +157,13 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict, attempt):
         key = jax.random.fold_in(run_keys(options.seed)[1], state.step)
         key = attempt_key(key, attempt)
-        t, noise, label_key = draw_noise(key, batch["x"], diffusion.num_steps)
-        if model.null_class is not None:
-            labels = drop_labels(label_key, batch["y"], model.class_dropout_prob, model.null_class)
-            batch = batch | {"y": labels}
+        t, noise, drop_key = draw_noise(key, batch["x"], diffusion.num_steps)
+        null = model.null_condition(len(t))
+        if null is not None and model.condition_dropout > 0:
+            conditions = drop_conditions(
+                drop_key, batch["condition"], model.condition_dropout, null
+            )
+            batch = batch | {"condition": conditions}
         grads, terms = gradients(
             state.params,
             model,
