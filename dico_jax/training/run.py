@@ -17,7 +17,6 @@ from dico_jax.checkpoints.warm_start import open_warm_start
 from dico_jax.config import check_fields, config_errors, config_to_dict
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.pipeline import DeviceBatches, training_batches
-from dico_jax.data.readers import read_label
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.class_agreement import ClassAgreement, class_agreement, require_sklearn
@@ -91,14 +90,13 @@ class Run:
             widths = parse_widths(training.ema_widths, training.ema_snapshot_every_steps)
             self._init = initializer(model, optimizer, self.experiment.latent_shape, widths)
             self.target = _with_sharding(abstract_state(self._init), self.mesh, rules)
-            to_latents = make_latents_fn(
+            self.to_latents = make_latents_fn(
                 self.source.kind,
                 self.experiment.autoencoder,
                 latent_sampling=config.data.latent_sampling,
                 seed=config.seed,
                 mesh=self.mesh,
             )
-            self.to_latents = lambda batch, step: _labelled(to_latents(batch, step))
             if config.eval.class_agreement_samples:
                 require_sklearn("eval.class_agreement_samples")
             self._generate = make_generate_fn(
@@ -203,7 +201,7 @@ class Run:
         batches = training_batches(
             self.source,
             self.read,
-            read_label,
+            self.experiment.model.read_condition,
             batch_size=data.batch_size,
             seed=self.config.seed,
             start_step=start_step,
@@ -270,10 +268,6 @@ class Run:
             self.sample(state, asked),
             asked["label"],
         )
-
-
-def _labelled(batch: dict) -> dict:
-    return {"x": batch["x"], "y": batch["condition"]["label"]}
 
 
 def _with_sharding(state: TrainState, mesh, rules) -> Any:
