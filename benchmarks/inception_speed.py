@@ -63,7 +63,8 @@ def jax_features(folder: pathlib.Path, batch_size: int) -> Callable[[np.ndarray]
     from dico_jax.evaluation.feature_networks import make_feature_fn
     from dico_jax.evaluation.inception_features import InceptionFeatures
     from dico_jax.evaluation.inception_weights import InceptionWeights
-    from dico_jax.parallel.mesh import create_mesh, use_all_cores
+    from dico_jax.ops.cpu import use_all_cores
+    from dico_jax.parallel.mesh import create_mesh
 
     use_all_cores()
     params = flax.traverse_util.unflatten_dict(dict(np.load(folder / _WEIGHTS)), sep="/")

@@ -72,7 +72,8 @@ def jax_tasks(folder: pathlib.Path, options: argparse.Namespace) -> Callable:
     import jax.numpy as jnp
 
     from dico_jax import create_model, load_pytorch
-    from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated, use_all_cores
+    from dico_jax.ops.cpu import use_all_cores
+    from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated
 
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")

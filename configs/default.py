@@ -69,8 +69,6 @@ def get_config():
     config.model.mlp_ratio = config_dict.placeholder(float)
     config.model.num_heads = config_dict.placeholder(int)  # DiT only
     config.model.patch_size = config_dict.placeholder(int)  # DiT only
-    # DiCo only: implementation of the depthwise convolutions, "auto", "shifted", "lax" or "pallas".
-    config.model.depthwise = config_dict.placeholder(str)
     # DiT only: implementation of self-attention, "auto", "xla" or "cudnn".
     config.model.attention = config_dict.placeholder(str)
     # Channels of the latents (or pixels) that the network sees.

@@ -163,7 +163,7 @@ def _ceiling_sizes() -> tuple[int, ...] | None:
 def _make_cpu_devices() -> None:
     """Before JAX is used; a number of devices that XLA_FLAGS names stays."""
     if not _CPU_DEVICES.value:
-        from dico_jax.parallel.mesh import use_all_cores
+        from dico_jax.ops.cpu import use_all_cores
 
         use_all_cores(keep_memory=True)
         return

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from dico_jax.configs import default
 from dico_jax.errors import UsageError, within
 
+# Fields that older runs wrote and that decide nothing any more: left out where they are read.
+GONE = frozenset({"model.depthwise"})
 DEFAULTS: dict[str, Any] = default.get_config().to_dict()
 
 
@@ -48,6 +50,16 @@ def config_errors(section: str = "") -> Iterator[None]:
         yield
 
 
+def without_gone(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an older run, without the fields that are `GONE`."""
+    return {
+        name: {k: v for k, v in value.items() if f"{name}.{k}" not in GONE}
+        if isinstance(value, Mapping)
+        else value
+        for name, value in config.items()
+    }
+
+
 def with_defaults(
     config: Mapping[str, Any], defaults: Mapping[str, Any] = DEFAULTS
 ) -> dict[str, Any]:
@@ -55,7 +67,8 @@ def with_defaults(
 
     A new field's default must therefore be what runs did before it was there.
     """
-    complete = dict(defaults) | dict(config)
+    config = without_gone(config)
+    complete = dict(defaults) | config
     for name, value in defaults.items():
         if isinstance(value, dict):
             complete[name] = with_defaults(config.get(name, {}), value)

@@ -55,7 +55,7 @@ def main() -> None:
     """Parses flags, measures, prints and writes."""
     _check()
     # Late imports: --help answers before JAX is imported.
-    from dico_jax.parallel.mesh import use_all_cores
+    from dico_jax.ops.cpu import use_all_cores
 
     use_all_cores()
     _JOIN()

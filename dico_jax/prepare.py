@@ -112,7 +112,7 @@ def _latents() -> None:
 
 def _reference() -> None:
     from dico_jax.evaluation.measure import prepare_reference
-    from dico_jax.parallel.mesh import use_all_cores
+    from dico_jax.ops.cpu import use_all_cores
 
     use_all_cores()
     assert _OUT.value is not None

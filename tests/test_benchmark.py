@@ -19,7 +19,7 @@ from dico_jax.models import MODELS, abstract_params, create_model
 from dico_jax.models.dico import DiCo
 from dico_jax.models.dit import DiT
 from dico_jax.models.flops import forward_macs
-from dico_jax.ops import winograd
+from dico_jax.ops import conv
 from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.sampling.generate import make_generate_fn
 from tests import golden
@@ -114,7 +114,7 @@ def padding_macs(d, side):
     ],
 )
 def test_counted_flops_agree_with_xla(name, sizes, side, monkeypatch):
-    monkeypatch.setattr(winograd, "pays", lambda *_: False)  # it takes fewer
+    monkeypatch.setattr(conv, "winograd_pays", lambda *_: False)  # it takes fewer
     model = create_model(name, num_classes=10, **sizes)
     x = jax.ShapeDtypeStruct((2, side, side, 4), jnp.float32)
     t = jax.ShapeDtypeStruct((2,), jnp.int32)

@@ -205,6 +205,6 @@ def test_wrong_input_size(family, side):
 def test_model_options_list_everything():
     assert set(model_options("DiCo-XL")) == {
         "hidden_size", "depth", "mlp_ratio", "in_channels", "num_classes", "class_dropout_prob",
-        "learn_sigma", "dtype", "scan_blocks", "remat", "depthwise",
+        "learn_sigma", "dtype", "scan_blocks", "remat",
     }  # fmt: skip
     assert len(MODELS) == 5 + 4 * 3 + 2

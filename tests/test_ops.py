@@ -1,27 +1,28 @@
-"""The tuned operations against plain ones, computed together and apart (`dico_jax.ops.apart`)."""
+"""The tuned operations against plain ones, computed together and apart (`dico_jax.ops.cpu`)."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dico_jax.errors import UsageError
-from dico_jax.models import create_model
-from dico_jax.ops import apart as apart_module
-from dico_jax.ops import winograd
-from dico_jax.ops.apart import apart, stored, with_sums
+from dico_jax.models import abstract_params, create_model
+from dico_jax.ops import cpu
+from dico_jax.ops.attention import self_attention
 from dico_jax.ops.conv import conv3x3
+from dico_jax.ops.cpu import apart, stored, winograd_conv3x3, winograd_pays, with_sums
 from dico_jax.ops.depthwise import conv_gelu_mean, depthwise_conv3x3
+from dico_jax.ops.direct import direct_conv3x3
 from dico_jax.ops.gelu import gelu
 from dico_jax.ops.linear import gated_linear, linear, linear_gelu
 from dico_jax.ops.norm import layer_norm, norm_modulate
+from dico_jax.ops.plain import Operation, plain_ops
 from dico_jax.ops.vectors import add_vector, multiply_vector
 
 
 @pytest.fixture(autouse=True, params=[2**18, 0], ids=["together", "apart"])
 def _large(request, monkeypatch):
     """Every test meets both ways, that of small arrays and that of large ones on CPU."""
-    monkeypatch.setattr(apart_module, "LARGE", request.param)
+    monkeypatch.setattr(cpu, "LARGE", request.param)
     jax.clear_caches()
 
 
@@ -32,25 +33,29 @@ def operands(shape, dtype, seed=0):
     return [jnp.asarray(a, dtype) for a in arrays]
 
 
+def value_and_gradients(function, args, weights):
+    """The results, and the gradients of their weighted sum."""
+    y, pull = jax.vjp(function, *args)
+    return y, *pull(weights)
+
+
 SHAPES = [(2, 8, 8, 6), (1, 4, 12, 3), (3, 1, 1, 2), (2, 2, 5, 4), (2, 4, 16, 32)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_depthwise_implementations_and_gradients_agree(shape):
+def test_depthwise_conv_and_its_gradient_are_those_of_the_grouped_convolution(shape):
     with jax.enable_x64(True):
         args = operands(shape, jnp.float64)
         weights = jnp.asarray(np.random.default_rng(1).normal(size=shape))
 
-        def run(implementation):
-            def total(*args):
-                return jnp.sum(weights * depthwise_conv3x3(*args, implementation=implementation))
+        def grouped(x, kernel, bias):
+            return direct_conv3x3(x, kernel, groups=shape[-1]) + bias
 
-            return depthwise_conv3x3(*args, implementation=implementation), *jax.grad(
-                total, argnums=(0, 1, 2)
-            )(*args)
-
-        for ours, reference in zip(run("shifted"), run("lax"), strict=True):
-            np.testing.assert_allclose(ours, reference, rtol=1e-12, atol=1e-12)
+        for f, g in zip(
+            *(value_and_gradients(f, args, weights) for f in (depthwise_conv3x3, grouped)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(f, g, rtol=1e-12, atol=1e-12)
 
 
 def test_depthwise_sums_in_float32_when_activations_are_bfloat16():
@@ -68,11 +73,6 @@ def test_depthwise_sums_in_float32_when_activations_are_bfloat16():
 
     # 4096 ones: a sum in bfloat16 would stop at 256.
     np.testing.assert_array_equal(bias_gradient(*rounded).astype(jnp.float32), 4096.0)
-
-
-def test_depthwise_refuses_an_unknown_implementation():
-    with pytest.raises(UsageError, match="implementation='fft'.*auto.*shifted.*lax"):
-        depthwise_conv3x3(*operands((1, 4, 4, 2), jnp.float32), implementation="fft")
 
 
 @pytest.mark.parametrize("channels", [(3, 5), (2, 20), (40, 4)])  # plain, few in, few out
@@ -180,23 +180,12 @@ def test_gelu_is_the_exact_one():
         assert np.abs(jax.nn.gelu(x, approximate=True) - exact).max() > 1e-4
 
 
-def test_conv_gelu_mean_is_its_parts_and_refuses_a_dtype_without_kernel():
-    x, kernel, bias = operands((2, 6, 5, 3), jnp.bfloat16)
-    for implementation in ("auto", "shifted", "lax"):
-        h, mean = conv_gelu_mean(x, kernel, bias, implementation=implementation)
-        y = depthwise_conv3x3(x, kernel, bias, implementation=implementation)
-        np.testing.assert_array_equal(h, gelu(y))
-        assert (h.dtype, mean.dtype) == (jnp.bfloat16, jnp.float32)
-        np.testing.assert_allclose(mean, h.astype(jnp.float32).mean((1, 2)), rtol=1e-5, atol=1e-6)
-    with pytest.raises(UsageError, match="pallas.*float32 and bfloat16, not float16"):
-        conv_gelu_mean(*operands((1, 4, 4, 2), jnp.float16), implementation="pallas")
-    with pytest.raises(UsageError, match="pallas.*needs a GPU, not cpu"):
-        conv_gelu_mean(x, kernel, bias, implementation="pallas")
-
-
-def test_a_network_refuses_an_unknown_implementation():
-    with pytest.raises(UsageError, match="model.depthwise='fft' is unknown: use one of auto"):
-        create_model("DiCo-S", depthwise="fft")
+def test_conv_gelu_mean_is_its_parts():
+    args = operands((2, 6, 5, 3), jnp.bfloat16)
+    h, mean = conv_gelu_mean(*args)
+    np.testing.assert_array_equal(h, gelu(depthwise_conv3x3(*args)))
+    assert (h.dtype, mean.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(mean, h.astype(jnp.float32).mean((1, 2)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 16), (3, 7, 8), (2, 4, 8, 48)])
@@ -229,7 +218,7 @@ def test_norm_modulate_of_bfloat16_is_computed_in_float32():
     shift, scale = jnp.ones((2, 64), jnp.bfloat16), jnp.ones((2, 64), jnp.bfloat16)
     y, pull = jax.vjp(norm_modulate, x, shift, scale)
     wide = [v.astype(jnp.float32) for v in (x, shift, scale)]
-    if apart_module.LARGE:
+    if cpu.LARGE:
         np.testing.assert_array_equal(y, norm_modulate(*wide))
     # Apart, sums are taken in another order.
     np.testing.assert_allclose(y, norm_modulate(*wide), rtol=1e-5, atol=2e-6)
@@ -327,7 +316,7 @@ def test_winograd_and_its_gradients_are_those_of_the_convolution(shape, features
 
         @jax.jit
         def ours(x, kernel, dy):
-            y, pull = jax.vjp(winograd.conv3x3, x, kernel)
+            y, pull = jax.vjp(winograd_conv3x3, x, kernel)
             return y, *pull(dy)
 
         y, pull = jax.vjp(plain_convolution, *(a.astype("float64") for a in (x, kernel)))
@@ -344,12 +333,12 @@ def test_conv3x3_takes_winograd_where_it_loses_nothing():
     def products(x, kernel):
         return jax.jit(conv3x3).lower(x, kernel).compile().as_text().count(" dot(")
 
-    assert winograd.pays(x, kernel)
+    assert winograd_pays(x, kernel)
     assert products(x, kernel) == 16
     np.testing.assert_allclose(conv3x3(x, kernel), plain_convolution(x, kernel), rtol=1e-5)
     for small in (x[:1], x[:, :15], x[..., :32], x.astype(jnp.bfloat16)):
         taken = kernel[:, :, : small.shape[-1]].astype(small.dtype)
-        assert not winograd.pays(small, taken)
+        assert not winograd_pays(small, taken)
         assert products(small, taken) == 0
 
 
@@ -362,7 +351,7 @@ def test_what_is_computed_apart_is_a_call_that_nothing_is_fused_across():
 
     text = jax.jit(program).lower(x).compile().as_text()
     calls = [line for line in text.splitlines() if 'inlineable="false"' in line]
-    assert len(calls) == (2 if apart_module.LARGE == 0 else 0)
+    assert len(calls) == (2 if cpu.LARGE == 0 else 0)
     assert all(" call(" in line for line in calls)
 
 
@@ -391,3 +380,84 @@ def test_devices_that_split_the_batch_wait_for_each_other_once():
     assert text.count(" all-reduce(") == 1
     for a, b in zip(jax.tree.leaves(gradient(*args)), jax.tree.leaves(reference), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10)
+
+
+# Operations with a gradient of their own, and shapes of their operands.
+LAYER = [(2, 4, 8, 16), (16, 32), (32,), (2, 32)]
+OPERATIONS = {
+    "gelu": (gelu, [(2, 4, 8, 16)]),
+    "linear": (linear, LAYER[:3]),
+    "gated_linear": (gated_linear, LAYER),
+    "linear_gelu": (linear_gelu, LAYER[:3]),
+    "norm_modulate": (norm_modulate, [(2, 4, 8, 16), (2, 16), (2, 16)]),
+    "add_vector": (add_vector, [(2, 4, 8, 16), (2, 16)]),
+    "multiply_vector": (multiply_vector, [(2, 4, 8, 16), (16,)]),
+    "depthwise": (depthwise_conv3x3, [(2, 4, 8, 16), (3, 3, 1, 16), (16,)]),
+    "winograd": (winograd_conv3x3, [(2, 4, 8, 16), (3, 3, 16, 20)]),
+    "conv3x3": (conv3x3, [(2, 4, 8, 16), (3, 3, 16, 20)]),
+    "conv3x3 to few channels": (conv3x3, [(2, 4, 8, 40), (3, 3, 40, 4)]),
+    "conv3x3 with winograd": (conv3x3, [(2, 16, 16, 64), (3, 3, 64, 64)]),
+}
+
+
+@jax.enable_x64(True)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_plain_forms_agree_and_can_be_differentiated_forwards(name):
+    operation, shapes = OPERATIONS[name]
+    rng = np.random.default_rng(0)
+    args, tangents = ([jnp.asarray(rng.normal(size=shape)) for shape in shapes] for _ in range(2))
+    special = jax.jit(operation)  # traced before and again inside the context
+    y = special(*args)
+    weights = jnp.asarray(rng.normal(size=y.shape))
+    found = value_and_gradients(special, args, weights)
+    with plain_ops():
+        plain = value_and_gradients(special, args, weights)
+        _, along = jax.jvp(special, args, tangents)
+        twice = jax.jvp(lambda *a: value_and_gradients(special, a, weights), args, tangents)[1]
+    for a, b in zip(found, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11 * np.abs(b).max())
+    # The derivative along the tangents by both modes.
+    expected = sum((g * t).sum() for g, t in zip(found[1:], tangents, strict=True))
+    np.testing.assert_allclose((weights * along).sum(), expected, rtol=1e-9)
+    assert all(np.isfinite(leaf).all() for leaf in twice)
+    if isinstance(operation, Operation):
+        with plain_ops(enabled=False), pytest.raises(TypeError, match="custom_vjp"):
+            jax.jvp(operation, args, tangents)
+
+
+def test_attention_in_the_context_is_two_products(monkeypatch):
+    args = [jnp.ones((2, 6, 3, 8), jnp.bfloat16)] * 3
+    monkeypatch.setattr("dico_jax.ops.attention._cudnn_lacks", lambda *_: "")
+    with plain_ops():
+        self_attention(*args)  # cuDNN's runs nowhere here
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("DiCo", {"hidden_size": 8, "depth": (1, 2, 1, 1, 1)}),
+        ("DiT", {"hidden_size": 16, "depth": 2, "num_heads": 2}),
+    ],
+)
+def test_networks_can_be_differentiated_forwards_with_plain_operations(name, sizes):
+    model = create_model(name, num_classes=10, scan_blocks=True, remat="dots", **sizes)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: 0.2 * rng.normal(size=p.shape).astype("f"), abstract_params(model)
+    )
+    x, dx = rng.normal(size=(2, 2, 8, 8, 4)).astype("f")
+    t, dt = np.full((2, 2), 3.5, "f")
+
+    def run(x, t):
+        return model.apply({"params": params}, x, t, np.arange(2))
+
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(run, (x, t), (dx, dt))
+    with plain_ops():
+        out, along = jax.jit(lambda *args: jax.jvp(run, args, (dx, dt)))(x, t)
+    np.testing.assert_allclose(out, run(x, t), atol=1e-4)
+    step = 1e-2
+    difference = (run(x + step * dx, t + step * dt) - run(x - step * dx, t - step * dt)) / (
+        2 * step
+    )
+    np.testing.assert_allclose(along, difference, atol=1e-2 * np.abs(along).max())

@@ -37,7 +37,7 @@ def test_mesh_axes():
 
 
 def test_all_cores():
-    code = "import jax, dico_jax.parallel.mesh as m; m.use_all_cores(); print(jax.device_count())"
+    code = "import jax, dico_jax.ops.cpu as m; m.use_all_cores(); print(jax.device_count())"
     for flags, count in (("", min(os.cpu_count(), 8)), (os.environ["XLA_FLAGS"], 8)):
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {"XLA_FLAGS": flags},
@@ -50,7 +50,7 @@ def test_all_cores():
 def test_memory_that_is_kept_is_not_cleared_again():
     code = """
 import ctypes, resource, sys, threading
-from dico_jax.parallel.mesh import use_all_cores
+from dico_jax.ops.cpu import use_all_cores
 
 use_all_cores(keep_memory=sys.argv[1] == "keep")
 libc, size, faults = ctypes.CDLL(None), 100_000_000, []

@@ -1,7 +1,6 @@
 """DiCo, the Diffusion ConvNet (arXiv 2505.11196, section 3): a U of five stages of conv blocks."""
 
 import functools
-from typing import get_args
 
 import flax.linen as nn
 import jax
@@ -23,8 +22,7 @@ from dico_jax.models.layers import (
     pixel_unshuffle,
     zeros,
 )
-from dico_jax.ops.apart import stored
-from dico_jax.ops.depthwise import Implementation
+from dico_jax.ops.cpu import stored
 from dico_jax.ops.norm import norm_modulate
 from dico_jax.ops.vectors import multiply_vector
 
@@ -47,7 +45,6 @@ class DiCoBlock(nn.Module):
     width: int
     mlp_ratio: float
     dtype: jnp.dtype
-    depthwise: Implementation = "auto"
 
     @nn.compact
     def __call__(self, x, c):  # x (N, H, W, width), c (N, width)
@@ -59,7 +56,7 @@ class DiCoBlock(nn.Module):
 
         h = norm_modulate(x, shift1, scale1)
         h = conv1x1(self.width, "conv1")(h)
-        h, mean = DepthwiseConvGelu(self.dtype, self.depthwise, name="conv2")(h)
+        h, mean = DepthwiseConvGelu(self.dtype, name="conv2")(h)
         h = multiply_vector(h, ChannelAttention(self.dtype, name="ca")(mean))
         x = x + conv1x1(self.width, "conv3")(h, gate1)
 
@@ -146,13 +143,11 @@ class DiCo(ClassConditional):
       hidden_size: width D of the first stage, even; the stages are D, 2D, 4D, 2D, 2D wide.
       depth: number of blocks of the five stages: encoder 1 and 2, latent, decoder 2 and 1.
       mlp_ratio: feed-forward width over block width (the product is cut to an integer).
-      depthwise: implementation of the depthwise convolutions, see `dico_jax.ops.depthwise`.
     """
 
     hidden_size: int = 128
     depth: tuple[int, ...] = (5, 4, 4, 4, 4)
     mlp_ratio: float = 2.0
-    depthwise: Implementation = "auto"
 
     size_divisor = 4  # the network halves height and width twice
     stages = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
@@ -166,11 +161,6 @@ class DiCo(ClassConditional):
             raise UsageError(
                 f"model.depth={tuple(self.depth)} must give the number of blocks of five stages, "
                 "each at least 1, such as (5, 4, 4, 4, 4)"
-            )
-        if self.depthwise not in get_args(Implementation):
-            raise UsageError(
-                f"model.depthwise={self.depthwise!r} is unknown: use one of "
-                f"{', '.join(get_args(Implementation))}"
             )
         super().__post_init__()
 
@@ -188,7 +178,7 @@ class DiCo(ClassConditional):
         )
 
         def stage(i, width):
-            block = functools.partial(DiCoBlock, width, self.mlp_ratio, dtype, self.depthwise)
+            block = functools.partial(DiCoBlock, width, self.mlp_ratio, dtype)
             return Stage(
                 self.depth[i], block, dtype, self.scan_blocks, self.remat, name=self.stages[i]
             )

@@ -18,7 +18,7 @@ import numpy as np
 from dico_jax.errors import UsageError
 from dico_jax.models.block_stacks import STACK
 from dico_jax.ops.conv import conv3x3
-from dico_jax.ops.depthwise import Implementation, conv_gelu_mean
+from dico_jax.ops.depthwise import conv_gelu_mean
 from dico_jax.ops.linear import gated_linear, linear, linear_gelu
 from dico_jax.ops.vectors import add_vector
 
@@ -171,7 +171,6 @@ class DepthwiseConvGelu(nn.Module):
     """
 
     dtype: jnp.dtype
-    implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(self, x):
@@ -179,7 +178,7 @@ class DepthwiseConvGelu(nn.Module):
         kernel = self.param("kernel", xavier_uniform, (3, 3, 1, width), jnp.float32)
         bias = self.param("bias", zeros, (width,), jnp.float32)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return conv_gelu_mean(x, kernel, bias, implementation=self.implementation)
+        return conv_gelu_mean(x, kernel, bias)
 
 
 class Stage(nn.Module):

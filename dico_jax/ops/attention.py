@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dico_jax.errors import UsageError
+from dico_jax.ops.plain import wants_plain
 from dico_jax.ops.precision import accumulation_dtype
 
 Implementation = Literal["auto", "xla", "cudnn"]
@@ -40,6 +41,8 @@ def self_attention(
         )
     if missing:
         raise UsageError(f'model.attention="cudnn" needs {missing}: use "auto"')
+    if wants_plain():
+        return _two_products(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 

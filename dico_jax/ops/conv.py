@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dico_jax.ops import winograd
-from dico_jax.ops.apart import apart
+from dico_jax.ops.cpu import apart, winograd_conv3x3, winograd_pays
 from dico_jax.ops.direct import TAPS, direct_conv3x3, direct_kernel_gradient, zero_padded
+from dico_jax.ops.plain import Operation
 from dico_jax.ops.precision import accumulation_dtype
 
 
@@ -16,7 +16,7 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Few input channels, or an input smaller than the kernel, make one product of all nine
     neighbours. Few output channels make one product whose results are shifted and added. Both keep
     the matrix units of every platform filled, where a convolution would not. What is left is a
-    convolution, on CPU by fewer multiplications where that is faster (`dico_jax.ops.winograd`).
+    convolution, on CPU by fewer multiplications where that is faster (Winograd).
 
     Args:
       x: (N, H, W, C) activations, any floating dtype.
@@ -30,12 +30,12 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return _gathered(x, kernel)
     if 9 * kernel.shape[-1] <= channels:
         return _scattered(x, kernel)
-    if winograd.pays(x, kernel):
-        return lax.platform_dependent(x, kernel, cpu=winograd.conv3x3, default=_convolved)
+    if winograd_pays(x, kernel):
+        return lax.platform_dependent(x, kernel, cpu=winograd_conv3x3, default=_convolved)
     return _convolved(x, kernel)
 
 
-@jax.custom_vjp
+@Operation
 def _convolved(x, kernel):
     return direct_conv3x3(x, kernel)
 
@@ -84,7 +84,7 @@ def _scattered(x, kernel):
     return _sum_of_given(given).astype(x.dtype)
 
 
-@jax.custom_vjp
+@Operation
 def _sum_of_given(given):
     return _shifted_sum(given, TAPS)
 

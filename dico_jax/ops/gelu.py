@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dico_jax.ops.apart import apart
+from dico_jax.ops.cpu import apart
+from dico_jax.ops.plain import Operation
 
 
 def _gelu(x):
     return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
-@jax.custom_vjp
+@Operation
 def gelu(x: jax.Array) -> jax.Array:
     """GELU of x (..., C), any floating dtype, by erf as PyTorch takes it.
 

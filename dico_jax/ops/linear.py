@@ -7,13 +7,14 @@ needs one of its arrays in another order: written as here, XLA for CPU moves the
 import jax
 from jax import lax
 
-from dico_jax.ops.apart import apart, with_sums
+from dico_jax.ops.cpu import apart, with_sums
 from dico_jax.ops.gelu import gelu, times_slope, times_slope_by_quotient
+from dico_jax.ops.plain import Operation
 from dico_jax.ops.precision import widened
 from dico_jax.ops.vectors import over_positions
 
 
-@jax.custom_vjp
+@Operation
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """The product x @ kernel + bias of x (N, ..., C), kernel (C, D) and bias (D,): (N, ..., D)."""
     return x @ kernel + bias
@@ -34,7 +35,7 @@ def _linear_bwd(residuals, dy):
 linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-@jax.custom_vjp
+@Operation
 def gated_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, gate: jax.Array) -> jax.Array:
     """A linear layer whose results are multiplied by a vector per example.
 
@@ -70,7 +71,7 @@ def _gated_linear_bwd(residuals, dy):
 gated_linear.defvjp(_gated_linear_fwd, _gated_linear_bwd)
 
 
-@jax.custom_vjp
+@Operation
 def linear_gelu(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """The exact GELU of a linear layer.
 
@@ -81,11 +82,7 @@ def linear_gelu(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     Returns:
       gelu(x @ kernel + bias), (N, ..., D) of x's dtype.
     """
-
-    def of_matrix(product, bias):  # XLA for CPU multiplies matrices: as one, it is read once
-        return _biased_gelu(product.reshape(-1, *bias.shape), bias).reshape(product.shape)
-
-    return lax.platform_dependent(x @ kernel, bias, cpu=of_matrix, default=_biased_gelu)
+    return gelu(x @ kernel + bias)
 
 
 def _linear_gelu_fwd(x, kernel, bias):
@@ -105,7 +102,14 @@ def _linear_gelu_bwd(residuals, dy):
     return _linear_bwd((x, kernel), dy)
 
 
-linear_gelu.defvjp(_linear_gelu_fwd, _linear_gelu_bwd)
+def _linear_gelu(x, kernel, bias):
+    def of_matrix(product, bias):  # XLA for CPU multiplies matrices: as one, it is read once
+        return _biased_gelu(product.reshape(-1, *bias.shape), bias).reshape(product.shape)
+
+    return lax.platform_dependent(x @ kernel, bias, cpu=of_matrix, default=_biased_gelu)
+
+
+linear_gelu.defvjp(_linear_gelu_fwd, _linear_gelu_bwd, primal=_linear_gelu)
 
 
 def _biased_gelu(product, bias):

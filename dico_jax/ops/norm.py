@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dico_jax.ops.apart import with_sums
+from dico_jax.ops.cpu import with_sums
+from dico_jax.ops.plain import Operation
 from dico_jax.ops.precision import accumulation_dtype, widened
 from dico_jax.ops.vectors import over_positions
 
@@ -23,7 +24,7 @@ def layer_norm(x: jax.Array) -> jax.Array:
     return (x - mean) * lax.rsqrt(variance + EPSILON)
 
 
-@jax.custom_vjp
+@Operation
 def norm_modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """Adaptive layer normalisation: layer_norm(x) * (1 + scale) + shift.
 

@@ -7,7 +7,8 @@ bfloat16 a sum of ones stops at 256.
 import jax
 import jax.numpy as jnp
 
-from dico_jax.ops.apart import apart, with_sums
+from dico_jax.ops.cpu import apart, with_sums
+from dico_jax.ops.plain import Operation
 from dico_jax.ops.precision import widened
 
 
@@ -18,13 +19,13 @@ def over_positions(vector: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.expand_dims(vector, tuple(range(1, x.ndim - 1)))
 
 
-@jax.custom_vjp
+@Operation
 def add_vector(x: jax.Array, vector: jax.Array) -> jax.Array:
     """The sum of x (N, ..., C) and a vector (C,), or one vector (N, C) per example."""
     return x + over_positions(vector, x)
 
 
-@jax.custom_vjp
+@Operation
 def multiply_vector(x: jax.Array, vector: jax.Array) -> jax.Array:
     """The product of x (N, ..., C) and a vector (C,), or one vector (N, C) per example."""
     return _times(x, vector)

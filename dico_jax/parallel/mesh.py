@@ -4,12 +4,8 @@ Axes: "data" (every device has a whole copy of the state), "fsdp" (devices share
 the batch as well), "tensor" (devices share the channels of a layer and see the same examples).
 """
 
-import ctypes
 import dataclasses
-import importlib.util
 import math
-import os
-import sys
 from typing import Any
 
 import jax
@@ -20,66 +16,6 @@ from dico_jax.errors import UsageError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-
-
-def use_all_cores(*, keep_memory: bool = False) -> None:
-    """Makes devices of the cores where there is no accelerator; call it before JAX is used.
-
-    Operations that XLA splits over threads leave cores idle between them; images that are split
-    over devices do not. At most 8, because every device has its own copy of the weights. A number
-    of devices that XLA_FLAGS names stays.
-
-    Args:
-      keep_memory: for programs that run again and again, and take the memory of their activations
-        anew each time: have malloc keep it from run to run, in large pages. Does nothing where
-        there is an accelerator, or no glibc.
-    """
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        jax.config.update("jax_num_cpu_devices", min(cores or 1, 8))
-    if keep_memory and _cpu_only():
-        _keep_freed_memory()
-
-
-def _cpu_only() -> bool:
-    """Whether JAX will run on CPU, as far as can be told before it starts."""
-    platforms = jax.config.values["jax_platforms"]
-    if platforms:
-        return platforms == "cpu"
-    plugins = ("libtpu", "jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin")
-    return not any(importlib.util.find_spec(plugin) for plugin in plugins)
-
-
-def _keep_freed_memory() -> None:
-    """Makes malloc keep what a run frees for the next one, where it is that of glibc.
-
-    XLA takes the memory of all activations anew for every run. The kernel would clear every page
-    of it again, which takes a quarter of a training step's time and a tenth of a forward pass's.
-    """
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
-    libc.mallopt(trim_threshold, -1)  # never give memory back
-    libc.mallopt(mmap_max, 0)  # nor take it apart from the heap,
-    libc.mallopt(arena_max, 1)  # other threads' heaps are too small; it costs locks, so not always
-    _ask_for_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") // 2)
-
-
-def _ask_for_huge_pages(libc: ctypes.CDLL, pages: int) -> None:
-    """Lets the kernel back the heap's next `pages` pages by pages of 2 MB.
-
-    They are named while malloc has them, which touches none; the heap keeps their addresses.
-    Strided reads of an array miss fewer of them, and a page taken for the first time costs less.
-    """
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    page, madv_hugepage = os.sysconf("SC_PAGESIZE"), 14
-    block = libc.malloc(pages * page)
-    if block:  # else the system does not promise that much: all works, with small pages
-        start = -(-block // page) * page
-        libc.madvise(start, (pages - 1) * page, madv_hugepage)
-        libc.free(block)
 
 
 def create_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:

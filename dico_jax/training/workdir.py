@@ -15,7 +15,7 @@ from typing import IO
 import jax
 from ml_collections import ConfigDict
 
-from dico_jax.config import DEFAULTS, config_to_dict, flatten
+from dico_jax.config import DEFAULTS, config_to_dict, flatten, without_gone
 from dico_jax.errors import UsageError
 
 # Fields (or sections, with a dot at the end) that may change between two runs in one workdir: they
@@ -167,7 +167,7 @@ def _write_errors(workdir: str) -> Iterator[None]:
 
 def _read(file: pathlib.Path) -> dict:
     try:
-        return json.loads(file.read_text())
+        return without_gone(json.loads(file.read_text()))
     except ValueError as error:
         raise UsageError(
             f"{file} is not JSON ({error}): give another --workdir, or restore the file"
