@@ -239,11 +239,12 @@ def start(folder: pathlib.Path, task: str, options: argparse.Namespace) -> list[
 def summarise(times: dict[tuple[str, str], float], options: argparse.Namespace) -> dict:
     """Images per second, ratios and utilisation, printed and returned."""
     from dico_jax import create_model
-    from dico_jax.models.flops import FLOPS_PER_MAC, PASSES_PER_TRAINING_STEP, forward_macs
+    from dico_jax.models.flops import forward_flops, training_flops
 
     side = options.image_size // LATENT_STEP
-    forward = FLOPS_PER_MAC * forward_macs(create_model(options.model), (side, side, 4))
-    flops = {"forward": forward, "gradient": PASSES_PER_TRAINING_STEP * forward}
+    counts = {"forward": forward_flops, "gradient": training_flops}
+    model = create_model(options.model)
+    flops = {task: count(model, (side, side, 4)) for task, count in counts.items()}
     products = {name: t for (name, task), t in times.items() if json.loads(task) == CEILING}
     ceiling = 2 * options.ceiling_size**3 / min(products.values())
     for name, seconds in products.items():

@@ -83,6 +83,15 @@ def define_distributed_flags() -> Callable[[], None]:
     return join
 
 
+def define_cpu_tuning() -> flags.FlagHolder[bool]:
+    """Defines the flag that says whether to call `dico_jax.ops.cpu.use_all_cores`."""
+    return flags.DEFINE_bool(
+        "cpu_tuning", True,
+        "Without an accelerator: make a device of every core, each with a copy of the weights, and "
+        "keep memory from step to step. A number of devices that XLA_FLAGS names stays.",
+    )  # fmt: skip
+
+
 def take_action(argv: list[str], actions: Collection[str]) -> str | None:
     """Removes what to do from the command line: its first argument that is no flag, or None."""
     action = next((arg for arg in argv[1:] if arg in actions), None)

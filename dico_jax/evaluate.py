@@ -46,6 +46,7 @@ _SWEEP_CFG = flags.DEFINE_string(
     "sweep_cfg", None, "--ckpt: guidance scales from:to:step, such as 1.0:2.0:0.1."
 )
 
+_CPU_TUNING = cli.define_cpu_tuning()
 _JOIN = cli.define_distributed_flags()
 for _module in (cli, sampler_flags):
     flags.adopt_module_key_flags(_module)  # so that --help shows them
@@ -55,9 +56,11 @@ def main() -> None:
     """Parses flags, measures, prints and writes."""
     _check()
     # Late imports: --help answers before JAX is imported.
-    from dico_jax.ops.cpu import use_all_cores
+    if _CPU_TUNING.value:
+        from dico_jax.checkpoints.saved_weights import weights_fit
+        from dico_jax.ops.cpu import use_all_cores
 
-    use_all_cores()
+        use_all_cores(keep_memory=True, fits=weights_fit(_CKPT.value))
     _JOIN()
     from dico_jax.evaluation.measure import Options, evaluate_checkpoint, evaluate_files
 

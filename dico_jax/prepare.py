@@ -73,6 +73,9 @@ _MAX_STEPS = flags.DEFINE_integer(
     "max_steps", 4000, "classifier: it trains for ten epochs, but at most so long.", lower_bound=1
 )
 
+_CPU_TUNING = cli.define_cpu_tuning()
+flags.adopt_module_key_flags(cli)  # so that --help shows it
+
 _OF_SOURCE = "source path name split image_size exif_rotation"
 # Per action, the flags that it needs, and those that it may have.
 _ACTIONS = {
@@ -110,11 +113,17 @@ def _latents() -> None:
 # Late imports: --help answers before JAX is imported.
 
 
-def _reference() -> None:
-    from dico_jax.evaluation.measure import prepare_reference
+def _use_all_cores() -> None:
     from dico_jax.ops.cpu import use_all_cores
 
-    use_all_cores()
+    if _CPU_TUNING.value:
+        use_all_cores(keep_memory=True)
+
+
+def _reference() -> None:
+    from dico_jax.evaluation.measure import prepare_reference
+
+    _use_all_cores()
     assert _OUT.value is not None
     if _SOURCE.value is None:
         if _PATH.value is None:
@@ -171,6 +180,7 @@ def _reader():
 
 
 def _prepare_latents() -> None:
+    _use_all_cores()
     from ml_collections import ConfigDict
 
     from dico_jax.autoencoders import create_autoencoder

@@ -48,12 +48,17 @@ _server.set_forkserver_preload(
 
 
 def call(module, *args, cwd=ROOT, devices=1, xla_flags=HURRY, fresh=False):
-    """Runs `python -m MODULE ARGS` on CPU devices; what `subprocess.run` returns."""
+    """Runs `python -m MODULE ARGS`; what `subprocess.run` returns.
+
+    On so many CPU devices, or where `devices` is None on those that the command makes.
+    """
     command = [sys.executable, "-m", module, *map(str, args)]
     env = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags}",
         "PYTHONPATH": str(ROOT),
     }
+    if devices is None:
+        env["XLA_FLAGS"] = xla_flags
     if fresh:
         return subprocess.run(
             command, cwd=cwd, env=env, capture_output=True, text=True, timeout=_TIMEOUT, check=False

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.commands import ROOT, call_together
+from tests.commands import ROOT, call, call_together
 from tests.test_commands import QUICK, QUICK_DICO
 
 STEPS = 20
@@ -72,6 +72,18 @@ def test_processes_and_meshes_train_alike(tmp_path):
         ],
         QUICK_DICO,
     )
+
+
+def test_a_run_goes_on_where_the_cores_are_devices_or_one_is(tmp_path):
+    """A batch of 6 divides over 2 or 3 devices, one of 7 over none that most machines have."""
+    args = [*QUICK, "--config.data.batch_size=6", f"--workdir={tmp_path / 'run'}"]
+    for steps, tuning in ((2, "false"), (4, "true"), (6, "false")):
+        done = call("dico_jax.main", *args, f"--config.training.num_steps={steps}",
+                    f"--cpu_tuning={tuning}", devices=None)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    args = [*QUICK, "--config.data.batch_size=7", f"--workdir={tmp_path / 'seven'}"]
+    done = call("dico_jax.main", *args, devices=None)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_process_that_never_joins_is_an_error_and_no_hang(tmp_path):

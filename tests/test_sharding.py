@@ -15,11 +15,21 @@ from jax.sharding import PartitionSpec as P
 from dico_jax.checkpoints.state import abstract_state, create_state, initializer
 from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import UsageError
-from dico_jax.models import abstract_params, create_model
+from dico_jax.experiment import model_from_config
+from dico_jax.models import abstract_params, count_parameters, create_model
 from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
 from dico_jax.models.gathering import whole_where_used
+from dico_jax.ops import cpu
+from dico_jax.ops.cpu import use_all_cores
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, data_shard, replicated, to_global
-from dico_jax.parallel.sharding import DEFAULT_RULES, parse_rules, partition_spec, state_sharding
+from dico_jax.parallel.sharding import (
+    DEFAULT_RULES,
+    parse_rules,
+    partition_spec,
+    say_unmet,
+    state_sharding,
+)
+from dico_jax.training import speed
 from dico_jax.training.optimizer import create_optimizer
 from dico_jax.training.step import gradients
 from tests.test_training import digits, run_steps
@@ -36,14 +46,73 @@ def test_mesh_axes():
             create_mesh(**sizes)
 
 
-def test_all_cores():
+@pytest.mark.parametrize(
+    ("given", "cores", "count"),
+    [
+        ({}, 16, 8),
+        ({}, 3, 3),
+        ({"fits": lambda count: 6 % count == 0}, 4, 3),
+        ({"fits": lambda count: False}, 4, 1),
+    ],
+)
+def test_all_cores(monkeypatch, given, cores, count):
+    set_to = {}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
+    use_all_cores(**given)
+    assert set_to == {"jax_num_cpu_devices": count}
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=7"}, 7),
+        ({"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "5"}, 5),
+        ({"XLA_FLAGS": ""}, min(os.cpu_count(), 8)),
+    ],
+)
+def test_a_number_of_devices_that_is_given_stays(environment, count):
     code = "import jax, dico_jax.ops.cpu as m; m.use_all_cores(); print(jax.device_count())"
-    for flags, count in (("", min(os.cpu_count(), 8)), (os.environ["XLA_FLAGS"], 8)):
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"XLA_FLAGS": flags},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert int(done.stdout) == count
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) == count
+
+
+def test_a_run_gets_as_many_devices_as_its_batch_mesh_and_memory_allow(monkeypatch):
+    def most(memory=2**40, **fields):
+        monkeypatch.setattr(cpu, "copies_fit", lambda size, count: size * count <= memory)
+        monkeypatch.setattr(speed, "copies_fit", cpu.copies_fit)
+        config = digits.get_config()
+        config.update_from_flattened_dict(fields)
+        fits = speed.run_fits(config)
+        return next((count for count in range(8, 0, -1) if fits(count)), None)
+
+    size = {"data.batch_size": 24}
+    assert most(**size) == 8
+    assert most(**{"data.batch_size": 10}) == 5
+    assert most(**{"data.batch_size": 7}) == 7
+    assert most(**size, **{"training.accumulation_steps": 2}) == 6
+    assert most(**size, **{"training.accumulation_steps": 5}) is None
+    assert most(**size, **{"mesh.data": 1}) == 1
+    assert most(**size, **{"mesh.data": 2, "mesh.fsdp": 2}) == 4
+    assert most(**size, **{"mesh.tensor": 5}) == 5
+    assert most(**size, **{"mesh.fsdp": 0}) is None
+    state = 24 * count_parameters(model_from_config(digits.get_config()))
+    assert most(**size, memory=3 * state) == 3
+    assert most(**size, **{"mesh.fsdp": 2}, memory=3 * state) == 6
+    assert most(**size, **{"model.name": "unknown"}) == 8  # the run itself refuses it
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert most(**size) is None
+
+
+def test_copies_fit_into_half_of_the_memory():
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    assert cpu.copies_fit(memory // 8, 4)
+    assert not cpu.copies_fit(memory // 4, 4)
+    assert cpu.copies_fit(2 * memory, 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks glibc to keep memory")
@@ -277,3 +346,23 @@ def test_parameters_have_the_paths_that_the_rules_name():
         paths += ["/".join(key.key for key in path) for path, _ in tree]
     for pattern, _ in DEFAULT_RULES:
         assert any(re.search(pattern, path) for path in paths), pattern
+
+
+def test_rules_and_parameters_that_miss_each_other_are_said(capsys):
+    params = {
+        "a": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+        "b": {"kernel": jnp.ones((2, 2))},
+    }
+    shared = create_mesh(fsdp=2)
+    say_unmet(params, create_mesh())
+    say_unmet(params, shared, parse_rules([("a/kernel", ("fsdp",)), ("^b", ())]))
+    assert capsys.readouterr().err == ""
+    say_unmet(params, create_mesh(), parse_rules([("a/kernel", ("fsdp",)), ("c", ("fsdp",))]))
+    one, other = capsys.readouterr().err.splitlines()
+    assert one == "mesh.rules: 'c' finds no parameter"
+    assert other.startswith("mesh.rules: no rule is for b/kernel (2, 2)")
+    say_unmet(params, shared)  # the rules in force are for other networks
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    for name in ("DiCo-S", "DiT-S/2"):
+        say_unmet(abstract_params(create_model(name)), shared)
+    assert capsys.readouterr().err == ""

@@ -10,7 +10,8 @@ from jax.extend import core
 
 from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params, create_model
-from dico_jax.models.flops import forward_macs, training_flops
+from dico_jax.models.dico import DiCo
+from dico_jax.models.flops import forward_flops, forward_macs, training_flops
 from dico_jax.training import speed
 
 # Multiply-adds of the published networks at 256x256 and 512x512, counted in PyTorch by hooks.
@@ -77,12 +78,22 @@ def test_multiply_adds_are_those_of_the_program(name, options, shape, depthwise)
     assert forward_macs(model, shape) == count_products(program.jaxpr) + depthwise
 
 
-def test_shapes_and_networks_without_a_count():
+def test_shapes_that_do_not_divide():
     with pytest.raises(UsageError, match="30x32 positions: both must be multiples of 4"):
         forward_macs(create_model("DiCo-S"), (30, 32, 4))
-    other = types.SimpleNamespace(check_input=lambda x: None)
-    with pytest.raises(TypeError, match="multiply-adds of SimpleNamespace"):
-        forward_macs(other, (32, 32, 4))
+
+
+class Other(DiCo):
+    """A network without a formula."""
+
+
+def test_networks_without_a_formula_are_counted_by_xla():
+    """XLA leaves out products with zeros around, and counts operations element by element."""
+    sizes = {"hidden_size": 64, "depth": (1, 2, 1, 1, 1), "num_classes": 10}
+    shape, known, other = (32, 32, 4), DiCo(**sizes), Other(**sizes, scan_blocks=True, remat="dots")
+    assert forward_macs(other, shape) is None
+    assert forward_flops(other, shape) == pytest.approx(forward_flops(known, shape), rel=0.05)
+    assert training_flops(other, shape) == pytest.approx(training_flops(known, shape), rel=0.05)
 
 
 @pytest.mark.parametrize(

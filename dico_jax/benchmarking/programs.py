@@ -17,7 +17,7 @@ from dico_jax.experiment import experiment_from_config, sampling_from_config
 from dico_jax.models import abstract_params, count_parameters
 from dico_jax.models.block_stacks import STACK, map_stacks
 from dico_jax.models.denoiser import Denoiser
-from dico_jax.models.flops import FLOPS_PER_MAC, forward_macs, training_flops
+from dico_jax.models.flops import forward_flops, forward_macs, training_flops
 from dico_jax.parallel.mesh import batch_sharding, replicated
 from dico_jax.sampling.generate import make_latents_fn
 from dico_jax.training.optimizer import create_optimizer
@@ -37,7 +37,7 @@ class Work:
     """
 
     parameters: int
-    macs_per_image: int
+    macs_per_image: int | None
     flops: int
 
 
@@ -80,7 +80,7 @@ def make_forward(config: ConfigDict, mesh: Mesh) -> Program:
         (params, x, t, y),
     )
     args = draw_params(params, whole), *_inputs(size, shape, model.num_classes, split)
-    work = _work(model, shape, size * FLOPS_PER_MAC * forward_macs(model, shape))
+    work = _work(model, shape, size * forward_flops(model, shape))
     return Program(compiled, work, lambda: jax.block_until_ready(compiled.executable(*args)))
 
 
@@ -168,7 +168,7 @@ def make_sample(config: ConfigDict, mesh: Mesh) -> Program:
         *jax.device_put((indices, model.default_conditions(indices, None)), split),
     )
     passes = size * process.num_steps * passes_per_step(options.cfg_scale)
-    work = _work(model, shape, passes * FLOPS_PER_MAC * forward_macs(model, shape))
+    work = _work(model, shape, passes * forward_flops(model, shape))
     return Program(compiled, work, lambda: jax.block_until_ready(compiled.executable(*args)))
 
 

@@ -64,7 +64,7 @@ def _column(model: Mapping[str, Any]) -> dict[str, str]:
     column = {
         "model": model["model"],
         "parameters": f"{model['parameters']:,}",
-        "multiply-adds per image": _giga(model["multiply_adds_per_image"]),
+        "multiply-adds per image": optional(model["multiply_adds_per_image"], _giga),
         "trace, compile": f"{model['trace_seconds']:.1f} s, {model['compile_seconds']:.1f} s",
         "runs": str(len(model["times_seconds"])),
         "median time": _milliseconds(model["median_seconds"]),

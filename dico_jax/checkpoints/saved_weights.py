@@ -1,6 +1,8 @@
 """The weights of a checkpoint of a run, or of a converted one, for reading."""
 
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from dico_jax.checkpoints.reader import (
@@ -14,6 +16,7 @@ from dico_jax.checkpoints.reader import (
 from dico_jax.config import with_defaults
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred
+from dico_jax.ops.cpu import copies_fit
 
 _ITEMS = {"ema": "ema_params", "params": "params"}
 
@@ -106,3 +109,20 @@ class SavedWeights:
 
     def _verify(self, item: str) -> None:
         verify(self._path, item, advice=": use the checkpoint of another step")
+
+
+def weights_fit(folder: str | None) -> Callable[[int], bool]:
+    """Says of a number of devices whether copies of a checkpoint's weights fit in memory.
+
+    Args:
+      folder: a workdir or converted checkpoint, of which the newest step counts. Where there is
+        none, all numbers are right.
+    """
+    path = pathlib.Path(folder or "")
+    steps = saved_steps(path) if folder else ()
+    sizes = [
+        sum(file.stat().st_size for file in (path / FOLDER / str(max(steps)) / item).rglob("*"))
+        for item in _ITEMS.values()
+        if steps
+    ]
+    return functools.partial(copies_fit, max(sizes, default=0))

@@ -125,4 +125,5 @@ def count_parameters(model: Denoiser) -> int:
 
 def abstract_params(model: Denoiser) -> Any:
     """The parameter tree of `model` as `jax.ShapeDtypeStruct`s, without computing anything."""
-    return jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+    inputs = model.example_inputs()  # a key made inside starts no device
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))["params"]

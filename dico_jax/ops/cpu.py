@@ -279,23 +279,33 @@ def _kernel_gradient(x, kernel, dy):
     return apart(of_sums, *sums)
 
 
-def use_all_cores(*, keep_memory: bool = False) -> None:
+def use_all_cores(
+    *, keep_memory: bool = False, fits: Callable[[int], bool] = lambda count: True
+) -> None:
     """Makes devices of the cores where there is no accelerator; call it before JAX is used.
 
     Operations that XLA splits over threads leave cores idle between them; images that are split
     over devices do not. At most 8, because every device has its own copy of the weights. A number
-    of devices that XLA_FLAGS names stays.
+    of devices that XLA_FLAGS or JAX_NUM_CPU_DEVICES names stays.
 
     Args:
       keep_memory: for programs that run again and again, and take the memory of their activations
         anew each time: have malloc keep it from run to run, in large pages. Does nothing where
         there is an accelerator, or no glibc.
+      fits: whether so many devices can be used; the most that can are, one if none can.
     """
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    named = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not named and jax.config.values["jax_num_cpu_devices"] == -1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        jax.config.update("jax_num_cpu_devices", min(cores or 1, 8))
+        counts = range(min(cores or 1, 8), 0, -1)
+        jax.config.update("jax_num_cpu_devices", next(filter(fits, counts), 1))
     if keep_memory and _cpu_only():
         _keep_freed_memory()
+
+
+def copies_fit(size: int, count: int) -> bool:
+    """Whether `count` copies of `size` bytes take no more than half of this machine's memory."""
+    return count == 1 or 2 * size * count <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
 
 
 def _cpu_only() -> bool:

@@ -43,6 +43,16 @@ def create_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1)
     return Mesh(np.asarray(devices).reshape(-1, fsdp, tensor), AXES)
 
 
+def mesh_fits(
+    count: int, batch_size: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1
+) -> bool:
+    """Whether `create_mesh` makes a mesh of so many devices, over which a batch can be split."""
+    rest = fsdp * tensor
+    if min(fsdp, tensor) < 1 or count % rest or data not in (-1, count // rest):
+        return False
+    return batch_size % (count // tensor) == 0
+
+
 def num_batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -6,6 +6,7 @@ their parameter does. An axis that a dimension does not divide by leaves that di
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,3 +101,39 @@ def state_sharding(state: Any, mesh: Mesh, rules: Sequence[Rule] = DEFAULT_RULES
         return NamedSharding(mesh, partition_spec("/".join(keys), leaf.shape, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def unmet(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> list[str]:
+    """A line for every rule that finds no parameter, and for every parameter that no rule finds.
+
+    Vectors are left out: they are small. Nothing is said where "fsdp" and "tensor" split nothing
+    and nobody has given rules.
+
+    Args:
+      params: the parameter tree.
+      mesh: the mesh.
+      rules: those of `config.mesh.rules`; where there are none, `DEFAULT_RULES` are in force, which
+        are for all published networks: some of them always find nothing.
+    """
+    if not rules and mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return []
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    shapes = {"/".join(str(entry.key) for entry in path): leaf.shape for path, leaf in leaves}
+    lines = [
+        f"mesh.rules: {pattern!r} finds no parameter"
+        for pattern, _ in rules
+        if not any(re.search(pattern, path) for path in shapes)
+    ]
+    patterns = [pattern for pattern, _ in rules or DEFAULT_RULES]
+    return lines + [
+        f"mesh.rules: no rule is for {path} {shape}: every device has all of it"
+        for path, shape in shapes.items()
+        if len(shape) > 1 and not any(re.search(pattern, path) for pattern in patterns)
+    ]
+
+
+def say_unmet(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> None:
+    """Prints what `unmet` finds on the main process's stderr."""
+    if jax.process_index() == 0:
+        for line in unmet(params, mesh, rules):
+            print(line, file=sys.stderr)

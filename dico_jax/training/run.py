@@ -40,7 +40,7 @@ from dico_jax.parallel.mesh import (
     num_batch_shards,
     to_global,
 )
-from dico_jax.parallel.sharding import DEFAULT_RULES, parse_rules, state_sharding
+from dico_jax.parallel.sharding import DEFAULT_RULES, parse_rules, say_unmet, state_sharding
 from dico_jax.sampling.generate import generate_images, make_generate_fn
 from dico_jax.sampling.grids import image_grid, save_png
 from dico_jax.training.compilation_cache import enable_compilation_cache
@@ -76,7 +76,7 @@ class Run:
             self.mesh = create_mesh(
                 data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
             )
-            rules = parse_rules(config.mesh.rules) or DEFAULT_RULES
+            rules = parse_rules(config.mesh.rules)
         self._check_batch_size(config)
         self.source: Source = source_from_config(config)
         self.config = config = with_source_options(config, self.source)
@@ -89,7 +89,9 @@ class Run:
             self.learning_rate = learning_rate_schedule(config.optimizer, training.num_steps)
             widths = parse_widths(training.ema_widths, training.ema_snapshot_every_steps)
             self._init = initializer(model, optimizer, self.experiment.latent_shape, widths)
-            self.target = _with_sharding(abstract_state(self._init), self.mesh, rules)
+            self.target = _with_sharding(
+                abstract_state(self._init), self.mesh, rules or DEFAULT_RULES
+            )
             self.to_latents = make_latents_fn(
                 self.source.kind,
                 self.experiment.autoencoder,
@@ -121,6 +123,7 @@ class Run:
         )
         self._warm_start = open_warm_start(training.init_from, workdir, model)
         check_workdir(workdir, config)
+        say_unmet(self.target.params, self.mesh, rules)
         self.workdir = pathlib.Path(workdir)
         sharding = jax.tree.map(lambda leaf: leaf.sharding, self.target)
         self.train_step = make_train_step(

@@ -1,12 +1,21 @@
 """How well a run uses its devices: model FLOP/s utilisation and memory."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
+from ml_collections import ConfigDict
 
+from dico_jax.errors import UsageError
+from dico_jax.experiment import model_from_config
+from dico_jax.models import count_parameters
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.flops import training_flops
+from dico_jax.ops.cpu import copies_fit
+from dico_jax.parallel.mesh import mesh_fits
+
+# Copies of the parameters in a step: they, their average, gradients, two moments, and one in hand.
+_COPIES_IN_A_STEP = 6
 
 # Makers' figures per device for dense bfloat16 products (V100, which has none: float16), in FLOP/s,
 # by what JAX calls the device. A JAX device of TPU v3 is half a chip. Names match as a whole, so
@@ -55,9 +64,10 @@ class SpeedMetrics:
           latent_shape: (H, W, C) of its input.
           devices: all devices that the run uses.
         """
-        self._flops_per_image = training_flops(model, latent_shape)
         peaks = [peak_flops(device.device_kind) for device in devices]
         self._peak_flops = None if None in peaks else sum(filter(None, peaks))
+        if self._peak_flops is not None:
+            self._flops_per_image = training_flops(model, latent_shape)
 
     def metrics(self, images_per_second: float) -> dict[str, float]:
         """The metrics for a throughput over all devices.
@@ -74,3 +84,25 @@ class SpeedMetrics:
         if memory is not None:
             values["memory_gb"] = memory
         return values
+
+
+def run_fits(config: ConfigDict) -> Callable[[int], bool]:
+    """Says of a number of CPU devices whether a run has the mesh, batches and memory for them.
+
+    So that what runs on one device does so on all that it is given; it starts no device itself.
+    """
+    mesh, parts = config.mesh, max(config.training.accumulation_steps, 1)
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    size, rest = config.data.batch_size, config.data.batch_size % parts
+    try:
+        state = _COPIES_IN_A_STEP * 4 * count_parameters(model_from_config(config))
+    except UsageError:  # which the run says
+        state = 0
+
+    def fits(count: int) -> bool:
+        divides = not rest and mesh_fits(count, size // parts, **sizes)
+        # One of several processes keeps the devices that it has.
+        alone = not jax.distributed.is_initialized()
+        return divides and alone and copies_fit(state, count // (mesh.fsdp * mesh.tensor))
+
+    return fits
