@@ -12,6 +12,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",  # flags of the commands
         "array_record>=0.8.1",  # ArrayRecord files: prepared latents, TFDS, one's own
+        "clu>=0.0.12",  # overview of parameters, running means of metrics
         "etils[epath]>=1.12",  # gs:// paths
         "flax>=0.12.8",  # linen: the networks
         "grain>=0.2.18",  # order of examples, workers
@@ -25,6 +26,7 @@ setuptools.setup(
         "pillow>=11.0",  # decoding pictures, PNG files, grids
         "scipy>=1.14",  # float64 products and eigenvalues of the metrics
         "tensorboardX>=2.6.2",  # TensorBoard events without TensorFlow
+        "tensorstore>=0.1.84",  # the arrays of checkpoints, one by one
         "tensorflow-datasets>=4.9.10",  # its datasets and tf.train.Examples, without TensorFlow
         "tqdm>=4.66",  # progress bars
     ],

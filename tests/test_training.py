@@ -21,6 +21,7 @@ from dico_jax.parallel.mesh import (
     to_global,
 )
 from dico_jax.parallel.sharding import state_sharding
+from dico_jax.training.logging import open_logger
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
 from dico_jax.training.step import StepOptions, draw_noise, drop_conditions, make_train_step
@@ -181,13 +182,11 @@ def read_metrics(workdir):
 
 
 def test_lines_of_an_interrupted_run_are_written_again(tmp_path):
-    from dico_jax.training.logging import RunLogger
-
-    with RunLogger(tmp_path, 0, 10) as log:
+    with open_logger(tmp_path, 0, 10) as log:
         for step in (2, 4, 6):
             log.scalars(step, {"loss": float(step)})
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 8, "lo')  # cut by a kill
-    with RunLogger(tmp_path, 4, 10) as log:
+    with open_logger(tmp_path, 4, 10) as log:
         log.scalars(6, {"loss": float("nan")})
     assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 6]
     assert read_metrics(tmp_path)[-1]["loss"] == "nan"

@@ -9,12 +9,9 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 _CACHE_DIR = "jax_compilation_cache_dir"
-_MIN_COMPILE_SECONDS = 1.0
 
 
-def enable_compilation_cache(
-    setting: str, min_compile_seconds: float = _MIN_COMPILE_SECONDS
-) -> str | None:
+def enable_compilation_cache(setting: str, min_compile_seconds: float = 1.0) -> str | None:
     """Makes JAX keep compiled programs in a folder; to be called before the first compilation.
 
     Whoever can write to the folder can run code as the user of the run, so it must not be shared
@@ -37,7 +34,9 @@ def enable_compilation_cache(
         return None
     if "://" not in folder:
         try:
-            _check_writable(pathlib.Path(folder))
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
         except OSError as error:
             print(
                 f"warning: config.training.compilation_cache={setting!r}: {folder} cannot be "
@@ -64,9 +63,3 @@ def _resolve(setting: str) -> str | None:
         return given
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return str(pathlib.Path(base) / "dico_jax" / "xla")
-
-
-def _check_writable(folder: pathlib.Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass

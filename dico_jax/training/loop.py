@@ -2,11 +2,15 @@
 
 import collections
 import contextlib
+import functools
+import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from clu import parameter_overview
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -15,6 +19,7 @@ from dico_jax.checkpoints.snapshots import EmaSnapshots
 from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import config_to_dict
 from dico_jax.evaluation.class_agreement import ClassAgreement
+from dico_jax.files import new_file
 from dico_jax.training.logging import Logger, open_logger
 from dico_jax.training.nan_policy import NanWatch
 from dico_jax.training.preemption import Preempted, Preemption
@@ -25,6 +30,7 @@ from dico_jax.training.watch import StallWatch, stall_file
 from dico_jax.training.workdir import open_workdir, workdir_lock
 
 _STEPS_AHEAD = 2  # of the devices: enough to keep them busy, and few enough to notice a stall
+_OVERVIEW_LINES = 12
 
 
 def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
@@ -65,7 +71,8 @@ class Trainer:
         self.snapshots = stack.enter_context(
             EmaSnapshots(run.workdir, training.ema_snapshot_every_steps, training.num_steps)
         )
-        self.state, self.start = self._newest_state()
+        found = self.saver.restore_newest(run.target)
+        self.state, self.start = self._packed(found)
         run.evaluation.open(run.workdir)
         self.log: Logger = stack.enter_context(
             open_logger(
@@ -84,60 +91,40 @@ class Trainer:
         self.watch = NanWatch(training.on_nan, attempt, self.log.say)
         self.meter = Meter(config.data.batch_size)
         self.speed = run.speed()
-
-    def _newest_state(self) -> tuple[TrainState, int]:
-        found = self.saver.restore_newest(self.run.target)
-        state, step = (self.run.initial_state(), 0) if found is None else found
-        return self.run.pack(state), step
+        self.in_flight = collections.deque[Any]()
 
     def train(self) -> TrainState:
         """Takes all steps that are left."""
         self.log.say(self.run.describe(self.start))
+        self.log.say(write_overview(self.run.target.params, self.run.workdir))
         while self.start < self.config.training.num_steps:
             self.state, self.start = self._steps(self.state, self.start)
         return self.state
 
     def _steps(self, state: TrainState, start: int) -> tuple[TrainState, int]:
         """Steps to the end, or until the run has to return to an earlier one."""
-        training, in_flight = self.config.training, collections.deque[Any]()
-        steps = range(start + 1, training.num_steps + 1)
+        num_steps = self.config.training.num_steps
         with self.run.batches(start) as batches:
-            for step, batch in zip(steps, batches, strict=False):  # batches have no end
+            # Batches have no end.
+            for step, batch in zip(range(start + 1, num_steps + 1), batches, strict=False):
                 latents = self.run.to_latents(batch, np.int32(step))
                 state, metrics = self.run.train_step(state, latents, self.watch.attempt)
-                in_flight.append(metrics["loss"])
-                if len(in_flight) > _STEPS_AHEAD:
-                    jax.block_until_ready(in_flight.popleft())
                 self._took(step, metrics, batches.waited, first=step == start + 1)
-                last, preempted = step == training.num_steps, self.preemption.requested(step)
-                logs = last or step % training.log_every_steps == 0
-                saves = last or preempted or step % training.checkpoint_every_steps == 0
-                grid = self.run.is_grid_step(step)
-                evaluates = self.run.is_evaluation_step(step)
-                if logs or saves or grid or evaluates or self.snapshots.is_due(step):
-                    back = self.watch.check(self.saver.latest_step())
-                    if back is not None:
-                        del state, metrics  # two states may not fit
-                        return self._returned(back)
-                if logs:
-                    self._report(step)
-                if grid:
-                    self.log.image(step, "samples", self.run.save_grid(step, state))
-                    self._rested(step)
-                if evaluates:
-                    self._evaluate(step, state)
-                if self.snapshots.is_due(step):
-                    self.snapshots.save(step, self.run.unpack(state.width_emas))
-                if saves:
-                    self.saver.save(step, self.run.unpack(state), {"attempt": self.watch.attempt})
-                if preempted and not last:
-                    self.saver.wait()
-                    self.log.say(f"SIGTERM: step {step} is saved; the same command goes on")
-                    raise Preempted(training.preemption_exit_status)
-        return state, training.num_steps
+                if not (due := self._due(step)):
+                    continue
+                back = self.watch.check(self.saver.latest_step())
+                if back is not None:
+                    del state, metrics  # two states may not fit
+                    return self._returned(back)
+                for action in due:
+                    action(step, state)
+        return state, num_steps
 
     def _took(self, step: int, metrics: dict, waited: float, first: bool) -> None:
-        """Notes a step that was just dispatched."""
+        """Notes a step that was just dispatched, and waits for one that was before."""
+        self.in_flight.append(metrics["loss"])
+        if len(self.in_flight) > _STEPS_AHEAD:
+            jax.block_until_ready(self.in_flight.popleft())
         self.watch.add(step, metrics["finite"])
         self.meter.add(metrics, waited)
         self.stall.step_done(step)
@@ -145,31 +132,65 @@ class Trainer:
         if self.profiler.step_done(step, metrics) or first:
             self._rested(step)  # what has passed so far was compilation
 
-    def _rested(self, step: int) -> None:
-        """Keeps what has just passed out of the throughput."""
-        self.meter.restart_clock()
-        self.log.restart_clock()
-        self.stall.step_done(step)
+    def _due(self, step: int) -> list[Callable[[int, TrainState], None]]:
+        """What is to be done after a step, in order."""
+        training, last = self.config.training, step == self.config.training.num_steps
+        preempted = self.preemption.requested(step)
+        saves = last or preempted or step % training.checkpoint_every_steps == 0
+        rules = (
+            (self._report, last or step % training.log_every_steps == 0),
+            (self._save_grid, self.run.is_grid_step(step)),
+            (self._evaluate, self.run.is_evaluation_step(step)),
+            (self._keep_averages, self.snapshots.is_due(step)),
+            (self._save, saves),
+            (self._leave, preempted and not last),
+        )
+        return [action for action, is_due in rules if is_due]
 
-    def _report(self, step: int) -> None:
+    def _report(self, step: int, _) -> None:
         values = self.meter.read()
         values["learning_rate"] = float(self.run.learning_rate(step - 1))
         values |= self.watch.metrics() | self.speed.metrics(values["images_per_second"])
         self.log.scalars(step, values)
         self.log.show(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_second']:.0f}")
 
+    def _save_grid(self, step: int, state: TrainState) -> None:
+        self.log.image(step, "samples", self.run.save_grid(step, state))
+        self._rested(step)
+
     def _evaluate(self, step: int, state: TrainState) -> None:
         numbers = self.run.evaluate(state)
         self.log.scalars(step, {f"eval/{name}": value for name, value in numbers.items()})
         self._rested(step)
+
+    def _keep_averages(self, step: int, state: TrainState) -> None:
+        self.snapshots.save(step, self.run.unpack(state.width_emas))
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self.saver.save(step, self.run.unpack(state), {"attempt": self.watch.attempt})
+
+    def _leave(self, step: int, _) -> None:
+        self.saver.wait()
+        self.log.say(f"SIGTERM: step {step} is saved; the same command goes on")
+        raise Preempted(self.config.training.preemption_exit_status)
+
+    def _rested(self, step: int) -> None:
+        """Keeps what has just passed out of the throughput."""
+        self.meter.restart_clock()
+        self.log.restart_clock()
+        self.stall.step_done(step)
 
     def _returned(self, step: int) -> tuple[TrainState, int]:
         """The state of an earlier step, which the run goes on from."""
         self.meter = Meter(self.config.data.batch_size)
         self.saver.wait()
         found = self.saver.restore_newest(self.run.target, self.log.say) if step else None
-        state, step = (self.run.initial_state(), 0) if found is None else found
+        state, step = self._packed(found)
         self.log.rewind(step)
+        return state, step
+
+    def _packed(self, found: tuple[TrainState, int] | None) -> tuple[TrainState, int]:
+        state, step = (self.run.initial_state(), 0) if found is None else found
         return self.run.pack(state), step
 
     def judge(self, state: TrainState) -> ClassAgreement | None:
@@ -179,6 +200,22 @@ class Trainer:
             self.log.say(str(result))
             self.log.scalars(int(state.step), {f"eval/{k}": v for k, v in vars(result).items()})
         return result
+
+
+def write_overview(params: Any, workdir: pathlib.Path) -> str:
+    """Writes shapes, sizes and shardings of all parameters to parameters.txt; returns the top of it.
+
+    Args:
+      params: a tree of ShapeDtypeStruct with shardings.
+      workdir: folder of the run.
+    """
+    overview = functools.partial(
+        parameter_overview.get_parameter_overview, params, include_stats="sharding"
+    )
+    if jax.process_index() == 0:
+        with new_file(workdir / "parameters.txt") as file:
+            file.write(f"{overview()}\n".encode())
+    return overview(max_lines=_OVERVIEW_LINES)
 
 
 class Meter:

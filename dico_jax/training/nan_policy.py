@@ -1,21 +1,17 @@
 """What happens when a loss or its gradients are not finite: config.training.on_nan.
 
 "stop" ends the run. "skip" leaves the step's update out and goes on. "rollback" returns to the
-newest checkpoint and takes the steps after it again with other timesteps, noise and dropped labels.
+newest checkpoint and takes the steps after it again with other draws.
 
 On the devices, `is_finite` makes a flag of each step, which nobody waits for. On the host,
-`NanWatch` collects the flags and reads them where the loop waits anyway: before metrics are logged,
-before samples are drawn and, above all, before a checkpoint is saved. So every checkpoint is good.
+`NanWatch` reads the flags where the loop waits anyway, above all before a checkpoint is saved. So
+every checkpoint is good, and after a return no weight survives that a bad step has touched.
 
-What "rollback" guarantees: no weight survives that a non-finite step has touched, and the run stays
-a function of its config and of where its checkpoints lie. A run has a number, its attempt, which is
-0 at first and grows by 1 with every return. It is folded into the keys of the steps (`attempt_key`)
-and stored with every checkpoint. So a run that is killed and started again takes the same steps,
-finds the same ones not finite, and returns to the same checkpoints.
-
-What it does not: the order of the examples stays (each is seen once an epoch), and so does what is
-drawn of an autoencoder's posterior. Examples that are not finite themselves, or a learning rate
-that is too high, are not mended: after MAX_ROLLBACKS returns to one checkpoint the run stops.
+A run has a number, its attempt, which grows by 1 with every return. It is folded into the keys of
+the steps (`attempt_key`) and stored with every checkpoint. So a run that is killed and started
+again takes the same steps and returns to the same checkpoints. The order of the examples stays, and
+so does what is drawn of an autoencoder's posterior. What other noise does not mend, such as a
+learning rate that is too high, stops the run after MAX_ROLLBACKS returns to one checkpoint.
 """
 
 from collections.abc import Callable
@@ -39,9 +35,8 @@ _ADVICE = (
 def check_on_nan(on_nan: str) -> None:
     """Raises UsageError unless `on_nan` is one of POLICIES."""
     if on_nan not in POLICIES:
-        raise UsageError(
-            f"training.on_nan={on_nan!r} is unknown: use one of {', '.join(map(repr, POLICIES))}"
-        )
+        fix = f"is unknown: use one of {', '.join(map(repr, POLICIES))}"
+        raise UsageError("training.on_nan", on_nan, fix)
 
 
 def is_finite(loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
@@ -105,16 +100,12 @@ class NanWatch:
         Raises:
           TrainingStopped: the run cannot go on.
         """
-        steps, flags = (
-            [step for step, _ in self._flags],
-            jax.device_get([f for _, f in self._flags]),
-        )
-        self._flags = []
+        flags, self._flags = jax.device_get(self._flags), []
         if self._on_nan == "skip":
-            for step, finite in zip(steps, flags, strict=True):
+            for step, finite in flags:
                 self._count_skipped(step, bool(finite), newest_checkpoint)
             return None
-        bad = next((step for step, finite in zip(steps, flags, strict=True) if not finite), None)
+        bad = next((step for step, finite in flags if not finite), None)
         if bad is None:
             return None
         if self._on_nan == "stop":

@@ -89,23 +89,19 @@ def _schedule(config, num_steps: int) -> optax.Schedule:
 
 
 def _check(config, num_steps: int) -> None:
+    def check(field: str, right: bool, fix: str) -> None:
+        if not right:
+            raise UsageError(f"optimizer.{field}", config[field], fix)
+
     for field, choices in (("name", NAMES), ("schedule", SCHEDULES), ("weight_decay_mask", MASKS)):
-        if config[field] not in choices:
-            raise UsageError(
-                f"optimizer.{field}={config[field]!r}: use {' or '.join(map(repr, choices))}"
-            )
+        check(field, config[field] in choices, f": use {' or '.join(map(repr, choices))}")
     for field in ("learning_rate", "eps", "weight_decay", "warmup_steps", "clip_norm"):
-        if not config[field] >= 0 or math.isinf(config[field]):
-            raise UsageError(f"optimizer.{field}={config[field]} must be finite and at least 0")
+        check(field, 0 <= config[field] < math.inf, "must be finite and at least 0")
     for field in ("b1", "b2"):
-        if not 0 <= config[field] < 1:
-            raise UsageError(f"optimizer.{field}={config[field]} must be in [0, 1)")
-    if not 0 <= config.min_learning_rate_ratio <= 1:
-        raise UsageError(
-            f"optimizer.min_learning_rate_ratio={config.min_learning_rate_ratio} must be in [0, 1]"
-        )
-    if config.schedule == "cosine" and config.warmup_steps >= num_steps:
-        raise UsageError(
-            f"optimizer.warmup_steps={config.warmup_steps} must be less than "
-            f"config.training.num_steps={num_steps}, where the cosine ends"
-        )
+        check(field, 0 <= config[field] < 1, "must be in [0, 1)")
+    check("min_learning_rate_ratio", 0 <= config.min_learning_rate_ratio <= 1, "must be in [0, 1]")
+    check(
+        "warmup_steps",
+        config.schedule != "cosine" or config.warmup_steps < num_steps,
+        f"must be less than config.training.num_steps={num_steps}, where the cosine ends",
+    )

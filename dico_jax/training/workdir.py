@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from dico_jax.config import DEFAULTS, config_to_dict, flatten, without_gone
 from dico_jax.errors import UsageError
+from dico_jax.files import new_file
 
 # Fields (or sections, with a dot at the end) that may change between two runs in one workdir: they
 # decide how long a run goes on, how fast it is and what it reports, not what it computes.
@@ -52,21 +53,26 @@ MUTABLE_FIELDS = (
 )
 
 
-_DEFAULTS = flatten(json.loads(json.dumps(DEFAULTS)))
-
-
 def check_workdir(workdir: str, config: ConfigDict) -> None:
     """Raises UsageError unless `open_workdir` may use the folder; touches nothing."""
-    path = pathlib.Path(workdir)
+    path = _folder(workdir)
     file = path / "config.json"
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"--workdir={workdir} is a file: give a folder")
     if file.exists():
-        _check_same_run(workdir, _read(file), config_to_dict(config))
-    elif path.is_dir() and (path / "checkpoints").exists():
-        raise UsageError(
-            f"--workdir={workdir} has checkpoints but no config.json: give another folder"
-        )
+        try:
+            old = without_gone(json.loads(file.read_text()))
+        except ValueError as error:
+            raise UsageError(
+                f"{file} is not JSON ({error}): give another --workdir, or restore the file"
+            ) from error
+        if differing := _differences(old, config_to_dict(config)):
+            raise UsageError(
+                "--workdir", workdir,
+                f"belongs to a run of another config ({'; '.join(differing)}): use these values "
+                "again, or another --workdir",
+            )  # fmt: skip
+    elif (path / "checkpoints").exists():
+        fix = "has checkpoints but no config.json: give another folder"
+        raise UsageError("--workdir", workdir, fix)
 
 
 def open_workdir(workdir: str, config: ConfigDict) -> pathlib.Path:
@@ -79,14 +85,11 @@ def open_workdir(workdir: str, config: ConfigDict) -> pathlib.Path:
         config differs in a field that may not change. Nothing in it is touched then.
     """
     check_workdir(workdir, config)
-    path = pathlib.Path(workdir)
-    with _write_errors(workdir):
-        path.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            text = json.dumps(config_to_dict(config), indent=2, sort_keys=True) + "\n"
-            temporary = path / "config.json.tmp"
-            temporary.write_text(text)
-            os.replace(temporary, path / "config.json")
+    path = _folder(workdir, make=True)
+    if jax.process_index() == 0:
+        text = json.dumps(config_to_dict(config), indent=2, sort_keys=True) + "\n"
+        with new_file(path / "config.json") as file:
+            file.write(text.encode())
     return path
 
 
@@ -108,11 +111,8 @@ def workdir_lock(workdir: str, process_index: int = 0) -> Iterator[None]:
     if process_index != 0:
         yield
         return
-    path = pathlib.Path(workdir)
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"--workdir={workdir} is a file: give a folder")
+    path = _folder(workdir, make=True)
     with _write_errors(workdir):
-        path.mkdir(parents=True, exist_ok=True)
         file = (path / ".lock").open("a+")  # not "w": it may be another run's
     with file:
         _lock(file, workdir)
@@ -121,15 +121,34 @@ def workdir_lock(workdir: str, process_index: int = 0) -> Iterator[None]:
         yield
 
 
+def _folder(workdir: str, make: bool = False) -> pathlib.Path:
+    path = pathlib.Path(workdir)
+    if path.exists() and not path.is_dir():
+        raise UsageError("--workdir", workdir, "is a file: give a folder")
+    if make:
+        with _write_errors(workdir):
+            path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def _write_errors(workdir: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError("--workdir", workdir, f"cannot be written: {error}") from error
+
+
 def _lock(file: IO[str], workdir: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise UsageError(
-                f"--workdir={workdir} is in use by another run ({_owner(file)}): wait for its end, "
-                "stop it, or give another --workdir"
-            ) from error
+            fix = (
+                f"is in use by another run ({_owner(file)}): wait for its end, stop it, or give "
+                "another --workdir"
+            )
+            raise UsageError("--workdir", workdir, fix) from error
         print(
             f"warning: --workdir={workdir} cannot be locked ({error.strerror}): see to it that no "
             "other run uses it",
@@ -157,44 +176,22 @@ def _owner(file: IO[str]) -> str:
         return "just started"
 
 
-@contextlib.contextmanager
-def _write_errors(workdir: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"--workdir={workdir} cannot be written: {error}") from error
-
-
-def _read(file: pathlib.Path) -> dict:
-    try:
-        return without_gone(json.loads(file.read_text()))
-    except ValueError as error:
-        raise UsageError(
-            f"{file} is not JSON ({error}): give another --workdir, or restore the file"
-        ) from error
+def _differences(old: dict, new: dict) -> list[str]:
+    """What may not change between two configs and does."""
+    # Fields that are newer than the run have done what their defaults do.
+    before = flatten(json.loads(json.dumps(DEFAULTS))) | flatten(old)
+    now = flatten(new)
+    fixed = {field for field in before.keys() | now.keys() if not _may_change(field)}
+    if now["optimizer.schedule"] != "constant":
+        fixed.add("training.num_steps")  # where the schedule ends
+    return [
+        f"config.{field} was {json.dumps(before.get(field))}, is {json.dumps(now.get(field))}"
+        for field in sorted(fixed)
+        if before.get(field) != now.get(field)
+    ]
 
 
 def _may_change(field: str) -> bool:
     return any(
         field.startswith(name) if name.endswith(".") else field == name for name in MUTABLE_FIELDS
     )
-
-
-def _ends_the_schedule(config: dict) -> bool:
-    return config["optimizer.schedule"] != "constant"
-
-
-def _check_same_run(workdir: str, old: dict, new: dict) -> None:
-    # Fields that are newer than the run have done what their defaults do.
-    old, new = _DEFAULTS | flatten(old), flatten(new)
-    differing = [
-        f"config.{key} was {json.dumps(old.get(key))}, is {json.dumps(new.get(key))}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and (not _may_change(key) or (key == "training.num_steps" and _ends_the_schedule(new)))
-    ]
-    if differing:
-        raise UsageError(
-            f"--workdir={workdir} belongs to a run of another config ({'; '.join(differing)}): "
-            "use these values again, or another --workdir"
-        )
