@@ -26,8 +26,8 @@ setuptools.setup(
         "pillow>=11.0",  # decoding pictures, PNG files, grids
         "scipy>=1.14",  # float64 products and eigenvalues of the metrics
         "tensorboardX>=2.6.2",  # TensorBoard events without TensorFlow
-        "tensorstore>=0.1.84",  # the arrays of checkpoints, one by one
         "tensorflow-datasets>=4.9.10",  # its datasets and tf.train.Examples, without TensorFlow
+        "tensorstore>=0.1.84",  # the arrays of checkpoints, one by one
         "tqdm>=4.66",  # progress bars
     ],
     extras_require={

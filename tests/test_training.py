@@ -158,6 +158,10 @@ def test_a_run_in_parts_equals_a_run_in_one(tmp_path, capfd):
     printed = capfd.readouterr()
     assert "DiT, 3,784 parameters; 1,797 examples; 8 x cpu; steps 0 to 6 in" in printed.out
     assert "class agreement" in printed.out
+    assert "Total: 3,784 -- 15,136 bytes" in printed.out
+    overview = (tmp_path / "whole" / "parameters.txt").read_text()
+    assert "| y_embedder/embedding_table/embedding" in overview
+    assert "Total: 3,784 -- 15,136 bytes" in overview
     for part in ("6/6", "loss=", "img_s="):
         assert part in printed.err
 

@@ -203,7 +203,7 @@ class Trainer:
 
 
 def write_overview(params: Any, workdir: pathlib.Path) -> str:
-    """Writes shapes, sizes and shardings of all parameters to parameters.txt; returns the top of it.
+    """Writes shapes, sizes and shardings of all parameters to parameters.txt; returns their top.
 
     Args:
       params: a tree of ShapeDtypeStruct with shardings.
