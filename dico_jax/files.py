@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -20,7 +21,7 @@ _PACKAGES = ("dico_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 @runtime_checkable
 class LazyTensor(Protocol):
-    """A tensor that is made when it is written; `TensorRef` is one.
+    """A tensor that is made when it is written; `Deferred` is one.
 
     Attributes:
       dtype: NumPy's dtype.
@@ -47,6 +48,11 @@ class Deferred:
         self.dtype = np.dtype(dtype)
         self.shape = tuple(shape)
         self.read = make
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def is_tensor(value: object) -> bool:

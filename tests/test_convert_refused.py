@@ -24,7 +24,7 @@ from dico_jax.pytorch.conversion import from_pytorch, load_pytorch, to_pytorch
 from dico_jax.pytorch.key_maps import KEY_MAPS, state_dict_shapes
 from dico_jax.pytorch.torch_files import Deferred, open_tensors, write_pt, write_safetensors
 from tests.commands import call
-from tests.interop_files import pickled, tensor, zip_pt
+from tests.pytorch_files import pickled, tensor, write_shards, zip_pt
 
 MODEL = create_model("DiCo", hidden_size=8, depth=(1, 1, 1, 1, 1), num_classes=3)
 RNG = np.random.default_rng(0)
@@ -90,7 +90,7 @@ def scaled_table(path):
     ("make", "message"),
     [
         (cut_short, "cut short|damaged"),
-        (legacy, "legacy"),
+        (legacy, "the list of storages is refused"),
         (zip_bomb, "compressed|refused|larger"),
         (not_weights, "should hold tensors by name"),
         (integers, "weights must be floating-point numbers: x_embedder.proj.weight is int64"),
@@ -147,8 +147,7 @@ def test_index_that_names_files_outside_its_folder(tmp_path, shard):
 
 def test_index_that_has_lost_a_shard(tmp_path):
     """The index, too, says nothing of it: only the missing names do."""
-    write_safetensors(tmp_path / "a.safetensors", WEIGHTS, max_shard_bytes=100_000)
-    path = tmp_path / "a.safetensors.index.json"
+    path = write_shards(tmp_path, WEIGHTS, 3)
     index = json.loads(path.read_text())
     lost = sorted(set(index["weight_map"].values()))[1]
     gone = [k for k, file in index["weight_map"].items() if file == lost]
@@ -385,7 +384,7 @@ def test_the_command_ends_with_one_line_and_status_2(tmp_path):
 def test_mutated_files_are_refused_or_converted_rightly(tmp_path):
     """The whole way, with bytes changed anywhere: a clean error and nothing left, or true weights.
 
-    What the readers make of a thousand mutations is in test_interop_files_fuzz.py.
+    What the readers make of a thousand mutations is in test_pytorch_files_fuzz.py.
     """
     write_pt(tmp_path / "good.pt", WEIGHTS)
     data, rng, converted = (tmp_path / "good.pt").read_bytes(), np.random.default_rng(1), 0

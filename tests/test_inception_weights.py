@@ -20,7 +20,7 @@ from dico_jax.evaluation.inception_weights import (
 from dico_jax.pytorch.key_maps import entries
 from dico_jax.pytorch.torch_files import open_tensors, write_pt, write_safetensors
 from tests import commands
-from tests.interop_files import (
+from tests.pytorch_files import (
     HOOKS,
     REBUILD,
     assert_same,
@@ -146,7 +146,7 @@ SMALL = {"a": np.arange(6, dtype=np.float16).reshape(2, 3), "b": np.ones(2, np.f
         ({"keys": ["94000", "1"]}, "its list of storages is not of those it uses"),
         ({"count": 7}, "is damaged: the size of storage '94000'"),
         ({"tail": b"x"}, "its storages end at byte"),
-        ({"view": tuple_of(text("v"), number(0), number(1))}, "a persistent id .* is refused"),
+        ({"view": tuple_of(text("v"), number(0), number(1))}, "is refused: a persistent id"),
         ({"system": b"\x89"}, "not of a little-endian machine"),
     ],
 )

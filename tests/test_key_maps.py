@@ -23,7 +23,7 @@ from dico_jax.pytorch.key_maps import (
 )
 from dico_jax.pytorch.torch_files import open_tensors
 from tests import golden
-from tests.interop_files import assert_same
+from tests.pytorch_files import assert_same
 
 SMALL = {
     "DiCo": {"hidden_size": 8, "depth": (1, 2, 1, 1, 1), "num_classes": 3},

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from dico_jax.autoencoders.kl import KLConfig
 from dico_jax.errors import UsageError
-from dico_jax.pytorch.tensor_refs import shown
+from dico_jax.pytorch.tensors import shown
 
 Shapes = Mapping[str, tuple[int, ...]]
 

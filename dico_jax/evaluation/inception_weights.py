@@ -26,9 +26,8 @@ from dico_jax.files import check_new, new_file
 from dico_jax.pytorch.hub import local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, entries, known_names
 from dico_jax.pytorch.lazy_trees import Health, deferred_tree
-from dico_jax.pytorch.legacy_torch_files import open_any_tensors
 from dico_jax.pytorch.progress import ByteProgress
-from dico_jax.pytorch.torch_files import TensorFile, select_weights, write_safetensors
+from dico_jax.pytorch.torch_files import TensorFile, open_tensors, select_weights, write_safetensors
 
 KEY_MAP = KEY_MAPS["Inception"]
 FORMAT = "dico_jax.Inception"  # of a file that `convert inception` wrote
@@ -194,7 +193,7 @@ def _read(source: str) -> _Tensors:
       UsageError: as in `load_inception`.
     """
     path = local_file(source)
-    with open_any_tensors(path) as file:
+    with open_tensors(path) as file:
         if file.metadata.get("format", "").startswith(FORMAT):
             return _read_converted(file)
         tensors = known_names(select_weights(file).tensors, KEY_MAP)

@@ -3,7 +3,7 @@
 import os
 
 from dico_jax.errors import UsageError
-from dico_jax.pytorch.safetensors_reader import shard_names
+from dico_jax.pytorch.safetensors_files import shard_names
 
 _SCHEME = "hf://"
 
@@ -21,12 +21,9 @@ def local_file(name: str | os.PathLike) -> str:
     name = os.fspath(name)
     if not is_remote(name):
         return name
-    repo, file = _parts(name)
-    path = _download(name, repo, file)
-    if file.endswith(".json"):
-        folder = file.rpartition("/")[0]
-        for shard in shard_names(path):
-            _download(name, repo, f"{folder}/{shard}" if folder else shard)
+    path = _download(name)
+    for shard in shard_names(path) if name.endswith(".json") else []:
+        _download(name, shard)
     return path
 
 
@@ -39,10 +36,8 @@ def file_beside(name: str, file: str) -> str | None:
     Raises:
       UsageError: as in `local_file`.
     """
-    repo, path = _parts(name)
-    folder = path.rpartition("/")[0]
     try:
-        return _download(name, repo, f"{folder}/{file}" if folder else file)
+        return _download(name, file)
     except UsageError as error:
         classes = {cls.__name__ for cls in type(error.__cause__).__mro__}
         # The class of "not in the cache, and no network" derives from that of "not there".
@@ -56,15 +51,14 @@ def is_remote(name: str | os.PathLike) -> bool:
     return os.fspath(name).startswith(_SCHEME)
 
 
-def _parts(name: str) -> tuple[str, str]:
-    """The repository and the file in it."""
-    parts = name.removeprefix(_SCHEME).split("/", 2)
-    if len(parts) != 3 or not all(parts):
+def _download(name: str, beside: str | None = None) -> str:
+    """The path of hf://OWNER/REPO/FILE, or of the file called `beside` in its folder."""
+    owner, _, rest = name.removeprefix(_SCHEME).partition("/")
+    repo, _, file = rest.partition("/")
+    if not (owner and repo and file):
         raise UsageError(f"{name}: write hf://OWNER/REPO/FILE")
-    return "/".join(parts[:2]), parts[2]
-
-
-def _download(name: str, repo: str, file: str) -> str:
+    if beside is not None:
+        file = os.path.join(os.path.dirname(file), beside)
     try:
         import huggingface_hub
     except ImportError as error:
@@ -72,6 +66,7 @@ def _download(name: str, repo: str, file: str) -> str:
             f"{name} needs huggingface_hub: pip install 'dico_jax[hub]', or download the file "
             "yourself and give its path"
         ) from error
+    repo = f"{owner}/{repo}"
     try:
         return huggingface_hub.hf_hub_download(repo, file)
     except Exception as error:  # of many classes, which change from version to version

@@ -8,29 +8,18 @@ a file is ever run.
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dico_jax.errors import UsageError
-from dico_jax.files import Deferred, LazyTensor, is_tensor
-from dico_jax.pytorch.safetensors_reader import read_safetensors, read_sharded
-from dico_jax.pytorch.safetensors_writer import write_safetensors
-from dico_jax.pytorch.tensor_refs import FileBytes, TensorRef, shown
-from dico_jax.pytorch.torch_reader import read_tree, tensors_in
+from dico_jax.files import Deferred, is_tensor
+from dico_jax.pytorch.safetensors_files import read_safetensors, read_sharded, write_safetensors
+from dico_jax.pytorch.tensors import InputFile, shown
+from dico_jax.pytorch.torch_reader import read_tree
 from dico_jax.pytorch.torch_writer import write_pt
 
-__all__ = [
-    "Deferred",
-    "LazyTensor",
-    "TensorFile",
-    "TensorRef",
-    "Weights",
-    "open_tensors",
-    "select_weights",
-    "tensors_in",
-    "write_pt",
-    "write_safetensors",
-]
+__all__ = ["Deferred", "TensorFile", "Weights", "open_tensors", "select_weights", "write_pt",
+           "write_safetensors"]  # fmt: skip
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _EMA_KEYS = ("ema", "model_ema", "ema_state_dict")
@@ -39,13 +28,15 @@ _WRAPPER = "state_dict"
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
 
 
-class TensorFile:
-    """An open file of tensors; a context manager. Made by `open_tensors`.
+class TensorFile(contextlib.ExitStack):
+    """An open file of tensors; a context manager, after which tensors cannot be read (ValueError).
+
+    Made by `open_tensors`.
 
     Attributes:
       path: the file, as it was given.
       format: "pt", "safetensors" or "sharded safetensors".
-      tree: what the file holds, with a TensorRef for each tensor. From .pt: dict, OrderedDict,
+      tree: what the file holds, with a Deferred for each tensor. From .pt: dict, OrderedDict,
         list, tuple, argparse.Namespace, str, int, float, bool, None, np.dtype. From .safetensors:
         a dict of tensors by name.
       metadata: strings by name (only .safetensors have them).
@@ -57,16 +48,18 @@ class TensorFile:
         format: str,
         tree: object,
         metadata: dict[str, str],
-        files: list[FileBytes],
+        files: Iterable[InputFile],
     ):
+        super().__init__()
         self.path = path
         self.format = format
         self.tree = tree
         self.metadata = metadata
-        self._files = files
+        for file in files:
+            self.callback(file.close)
 
     @property
-    def tensors(self) -> dict[str, TensorRef]:
+    def tensors(self) -> dict[str, Deferred]:
         """The weights of a file that holds one set of them, by name in the file's order.
 
         Raises:
@@ -76,19 +69,6 @@ class TensorFile:
         if found.source != "weights":
             raise UsageError(f"{self.path} is a training checkpoint; choose among its weights")
         return found.tensors
-
-    def close(self) -> None:
-        """Closes the files; tensors cannot be read afterwards (ValueError)."""
-        for file in self._files:
-            file.close()
-
-    def __enter__(self) -> "TensorFile":
-        """Itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Closes the files."""
-        self.close()
 
 
 def open_tensors(
@@ -105,28 +85,22 @@ def open_tensors(
 
     Raises:
       UsageError: the file is missing, damaged, of another kind, or holds something that is refused
-        (see `torch_reader`, `restricted_pickle`, `safetensors_reader`). One line that names it.
+        (see `torch_reader`, `pickles`, `safetensors_files`). One line that names it.
     """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1].lower()
     if suffix == ".json":
-        tensors, metadata, files = read_sharded(path, on_bytes)
-        return TensorFile(path, "sharded safetensors", tensors, metadata, files)
-    file = FileBytes(path, on_bytes)
+        return TensorFile(path, "sharded safetensors", *read_sharded(path, on_bytes))
+    file = InputFile(path, on_bytes)
     with contextlib.ExitStack() as opened:  # closes it, should it be refused
         opened.callback(file.close)
-        if suffix == ".safetensors" or (suffix not in _TORCH_SUFFIXES and _looks_safe(file)):
-            tensors, metadata = read_safetensors(file)
-            found = TensorFile(path, "safetensors", tensors, metadata, [file])
+        looks_safe = suffix not in _TORCH_SUFFIXES and file.size > 9 and file.read(8, 1) == b"{"
+        if suffix == ".safetensors" or looks_safe:
+            found = TensorFile(path, "safetensors", *read_safetensors(file), [file])
         else:
             found = TensorFile(path, "pt", read_tree(file), {}, [file])
         opened.pop_all()
     return found
-
-
-def _looks_safe(file: FileBytes) -> bool:
-    """Whether the first bytes are a .safetensors header's."""
-    return file.size > 9 and file.read(8, 1) == b"{"
 
 
 class Weights(NamedTuple):
@@ -158,7 +132,7 @@ def select_weights(tree: object, weights: str = "auto") -> Weights:
       UsageError: the checkpoint has no such weights (it says which it has), they hold values that
         are no tensors, or `weights` is none of the three.
     """
-    name = _file_name(tree)
+    name = tree.path if isinstance(tree, TensorFile) else "the checkpoint"
     if weights not in ("auto", "ema", "model"):
         raise UsageError(f"weights={weights!r} is not one of auto, ema, model")
     found = _unwrapped(tree.tree if isinstance(tree, TensorFile) else tree)
@@ -176,13 +150,6 @@ def select_weights(tree: object, weights: str = "auto") -> Weights:
         have = ", ".join(shown(key) for key in list(found)[:20])
         raise UsageError(f"{name} has no {weights} weights; it has {have}")
     return Weights(choice[0], _flat(f"{name}: {choice[0]}", _unwrapped(groups[choice[0]])))
-
-
-def _file_name(tree: object) -> str:
-    if isinstance(tree, TensorFile):
-        return tree.path
-    first = next(tensors_in(tree), None)
-    return first.path if first else "the checkpoint"
 
 
 def _unwrapped(tree: object) -> object:

@@ -7,23 +7,27 @@ and small entries say the version of the format, the alignment, the byte order a
 
 import argparse
 import collections
+import dataclasses
 import hashlib
+import io
 import math
 import os
+import pickle
 import struct
 import zipfile
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
 from dico_jax.files import is_tensor, new_file, write_array
-from dico_jax.pytorch.tensor_refs import dtype_name
-from dico_jax.pytorch.torch_reader import STORAGES
+from dico_jax.pytorch.pickles import STORAGES
+from dico_jax.pytorch.tensors import dtype_name
 
 _ALIGNMENT = 64  # bytes
 _ZIP64_FROM = 1 << 30  # bytes; the zip format needs it from 4 GiB on, zipfile's estimate from 2
 _MAX_DEPTH = 64
+_MAX_BITS = 256  # of an integer
 _STORAGE_OF = {dtype: storage for storage, dtype in STORAGES.items()}
 
 
@@ -40,9 +44,8 @@ def write_pt(
       path: the file to write; an older one is replaced.
       tree: of dict, OrderedDict, list, tuple, argparse.Namespace, str, int, float, bool, None,
         NumPy scalars (written as numbers), np.dtype (as the torch dtype) and tensors: arrays (also
-        of JAX) or lazy ones (`LazyTensor`: a TensorRef, a Deferred), which are made one at a time.
-        Every tensor gets a storage of its own on the device "cpu", so that none is an alias of
-        another one after loading.
+        of JAX) or lazy ones (`Deferred`), which are made one at a time. Every tensor gets a storage
+        of its own on the device "cpu", so that none is an alias of another one after loading.
       on_bytes: called with the number of bytes whenever some of a tensor were written.
 
     Raises:
@@ -51,16 +54,16 @@ def write_pt(
       ValueError: the tree is nested more than 64 levels deep or holds itself, or a lazy tensor is
         not what it had announced.
     """
-    pickled = _Pickle()
-    pickled.value(tree, 0)
-    data = b"\x80\x02" + bytes(pickled.out) + b"."
+    tensors: list[Any] = []
+    pickled = io.BytesIO()
+    _Pickler(pickled, 2, fix_imports=False).dump(_plain(tree, tensors))
     with new_file(path) as stream, zipfile.ZipFile(stream, "w") as archive:
-        _add(archive, stream, "data.pkl", data)
+        _add(archive, stream, "data.pkl", pickled.getvalue())
         _add(archive, stream, ".format_version", b"1")
         _add(archive, stream, ".storage_alignment", str(_ALIGNMENT).encode())
         _add(archive, stream, "byteorder", b"little")
-        for key, tensor in enumerate(pickled.tensors):
-            with _entry(archive, stream, f"data/{key}", _nbytes(tensor)) as entry:
+        for key, tensor in enumerate(tensors):
+            with _entry(archive, stream, f"data/{key}", tensor.nbytes) as entry:
                 write_array(entry, tensor, on_bytes, f"tensor {key} of the tree")
         _add(archive, stream, "version", b"3\n")
         _add(archive, stream, ".data/serialization_id", _identifier(archive))
@@ -71,10 +74,6 @@ def _identifier(archive: zipfile.ZipFile) -> bytes:
     checksums = [(info.filename, info.CRC) for info in archive.infolist()]
     digest = hashlib.sha256(repr(checksums).encode()).digest()
     return b"%040d" % (int.from_bytes(digest, "big") % 10**40)
-
-
-def _nbytes(tensor: Any) -> int:
-    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
 def _add(archive: zipfile.ZipFile, stream: BinaryIO, name: str, data: bytes) -> None:
@@ -94,97 +93,77 @@ def _entry(archive: zipfile.ZipFile, stream: BinaryIO, name: str, nbytes: int) -
     return archive.open(info, "w", force_zip64=zip64)
 
 
-class _Pickle:
-    """Pickles a tree with the opcodes of protocol 2, and collects its tensors in order."""
+@dataclasses.dataclass(frozen=True)
+class _Global:
+    """A global that the pickle mentions and that is not installed here."""
 
-    def __init__(self) -> None:
-        self.out = bytearray()
-        self.tensors: list[Any] = []
+    module: str
+    name: str
 
-    def value(self, value: Any, level: int) -> None:
-        """Appends the opcodes that build `value`, `level` levels deep in the tree."""
-        if level > _MAX_DEPTH:
-            raise ValueError(f"the tree is nested more than {_MAX_DEPTH} levels deep")
-        if isinstance(value, np.generic):
-            value = value.item()
-        if value is None or value is True or value is False:
-            self.out += {None: b"N", True: b"\x88", False: b"\x89"}[value]
-        elif isinstance(value, int):
-            self.integer(value)
-        elif isinstance(value, float):
-            self.out += b"G" + struct.pack(">d", value)
-        elif isinstance(value, str):
-            raw = value.encode("utf-8", "surrogatepass")
-            self.out += b"X" + struct.pack("<I", len(raw)) + raw
-        elif isinstance(value, dict):
-            self.mapping(value, level)
-        elif isinstance(value, list | tuple):
-            self.sequence(value, level)
-        elif isinstance(value, argparse.Namespace):
-            self.out += b"cargparse\nNamespace\n)\x81"
-            self.mapping(vars(value), level)
-            self.out += b"b"
-        elif isinstance(value, np.dtype):
-            self.out += f"ctorch\n{dtype_name(value)}\n".encode()
-        elif is_tensor(value):
-            self.tensor(value)
-        else:
-            raise TypeError(f"a .pt file cannot hold {type(value).__name__} here: {value!r:.100}")
 
-    def integer(self, value: int) -> None:
-        if 0 <= value < 1 << 8:
-            self.out += b"K" + struct.pack("<B", value)
-        elif 0 <= value < 1 << 16:
-            self.out += b"M" + struct.pack("<H", value)
-        elif -(1 << 31) <= value < 1 << 31:
-            self.out += b"J" + struct.pack("<i", value)
-        elif value.bit_length() >= 256:
-            raise TypeError("a .pt file cannot hold an integer of more than 32 bytes here")
-        else:
-            raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-            self.out += b"\x8a" + struct.pack("<B", len(raw)) + raw
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """What the pickle says of the tensor whose numbers are entry `key`."""
 
-    def mapping(self, items: dict, level: int) -> None:
-        ordered = isinstance(items, collections.OrderedDict)
-        self.out += b"ccollections\nOrderedDict\n)R" if ordered else b"}"
-        self.out += b"("
-        for key, value in items.items():
-            if not isinstance(key, str | int | float | None):
-                raise TypeError(f"a .pt file cannot hold a dict key {key!r:.100}")
-            self.value(key, level + 1)
-            self.value(value, level + 1)
-        self.out += b"u"
+    key: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
 
-    def sequence(self, items: list | tuple, level: int) -> None:
-        self.out += b"(" if isinstance(items, tuple) else b"]("
-        for item in items:
-            self.value(item, level + 1)
-        self.out += b"t" if isinstance(items, tuple) else b"e"
 
-    def tensor(self, tensor: Any) -> None:
+def _plain(value: Any, tensors: list[Any], level: int = 0) -> Any:
+    """A copy of a tree with a `_Tensor` for each tensor, which is appended to `tensors`."""
+    if level > _MAX_DEPTH:
+        raise ValueError(f"the tree is nested more than {_MAX_DEPTH} levels deep")
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, int) and value.bit_length() < _MAX_BITS:  # bool too
+        return value
+    if value is None or isinstance(value, float | str):
+        return value
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**_plain(vars(value), tensors, level))
+    if isinstance(value, dict) and all(isinstance(k, str | int | float | None) for k in value):
+        kind = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+        return kind((key, _plain(item, tensors, level + 1)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        items = [_plain(item, tensors, level + 1) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, np.dtype):
+        return _Global("torch", dtype_name(value))
+    if is_tensor(value):
+        tensors.append(value)
+        shape = tuple(int(d) for d in value.shape)
+        dtype_name(value.dtype)  # TypeError where PyTorch has none
+        return _Tensor(len(tensors) - 1, np.dtype(value.dtype), shape)
+    raise TypeError(f"a .pt file cannot hold {type(value).__name__} here: {value!r:.100}")
+
+
+_MACHINE: Any = pickle._Pickler  # which is not documented, so its attributes have no types
+
+
+class _Pickler(_MACHINE):
+    def save_name(self, value: _Global) -> None:
+        self.write(pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
+
+    def save_tensor(self, value: _Tensor) -> None:
         """A call that rebuilds a contiguous tensor from a storage of its own."""
-        name = dtype_name(tensor.dtype)
-        storage = _STORAGE_OF.get(name)
-        size = math.prod(tensor.shape)
-        self.out += b"ctorch._utils\n_rebuild_tensor_v%d\n((" % (2 if storage else 3)
-        self.value("storage", 0)
+        name, size = dtype_name(value.dtype), math.prod(value.shape)
         # Newer dtypes have no storage class: their storage is bytes, and the dtype an argument.
-        self.out += (
-            f"ctorch\n{storage}\n".encode() if storage else b"ctorch.storage\nUntypedStorage\n"
-        )
-        self.value(str(len(self.tensors)), 0)
-        self.value("cpu", 0)
-        self.integer(size if storage else _nbytes(tensor))
-        self.out += b"tQ"
-        self.integer(0)
-        shape = tuple(int(d) for d in tensor.shape)
-        self.value(shape, 0)
+        old = name in _STORAGE_OF
+        kind = ("torch", _STORAGE_OF[name]) if old else ("torch.storage", "UntypedStorage")
+        count = size if old else size * value.dtype.itemsize
         # PyTorch counts an empty dimension as 1 in the strides of the ones before it.
-        self.value(
-            tuple(math.prod(max(d, 1) for d in shape[i + 1 :]) for i in range(len(shape))), 0
-        )
-        self.out += b"\x89ccollections\nOrderedDict\n)R"
-        if not storage:
-            self.value(np.dtype(tensor.dtype), 0)
-        self.out += b"tR"
-        self.tensors.append(tensor)
+        strides = [max(d, 1) for d in value.shape]
+        self.save_name(_Global("torch._utils", f"_rebuild_tensor_v{2 if old else 3}"))
+        self.write(pickle.MARK)
+        self.save(("storage", _Global(*kind), str(value.key), "cpu", count))
+        self.write(pickle.BINPERSID)
+        place = (0, value.shape, tuple(math.prod(strides[i + 1 :]) for i in range(len(strides))))
+        arguments: tuple[Any, ...] = (*place, False, collections.OrderedDict())
+        for argument in arguments:
+            self.save(argument)
+        if not old:
+            self.save_name(_Global("torch", name))
+        self.write(pickle.TUPLE + pickle.REDUCE)
+
+    dispatch: ClassVar = {**_MACHINE.dispatch, _Global: save_name, _Tensor: save_tensor}

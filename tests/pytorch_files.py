@@ -1,9 +1,12 @@
-"""Makers of .pt files for tests, good ones and bad ones, written byte by byte."""
+"""Makers of files for tests: .pt files written byte by byte, and shards with their index."""
 
+import json
 import struct
 import zipfile
 
 import numpy as np
+
+from dico_jax.pytorch.torch_files import write_safetensors
 
 # Pickle opcodes, protocol 2.
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
@@ -76,6 +79,19 @@ def zip_pt(path, data, storages=(), more=None, compression=zipfile.ZIP_STORED):
             z.writestr(f"archive/data/{key}", raw)
         for name, raw in (more or {}).items():
             z.writestr(name, raw)
+    return path
+
+
+def write_shards(folder, tensors, count):
+    """Writes `count` shards m-N.safetensors and their index; its path."""
+    names = list(tensors)
+    shards = {f"m-{i}.safetensors": names[i::count] for i in range(count)}
+    for shard, own in shards.items():
+        write_safetensors(folder / shard, {name: tensors[name] for name in own})
+    path = folder / "m.safetensors.index.json"
+    files = {name: shard for shard, own in shards.items() for name in own}
+    weight_map = {name: files[name] for name in names}
+    path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
 
 

@@ -1,0 +1,291 @@
+"""Tensors inside files, read one at a time.
+
+A tensor of a file is a `Deferred`: dtype, shape, and where it lies, so that a program that goes
+through a file of 2.8 GB holds one tensor and not the file. Files are read by position and not
+memory-mapped: pages of a map count as the process's memory until the map is closed.
+
+Tensors are little-endian in all formats, and so is every machine that JAX runs on.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dico_jax.errors import UsageError
+from dico_jax.files import Deferred
+
+# PyTorch's name of a dtype, and NumPy's dtype of the same bits.
+DTYPES: dict[str, np.dtype] = {
+    **{name: np.dtype(name) for name in ("float64", "float32", "float16")},
+    **{
+        name: np.dtype(getattr(ml_dtypes, name))
+        for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+    },
+    **{f"{sign}int{bits}": np.dtype(f"{sign}int{bits}") for sign in ("", "u")
+       for bits in (64, 32, 16, 8)},
+    "bool": np.dtype(bool),
+}  # fmt: skip
+
+AGAIN = "download or save it again"  # the fix in messages about damaged files
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK = 4 << 20  # bytes per read
+_MAX_DIMS = 32
+_MAX_DEPTH = 64
+
+
+def shown(value: object, limit: int = 100) -> str:
+    """`value` from a file, fit for a one-line message: strings quoted, long ones cut."""
+    text = repr(value[: 2 * limit]) if isinstance(value, str | bytes) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def dtype_name(dtype: Any) -> str:
+    """PyTorch's name of a NumPy dtype, of either byte order.
+
+    Raises:
+      TypeError: it has none here.
+    """
+    dtype = np.dtype(dtype)
+    name = _NAMES.get(dtype.newbyteorder("=") if dtype.byteorder == ">" else dtype)
+    if name is None:
+        raise TypeError(f"tensors of dtype {dtype} cannot be saved; use one of {', '.join(DTYPES)}")
+    return name
+
+
+@contextlib.contextmanager
+def refusing(what: str, how: str = "is damaged or cut short") -> Iterator[None]:
+    """Makes a UsageError, `what` `how`, of whatever reading a strange file raises.
+
+    Anything may come out of libraries that read what somebody has bent, but it is never a bug.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{what} {how}: {reason[:300]}; {AGAIN}") from None
+
+
+class InputFile:
+    """An ordinary file, read by byte ranges; threads may share it.
+
+    Args:
+      path: the file.
+      on_bytes: called with the number of bytes whenever tensor data was read, for progress bars.
+
+    Attributes:
+      name: the path, as messages give it.
+      stream: the open file.
+      size: the file's length in bytes.
+
+    Raises:
+      UsageError: there is no such file, it is a folder or a device, or it may not be read.
+    """
+
+    def __init__(self, path: str | os.PathLike, on_bytes: Callable[[int], object] | None = None):
+        self.name = os.fspath(path)
+        self.on_bytes = on_bytes
+        try:
+            # Before opening: opening a pipe would wait for its writer.
+            if not stat.S_ISREG(os.stat(self.name).st_mode):
+                raise UsageError(f"{self.name} is a folder or a device; name a file")
+            self.stream = open(self.name, "rb")  # noqa: SIM115 (closed by close)
+        except (OSError, ValueError) as error:
+            if isinstance(error, UsageError):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"{self.name} cannot be opened: {reason}") from error
+        self.size = os.fstat(self.stream.fileno()).st_size
+
+    def close(self) -> None:
+        """Closes the file; reading afterwards raises ValueError."""
+        self.stream.close()
+
+    def read_into(self, start: int, buffer: memoryview, report: bool = False) -> None:
+        """Fills `buffer` (of bytes) from byte `start` on; counts it for `on_bytes` if `report`."""
+        while buffer:
+            count = os.preadv(self.stream.fileno(), [buffer[:_CHUNK]], start)
+            if not count:
+                raise UsageError(f"{self.name} is cut short: it ends at byte {start}; {AGAIN}")
+            buffer, start = buffer[count:], start + count
+            if report and self.on_bytes:
+                self.on_bytes(count)
+
+    def read(self, start: int, count: int) -> bytes:
+        """The `count` bytes from `start` on."""
+        if start < 0 or start + count > self.size:
+            raise UsageError(f"{self.name} is cut short or damaged; {AGAIN}")
+        buffer = bytearray(count)
+        self.read_into(start, memoryview(buffer))
+        return bytes(buffer)
+
+    def refuse_placeholder(self) -> None:
+        """Raises UsageError for what often lies in a download's place."""
+        start = self.read(0, min(self.size, 64))
+        if not start:
+            raise UsageError(f"{self.name} is empty; {AGAIN}")
+        if start.startswith(b"version https://git-lfs"):
+            raise UsageError(
+                f"{self.name} is a Git LFS pointer; fetch the file itself (git lfs pull)"
+            )
+        if start.lstrip()[:1] == b"<":
+            raise UsageError(f"{self.name} is a web page; download the file itself")
+
+
+@dataclasses.dataclass(eq=False)
+class Blob:
+    """A run of bytes in a file, with its checksum where the format has one.
+
+    Attributes:
+      file: the file.
+      name: what the format calls these bytes.
+      start: position of the first byte in the file.
+      nbytes: their number.
+      crc: their CRC-32, or None. It is checked when the blob is first read.
+    """
+
+    file: InputFile
+    name: str
+    start: int
+    nbytes: int
+    crc: int | None = None
+
+    def read_into(self, offset: int, buffer: memoryview, report: bool = True) -> None:
+        """Fills `buffer` with the bytes from `offset` (within the blob) on.
+
+        Raises:
+          UsageError: the file ended early, or the checksum is wrong.
+        """
+        whole = len(buffer) == self.nbytes
+        if self.crc is not None and not whole:
+            found = 0
+            for at in range(0, self.nbytes, _CHUNK):
+                part = self.file.read(self.start + at, min(_CHUNK, self.nbytes - at))
+                found = zlib.crc32(part, found)
+            self._compare(found)
+        self.file.read_into(self.start + offset, buffer, report)
+        if self.crc is not None:
+            self._compare(zlib.crc32(buffer))
+
+    def _compare(self, found: int) -> None:
+        if found != self.crc:
+            raise UsageError(
+                f"{self.file.name} is damaged: the checksum of {shown(self.name)} does not match "
+                f"its data; {AGAIN}"
+            )
+        self.crc = None  # once is enough
+
+    def read_small(self, limit: int) -> bytes:
+        """All bytes; raises UsageError for more than `limit`."""
+        if self.nbytes > limit:
+            raise UsageError(
+                f"{self.file.name}: {shown(self.name)} is {self.nbytes} bytes long; at most {limit}"
+            )
+        data = bytearray(self.nbytes)
+        self.read_into(0, memoryview(data), report=False)
+        return bytes(data)
+
+
+def tensor(
+    blob: Blob, dtype: np.dtype, shape: Any, offset: Any = 0, strides: Any = None
+) -> Deferred:
+    """A tensor in a file; its `read` gives a new C-contiguous array.
+
+    Args:
+      blob: the stored bytes; several tensors may share them.
+      dtype: NumPy's dtype (ml_dtypes' for bfloat16 and the 8-bit floats).
+      shape: a tuple of counts, as the file gives it.
+      offset: the first element's position in the blob, in elements.
+      strides: a tuple of steps in elements, as PyTorch counts them; None when contiguous.
+
+    Raises:
+      UsageError: the numbers are not counts, or the tensor does not fit into the stored bytes.
+    """
+    where = f"{blob.file.name}: a tensor in {shown(blob.name)}"
+    if strides is None and _are_counts(shape):
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    if (
+        not (_are_counts(shape) and _are_counts((offset,)) and _are_counts(strides))
+        or len(strides) != len(shape)
+        # NumPy refuses an empty array whose other dimensions would overflow.
+        or math.prod(max(d, 1) for d in shape) * dtype.itemsize >= 1 << 62
+    ):
+        what = shown((shape, offset, strides))
+        raise UsageError(f"{where} has no sensible shape, offset and strides: {what}")
+    end = offset + _span(shape, strides) if math.prod(shape) else 0
+    if end * dtype.itemsize > blob.nbytes:
+        raise UsageError(
+            f"{where} reaches past its storage: shape {list(shape)}, strides {list(strides)} and "
+            f"offset {offset} need {end * dtype.itemsize} bytes of {blob.nbytes}"
+        )
+    return Deferred(dtype, shape, functools.partial(_read, blob, dtype, shape, offset, strides))
+
+
+def _are_counts(values: object) -> bool:
+    return (
+        type(values) is tuple
+        and len(values) <= _MAX_DIMS
+        and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+    )
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many elements of the storage lie between a tensor's first and last, both included."""
+    return 1 + sum((d - 1) * s for d, s in zip(shape, strides, strict=True))
+
+
+def _read(
+    blob: Blob, dtype: np.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]
+) -> np.ndarray:
+    if not math.prod(shape):
+        return np.empty(shape, dtype)
+    raw = np.empty(_span(shape, strides) * dtype.itemsize, np.uint8)
+    blob.read_into(offset * dtype.itemsize, raw.data)
+    # Any other byte makes a NumPy bool that is neither true nor false.
+    if dtype == np.bool_ and raw.max() > 1:
+        raise UsageError(f"{blob.file.name} is damaged: a bool in {shown(blob.name)} is not 0/1")
+    steps = tuple(s * dtype.itemsize for s in strides)
+    return np.asarray(np.ndarray(shape, dtype, raw.data, 0, steps), order="C")
+
+
+def values_in(tree: object, where: str = "the tree") -> Iterator[object]:
+    """All values in a tree of dicts, lists, tuples and Namespaces, itself included, in order.
+
+    Shared values come every time, as a program meets them that knows nothing of sharing.
+
+    Raises:
+      UsageError: the tree, `where` in messages, is deeper than 64 levels or contains itself.
+    """
+    stack: list[Iterator[object]] = [iter([tree])]
+    while stack:
+        for value in stack[-1]:
+            yield value
+            if (inner := _children(value)) is not None:
+                if len(stack) > _MAX_DEPTH:
+                    raise UsageError(
+                        f"{where} is nested more than {_MAX_DEPTH} levels deep, or contains itself"
+                    )
+                stack.append(iter(inner))
+                break
+        else:
+            stack.pop()
+
+
+def _children(value: object) -> Iterable[object] | None:
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else None
