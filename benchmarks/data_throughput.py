@@ -25,11 +25,10 @@ from PIL import Image
 from dico_jax.autoencoders.encoding import make_latents_fn
 from dico_jax.autoencoders.registry import Autoencoder
 from dico_jax.data.bad_examples import BadExampleLog
-from dico_jax.data.latent_folder import Plan
-from dico_jax.data.latent_writer import shard_writer, write_manifest
-from dico_jax.data.pipeline import DeviceBatches, training_batches
-from dico_jax.data.prepared_latents import PreparedLatents
-from dico_jax.data.readers import PictureReader, read_label, read_orientation
+from dico_jax.data.latent_folder import Plan, shard_writer, write_manifest
+from dico_jax.data.latents import PreparedLatents
+from dico_jax.data.pictures import PictureReader
+from dico_jax.data.pipeline import DeviceBatches, read_label, read_orientation, training_batches
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, to_global
 
 _PICTURES = flags.DEFINE_string("pictures", None, "Folder of JPEGs, a subfolder per class.")
@@ -47,7 +46,7 @@ def write_latents(folder: str, num_examples: int = 8192) -> PreparedLatents:
     for shard in range(plan.num_shards):
         with shard_writer(epath.Path(folder), plan, shard) as writer:
             for index in plan.shard_range(shard):
-                writer.add(rng.normal(size=plan.shape), index % 1000, f"example/{index}")
+                writer.add(rng.normal(size=plan.shape), {"label": index % 1000}, f"example/{index}")
     write_manifest(epath.Path(folder), plan, {})
     return PreparedLatents(folder)
 
@@ -132,7 +131,7 @@ def main(_):
             report(f"prepared latents, num_workers={workers}", rates, "bar: 5,000")
     if _PICTURES.value is None:
         return
-    from dico_jax.data.folders import FolderSource
+    from dico_jax.data.class_files import FolderSource
 
     pictures = FolderSource(_PICTURES.value)
     files = sorted(str(path) for path in pathlib.Path(_PICTURES.value).glob("*/*"))

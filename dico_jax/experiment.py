@@ -13,10 +13,9 @@ from dico_jax.autoencoders import Autoencoder, create_autoencoder
 from dico_jax.config import DEFAULTS, check_at_least, config_errors
 from dico_jax.data.arrays import ArraySource
 from dico_jax.data.bad_examples import BadExampleLog
-from dico_jax.data.pictures import BadExample
-from dico_jax.data.pipeline import Reader
-from dico_jax.data.prepared_latents import PreparedLatents
-from dico_jax.data.readers import PictureReader, read_orientation
+from dico_jax.data.latents import PreparedLatents
+from dico_jax.data.pictures import BadExample, PictureReader
+from dico_jax.data.pipeline import Reader, read_orientation
 from dico_jax.data.sources import Source, create_source
 from dico_jax.diffusion import Diffusion, create_diffusion
 from dico_jax.errors import UsageError

@@ -172,7 +172,7 @@ def _source():
 
 
 def _reader():
-    from dico_jax.data.readers import PictureReader
+    from dico_jax.data.pictures import PictureReader
 
     if _IMAGE_SIZE.value < 1:
         raise UsageError(f"--image_size={_IMAGE_SIZE.value} must be at least 1")
@@ -229,7 +229,7 @@ def _with_flags(message: str) -> str:
 def _verify() -> None:
     from etils import epath
 
-    from dico_jax.data.prepared_latents import verify
+    from dico_jax.data.latents import verify
 
     manifest = verify(epath.Path(_OUT.value))
     print(

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from dico_jax import create_model, load_pytorch
 from dico_jax.config import DEFAULTS, check_fields, with_defaults
-from dico_jax.data.prepared_latents import PreparedLatents
+from dico_jax.data.latents import PreparedLatents
 from dico_jax.experiment import experiment_from_config
 from dico_jax.models import abstract_params
 from tests.commands import assert_refused, call

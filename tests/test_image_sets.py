@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dico_jax.data.arrays import ArraySource
-from dico_jax.data.digits import DigitsSource
+from dico_jax.data.arrays import ArraySource, DigitsSource
 from dico_jax.data.image_sets import FolderImages, SourceImages
-from dico_jax.data.readers import PictureReader
+from dico_jax.data.pictures import PictureReader
 from dico_jax.errors import UsageError
 
 RNG = np.random.default_rng(0)

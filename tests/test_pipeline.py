@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from dico_jax.data.bad_examples import BadExampleLog
-from dico_jax.data.folders import FolderSource
-from dico_jax.data.pictures import BadExample
-from dico_jax.data.pipeline import DeviceBatches, training_batches
-from dico_jax.data.readers import PictureReader, read_label, read_orientation
+from dico_jax.data.class_files import FolderSource
+from dico_jax.data.pictures import BadExample, PictureReader
+from dico_jax.data.pipeline import DeviceBatches, read_label, read_orientation, training_batches
 from dico_jax.errors import UsageError
 from tests.real_data import IMAGENET, requires_data
 

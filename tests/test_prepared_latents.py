@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import msgpack
 import numpy as np
 import pytest
 from etils import epath
@@ -10,11 +11,11 @@ from etils import epath
 from configs import default
 from dico_jax.autoencoders.registry import Autoencoder
 from dico_jax.autoencoders.weights import Weights
-from dico_jax.data import latent_writer, prepared_latents
+from dico_jax.data import latent_folder, latents
 from dico_jax.data.latent_folder import read_manifest
 from dico_jax.data.latent_preparation import Options, prepare_latents
+from dico_jax.data.latents import PreparedLatents, verify
 from dico_jax.data.pictures import load_picture
-from dico_jax.data.prepared_latents import PreparedLatents, verify
 from dico_jax.errors import UsageError
 from tests.test_encoding import encode
 
@@ -125,7 +126,7 @@ def test_a_killed_call_goes_on_without_redoing_finished_shards(prepared, tmp_pat
             read.append(int(i))
             return super().__getitem__(i)
 
-    add = latent_writer.ShardWriter.add
+    add = latent_folder.ShardWriter.add
 
     def dying(self, *args):
         calls.append(args)
@@ -133,10 +134,10 @@ def test_a_killed_call_goes_on_without_redoing_finished_shards(prepared, tmp_pat
             raise Killed
         add(self, *args)
 
-    monkeypatch.setattr(latent_writer.ShardWriter, "add", dying)
+    monkeypatch.setattr(latent_folder.ShardWriter, "add", dying)
     with pytest.raises(Killed):
         prepare_latents(Dies(), autoencoder(), str(tmp_path), options())
-    monkeypatch.setattr(latent_writer.ShardWriter, "add", add)
+    monkeypatch.setattr(latent_folder.ShardWriter, "add", add)
     first = tmp_path / "latents-00000-of-00003.array_record"
     assert [path.name for path in tmp_path.glob("*.array_record")] == [first.name]
     written = first.stat().st_mtime_ns
@@ -292,12 +293,12 @@ def test_verify_finds_a_wrong_record(prepared, tmp_path):
 def test_buckets_need_a_local_folder_and_are_copied_there(copy, tmp_path):
     folder, cache = epath.Path(copy), tmp_path / "cache"
     with pytest.raises(UsageError, match="set config.data.cache_dir to a local folder"):
-        prepared_latents._cached(folder, read_manifest(folder), None)
+        latents._cached(folder, read_manifest(folder), None)
     for _ in range(2):
-        local = prepared_latents._cached(folder, read_manifest(folder), str(cache))
+        local = latents._cached(folder, read_manifest(folder), str(cache))
     assert (local / SHARD).read_bytes() == (copy / SHARD).read_bytes()
     (cache / SHARD).write_bytes(b"half")
-    prepared_latents._cached(folder, read_manifest(folder), str(cache))
+    latents._cached(folder, read_manifest(folder), str(cache))
     assert (cache / SHARD).read_bytes() == (copy / SHARD).read_bytes()
 
 
@@ -306,3 +307,57 @@ def test_load_picture_is_what_noise_relies_on():
     np.testing.assert_array_equal(
         load_picture(image, size=SIZE, channels=3, exif_rotation=False), image
     )
+
+
+def test_further_fields_are_kept(tmp_path):
+    """Captions, token arrays, nested ones: whatever msgpack and NumPy hold."""
+    tokens = np.arange(6, dtype=np.float16).reshape(3, 2)
+
+    class Captioned(Noise):
+        def __getitem__(self, i):
+            captions = [f"a picture \u00e9 {j}" for j in range(int(i) % 3)]
+            fields = {"caption": captions, "tokens": tokens + int(i), "size": np.int64(i)}
+            extra = {"seen": {"x": b"\0", "y": None}} if i == 4 else {}
+            return super().__getitem__(i) | fields | extra
+
+    source = Captioned(bad=(1,))
+    for workers in (0, 1):
+        out = tmp_path / str(workers)
+        wanted = options(max_bad_fraction=0.1, num_workers=workers)
+        manifest = prepare_latents(source, autoencoder(), str(out), wanted)
+        assert manifest.fields == {"label", "caption", "tokens", "size"}
+        verify(epath.Path(out))
+        found = PreparedLatents(str(out))
+        assert len(found) == 10
+        assert found[3]["seen"] == {"x": b"\0", "y": None}
+        for i, index in enumerate([0, *range(2, 11)]):
+            example, original = found[i], source[index]
+            assert example["label"] == original["label"]
+            assert example["caption"] == original["caption"]
+            assert example["size"] == index
+            np.testing.assert_array_equal(example["tokens"], original["tokens"])
+            assert example["tokens"].dtype == np.float16
+
+
+def test_fields_that_cannot_be_kept(tmp_path):
+    class Odd(Noise):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"made": object()}
+
+    with pytest.raises(UsageError, match="a/0.png has a field that cannot be kept: a object"):
+        prepare_latents(Odd(), autoencoder(), str(tmp_path), options())
+
+
+def test_latents_of_the_first_version(prepared, tmp_path):
+    """Shards that tell no fields, of records with labels alone."""
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    for file in [copy / "manifest.json", *copy.glob("latents-*.json")]:
+        values = json.loads(file.read_text())
+        for shard in values.get("shards", [values]):
+            assert shard.pop("fields") == ["label"]
+        file.write_text(json.dumps(values))
+    manifest = verify(epath.Path(copy))
+    assert manifest.fields == {"label"}
+    assert prepare_latents(Noise(), autoencoder(), str(copy), options()).shards == manifest.shards
+    record = msgpack.unpackb(PreparedLatents(str(copy))._records[0])
+    assert list(record) == ["moments", "label", "id"]

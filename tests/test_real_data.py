@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import cifar10, folder, s256
-from dico_jax.data.prepared_latents import PreparedLatents
+from dico_jax.data.latents import PreparedLatents
 from dico_jax.errors import UsageError
 from dico_jax.training.loop import Run, train
 from tests import golden

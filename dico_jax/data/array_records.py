@@ -14,16 +14,16 @@ from array_record.python import array_record_data_source, array_record_module
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from dico_jax.data.paths import path_errors, require_local, required_path
-from dico_jax.data.pictures import BadExample
+from dico_jax.data.paths import path_errors, required_path, wrong_path
+from dico_jax.data.pictures import BadExample, one_line
 from dico_jax.errors import UsageError
 
 _FILES = ("*.array_record*", "*.arrayrecord*")
 
-# Names of features: of TFDS, and of the TFRecord files of old.
-_IMAGE = ("image", "image/encoded")
-_LABEL = ("label", "image/class/label")
-_ID = ("file_name", "id", "image/filename")
+# What an example needs, and what names it: features of TFDS, and of the TFRecord files of old.
+_IMAGE = (("image", "image/encoded"), bytes)
+_LABEL = (("label", "image/class/label"), int)
+_ID = (("file_name", "id", "image/filename"), bytes)
 
 _OPENERS = 16  # files at once
 _TRIED = 10  # records, to find a good one
@@ -31,6 +31,9 @@ _TRIED = 10  # records, to find a good one
 
 class ArrayRecordSource:
     """The records of ArrayRecord files in the order of the files' names.
+
+    Examples have the records' further features, too: a value (int, float or bytes), or a list
+    where there are several or none.
 
     Attributes:
       path: a folder, a file, or a pattern of files.
@@ -47,16 +50,16 @@ class ArrayRecordSource:
         Raises:
           UsageError: there are none, one is damaged, or the records have other features.
         """
-        path = required_path(path, "a folder or pattern of ArrayRecord files")
-        require_local(path, "ArrayRecord files")
-        self.path = path
+        self.path = path = required_path(
+            path, "a folder or pattern of ArrayRecord files", local="ArrayRecord files"
+        )
         files = _find_files(path)
         self._folder = os.path.commonpath([os.path.dirname(file) or "." for file in files])
         self._names = [os.path.relpath(file, self._folder) for file in files]
         counts = count_records(f"data.path={path}", files)
         self._ends = np.cumsum(counts)
         if not self._ends[-1]:
-            raise UsageError(f"data.path={path}: its {len(files)} ArrayRecord files are empty")
+            raise wrong_path(path, f"its {len(files)} ArrayRecord files are empty")
         self._records = array_record_data_source.ArrayRecordDataSource(
             [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True) if count]
         )
@@ -74,15 +77,15 @@ class ArrayRecordSource:
             except (BadExample, RuntimeError) as error:
                 reasons.append(f"the first record is no tf.train.Example: {error}")
                 continue
-            image, label = _find(features, _IMAGE, bytes), _find(features, _LABEL, int)
+            image, label = _find(features, *_IMAGE), _find(features, *_LABEL)
             if image is not None and label is not None:
-                return image, label, _find(features, _ID, bytes)
+                return image, label, _find(features, *_ID)
             reasons.append(
                 "records need the features 'image' or 'image/encoded' (bytes) and 'label' or "
                 "'image/class/label' (an int64), but the first has "
                 f"{', '.join(map(repr, sorted(features))) or 'none'}"
             )
-        raise UsageError(f"data.path={self.path}: {reasons[0]}")
+        raise wrong_path(self.path, reasons[0])
 
     def _largest_label(self) -> int:
         largest = 0
@@ -91,19 +94,20 @@ class ArrayRecordSource:
                 largest = max(largest, self._label_of(self._features(index)))
         return largest
 
-    def _features(self, index: int) -> dict[str, list]:
+    def _features(self, index: int) -> dict[str, Any]:
+        """The features of a record, those of one value as this value."""
         with record_errors():
             example = tf_example_pb2.Example.FromString(self._records[index])
-            return {
-                name: list(getattr(feature, feature.WhichOneof("kind") or "bytes_list").value)
-                for name, feature in example.features.feature.items()
-            }
+            features = {}
+            for name, feature in example.features.feature.items():
+                values = getattr(feature, feature.WhichOneof("kind") or "bytes_list").value
+                features[name] = values[0] if len(values) == 1 else list(values)
+            return features
 
-    def _label_of(self, features: dict[str, list]) -> int:
-        label = _only(features, self._label, int)
-        if label is None or label < 0:
-            found = features.get(self._label)
-            raise BadExample(f"its feature {self._label} is {found}, not one label from 0")
+    def _label_of(self, features: dict[str, Any]) -> int:
+        label = features.get(self._label)
+        if not isinstance(label, int) or label < 0:
+            raise BadExample(f"its feature {self._label} is {label}, not one label from 0")
         return label
 
     def __len__(self):
@@ -111,20 +115,21 @@ class ArrayRecordSource:
 
     def __getitem__(self, index) -> dict[str, Any]:
         features = self._features(range(len(self))[index])
-        label = self._label_of(features)
+        label, image = self._label_of(features), features.get(self._image)
         check_label(label, self.class_names)
-        image = _only(features, self._image, bytes)
-        if image is None:
+        if not isinstance(image, bytes):
             raise BadExample(f"its feature {self._image} is not one encoded picture")
-        return {"image": image, "label": label}
+        used = (self._image, self._label, self._id)
+        others = {name: value for name, value in features.items() if name not in used}
+        return others | {"image": image, "label": label}
 
     def example_id(self, index) -> str:
         """The id in a record, else FILE/POSITION."""
         index = range(len(self))[index]
         if self._id is not None:
             with contextlib.suppress(BadExample):
-                name = _only(self._features(index), self._id, bytes)
-                if name is not None:
+                name = self._features(index).get(self._id)
+                if isinstance(name, bytes):
                     return name.decode(errors="backslashreplace")
         file = int(np.searchsorted(self._ends, index, side="right"))
         return f"{self._names[file]}/{index - (self._ends[file - 1] if file else 0)}"
@@ -144,10 +149,9 @@ def record_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not re.match("Corrupted|Invalid", str(error)):
             raise
-        raise BadExample(f"its record is damaged: {' '.join(str(error).split())}") from error
+        raise BadExample(f"its record is damaged: {one_line(error)}") from error
     except (DecodeError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise BadExample(f"its record cannot be parsed: {reason}") from error
+        raise BadExample(f"its record cannot be parsed: {one_line(error)}") from error
 
 
 def check_label(label: int, class_names: Sequence[str]) -> None:
@@ -156,15 +160,9 @@ def check_label(label: int, class_names: Sequence[str]) -> None:
         raise BadExample(f"its label is {label}, but there are {len(class_names)} classes")
 
 
-def _only(features: dict[str, list], name: str, kind: type) -> Any:
-    """The one value of a feature, or None if it has another number or kind of values."""
-    values = features.get(name, [])
-    return values[0] if len(values) == 1 and isinstance(values[0], kind) else None
-
-
-def _find(features: dict[str, list], names: tuple[str, ...], kind: type) -> str | None:
+def _find(features: dict[str, Any], names: tuple[str, ...], kind: type) -> str | None:
     """The first of `names` that is a feature of one value of this kind."""
-    return next((name for name in names if _only(features, name, kind) is not None), None)
+    return next((name for name in names if isinstance(features.get(name), kind)), None)
 
 
 def _find_files(path: str) -> list[str]:
@@ -174,9 +172,10 @@ def _find_files(path: str) -> list[str]:
         patterns = [path]
     files = sorted({f for p in patterns for f in glob.glob(p) if os.path.isfile(f)})
     if not files:
-        raise UsageError(
-            f"data.path={path}: there are no ArrayRecord files: give their folder "
-            f"({' or '.join(_FILES)}) or a pattern"
+        raise wrong_path(
+            path,
+            f"there are no ArrayRecord files: give their folder ({' or '.join(_FILES)}) or a "
+            "pattern",
         )
     return files
 
@@ -190,14 +189,10 @@ def count_records(field: str, files: list[str]) -> list[int]:
 
     def count(file: str) -> int:
         try:
-            reader = array_record_module.ArrayRecordReader(file)
-            try:
+            with contextlib.closing(array_record_module.ArrayRecordReader(file)) as reader:
                 return reader.num_records()
-            finally:
-                reader.close()
         except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(f"{field}: {file} cannot be read: {reason}") from error
+            raise UsageError(f"{field}: {file} cannot be read: {one_line(error)}") from error
 
     with concurrent.futures.ThreadPoolExecutor(_OPENERS) as pool:
         return list(pool.map(count, files))
@@ -210,5 +205,5 @@ def _read_class_names(path: str, file: str) -> list[str]:
     with path_errors(path), open(file, encoding="utf-8") as stream:
         names = [line.strip() for line in stream.read().strip().split("\n")]
     if not all(names):
-        raise UsageError(f"data.path={path}: {file} has empty lines: write one class name per line")
+        raise wrong_path(path, f"{file} has empty lines: write one class name per line")
     return names

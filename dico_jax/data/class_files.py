@@ -1,18 +1,31 @@
-"""The pictures of classes, as folders and zip files hold them: CLASS/FILE.
+"""The pictures of classes, CLASS/FILE, as folders and zip files hold them.
 
 Names of a million files are kept as bytes in one array, which takes a third of the memory of a list
 of strings and pickles 20 times faster.
 """
 
 import abc
+import concurrent.futures
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from dico_jax.data.pictures import picture_suffixes
-from dico_jax.errors import UsageError
+from dico_jax.data.paths import (
+    Listing,
+    is_picture_name,
+    join,
+    list_folder,
+    path_errors,
+    printable,
+    read_picture_file,
+    required_path,
+    wrong_path,
+)
+
+# Folders that are listed at once; what takes time is a bucket or a network disk.
+_LISTERS = 16
 
 
 class Names:
@@ -45,18 +58,11 @@ class ClassFiles(abc.ABC):
 
     kind = "pictures"
 
-    def __init__(self, path: str, files: Mapping[str, list[str]], skipped: dict[str, str]):
-        """Takes names of pictures by class, in any order.
-
-        Raises:
-          UsageError: a class has none.
-        """
-        self.path, self.skipped = path, skipped
-        self.class_names = sorted(files)
-        _check_classes(path, self.class_names, files, skipped)
-        counts = [len(files[name]) for name in self.class_names]
-        self._starts = np.cumsum([0, *counts])
-        self._names = Names(file for name in self.class_names for file in sorted(files[name]))
+    def __init__(self, path: str, files: dict[str, list[str]], skipped: dict[str, str]):
+        """Takes what `sort_files` gives."""
+        self.path, self.skipped, self.class_names = path, skipped, list(files)
+        self._starts = np.cumsum([0, *map(len, files.values())])
+        self._names = Names(file for names in files.values() for file in names)
 
     @abc.abstractmethod
     def _read(self, index: int, class_name: str, file_name: str) -> bytes:
@@ -76,38 +82,104 @@ class ClassFiles(abc.ABC):
 
     def example_id(self, index) -> str:
         """CLASS/FILE of an example."""
-        _, _, class_name, file_name = self._locate(index)
-        return printable(f"{class_name}/{file_name}")
+        return printable("/".join(self._locate(index)[2:]))
 
     def __repr__(self):
         return f"{type(self).__name__}({self.path!r})"
 
 
-def printable(name: str) -> str:
-    """A file's name without the surrogates that stand for bytes which are not UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+class FolderSource(ClassFiles):
+    """PATH/CLASS/FILE, local or gs://."""
+
+    def __init__(self, path: str | None):
+        """Lists the folder.
+
+        Raises:
+          UsageError: it is not there, may not be read, or has another layout.
+        """
+        path = required_path(path, "a folder with one subfolder of pictures per class")
+        with path_errors(path):
+            top = list_folder(path)
+            folders = sorted(top.folders)
+            with concurrent.futures.ThreadPoolExecutor(_LISTERS) as pool:
+                listings = list(pool.map(list_folder, [join(path, name) for name in folders]))
+            classes = dict(zip(folders, listings, strict=True))
+            names = [f"{name}/" for name in folders] + sorted(top.files)
+            names += [file for name in folders for file in _below(path, name, classes[name])]
+        files, skipped = sort_files(
+            path,
+            names,
+            lambda name: (
+                f"if {printable(name)} is not a class but holds the classes, give "
+                f"data.path={printable(join(path, name))}"
+            ),
+        )
+        for name in folders:
+            for other in sorted(filter(is_picture_name, classes[name].others)):
+                skipped[printable(f"{name}/{other}")] = "it is not a file, or a broken link"
+        super().__init__(path, files, skipped)
+
+    def _read(self, index, class_name, file_name):
+        return read_picture_file(join(self.path, class_name, file_name))
 
 
-def is_picture_name(name: str) -> bool:
-    """Whether a name has the suffix of a picture."""
-    return os.path.splitext(name)[1].lower() in picture_suffixes()
+def _below(path: str, folder: str, listing: Listing) -> Iterator[str]:
+    """Names, from `path` on, of all files in its subfolder `folder` and deeper."""
+    for name in listing.files:
+        yield f"{folder}/{name}"
+    for name in sorted(listing.folders):
+        deeper = f"{folder}/{name}"
+        yield from _below(path, deeper, list_folder(join(path, deeper)))
 
 
-def no_picture_reason(name: str) -> str:
-    """Why a file is not taken for a picture."""
-    suffix = os.path.splitext(name)[1]
-    return f"{suffix} is not a picture's suffix" if suffix else "it has no suffix"
+def sort_files(
+    path: str, names: Iterable[str], nested_fix: Callable[[str], str]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The pictures of every class, sorted, and why other files were skipped, by printable name.
 
+    Args:
+      path: `data.path`.
+      names: of visible files below it, such as "cat/1.jpg"; "cat/" is a folder.
+      nested_fix: what to do where a class of this name has pictures in folders of its own.
 
-def _check_classes(
-    path: str, class_names: list[str], files: Mapping[str, list[str]], skipped: dict[str, str]
-) -> None:
-    empty = [name for name in class_names if not files[name]]
-    if not empty:
-        return
-    others = [name for name in skipped if name.split("/", 1)[0] in set(map(printable, empty))]
-    hint = f" (skipped in them: {len(others)}, such as {others[0]})" if others else ""
-    raise UsageError(
-        f"data.path={path}: no pictures in the class folders "
-        f"{', '.join(map(printable, empty))}{hint}: fill or remove them"
-    )
+    Raises:
+      UsageError: there are no classes, one is empty, or pictures lie deeper.
+    """
+    files: dict[str, list[str]] = {}
+    skipped = {}
+    for name in names:
+        class_name, inside, file_name = name.partition("/")
+        is_picture = is_picture_name(name)
+        if not inside:
+            if is_picture:
+                skipped[printable(name)] = "it lies beside the class folders"
+        elif "/" not in file_name:
+            of_class = files.setdefault(class_name, [])
+            if is_picture:
+                of_class.append(file_name)
+            elif file_name:
+                suffix = os.path.splitext(file_name)[1]
+                reason = f"{suffix} is not a picture's suffix" if suffix else "it has no suffix"
+                skipped[printable(name)] = reason
+        elif is_picture:
+            raise wrong_path(
+                path,
+                f"pictures lie deeper than CLASS/FILE ({printable(name)}): "
+                f"{nested_fix(class_name)}",
+            )
+    if not files:
+        raise wrong_path(
+            path,
+            f"it has no folders of pictures ({len(skipped)} pictures lie in no folder): give one "
+            "folder of pictures per class (one is enough)",
+        )
+    files = {name: sorted(files[name]) for name in sorted(files)}
+    skipped = dict(sorted(skipped.items()))
+    empty = [printable(name) for name, found in files.items() if not found]
+    if empty:
+        others = [name for name in skipped if name.partition("/")[0] in empty]
+        hint = f" (skipped in them: {len(others)}, such as {others[0]})" if others else ""
+        raise wrong_path(
+            path, f"no pictures in the class folders {', '.join(empty)}{hint}: fill or remove them"
+        )
+    return files, skipped

@@ -8,9 +8,15 @@ from typing import Any
 import grain
 import numpy as np
 
-from dico_jax.data.class_files import is_picture_name, printable
-from dico_jax.data.folders import FolderSource
-from dico_jax.data.paths import Listing, list_folder, path_errors, read_picture_file
+from dico_jax.data.class_files import FolderSource
+from dico_jax.data.paths import (
+    Listing,
+    is_picture_name,
+    list_folder,
+    path_errors,
+    printable,
+    read_picture_file,
+)
 from dico_jax.data.pictures import BadExample, load_whole_picture
 from dico_jax.data.pipeline import read_ahead
 from dico_jax.data.sources import Source

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
-from collections.abc import Generator, Iterator
+import json
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import grain
@@ -17,21 +19,24 @@ from jax.sharding import Mesh
 from dico_jax.autoencoders import Autoencoder
 from dico_jax.autoencoders.encoding import encode_in_parts, to_model_range
 from dico_jax.data.bad_examples import too_many_bad
-from dico_jax.data.latent_folder import DTYPES, Manifest, Plan, finished_shard
-from dico_jax.data.latent_writer import (
+from dico_jax.data.latent_folder import (
+    DTYPES,
+    Manifest,
+    Plan,
     claim_folder,
+    finished_shard,
     remove_leftovers,
     shard_writer,
-    source_digest,
     write_manifest,
 )
-from dico_jax.data.pictures import BadExample
+from dico_jax.data.pictures import BadExample, PictureReader
 from dico_jax.data.pipeline import read_ahead
-from dico_jax.data.readers import PictureReader
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.files import library_versions
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated, to_global
+
+_DIGEST_IDS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,18 @@ class Options:
                 f"--process_index={self.process_index} must be in 0 to {self.process_count - 1}, "
                 f"as --process_count={self.process_count}"
             )
+
+
+def source_digest(source: Source) -> str:
+    """The sha256 of a source's class names, its size and the ids of examples spread over it.
+
+    Not of all ids, because some sources have them in their records.
+    """
+    count = len(source)
+    digest = hashlib.sha256(json.dumps([list(source.class_names), count]).encode())
+    for index in np.unique(np.linspace(0, count - 1, _DIGEST_IDS).round().astype(int)):
+        digest.update(source.example_id(int(index)).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def make_plan(source: Source, autoencoder: Autoencoder, options: Options) -> Plan:
@@ -135,25 +152,22 @@ def prepare_latents(
         bad |= done.bad if done else {}
     _check_bad(bad, plan, source, options)
     sizes = {shard: len(plan.shard_range(shard)) for shard in mine}
-    left = sum(sizes[shard] for shard in todo)
+    total, left = sum(sizes.values()), sum(sizes[shard] for shard in todo)
     with (
         contextlib.closing(_encoded(source, autoencoder, plan, todo, options)) as examples,
-        tqdm.tqdm(
-            total=sum(sizes.values()), initial=sum(sizes.values()) - left, unit="image",
-            dynamic_ncols=True,
-        ) as bar,
-    ):  # fmt: skip
+        tqdm.tqdm(total=total, initial=total - left, unit="image", dynamic_ncols=True) as bar,
+    ):
         for shard in todo:
             with shard_writer(folder, plan, shard, options.process_index) as writer:
                 if shard == 0:
                     writer.add_bad(source.skipped)
-                for example in itertools.islice(examples, sizes[shard]):
-                    name = source.example_id(example.index)
-                    if example.reason is None:
-                        writer.add(example.moments, example.label, name)
+                for example, moments in itertools.islice(examples, sizes[shard]):
+                    name = source.example_id(example["index"])
+                    if example["bad"] is None:
+                        writer.add(moments, example["fields"], name)
                     else:
-                        writer.add_bad({name: example.reason})
-                        bad[name] = example.reason
+                        writer.add_bad({name: example["bad"]})
+                        bad[name] = example["bad"]
                         _check_bad(bad, plan, source, options)
                     bar.update()
     return write_manifest(folder, plan, library_versions())
@@ -165,77 +179,52 @@ def _check_bad(bad: dict[str, str], plan: Plan, source: Source, options: Options
         raise too_many_bad(bad, total, options.max_bad_fraction, "--max_bad_fraction")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Encoded:
-    """An example on its way to a shard; the moments of one with a reason mean nothing."""
-
-    index: int
-    label: int
-    moments: np.ndarray
-    reason: str | None
-
-
 class _Loader:
     """Loads examples by index, for Grain's workers."""
 
     def __init__(self, source: Source, read: PictureReader):
         self._source, self._read = source, read
 
-    def reason(self, index: int) -> str:
-        """Why an example is bad."""
-        try:
-            self._read(self._source[index]["image"], False)
-        except BadExample as error:
-            return str(error)
-        return "could not be read at first, and then could"
-
     def __call__(self, index: int) -> dict[str, Any]:
-        """{"index", "label", "picture": uint8 (H, W, 3), "bad": whether it could not be read}."""
-        size = self._read.size
+        """{"index", "fields": all but the image, "picture": uint8 (H, W, 3), "bad": a reason}."""
         try:
-            example = self._source[int(index)]
-            picture, label, bad = self._read(example["image"], False), example["label"], False
-        except BadExample:
-            picture, label, bad = np.zeros((size, size, self._read.channels), np.uint8), 0, True
-        return {
-            "index": np.int64(index),
-            "label": np.int64(label),
-            "picture": picture,
-            "bad": np.bool_(bad),
-        }
+            fields = dict(self._source[int(index)])
+            return {
+                "index": int(index),
+                "picture": self._read(fields.pop("image"), False),
+                "fields": fields,
+                "bad": None,
+            }
+        except BadExample as error:
+            size, channels = self._read.size, self._read.channels
+            picture = np.zeros((size, size, channels), np.uint8)
+            return {"index": int(index), "picture": picture, "fields": {}, "bad": str(error)}
+
+
+def _together(examples: Sequence[dict[str, Any]]) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The pictures of a batch, (n, H, W, 3), and the rest of its examples."""
+    return np.stack([example.pop("picture") for example in examples]), list(examples)
 
 
 def _encoded(
     source: Source, autoencoder: Autoencoder, plan: Plan, shards: list[int], options: Options
-) -> Generator[_Encoded]:
-    """The examples of some shards, in order."""
+) -> Generator[tuple[dict[str, Any], np.ndarray]]:
+    """What `_Loader` gives of the examples of some shards, in order, and their moments."""
     mesh = create_mesh(jax.local_devices())
     batch_size = -(-options.batch_size // mesh.size) * mesh.size
     encode = _make_encode_fn(autoencoder, plan, batch_size, mesh)
-    loader = _Loader(source, PictureReader(plan.image_size, 3, plan.exif_rotation))
+    load = _Loader(source, PictureReader(plan.image_size, 3, plan.exif_rotation))
     indices = np.concatenate([np.asarray(plan.shard_range(s)) for s in shards] or [np.arange(0)])
     if not len(indices):
         return
-    dataset = grain.MapDataset.source(indices).map(loader).batch(batch_size)
-    batches = iter(read_ahead(dataset, options.num_workers))
-    try:
+    dataset = grain.MapDataset.source(indices).map(load).batch(batch_size, batch_fn=_together)
+    with contextlib.closing(iter(read_ahead(dataset, options.num_workers))) as batches:
         # The next batch is on its way to the devices while the last one is taken apart.
         ahead = None
         for batch in itertools.chain(batches, [None]):
-            behind, ahead = ahead, batch and (batch, encode(batch["picture"]))
+            behind, ahead = ahead, batch and (batch[1], encode(batch[0]))
             if behind is not None:
-                yield from _taken_apart(*behind, loader)
-    finally:
-        batches.close()
-
-
-def _taken_apart(batch: dict, moments, loader: _Loader) -> Iterator[_Encoded]:
-    moments = np.asarray(moments)
-    for i, (index, label, bad) in enumerate(
-        zip(batch["index"], batch["label"], batch["bad"], strict=True)
-    ):
-        reason = loader.reason(int(index)) if bad else None
-        yield _Encoded(int(index), int(label), moments[i], reason)
+                yield from zip(behind[0], np.asarray(behind[1]), strict=False)  # padded
 
 
 def _make_encode_fn(autoencoder: Autoencoder, plan: Plan, batch_size: int, mesh: Mesh):

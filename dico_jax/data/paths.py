@@ -10,13 +10,19 @@ from typing import IO, NamedTuple
 
 from etils import epath
 
-from dico_jax.data.pictures import BadExample
+from dico_jax.data.pictures import BadExample, one_line, picture_suffixes
 from dico_jax.errors import UsageError
 
 _REMOTE = ("gs://", "s3://")
 
 # Larger than a file of MAX_PIXELS, even without compression (0.7 GB).
 MAX_FILE_BYTES = 1 << 30
+
+_REASONS = {
+    FileNotFoundError: "{} does not exist",
+    PermissionError: "no permission to read {}",
+    NotADirectoryError: "{} is not a folder",
+}
 
 
 class Listing(NamedTuple):
@@ -38,26 +44,43 @@ def is_remote(path: str) -> bool:
     return path.startswith(_REMOTE)
 
 
-def required_path(path: str | None, what: str) -> str:
+def wrong_path(path: str, what: str) -> UsageError:
+    """The error about `data.path`; `what` says what is wrong and what to do."""
+    return UsageError(f"data.path={path}: {what}")
+
+
+def required_path(path: str | None, what: str, *, local: str = "") -> str:
     """`data.path`, with "~" expanded.
 
+    Args:
+      path: as it is set.
+      what: what there should be.
+      local: what there is, in words, if it cannot be read in a bucket.
+
     Raises:
-      UsageError: it is not set; `what` says what to give.
+      UsageError: it is not set, or cannot be read.
     """
     if not path:
         raise UsageError(f"data.path is not set: give {what}")
     if "://" in path and not is_remote(path):
-        raise UsageError(f"data.path={path}: only local and gs:// paths can be read")
+        raise wrong_path(path, "only local and gs:// paths can be read")
+    if local and is_remote(path):
+        raise wrong_path(
+            path,
+            f"{local} cannot be read in a bucket: copy them to a local disk, or mount the bucket "
+            "(gcsfuse)",
+        )
     return os.path.expanduser(path)
 
 
-def require_local(path: str, what: str) -> None:
-    """Raises UsageError for a path in a bucket, where `what` cannot be read."""
-    if is_remote(path):
-        raise UsageError(
-            f"data.path={path}: {what} cannot be read in a bucket: copy them to a local disk, or "
-            "mount the bucket (gcsfuse)"
-        )
+def join(*parts: str) -> str:
+    """A path of names below a folder, local or not."""
+    return "/".join([parts[0].rstrip("/") or "/", *parts[1:]])
+
+
+def printable(name: str) -> str:
+    """A file's name without the surrogates that stand for bytes which are not UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def is_hidden(name: str) -> bool:
@@ -67,38 +90,36 @@ def is_hidden(name: str) -> bool:
     )
 
 
+def is_picture_name(name: str) -> bool:
+    """Whether a name has the suffix of a picture."""
+    return os.path.splitext(name)[1].lower() in picture_suffixes()
+
+
 def list_folder(path: str) -> Listing:
     """What is in a folder.
 
     Raises:
       OSError: it cannot be listed.
     """
-    listing = _list_remote(path) if is_remote(path) else _list_local(path)
+    listing = Listing([], [], [])
+    if is_remote(path):
+        # The first step of a walk tells files and folders apart in one request.
+        for _, folders, files in epath.Path(path).walk(on_error=_fail):
+            listing.folders.extend(name.rstrip("/") for name in folders)
+            # A bucket may have an empty object in the place of a folder.
+            listing.files.extend(filter(None, files))
+            break
+    else:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                # Known from the listing, but for links.
+                kind = 1 if entry.is_file() else 0 if entry.is_dir() else 2
+                listing[kind].append(entry.name)
     return Listing(*([name for name in names if not is_hidden(name)] for names in listing))
 
 
-def _list_local(path: str) -> Listing:
-    listing = Listing([], [], [])
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.is_file():  # known from the listing, but for links
-                listing.files.append(entry.name)
-            elif entry.is_dir():
-                listing.folders.append(entry.name)
-            else:
-                listing.others.append(entry.name)
-    return listing
-
-
-def _list_remote(path: str) -> Listing:
-    def fail(error: OSError) -> None:
-        raise error
-
-    # The first step of a walk tells files and folders apart in one request.
-    for _, folders, files in epath.Path(path).walk(on_error=fail):
-        # A bucket may have an empty object in the place of a folder.
-        return Listing([name.rstrip("/") for name in folders], [f for f in files if f], [])
-    return Listing([], [], [])
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def open_file(path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
@@ -130,37 +151,26 @@ def read_picture_file(path: str) -> bytes:
 
 @contextlib.contextmanager
 def path_errors(path: str) -> Iterator[None]:
-    """Turns what opening or listing `data.path` may raise into a UsageError that names it."""
+    """Turns what opening or listing `data.path` may raise into a UsageError that names it.
+
+    Of a bucket that is anything: its client libraries have errors of many classes.
+    """
     try:
         yield
     except UsageError:
         raise
-    except FileNotFoundError as error:
-        raise UsageError(f"data.path={path}: {_where(error, path)} does not exist") from error
-    except PermissionError as error:
-        raise UsageError(
-            f"data.path={path}: no permission to read {_where(error, path)}"
-        ) from error
-    except NotADirectoryError as error:
-        raise UsageError(f"data.path={path}: {_where(error, path)} is not a folder") from error
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"data.path={path} cannot be read: {reason}") from error
-    except ImportError as error:
-        if not is_remote(path):
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_remote(path):
             raise
-        raise UsageError(
-            f"data.path={path}: gs:// needs gcsfs: pip install 'dico_jax[gcs]'"
-        ) from error
-    except Exception as error:  # of the client libraries of buckets, of many classes
-        if not is_remote(path):
-            raise
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"data.path={path} cannot be read: {type(error).__name__}: {reason}"
-        ) from error
+        raise wrong_path(path, _reason(error, path)) from error
 
 
-def _where(error: OSError, path: str) -> str:
-    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else path
-    return "it" if name == path else name
+def _reason(error: Exception, path: str) -> str:
+    if isinstance(error, ImportError):
+        return "gs:// needs gcsfs: pip install 'dico_jax[gcs]'"
+    for kind, reason in _REASONS.items():
+        if isinstance(error, kind):
+            named = isinstance(error.filename, str | bytes)
+            name = os.fsdecode(error.filename) if named else path
+            return reason.format("it" if name == path else name)
+    return f"it cannot be read: {one_line(error)}"

@@ -4,10 +4,12 @@ The crop is that of the published code: halved with a box filter while both side
 twice the size, resized bicubically so that the shorter side fits, and cut out of the middle.
 """
 
+import dataclasses
 import functools
 import io
 import re
 import warnings
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -25,6 +27,35 @@ _IGNORE_PILLOW = ("ignore", None, Warning, re.compile(_PILLOW), 0)
 
 class BadExample(Exception):  # noqa: N818 - what it tells of is the example
     """An example that cannot be read or decoded. Its text is the reason, in one line."""
+
+
+def one_line(error: Exception) -> str:
+    """An error's text without line breaks."""
+    return " ".join(str(error).split())
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureReader:
+    """Pictures to uint8 (size, size, channels): decoded, cropped, mirrored.
+
+    Attributes:
+      size: side of the cropped picture in pixels.
+      channels: 1 or 3.
+      exif_rotation: whether to turn pictures as their EXIF data say.
+    """
+
+    size: int
+    channels: int
+    exif_rotation: bool = False
+
+    def __call__(self, image: Any, mirrored: bool) -> np.ndarray:
+        """The array of an encoded picture or of uint8 pixels (H, W, C).
+
+        Raises:
+          BadExample: it cannot be decoded.
+        """
+        picture = load_picture(image, **dataclasses.asdict(self))
+        return picture[:, ::-1] if mirrored else picture
 
 
 def load_picture(
@@ -97,8 +128,7 @@ def _decode(data: bytes, size: int, exif_rotation: bool) -> Image.Image:
         start = f"starts with {data[:12]!r}" if data else "is empty"
         raise BadExample(f"no picture in a format that Pillow reads ({start})") from error
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise BadExample(f"{type(error).__name__}: {reason}".rstrip(": ")) from error
+        raise BadExample(f"{type(error).__name__}: {one_line(error)}".rstrip(": ")) from error
 
 
 def center_crop(picture: Image.Image, size: int) -> Image.Image:

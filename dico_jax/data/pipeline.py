@@ -21,11 +21,28 @@ from dico_jax.data.bad_examples import BadExampleLog, too_many_bad
 from dico_jax.data.pictures import BadExample
 from dico_jax.data.sources import Source
 
+# Makes the array of an example's image, mirrored or not: `PictureReader`, `read_orientation`.
 Reader = Callable[[Any, bool], np.ndarray]
+# Makes what the network is told of an example: arrays by name, of one shape for every example.
 ConditionReader = Callable[[dict[str, Any]], dict[str, np.ndarray]]
 
 _ENDLESS = 1 << 48  # examples; Grain's own endless sequence is too long to be cut into parts
 _BATCHES_AHEAD = 2  # of every worker, and on the devices
+
+
+def read_orientation(image: np.ndarray, mirrored: bool) -> np.ndarray:
+    """Latents or moments (h, w, C), or (1 or 2, h, w, C) orientations: the one that is asked for.
+
+    Latents of one picture alone are mirrored themselves, which is right for pixels only.
+    """
+    if image.ndim == 3:
+        return image[:, ::-1] if mirrored else image
+    return image[int(mirrored)]
+
+
+def read_label(example: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The class of an example as a condition: {"label": int32 ()}."""
+    return {"label": np.asarray(example["label"], np.int32)}
 
 
 class ExampleLoader:
@@ -84,9 +101,7 @@ def training_batches(
 
     Args:
       source: the examples.
-      read: makes the array of an example's image, see `dico_jax.data.readers`.
-      read_condition: makes of an example, a dict, what the network is told of it: arrays by name,
-        of the same shapes for every example. It goes to worker processes, too.
+      read, read_condition: see `Reader` and `ConditionReader`; they go to worker processes, too.
       batch_size: examples per step over all processes; divides by process_count.
       seed: decides the order and the mirroring.
       start_step: number of batches already used.

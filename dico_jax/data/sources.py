@@ -1,13 +1,9 @@
 """Sources of training examples by name; docs/data.md describes each for its users."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
-from dico_jax.data.arrays import ArraySource
-from dico_jax.data.digits import DigitsSource
-from dico_jax.data.folders import FolderSource
-from dico_jax.data.zips import ZipSource
 from dico_jax.errors import UsageError
 
 
@@ -33,10 +29,12 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image", "label"}: the label is an int, the position in `class_names`.
+        """{"image", "label", ...}: the label is an int, the position in `class_names`.
 
         Pictures are bytes of a picture file or uint8 (H, W, 1 or 3). Latents and moments are
-        floats (H, W, C) or, with the mirrored picture's, (2, H, W, C).
+        floats (H, W, C) or, with the mirrored picture's, (2, H, W, C). Further fields, such as
+        "caption", are what the source has: text, numbers, bytes, arrays, or lists and dicts of
+        these. A network's `read_condition` takes what it wants.
 
         Raises:
           BadExample: this one example cannot be read.
@@ -49,46 +47,30 @@ class Source(Protocol):
         ...
 
 
-# These import much, so they do it late.
+def _in_module(module: str, create: Callable[[Any, Any], Source]) -> Callable[[Any], Source]:
+    """A row of `SOURCES`: what `create` makes of the module, imported when needed, and a config."""
 
+    def open_source(config) -> Source:
+        try:
+            found = importlib.import_module(f"dico_jax.data.{module}")
+        except ImportError as error:
+            raise UsageError(
+                f"data.source={config.source!r} needs tensorflow-datasets and array_record "
+                f"({error}): pip install tensorflow-datasets array_record"
+            ) from error
+        return create(found, config)
 
-def _latents(config) -> Source:
-    from dico_jax.data.prepared_latents import PreparedLatents
-
-    return PreparedLatents.from_config(config)
-
-
-def _tfds(config) -> Source:
-    with _needs_tfds(config.source):
-        from dico_jax.data.tfds_source import TfdsSource
-    return TfdsSource(config.name, config.path, config.split)
-
-
-def _array_record(config) -> Source:
-    with _needs_tfds(config.source):
-        from dico_jax.data.array_records import ArrayRecordSource
-    return ArrayRecordSource(config.path)
-
-
-@contextlib.contextmanager
-def _needs_tfds(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise UsageError(
-            f"data.source={name!r} needs tensorflow-datasets and array_record ({error}): "
-            "pip install tensorflow-datasets array_record"
-        ) from error
+    return open_source
 
 
 SOURCES: dict[str, Callable[[Any], Source]] = {
-    "latents": _latents,
-    "folder": lambda config: FolderSource(config.path),
-    "zip": lambda config: ZipSource(config.path),
-    "tfds": _tfds,
-    "array_record": _array_record,
-    "arrays": lambda config: ArraySource(config.path),
-    "digits": lambda config: DigitsSource(),
+    "latents": _in_module("latents", lambda m, c: m.PreparedLatents.from_config(c)),
+    "folder": _in_module("class_files", lambda m, c: m.FolderSource(c.path)),
+    "zip": _in_module("zips", lambda m, c: m.ZipSource(c.path)),
+    "tfds": _in_module("tfds_source", lambda m, c: m.TfdsSource(c.name, c.path, c.split)),
+    "array_record": _in_module("array_records", lambda m, c: m.ArrayRecordSource(c.path)),
+    "arrays": _in_module("arrays", lambda m, c: m.ArraySource(c.path)),
+    "digits": _in_module("arrays", lambda m, c: m.DigitsSource()),
 }
 
 

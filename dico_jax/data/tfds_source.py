@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,18 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder, registered
 
 from dico_jax.data.array_records import check_label, count_records, record_errors
-from dico_jax.data.paths import require_local
-from dico_jax.data.pictures import BadExample
+from dico_jax.data.paths import required_path
+from dico_jax.data.pictures import BadExample, one_line
 from dico_jax.errors import UsageError
+
+_MAX_REASON = 200
 
 
 class TfdsSource:
     """The examples of a split. Ids are the feature file_name, or SPLIT/POSITION without one.
+
+    Examples have the dataset's further features, too, as TFDS gives them, but for texts, which are
+    strings, and pictures, which stay encoded.
 
     Attributes:
       class_names: of the label's feature.
@@ -36,20 +42,17 @@ class TfdsSource:
           UsageError: it is not there or not prepared as ArrayRecord (or Parquet) files, has no such
             split, or has not one image and one label.
         """
-        if path is not None:
-            require_local(path, "datasets of TFDS")
         builder = _find_builder(name, path)
         self._folder, self._split = os.fspath(builder.data_dir), split
         features = builder.info.features
-        self._image = _pick_feature(builder, "image", _image_names(features))
-        self._label = _pick_feature(builder, "label", _label_names(features))
-        texts = [key for key, f in features.items() if isinstance(f, tfds.features.Text)]
-        self._name = "file_name" if "file_name" in texts else None
-        self._decoders = {
-            key: tfds.decode.SkipDecoding()
-            for key, feature in features.items()
-            if isinstance(feature, tfds.features.Image)
-        }
+        images = _names(features, _is_picture) or _names(features, _is_pixels)
+        labels = _names(features, lambda f: isinstance(f, tfds.features.ClassLabel))
+        self._image = _pick_feature(builder, "image", images)
+        self._label = _pick_feature(builder, "label", labels)
+        self._texts = _names(features, lambda f: isinstance(f, tfds.features.Text))
+        self._named = "file_name" in self._texts
+        encoded = _names(features, lambda f: isinstance(f, tfds.features.Image))
+        self._decoders = {key: tfds.decode.SkipDecoding() for key in encoded}
         self.class_names = list(features[self._label].names)
         self.skipped: dict[str, str] = {}
         self._open(builder)
@@ -80,9 +83,12 @@ class TfdsSource:
     def _example(self, index) -> dict[str, Any]:
         index = range(len(self))[index]
         with record_errors():
-            example = self._records[index]
+            example = dict(self._records[index])
         if example[self._image] is None or example[self._label] is None:
             raise BadExample(f"its record has no {self._image} or no {self._label}")
+        for name in self._texts:
+            if isinstance(example[name], bytes):
+                example[name] = example[name].decode(errors="backslashreplace")
         return example
 
     def __len__(self):
@@ -90,15 +96,17 @@ class TfdsSource:
 
     def __getitem__(self, index) -> dict[str, Any]:
         example = self._example(index)
-        image, label = example[self._image], int(example[self._label])
+        image, label = example.pop(self._image), int(example.pop(self._label))
         check_label(label, self.class_names)
-        return {"image": image, "label": label}
+        if self._named:
+            del example["file_name"]
+        return example | {"image": image, "label": label}
 
     def example_id(self, index) -> str:
         """The file_name of an example, else SPLIT/POSITION."""
-        if self._name is not None:
+        if self._named:
             with contextlib.suppress(BadExample):
-                return self._example(index)[self._name].decode(errors="backslashreplace")
+                return self._example(index)["file_name"]
         return f"{self._split}/{range(len(self))[index]}"
 
     def __getstate__(self):
@@ -112,65 +120,48 @@ class TfdsSource:
         return f"TfdsSource({self._folder!r}, {self._split!r})"
 
 
+def _names(features: tfds.features.FeaturesDict, wanted: Callable[[Any], bool]) -> list[str]:
+    return [name for name, feature in features.items() if wanted(feature)]
+
+
+def _is_picture(feature: Any) -> bool:
+    # TFDS stores images of other dtypes as the bytes of their numbers.
+    return isinstance(feature, tfds.features.Image) and feature.np_dtype in (np.uint8, np.uint16)
+
+
+def _is_pixels(feature: Any) -> bool:
+    plain = type(feature) is tfds.features.Tensor and feature.np_dtype == np.uint8
+    return plain and len(feature.shape) == 3 and feature.shape[2] in (1, 3)
+
+
 def _find_builder(name: str | None, path: str | None) -> tfds.core.DatasetBuilder:
     if name is None and path is None:
         raise UsageError(
             "data.name is not set: give a dataset such as 'cifar10', or the folder of a prepared "
             "version as config.data.path"
         )
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    folder = required_path(path or default, "", local="datasets of TFDS")
     field = f"data.path={path}" if name is None else f"data.name={name!r}"
-    folder = os.path.expanduser(path or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     try:
         if name is None:
             return tfds.builder_from_directory(folder)
         # This looks at the disk alone; tfds.builder asks Google's buckets for what is not there.
         return read_only_builder.builder_from_files(name, data_dir=folder)
     except registered.DatasetNotFoundError as error:
+        plain = str(name).partition(":")[0]
+        there = os.path.join(folder, plain)
+        versions = ", ".join(sorted(os.listdir(there))) if os.path.isdir(there) else ""
         raise UsageError(
-            f"{field} is not prepared in {folder}{_versions(folder, str(name))}: give its data_dir "
-            "as config.data.path, or prepare it with tfds build "
-            f"{str(name).partition(':')[0]} --file_format=array_record --data_dir={folder}"
+            f"{field} is not prepared in {folder}{f' (but {versions})' if versions else ''}: give "
+            f"its data_dir as config.data.path, or prepare it with tfds build {plain} "
+            f"--file_format=array_record --data_dir={folder}"
         ) from error
     except (ValueError, OSError) as error:
-        hint = (
-            ": give the folder that has dataset_info.json, or set config.data.name too"
-            if name is None
-            else ""
-        )
-        raise UsageError(f"{field} cannot be opened ({_one_line(error)}){hint}") from error
-
-
-def _versions(folder: str, name: str) -> str:
-    """In words, the versions of a dataset that there are."""
-    folder = os.path.join(folder, name.partition(":")[0])
-    versions = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return f" (but {', '.join(versions)})" if versions else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _image_names(features: tfds.features.FeaturesDict) -> list[str]:
-    """The features that are pictures: of type Image, else tensors of pixels."""
-    images = [
-        key
-        for key, feature in features.items()
-        # TFDS stores other dtypes as the bytes of their numbers.
-        if isinstance(feature, tfds.features.Image) and feature.np_dtype in (np.uint8, np.uint16)
-    ]
-    return images or [
-        key
-        for key, feature in features.items()
-        if type(feature) is tfds.features.Tensor
-        and feature.np_dtype == np.uint8
-        and len(feature.shape) == 3
-        and feature.shape[2] in (1, 3)
-    ]
-
-
-def _label_names(features: tfds.features.FeaturesDict) -> list[str]:
-    return [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+        hint = ": give the folder that has dataset_info.json, or set config.data.name too"
+        raise UsageError(
+            f"{field} cannot be opened ({one_line(error)[:_MAX_REASON]}){'' if name else hint}"
+        ) from error
 
 
 def _pick_feature(builder: tfds.core.DatasetBuilder, what: str, names: list[str]) -> str:
@@ -195,8 +186,8 @@ def _find_split(builder: tfds.core.DatasetBuilder, split: str) -> Any:
         count, files = found.num_examples, found.filepaths
     except (ValueError, KeyError, AssertionError) as error:
         raise UsageError(
-            f"{field} is not a split of {builder.data_dir} ({_one_line(error)}): use one of "
-            f"{names}, or a part such as 'train[:90%]'"
+            f"{field} is not a split of {builder.data_dir} ({one_line(error)[:_MAX_REASON]}): use "
+            f"one of {names}, or a part such as 'train[:90%]'"
         ) from error
     if not count:
         raise UsageError(f"{field} of {builder.data_dir} has no examples: use one of {names}")

@@ -24,8 +24,7 @@ import optax
 import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dico_jax.data.pipeline import training_batches
-from dico_jax.data.readers import read_label
+from dico_jax.data.pipeline import read_label, training_batches
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.feature_networks import Features
@@ -166,7 +165,7 @@ def train_classifier(
 
     Args:
       source: pictures with labels.
-      read: makes a picture's pixels, see `dico_jax.data.readers`.
+      read: makes a picture's pixels, see `dico_jax.data.pipeline.Reader`.
       max_steps: at most so many steps.
       seed: decides order and initial weights.
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from dico_jax.data.image_sets import ImageSet, SourceImages
-from dico_jax.data.readers import PictureReader
+from dico_jax.data.pictures import PictureReader
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.evaluator import (
