@@ -101,6 +101,8 @@ def get_config():
     config.mesh.rules = ()
 
     config.diffusion = config_dict.ConfigDict()
+    # What the network learns: "noise" (and the variance), the published objective.
+    config.diffusion.objective = "noise"
     config.diffusion.diffusion_steps = 1000
     # "linear" or "squaredcos_cap_v2".
     config.diffusion.noise_schedule = "linear"

@@ -17,12 +17,11 @@ from dico_jax.data.latents import PreparedLatents
 from dico_jax.data.pictures import BadExample, PictureReader
 from dico_jax.data.pipeline import Reader, read_orientation
 from dico_jax.data.sources import Source, create_source
-from dico_jax.diffusion import Diffusion, create_diffusion
+from dico_jax.diffusion import Objective, SamplingOptions, create_objective
 from dico_jax.errors import UsageError
 from dico_jax.models import create_model, model_options
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.registry import find_model
-from dico_jax.sampling.generate import SamplingOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +30,13 @@ class Experiment:
 
     Attributes:
       model: the network, a linen module.
-      diffusion: the process it is trained with.
+      diffusion: the objective it is trained with.
       autoencoder: between pictures and latents.
       latent_shape: (H, W, C) of the network's input.
     """
 
     model: Denoiser
-    diffusion: Diffusion
+    diffusion: Objective
     autoencoder: Autoencoder
     latent_shape: tuple[int, int, int]
 
@@ -70,11 +69,7 @@ def experiment_from_config(config: ConfigDict) -> Experiment:
     """
     model = model_from_config(config)
     with config_errors("diffusion."):
-        diffusion = create_diffusion(
-            noise_schedule=config.diffusion.noise_schedule,
-            diffusion_steps=config.diffusion.diffusion_steps,
-            learn_sigma=config.model.learn_sigma,
-        )
+        diffusion = create_objective(config.diffusion, learn_sigma=model.learn_sigma)
     with config_errors():
         autoencoder = create_autoencoder(config.autoencoder)
         if autoencoder.channels not in (None, model.in_channels):
@@ -99,8 +94,8 @@ def _latent_side(image_size: int, downsampling: int, size_divisor: int) -> int:
     return image_size // downsampling
 
 
-def sampling_from_config(config: ConfigDict) -> tuple[Diffusion, SamplingOptions]:
-    """The respaced process and the options that a config's samples are made with.
+def sampling_from_config(config: ConfigDict) -> tuple[Objective, SamplingOptions]:
+    """The objective with the steps of sampling, and how a config's samples are made.
 
     Raises:
       UsageError: naming the field, its value and the fix.
@@ -118,14 +113,11 @@ def sampling_from_config(config: ConfigDict) -> tuple[Diffusion, SamplingOptions
             check_at_least(config, f"sampling.{field}", 1)
         check_at_least(config, "sampling.grid_every_steps", 0)
     try:
-        process = create_diffusion(
-            timestep_respacing=str(sampling.num_steps),
-            noise_schedule=config.diffusion.noise_schedule,
-            diffusion_steps=config.diffusion.diffusion_steps,
-            learn_sigma=config.model.learn_sigma,
+        process = create_objective(
+            config.diffusion, learn_sigma=config.model.learn_sigma, num_steps=sampling.num_steps
         )
     except UsageError as error:
-        raise UsageError(f"config.sampling.num_steps={sampling.num_steps}: {error}") from error
+        raise UsageError("config.sampling.num_steps", sampling.num_steps, f": {error}") from error
     return process, options
 
 

@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 from dico_jax.autoencoders import Autoencoder, create_autoencoder, to_uint8
 from dico_jax.autoencoders.weights import Weights
 from dico_jax.config import DEFAULTS
-from dico_jax.diffusion import create_diffusion
+from dico_jax.diffusion import SamplingOptions, create_diffusion
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.class_agreement import class_agreement, mean_pairwise_distance
 from dico_jax.models import create_model
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.parallel.sharding import state_sharding
-from dico_jax.sampling.generate import SamplingOptions, generate_images, make_generate_fn
+from dico_jax.sampling.generate import generate_images, make_generate_fn
 from dico_jax.sampling.grids import image_grid, load_png, save_png
 from tests import golden
 

@@ -24,7 +24,7 @@ from dico_jax.parallel.sharding import state_sharding
 from dico_jax.training.logging import open_logger
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.step import StepOptions, draw_noise, drop_conditions, make_train_step
+from dico_jax.training.step import StepOptions, drop_conditions, make_train_step
 from dico_jax.training.workdir import open_workdir
 
 
@@ -90,10 +90,8 @@ def test_one_and_eight_devices_train_alike():
 def test_examples_of_one_step_get_different_noise_and_timesteps():
     x = jnp.zeros((16, 8, 8, 1))
     mesh = create_mesh()
-    draw = jax.jit(
-        lambda k, x: draw_noise(k, x, 1000), in_shardings=(replicated(mesh), batch_sharding(mesh))
-    )
-    t, noise, _ = draw(jax.random.key(0), x)
+    draw = jax.jit(create_diffusion().draw, in_shardings=(replicated(mesh), batch_sharding(mesh)))
+    t, noise = draw(jax.random.key(0), x)
     assert (draw(jax.random.key(1), x)[0] != t).any()
     assert len(np.unique(t)) > 10
     flat = np.asarray(noise).reshape(16, -1)

@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from configs import default
 from dico_jax import cli
+from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import TrainingStopped, UsageError
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated
 from dico_jax.training import nan_policy, profiling
@@ -247,7 +248,7 @@ def test_quarters_of_a_batch_split_over_devices():
     rng, mesh = np.random.default_rng(0), create_mesh()
     split = batch_sharding(mesh)
     quarters = jax.jit(
-        lambda mse, t: quarter_losses(mse, t, 1000),
+        lambda mse, t: quarter_losses({"mse": mse}, create_diffusion().progress(t)),
         in_shardings=(split, split),
         out_shardings=replicated(mesh),
     )
@@ -274,14 +275,15 @@ def test_quarters_of_a_batch_split_over_devices():
 @pytest.mark.parametrize("num_timesteps", [1000, 50, 7, 4])
 def test_quarters_are_quarters(num_timesteps):
     t = np.arange(num_timesteps)
-    found = jax.jit(quarter_losses, static_argnums=2)(jnp.ones(t.shape), t, num_timesteps)
+    progress = create_diffusion(diffusion_steps=2000, timestep_respacing=num_timesteps).progress
+    found = jax.jit(lambda t: quarter_losses({"mse": jnp.ones(t.shape)}, progress(t)))(t)
     bounds = np.ceil(np.arange(5) * num_timesteps / 4).astype(int)
     assert [int(q.weight) for q in found.values()] == list(np.diff(bounds))
 
 
 def test_an_example_that_is_not_finite_spoils_its_own_quarter():
-    found = jax.jit(quarter_losses, static_argnums=2)(
-        jnp.array([1.0, jnp.nan, 3.0]), jnp.array([0, 500, 999]), 1000
+    found = jax.jit(quarter_losses)(
+        {"mse": jnp.array([1.0, jnp.nan, 3.0])}, jnp.array([0.0, 0.5, 0.999])
     )
     totals = [float(v.total) for v in found.values()]
     np.testing.assert_array_equal(totals, [1, 0, np.nan, 3])

@@ -1,13 +1,8 @@
-"""Diffusion: schedules, the Gaussian process, losses, guidance and samplers."""
+"""Diffusion: schedules, the Gaussian process, objectives, guidance, solvers, noise of images."""
 
 from dico_jax.diffusion.gaussian import (
-    LOSSES,
-    PREDICTIONS,
-    VARIANCES,
-    Diffusion,
     GaussianMoments,
     ModelMoments,
-    create_diffusion,
     noise_from_x0,
     original_timesteps,
     p_mean_variance,
@@ -18,64 +13,70 @@ from dico_jax.diffusion.gaussian import (
     x0_from_noise,
 )
 from dico_jax.diffusion.guidance import CFG_CHANNELS, classifier_free_guidance, guided_model_fn
+from dico_jax.diffusion.image_noise import image_keys, initial_noise, step_noise
 from dico_jax.diffusion.losses import (
     discretized_gaussian_log_likelihood,
     normal_kl,
     training_losses,
     vb_terms,
 )
-from dico_jax.diffusion.samplers import (
-    SAMPLERS,
-    Step,
+from dico_jax.diffusion.objectives import (
+    OBJECTIVES,
+    Diffusion,
+    Estimate,
+    Objective,
+    create_diffusion,
+    create_objective,
+)
+from dico_jax.diffusion.schedule import Schedule, beta_schedule, make_schedule, respaced_timesteps
+from dico_jax.diffusion.solvers import (
+    SOLVERS,
+    Path,
+    SamplingOptions,
+    Solver,
     Trajectory,
     ddim_step,
     ddpm_step,
-    image_keys,
-    initial_noise,
     sample_loop,
-    step_noise,
 )
-from dico_jax.diffusion.schedule import Schedule, beta_schedule, make_schedule, respaced_timesteps
 
-__all__ = [  # noqa: RUF022  (grouped by module, in the order of reading)
-    # schedule
-    "Schedule",
-    "beta_schedule",
-    "make_schedule",
-    "respaced_timesteps",
-    # gaussian
+__all__ = [
+    "CFG_CHANNELS",
+    "OBJECTIVES",
+    "SOLVERS",
     "Diffusion",
+    "Estimate",
     "GaussianMoments",
     "ModelMoments",
-    "LOSSES",
-    "PREDICTIONS",
-    "VARIANCES",
+    "Objective",
+    "Path",
+    "SamplingOptions",
+    "Schedule",
+    "Solver",
+    "Trajectory",
+    "beta_schedule",
+    "classifier_free_guidance",
     "create_diffusion",
+    "create_objective",
+    "ddim_step",
+    "ddpm_step",
+    "discretized_gaussian_log_likelihood",
+    "guided_model_fn",
+    "image_keys",
+    "initial_noise",
+    "make_schedule",
     "noise_from_x0",
+    "normal_kl",
     "original_timesteps",
     "p_mean_variance",
     "q_mean_variance",
     "q_posterior",
     "q_sample",
+    "respaced_timesteps",
+    "sample_loop",
     "split_output",
-    "x0_from_noise",
-    # losses
-    "discretized_gaussian_log_likelihood",
-    "normal_kl",
+    "step_noise",
     "training_losses",
     "vb_terms",
-    # guidance
-    "CFG_CHANNELS",
-    "classifier_free_guidance",
-    "guided_model_fn",
-    # samplers
-    "SAMPLERS",
-    "Step",
-    "Trajectory",
-    "ddim_step",
-    "ddpm_step",
-    "image_keys",
-    "initial_noise",
-    "sample_loop",
-    "step_noise",
+    "x0_from_noise",
 ]

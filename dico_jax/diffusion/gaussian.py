@@ -5,58 +5,20 @@ process, 0..T-1, or one index () for all examples. An index beyond the process g
 compute in float32, or in float64 if an input has it; bfloat16 inputs are cast to float32 first.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dico_jax.diffusion.schedule import Schedule, make_schedule, replace_first
+from dico_jax.diffusion.schedule import replace_first
 from dico_jax.errors import UsageError
 
-PREDICTIONS = ("noise", "x0")
-VARIANCES = ("learned_range", "fixed_small", "fixed_large")
-LOSSES = ("mse", "rescaled_mse", "kl")
-
-
-@dataclasses.dataclass(frozen=True)
-class Diffusion:
-    """A process, what the model predicts of it, and which loss trains the model.
-
-    Attributes:
-      schedule: the tables of the (respaced) process.
-      prediction: "noise", or "x0", the clean data.
-      variance: of p(x_{t-1} | x_t). "learned_range": the model gives it in a second half of its
-        channels (improved DDPM, arXiv 2102.09672, equation 15); "fixed_small": the posterior's;
-        "fixed_large": beta_t (both: DDPM, arXiv 2006.11239, section 3.2).
-      loss: "mse": mean squared error, plus the variational bound if the variance is learned;
-        "rescaled_mse": with the bound multiplied by T/1000; "kl": T times the bound alone.
-    """
-
-    schedule: Schedule
-    prediction: str = "noise"
-    variance: str = "learned_range"
-    loss: str = "mse"
-
-    def __post_init__(self):
-        choices = {"prediction": PREDICTIONS, "variance": VARIANCES, "loss": LOSSES}
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise UsageError(
-                    f"{name}={value!r} is unknown: use {' or '.join(map(repr, known))}"
-                )
-
-    @property
-    def num_steps(self) -> int:
-        """T, the number of steps of this (respaced) process."""
-        return self.schedule.num_steps
-
-    @property
-    def learns_variance(self) -> bool:
-        """Whether the model has twice as many output channels as inputs."""
-        return self.variance == "learned_range"
+if TYPE_CHECKING:
+    from dico_jax.diffusion.objectives import Diffusion
 
 
 class GaussianMoments(NamedTuple):
@@ -76,49 +38,6 @@ class ModelMoments(NamedTuple):
     pred_x0: jax.Array
 
 
-def create_diffusion(
-    timestep_respacing: str | int | Sequence[int] | None = "",
-    noise_schedule: str = "linear",
-    use_kl: bool = False,
-    sigma_small: bool = False,
-    predict_xstart: bool = False,
-    learn_sigma: bool = True,
-    rescale_learned_sigmas: bool = False,
-    diffusion_steps: int = 1000,
-) -> Diffusion:
-    """A diffusion from the published code's options; the defaults train the released models.
-
-    Args:
-      timestep_respacing: which steps are kept, see `respaced_timesteps`; "" keeps all, "250" is
-        what the released models are sampled with.
-      noise_schedule: "linear" or "squaredcos_cap_v2".
-      use_kl: train on the variational bound alone.
-      sigma_small: without learn_sigma, the smaller of the two fixed variances.
-      predict_xstart: the model predicts x_0 instead of the noise.
-      learn_sigma: the model's output has a second half of channels for the variance.
-      rescale_learned_sigmas: multiply the bound by T/1000 beside the mean squared error.
-      diffusion_steps: steps of the original process.
-
-    Raises:
-      UsageError: a value that cannot be had, or an option that another one leaves without effect.
-    """
-    if learn_sigma and sigma_small:
-        raise UsageError("sigma_small=True has no effect with learn_sigma=True: set one to False")
-    if rescale_learned_sigmas and (use_kl or not learn_sigma):
-        cause = "use_kl=True" if use_kl else "learn_sigma=False"
-        raise UsageError(
-            f"rescale_learned_sigmas=True has no effect with {cause}: set rescale_learned_sigmas="
-            "False"
-        )
-    fixed = "fixed_small" if sigma_small else "fixed_large"
-    return Diffusion(
-        schedule=make_schedule(noise_schedule, diffusion_steps, timestep_respacing),
-        prediction="x0" if predict_xstart else "noise",
-        variance="learned_range" if learn_sigma else fixed,
-        loss="kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse",
-    )
-
-
 def as_float(*arrays) -> list[jax.Array]:
     """`arrays` as JAX arrays of one dtype: float32, or float64 if any of them has it."""
     converted = [jnp.asarray(array) for array in arrays]
@@ -133,6 +52,11 @@ def table_at(table: np.ndarray, t, x: jax.Array) -> jax.Array:
     to a shorter one are noticed.
     """
     values = jnp.asarray(table, x.dtype).at[jnp.asarray(t)].get(mode="fill", fill_value=jnp.nan)
+    return spread(values, x)
+
+
+def spread(values: jax.Array, x: jax.Array) -> jax.Array:
+    """Values (N,) or () with further axes of 1, to broadcast with x (N, ..., C)."""
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
 
 

@@ -3,14 +3,16 @@
 Sums and means are in float32, or in float64 if an input has it, whatever the model returns.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from dico_jax.diffusion.gaussian import (
-    Diffusion,
     as_float,
     original_timesteps,
     p_mean_variance,
@@ -18,6 +20,9 @@ from dico_jax.diffusion.gaussian import (
     q_sample,
     split_output,
 )
+
+if TYPE_CHECKING:
+    from dico_jax.diffusion.objectives import Diffusion
 
 
 def mean_flat(x: jax.Array) -> jax.Array:

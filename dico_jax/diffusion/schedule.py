@@ -46,6 +46,10 @@ class Schedule:
         for field in dataclasses.fields(self):
             getattr(self, field.name).flags.writeable = False
 
+    def __repr__(self):
+        kept = f" of timesteps 0 to {self.timestep_map[-1]}" if self.num_steps > 1 else ""
+        return f"Schedule({self.num_steps} steps{kept}, beta to {self.betas[-1]:.4g})"
+
     @property
     def num_steps(self) -> int:
         """T, the number of steps of this (respaced) process."""

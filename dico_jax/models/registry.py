@@ -12,6 +12,7 @@ from dico_jax.errors import UsageError
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.dico import DiCo
 from dico_jax.models.dit import DiT
+from dico_jax.ops.precision import check_float64
 
 # Paper table 1 (DiCo-H: table 5) and the DiT paper's table 1.
 _DICO = {
@@ -110,7 +111,8 @@ def _parse_dtype(dtype) -> jnp.dtype:
     except TypeError:
         name = None
     if name not in _DTYPES:
-        raise UsageError(f"model.dtype={dtype!r} is unknown: use one of {', '.join(_DTYPES)}")
+        raise UsageError("model.dtype", dtype, f"is unknown: use one of {', '.join(_DTYPES)}")
+    check_float64("model.dtype", name)
     return jnp.dtype(name)
 
 

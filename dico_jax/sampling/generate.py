@@ -4,7 +4,6 @@ Image i of a seed is the same whatever the batch size, the devices, or an interr
 noise follows from (seed, i).
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,9 +14,8 @@ from jax.sharding import Mesh
 
 from dico_jax.autoencoders import Autoencoder, to_uint8
 from dico_jax.diffusion import (
-    CFG_CHANNELS,
-    SAMPLERS,
-    Diffusion,
+    Objective,
+    SamplingOptions,
     guided_model_fn,
     image_keys,
     initial_noise,
@@ -31,39 +29,8 @@ from dico_jax.parallel.mesh import batch_sharding, from_same, replicated
 GenerateFn = Callable[[Any, np.ndarray, Any], jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How to sample; see `config.sampling` in configs/default.py.
-
-    Attributes:
-      seed: with an image's index, decides all its noise.
-      sampler: a name of `SAMPLERS`.
-      ddim_eta: 0 for deterministic DDIM, 1 for as much noise as DDPM.
-      cfg_scale: guidance scale; 1 for none.
-      cfg_channels: a name of `CFG_CHANNELS`.
-    """
-
-    seed: int = 0
-    sampler: str = "ddpm"
-    ddim_eta: float = 0.0
-    cfg_scale: float = 1.0
-    cfg_channels: str = "first_three"
-
-    def __post_init__(self):
-        for field, choices in (("sampler", SAMPLERS), ("cfg_channels", CFG_CHANNELS)):
-            if getattr(self, field) not in choices:
-                raise UsageError(
-                    f"sampling.{field}={getattr(self, field)!r} is unknown: "
-                    f"use one of {', '.join(choices)}"
-                )
-        if not 0 <= self.ddim_eta <= 1:
-            raise UsageError(f"sampling.ddim_eta={self.ddim_eta} must be in [0, 1]")
-        if not self.cfg_scale >= 0:
-            raise UsageError(f"sampling.cfg_scale={self.cfg_scale} must be at least 0; 1 is none")
-
-
 def make_latents_fn(
-    model: Any, diffusion: Diffusion, latent_shape: tuple[int, int, int], options: SamplingOptions
+    model: Any, objective: Objective, latent_shape: tuple[int, int, int], options: SamplingOptions
 ) -> Callable[[Any, jax.Array, Any], jax.Array]:
     """The function (params, indices (N,), conditions) -> latents (N, H, W, C), to be jitted.
 
@@ -86,7 +53,7 @@ def make_latents_fn(
             cfg_channels=options.cfg_channels,
         )
         return sample_loop(
-            diffusion,
+            objective,
             model_fn,
             initial_noise(keys, latent_shape),
             lambda i: step_noise(keys, i, latent_shape),
@@ -99,7 +66,7 @@ def make_latents_fn(
 
 def make_generate_fn(
     model,
-    diffusion: Diffusion,
+    objective: Objective,
     autoencoder: Autoencoder,
     latent_shape: tuple[int, int, int],
     options: SamplingOptions,
@@ -114,7 +81,7 @@ def make_generate_fn(
 
     Args:
       model: the network.
-      diffusion: the respaced process.
+      objective: with the steps of sampling.
       autoencoder: decodes; its weights are put on the devices once.
       latent_shape: (H, W, C) of the network's input.
       options: how to sample.
@@ -126,7 +93,7 @@ def make_generate_fn(
       UsageError: guidance is asked of a model without a null condition, or the weights of the
         autoencoder cannot be read.
     """
-    sample_latents = make_latents_fn(model, diffusion, latent_shape, options)
+    sample_latents = make_latents_fn(model, objective, latent_shape, options)
 
     def generate(decoder_params, params, indices, conditions):
         latents = sample_latents(params, indices, conditions)

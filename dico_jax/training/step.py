@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from dico_jax.checkpoints.averages import update_ema, update_width_emas
 from dico_jax.checkpoints.state import TrainState, run_keys
-from dico_jax.diffusion import Diffusion, training_losses
+from dico_jax.diffusion import Objective
 from dico_jax.models.gathering import whole_where_used
 from dico_jax.parallel.mesh import batch_sharding, replicated
 from dico_jax.training.nan_policy import attempt_key, is_finite, keep_if
@@ -39,19 +39,19 @@ class StepOptions:
     skip_bad_steps: bool = False
 
 
-def loss_fn(params, model, diffusion: Diffusion, batch: dict, t, noise, sharding: Any = None):
+def loss_fn(params, model, diffusion: Objective, batch: dict, t, noise, sharding: Any = None):
     """The mean training loss of a batch and its terms.
 
     Args:
       params: the parameters.
-      model, diffusion: the network and its process.
+      model, diffusion: the network and its objective.
       batch: {"x": (N, H, W, C) clean latents, "condition": a tree of arrays (N, ...)}.
-      t: (N,) int timesteps.
+      t: (N,) times.
       noise: like x.
       sharding: of the parameters, where devices share them.
 
     Returns:
-      (scalar loss, {"loss", "mse", ...}: (N,) for every example).
+      (scalar loss, the objective's terms: {"loss", ...}, (N,) for every example).
     """
     if sharding is not None:
         params = whole_where_used(params, model, sharding)
@@ -59,15 +59,8 @@ def loss_fn(params, model, diffusion: Diffusion, batch: dict, t, noise, sharding
     def model_fn(x, timesteps):
         return model.apply({"params": params}, x, timesteps, batch["condition"])
 
-    terms = training_losses(diffusion, model_fn, batch["x"], t, noise)
+    terms = diffusion.loss_terms(model_fn, batch["x"], t, noise)
     return terms["loss"].mean(), terms
-
-
-def draw_noise(key, x, num_timesteps: int):
-    """The draws of a step: timesteps (N,), noise like x, and the key of the dropping."""
-    t_key, noise_key, drop_key = jax.random.split(key, 3)
-    t = jax.random.randint(t_key, x.shape[:1], 0, num_timesteps)
-    return t, jax.random.normal(noise_key, x.shape, x.dtype), drop_key
 
 
 def drop_conditions(key, conditions, probability: float, null):
@@ -91,7 +84,7 @@ def drop_conditions(key, conditions, probability: float, null):
 
 
 def gradients(
-    params, model, diffusion: Diffusion, batch: dict, t, noise, parts: int = 1, sharding: Any = None
+    params, model, diffusion: Objective, batch: dict, t, noise, parts: int = 1, sharding: Any = None
 ):
     """The gradients of `loss_fn` and its terms (N,), in `parts` one after the other.
 
@@ -133,7 +126,7 @@ def apply_gradients(
 
 def make_train_step(
     model,
-    diffusion: Diffusion,
+    diffusion: Objective,
     optimizer: optax.GradientTransformation,
     *,
     mesh: Mesh,
@@ -157,7 +150,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict, attempt):
         key = jax.random.fold_in(run_keys(options.seed)[1], state.step)
         key = attempt_key(key, attempt)
-        t, noise, drop_key = draw_noise(key, batch["x"], diffusion.num_steps)
+        t, noise = diffusion.draw(key, batch["x"])
+        drop_key = jax.random.split(key, 3)[2]
         null = model.null_condition(len(t))
         if null is not None and model.condition_dropout > 0:
             conditions = drop_conditions(
@@ -185,7 +179,8 @@ def make_train_step(
         )
         new_state = new_state.replace(width_emas=width_emas)
         metrics = jax.tree.map(jnp.float32, means | norms)
-        quarters = quarter_losses(terms["mse"], t, diffusion.num_steps)
+        quartered = {name: terms[name] for name in diffusion.quartered}
+        quarters = quarter_losses(quartered, diffusion.progress(t))
         return new_state, metrics | quarters | {"finite": finite}
 
     compiled = jax.jit(

@@ -1,5 +1,6 @@
 """Metrics of a step, and their means over steps."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,28 +22,28 @@ class PartialMean(NamedTuple):
     weight: jax.Array
 
 
-def quarter_losses(mse: jax.Array, t: jax.Array, num_timesteps: int) -> dict[str, PartialMean]:
-    """The error by how noisy the examples are, in quarters of the timesteps.
+def quarter_losses(terms: Mapping[str, jax.Array], progress) -> dict[str, PartialMean]:
+    """Loss terms by how noisy the examples are, in quarters of the way to noise.
 
     Sums run over the whole batch, however it is split over devices. An example that is not finite
     spoils its own quarter alone.
 
     Args:
-      mse: (N,) mean squared error per example.
-      t: (N,) int timesteps, 0..num_timesteps - 1.
-      num_timesteps: of the process.
+      terms: (N,) per example, by name.
+      progress: (N,) in [0, 1), see `Objective.progress`.
 
     Returns:
-      "mse_t0_25" (least noise), "mse_t25_50", "mse_t50_75", "mse_t75_100".
+      By name, such as "mse_t0_25" (least noise), "mse_t25_50", "mse_t50_75", "mse_t75_100".
     """
-    quarter = t * NUM_QUARTERS // num_timesteps
+    quarter = jnp.floor(progress * NUM_QUARTERS)
     member = quarter[:, None] == jnp.arange(NUM_QUARTERS)  # (N, 4)
-    totals = jnp.where(member, mse[:, None], 0).sum(0, dtype=jnp.float32)
     weights = member.sum(0, dtype=jnp.float32)
-    return {
-        f"mse_t{25 * i}_{25 * (i + 1)}": PartialMean(totals[i], weights[i])
-        for i in range(NUM_QUARTERS)
-    }
+    means = {}
+    for name, values in terms.items():
+        totals = jnp.where(member, values[:, None], 0).sum(0, dtype=jnp.float32)
+        for i in range(NUM_QUARTERS):
+            means[f"{name}_t{25 * i}_{25 * (i + 1)}"] = PartialMean(totals[i], weights[i])
+    return means
 
 
 def mean_of_steps(steps: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,0 +1,332 @@
+"""Solvers, from noise to data, and the loop that runs them.
+
+A new solver is a class with a method `step`, like those below, and a row in `SOLVERS`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dico_jax.diffusion.gaussian import as_float, p_mean_variance, spread, table_at
+from dico_jax.diffusion.guidance import CFG_CHANNELS
+from dico_jax.diffusion.objectives import Diffusion, Estimate, ModelFn, Objective
+from dico_jax.errors import UsageError
+
+
+class Trajectory(NamedTuple):
+    """What a step leads to; stacked, every step of a loop, first step first: (T, N, ..., C) each.
+
+    Attributes:
+      x: x after the step.
+      pred_x0: the x_0 that the step predicted.
+    """
+
+    x: jax.Array
+    pred_x0: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """What a solver sees: the points of an objective's path, and the network at any of them.
+
+    Points are numbered from 0, clean data, to T, noise: step i leads from point i + 1 to point i.
+
+    Attributes:
+      objective: what the network predicts, and the path.
+      model_fn: model_fn(x, times) is the network's output.
+      clip_denoised: clip the predicted x_0 to [-1, 1].
+    """
+
+    objective: Objective
+    model_fn: ModelFn
+    clip_denoised: bool = False
+
+    def output(self, x, point) -> jax.Array:
+        """What the network returns for x (N, ..., C) at a point ()."""
+        times = self.objective.network_time(self.time(point))
+        return self.model_fn(x, jnp.broadcast_to(times, x.shape[:1]))
+
+    def estimate(self, x, point) -> Estimate:
+        """The x_0 and noise that the network sees in x at a point ()."""
+        output = self.output(x, point)
+        return self.objective.estimate(output, x, self.time(point), self.clip_denoised)
+
+    def time(self, point) -> jax.Array:
+        """The objective's time at a point."""
+        return jnp.asarray(self.objective.times)[point]
+
+    def alpha_sigma(self, point, x) -> tuple[jax.Array, jax.Array]:
+        """The factors of x_0 and noise at a point, to multiply arrays like x with."""
+        alpha, sigma = _alpha_sigma(self.objective)
+        return table_at(alpha, point, x), table_at(sigma, point, x)
+
+
+def _alpha_sigma(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of x_0 and noise at all points: (T + 1,) float64."""
+    alpha, sigma = objective.alpha_sigma(objective.times)
+    return np.asarray(alpha, np.float64), np.asarray(sigma, np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """A way from noise to data: `init`, then `step` T times, then `end`, over a carry of its own.
+
+    Attributes:
+      eta: how much fresh noise a step adds, for solvers that have it (`takes_eta`).
+    """
+
+    eta: float = 0.0
+
+    takes_eta: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.eta != 0 and not self.takes_eta:
+            name = next((name for name, cls in SOLVERS.items() if cls is type(self)), "")
+            fix = f"has no effect with sampler={name!r}: use eta=0, or 'ddim'"
+            raise UsageError("eta", self.eta, fix)
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether steps add fresh noise."""
+        return False
+
+    def init(self, path: Path, x: jax.Array) -> Any:
+        """The carry at first, of x at point T: a tree of arrays; x alone by default."""
+        return x
+
+    def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
+        """Step i.
+
+        Args:
+          path: calls the network, as often as one likes.
+          carry: of the step before.
+          i: traced int32 (), from T - 1 to 0.
+          noise: standard normal like x; None unless `draws_noise`.
+
+        Returns:
+          The next carry, with the dtypes of this one; and x at point i with the x_0 predicted.
+        """
+        raise NotImplementedError
+
+    def end(self, path: Path, carry: Any) -> jax.Array:
+        """The samples."""
+        return carry
+
+
+class Ddpm(Solver):
+    """Ancestral sampling, see `ddpm_step`."""
+
+    @property
+    def draws_noise(self) -> bool:
+        """Always."""
+        return True
+
+    def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
+        """One evaluation of the network."""
+        output = path.output(carry, i + 1)
+        x, x0 = ddpm_step(path.objective, output, carry, i, noise, clip_denoised=path.clip_denoised)
+        return x.astype(carry.dtype), Trajectory(x.astype(carry.dtype), x0)
+
+
+class Ddim(Solver):
+    """DDIM, see `ddim_step`."""
+
+    takes_eta = True
+
+    def __post_init__(self):
+        check_eta(self.eta)
+
+    @property
+    def draws_noise(self) -> bool:
+        """Unless it is deterministic."""
+        return self.eta != 0
+
+    def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
+        """One evaluation of the network."""
+        x, x0 = ddim_step(
+            path.objective,
+            path.output(carry, i + 1),
+            carry,
+            i,
+            noise,
+            eta=self.eta,
+            clip_denoised=path.clip_denoised,
+        )
+        return x.astype(carry.dtype), Trajectory(x.astype(carry.dtype), x0)
+
+
+SOLVERS: dict[str, type[Solver]] = {"ddpm": Ddpm, "ddim": Ddim}
+
+
+def ddpm_step(
+    objective: Objective, model_output, x, i, noise, *, clip_denoised: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """One ancestral step, DDPM (arXiv 2006.11239) algorithm 2.
+
+    Its variance is the diffusion's; of other objectives the posterior's.
+
+    Args:
+      objective: the process and the meaning of the output.
+      model_output: what the model returned for x at the time of point i + 1.
+      x: x at that point, (N, ..., C).
+      i: () or (N,), the step, an index into the (respaced) process.
+      noise: standard normal of x's shape; without effect at index 0.
+      clip_denoised: clip the predicted x_0 to [-1, 1].
+
+    Returns:
+      x at point i and the predicted x_0, (N, ..., C), in float32 or better.
+
+    Raises:
+      UsageError: a number of output channels that does not fit.
+    """
+    if not isinstance(objective, Diffusion):
+        return ddim_step(objective, model_output, x, i, noise, eta=1.0, clip_denoised=clip_denoised)
+    p = p_mean_variance(objective, model_output, x, i, clip_denoised)
+    return _add_noise(p.mean, jnp.exp(0.5 * p.log_variance), i, noise), p.pred_x0
+
+
+def ddim_step(
+    objective: Objective,
+    model_output,
+    x,
+    i,
+    noise,
+    *,
+    eta: float = 0.0,
+    clip_denoised: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """One step of DDIM (arXiv 2010.02502), equations 12 and 16.
+
+    The noise is derived anew from the predicted x_0, which counts where that was clipped. The
+    model's variance is not used.
+
+    Args:
+      objective, model_output, x, i, clip_denoised: as for `ddpm_step`.
+      noise: standard normal of x's shape; without effect at index 0; may be None with eta=0.
+      eta: a Python number from 0 (deterministic) to 1 (the posterior's variance).
+
+    Returns:
+      x at point i and the predicted x_0, (N, ..., C), in float32 or better.
+
+    Raises:
+      UsageError: another eta, or a number of output channels that does not fit.
+    """
+    check_eta(eta)
+    x, model_output = as_float(x, model_output)
+    time = jnp.asarray(objective.times)[jnp.asarray(i) + 1]
+    x0, old_noise = objective.estimate(model_output, x, time, clip_denoised)
+    alpha, sigma = (table[:-1] for table in _alpha_sigma(objective))
+    fresh = eta * np.sqrt(objective.posterior_variance())
+    direction = np.sqrt(sigma**2 - fresh**2) if eta else sigma
+    mean = table_at(alpha, i, x) * x0 + table_at(direction, i, x) * old_noise
+    return (mean if eta == 0 else _add_noise(mean, table_at(fresh, i, x), i, noise)), x0
+
+
+def check_eta(eta: float) -> None:
+    """Raises UsageError unless eta is from 0 to 1."""
+    if not 0 <= eta <= 1:
+        raise UsageError("eta", eta, "must be from 0 (deterministic) to 1 (as noisy as 'ddpm')")
+
+
+def _add_noise(mean: jax.Array, sigma: jax.Array, i, noise) -> jax.Array:
+    # Selected rather than multiplied by 0, so that not even a NaN in unused noise has an effect.
+    mean, noise = as_float(mean, noise)
+    return jnp.where(spread(jnp.asarray(i), mean) > 0, mean + sigma * noise, mean)
+
+
+def sample_loop(
+    objective: Objective,
+    model_fn: ModelFn,
+    x_T,
+    noise_fn: Callable[[jax.Array], jax.Array] | None,
+    *,
+    sampler: str = "ddpm",
+    eta: float = 0.0,
+    clip_denoised: bool = False,
+    return_trajectory: bool = False,
+):
+    """Samples by running every step of a solver in one compiled loop.
+
+    Args:
+      objective: the process and the meaning of the output.
+      model_fn: model_fn(x, times) is the model's output; times (N,) are those that the objective
+        gives the network, of the published one int32 timesteps. See `guided_model_fn`.
+      x_T: standard normal (N, ..., C), see `initial_noise`.
+      noise_fn: noise_fn(i), with a traced int32 index () from T - 1 to 0, is standard normal of
+        x_T's shape, see `step_noise`. What it gives for index 0 has no effect. May be None for a
+        solver that draws none, such as "ddim" with eta=0.
+      sampler: a key of `SOLVERS`.
+      eta: for "ddim", a Python number from 0 (deterministic) to 1.
+      clip_denoised: clip the predicted x_0 to [-1, 1] (for pixels, not for latents).
+      return_trajectory: return every step as well; takes T times the memory of x.
+
+    Returns:
+      The samples (N, ..., C), in float32 or better; with return_trajectory, samples and Trajectory.
+
+    Raises:
+      UsageError: an unknown sampler, an eta it does not have, missing noise, or a model whose
+        channels do not fit the diffusion.
+    """
+    solver = find_solver(sampler)(eta)
+    if solver.draws_noise and noise_fn is None:
+        raise UsageError(
+            f"sampler={sampler!r} with eta={eta} draws noise at every step: give a noise_fn, or "
+            "use sampler='ddim' with eta=0"
+        )
+    draw = noise_fn if solver.draws_noise else None
+    path = Path(objective, model_fn, clip_denoised)
+
+    def body(carry, i):
+        carry, point = solver.step(path, carry, i, None if draw is None else draw(i))
+        return carry, point if return_trajectory else None
+
+    indices = jnp.arange(objective.num_steps, dtype=jnp.int32)
+    carry, trajectory = jax.lax.scan(body, solver.init(path, *as_float(x_T)), indices, reverse=True)
+    samples = solver.end(path, carry)
+    if not return_trajectory:
+        return samples
+    return samples, jax.tree.map(lambda a: a[::-1], trajectory)
+
+
+def find_solver(name: str, field: str = "sampler") -> type[Solver]:
+    """The solver of a name.
+
+    Raises:
+      UsageError: there is none; `field` is what it says of where the name is from.
+    """
+    if name not in SOLVERS:
+        raise UsageError(field, name, f"is unknown: use one of {', '.join(SOLVERS)}")
+    return SOLVERS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How to sample; see `config.sampling` in configs/default.py.
+
+    Attributes:
+      seed: with an image's index, decides all its noise.
+      sampler: a name of `SOLVERS`.
+      ddim_eta: 0 for deterministic DDIM, 1 for as much noise as DDPM.
+      cfg_scale: guidance scale; 1 for none.
+      cfg_channels: a name of `CFG_CHANNELS`.
+    """
+
+    seed: int = 0
+    sampler: str = "ddpm"
+    ddim_eta: float = 0.0
+    cfg_scale: float = 1.0
+    cfg_channels: str = "first_three"
+
+    def __post_init__(self):
+        find_solver(self.sampler, "sampling.sampler")
+        if self.cfg_channels not in CFG_CHANNELS:
+            fix = f"is unknown: use one of {', '.join(CFG_CHANNELS)}"
+            raise UsageError("sampling.cfg_channels", self.cfg_channels, fix)
+        if not 0 <= self.ddim_eta <= 1:
+            raise UsageError("sampling.ddim_eta", self.ddim_eta, "must be in [0, 1]")
+        if not self.cfg_scale >= 0:
+            raise UsageError("sampling.cfg_scale", self.cfg_scale, "must be at least 0; 1 is none")
