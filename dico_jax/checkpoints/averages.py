@@ -63,24 +63,19 @@ def parse_widths(widths: Sequence[float], snapshot_every_steps: int = 0) -> tupl
       UsageError: a width out of range or given twice, or snapshots of no averages at all.
     """
     widths = tuple(widths)
+    field, every = "training.ema_widths", "training.ema_snapshot_every_steps"
     for width in widths:
         is_number = isinstance(width, int | float) and not isinstance(width, bool)
         if not is_number or not 0 < width < MAX_WIDTH:
-            raise UsageError(
-                f"training.ema_widths={widths}: {width!r} must be a number above 0 and below "
-                f"{MAX_WIDTH:.4f}, such as 0.05"
-            )
+            needs = f"must be a number above 0 and below {MAX_WIDTH:.4f}, such as 0.05"
+            raise UsageError(field, widths, f": {width!r} {needs}")
     if len(set(widths)) < len(widths):
-        raise UsageError(f"training.ema_widths={widths}: give each width once")
+        raise UsageError(field, widths, ": give each width once")
     if snapshot_every_steps < 0:
-        raise UsageError(
-            f"training.ema_snapshot_every_steps={snapshot_every_steps} must be at least 0"
-        )
+        raise UsageError(every, snapshot_every_steps, "must be at least 0")
     if snapshot_every_steps and not widths:
-        raise UsageError(
-            f"training.ema_snapshot_every_steps={snapshot_every_steps} has nothing to keep: set "
-            "config.training.ema_widths, such as 0.05,0.1, or use 0"
-        )
+        fix = "has nothing to keep: set config.training.ema_widths, such as 0.05,0.1, or use 0"
+        raise UsageError(every, snapshot_every_steps, fix)
     return widths
 
 
@@ -95,9 +90,9 @@ def width_to_gamma(width: float) -> float:
 
 
 def power_function_gain(step, width: float) -> jax.Array:
-    """How much of a power-function average the newest parameters are: 1 - decay, float32 scalar.
+    """How much of a power-function average the newest parameters are, float32 scalar.
 
-    In late steps the decay rounds to something near 1; this keeps its relative precision.
+    It is 1 - (1 - 1 / step) ** (gamma + 1), with a relative precision that late steps need.
 
     Args:
       step: the number of this step, from 1 on; int32 or float32 scalar, traced or not.
@@ -105,11 +100,6 @@ def power_function_gain(step, width: float) -> jax.Array:
     """
     newest = 1 / jnp.asarray(step, float)
     return -jnp.expm1((width_to_gamma(width) + 1) * jnp.log1p(-newest))
-
-
-def power_function_decay(step, width: float) -> jax.Array:
-    """The decay (1 - 1 / step) ** (gamma + 1) of a power-function average; see the gain."""
-    return 1 - power_function_gain(step, width)
 
 
 def update_width_emas(
@@ -139,8 +129,8 @@ def solve_weights(
     snapshot_widths: Sequence[float],
     target_step: int,
     target_width: float,
-) -> np.ndarray:
-    """The weights of snapshots whose sum is nearest to an average: float64 (N,), of sum 1.
+) -> tuple[np.ndarray, float]:
+    """The weights of snapshots whose sum is nearest to an average, and how far off it is.
 
     Least squares between power functions, with the sum held, so that parameters that do not change
     come back as they are.
@@ -150,6 +140,10 @@ def solve_weights(
       snapshot_widths: the relative width of each.
       target_step: of the average.
       target_width: of the average.
+
+    Returns:
+      Weights, float64 (N,), of sum 1; and the distance of the weighted power functions from the
+      wanted one, relative to its norm.
 
     Raises:
       ValueError: no snapshot, or two of the same step and width.
@@ -163,23 +157,8 @@ def solve_weights(
     # The sum as a Lagrange multiplier; its row is scaled like the others.
     row = scales / np.linalg.norm(scales)
     system = np.block([[gram, row[:, None]], [row, np.zeros((1, 1))]])
-    solution = np.linalg.solve(system, np.append(products, 1 / np.linalg.norm(scales)))
-    return solution[:-1] * scales
-
-
-def misfit(
-    weights: np.ndarray,
-    snapshot_steps: Sequence[int],
-    snapshot_widths: Sequence[float],
-    target_step: int,
-    target_width: float,
-) -> float:
-    """How far the weighted power functions are from the wanted one, relative to its norm."""
-    gram, products, scales = _inner_products(
-        snapshot_steps, snapshot_widths, target_step, target_width
-    )
-    units = weights / scales
-    return math.sqrt(max(0.0, 1 - 2 * units @ products + units @ gram @ units))
+    units = np.linalg.solve(system, np.append(products, 1 / np.linalg.norm(scales)))[:-1]
+    return units * scales, math.sqrt(max(0.0, 1 - 2 * units @ products + units @ gram @ units))
 
 
 def rebuild(snapshots: Sequence[Snapshot], target_step: int, target_width: float) -> Any:
@@ -207,8 +186,7 @@ def rebuild(snapshots: Sequence[Snapshot], target_step: int, target_width: float
     steps, widths = [s.step for s in used], [s.width for s in used]
     if target_step not in steps:
         raise UsageError(f"--ema_width={target_width}: step {target_step} has no snapshot")
-    weights = solve_weights(steps, widths, target_step, target_width)
-    error = misfit(weights, steps, widths, target_step, target_width)
+    weights, error = solve_weights(steps, widths, target_step, target_width)
     if not error <= _MAX_MISFIT:
         raise UsageError(
             f"--ema_width={target_width} cannot be rebuilt from the {len(used)} snapshots of "

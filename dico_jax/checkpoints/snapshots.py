@@ -112,17 +112,16 @@ def rebuilt_ema(workdir: str, width: float, step: int | None = None) -> Any:
     """
     steps = snapshot_steps(workdir)
     if not steps:
-        raise UsageError(
-            f"--ema_width={width}: {workdir} has no snapshots of averages (looked for "
-            f"{FOLDER}/STEP in it): train with config.training.ema_widths and "
-            "config.training.ema_snapshot_every_steps, or leave the flag out"
+        fix = (
+            f": {workdir} has no snapshots of averages (looked for {FOLDER}/STEP in it): train "
+            "with config.training.ema_widths and config.training.ema_snapshot_every_steps, or "
+            "leave the flag out"
         )
+        raise UsageError("--ema_width", width, fix)
     step = steps[-1] if step is None else step
     if step not in steps:
-        raise UsageError(
-            f"--step={step}: {workdir} has snapshots of averages of steps "
-            f"{', '.join(map(str, steps))}"
-        )
+        there = ", ".join(map(str, steps))
+        raise UsageError("--step", step, f": {workdir} has snapshots of averages of steps {there}")
     return rebuild(list_snapshots(workdir, step), step, width)
 
 

@@ -3,10 +3,10 @@
 import pathlib
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dico_jax.checkpoints.checkpointer import listed
 from dico_jax.checkpoints.reader import saved_steps
@@ -47,32 +47,26 @@ class WarmStart:
         self._weights = next(iter(saved.available()), "ema")
         self._step = saved.step
         self._leaves = saved.leaves(self._weights)
-        wanted = flax.traverse_util.flatten_dict(abstract_params(model))
-        self.fresh = [path for path in wanted if self._is_other_table(path, wanted[path].shape)]
-        problems = [
-            f"{'/'.join(path)} is {self._shape(path)} there and {value.shape} here"
-            for path, value in wanted.items()
-            if path not in self.fresh and self._shape(path) != value.shape
+        wanted = {p: v.shape for p, v in flatten_dict(abstract_params(model)).items()}
+        found = {path: tuple(leaf.shape) for path, leaf in self._leaves.items()}
+        self.fresh = [  # label tables of another number of rows
+            path
+            for path, (rows, *others) in wanted.items()
+            if path[0] == _LABEL_TABLES and path in found
+            if found[path][0] != rows and list(found[path][1:]) == others
         ]
-        problems += [f"{'/'.join(p)} is there only" for p in self._leaves if p not in wanted]
+        problems = [
+            f"{'/'.join(path)} is {found.get(path)} there and {shape} here"
+            for path, shape in wanted.items()
+            if path not in self.fresh and found.get(path) != shape
+        ]
+        problems += [
+            f"{'/'.join(path)} is there only" for path in sorted(found.keys() - wanted.keys())
+        ]
         if problems:
-            raise UsageError(
-                f"{_FIELD}={folder} has another network ({saved.config['model']['name']}) than "
-                f"this config: {listed(problems, _MAX_LISTED)}"
-            )
-
-    def _shape(self, path: tuple[str, ...]) -> tuple[int, ...] | None:
-        leaf = self._leaves.get(path)
-        return None if leaf is None else tuple(leaf.shape)
-
-    def _is_other_table(self, path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
-        found = self._shape(path)
-        return (
-            path[0] == _LABEL_TABLES
-            and found is not None
-            and found[1:] == shape[1:]
-            and found[0] != shape[0]
-        )
+            name = saved.config["model"]["name"]
+            fix = f"has another network ({name}) than this config: {listed(problems, _MAX_LISTED)}"
+            raise UsageError(f"{_FIELD}={folder} {fix}")
 
     def __str__(self) -> str:
         """What is taken over, in a line."""
@@ -93,8 +87,8 @@ class WarmStart:
                 value.shape, value.sharding, lambda index: array[index]
             )
 
-        flat = flax.traverse_util.flatten_dict(state.params)
-        params = flax.traverse_util.unflatten_dict({p: taken(p, v) for p, v in flat.items()})
+        flat = flatten_dict(state.params)
+        params = unflatten_dict({path: taken(path, value) for path, value in flat.items()})
         # The average starts as a copy: two names for one buffer could not both be donated.
         return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 

@@ -139,9 +139,6 @@ class MetricsFile(Output):
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
         self._path = workdir / "metrics.jsonl"
-        self._open(start_step)
-
-    def _open(self, start_step: int) -> None:
         _drop_lines_after(self._path, start_step)
         self._file = self._path.open("a")
 
@@ -152,7 +149,8 @@ class MetricsFile(Output):
 
     def rewind(self, step: int) -> None:
         self._file.close()
-        self._open(step)
+        _drop_lines_after(self._path, step)
+        self._file = self._path.open("a")
 
     def close(self, failed: bool) -> None:
         self._file.close()
@@ -162,17 +160,7 @@ class EventFiles(Output):
     """TensorBoard's events; it forgets what it has read of steps that are taken again."""
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
-        self._workdir = workdir
-        self._open(start_step)
-
-    def _open(self, start_step: int) -> None:
-        # Two event files of one second would have one name, and the second replace the first.
-        self._events = tensorboardX.SummaryWriter(
-            str(self._workdir),
-            purge_step=start_step + 1,
-            filename_suffix=f".{time.time_ns()}",
-            write_to_disk=True,
-        )
+        self._workdir, self._events = workdir, _event_writer(workdir, start_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -183,10 +171,18 @@ class EventFiles(Output):
 
     def rewind(self, step: int) -> None:
         self._events.close()
-        self._open(step)
+        self._events = _event_writer(self._workdir, step)
 
     def close(self, failed: bool) -> None:
         self._events.close()
+
+
+def _event_writer(workdir: pathlib.Path, start_step: int) -> tensorboardX.SummaryWriter:
+    # Two event files of one second would have one name, and the second replace the first.
+    suffix = f".{time.time_ns()}"
+    return tensorboardX.SummaryWriter(
+        str(workdir), purge_step=start_step + 1, filename_suffix=suffix, write_to_disk=True
+    )
 
 
 class WandbRun(Output):
@@ -194,20 +190,10 @@ class WandbRun(Output):
 
     Its id is kept in the workdir's file WANDB_ID_FILE. W&B's own settings (WANDB_ENTITY,
     WANDB_MODE=offline, ...) come from its environment variables. It drops nothing: it shows the
-    steps that are taken again twice.
+    steps that are taken again twice. UsageError: wandb is not installed, or refuses.
     """
 
     def __init__(self, project: str, workdir: pathlib.Path, config: dict[str, Any]):
-        """Starts the run, or goes on with it.
-
-        Args:
-          project: its project.
-          workdir: its name is that of the run.
-          config: shown with it.
-
-        Raises:
-          UsageError: wandb is not installed, or refuses.
-        """
         require_wandb(project)
         self._wandb: Any = importlib.import_module("wandb")
         try:

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import config_to_dict
 from dico_jax.evaluation.class_agreement import ClassAgreement
 from dico_jax.files import new_file
-from dico_jax.training.logging import Logger, open_logger
+from dico_jax.training.logging import open_logger
 from dico_jax.training.nan_policy import NanWatch
 from dico_jax.training.preemption import Preempted, Preemption
 from dico_jax.training.profiling import Profiler
@@ -71,17 +70,11 @@ class Trainer:
         self.snapshots = stack.enter_context(
             EmaSnapshots(run.workdir, training.ema_snapshot_every_steps, training.num_steps)
         )
-        found = self.saver.restore_newest(run.target)
-        self.state, self.start = self._packed(found)
+        self.state, self.start = self._packed(self.saver.restore_newest(run.target))
         run.evaluation.open(run.workdir)
-        self.log: Logger = stack.enter_context(
-            open_logger(
-                run.workdir,
-                self.start,
-                training.num_steps,
-                config.logging.wandb_project,
-                config_to_dict(config),
-            )
+        project, fields = config.logging.wandb_project, config_to_dict(config)
+        self.log = stack.enter_context(
+            open_logger(run.workdir, self.start, training.num_steps, project, fields)
         )
         self.stall = stack.enter_context(
             StallWatch(training.stall_warning_seconds, stall_file(run.workdir), self.log.say)
@@ -185,9 +178,8 @@ class Trainer:
         self.meter = Meter(self.config.data.batch_size)
         self.saver.wait()
         found = self.saver.restore_newest(self.run.target, self.log.say) if step else None
-        state, step = self._packed(found)
-        self.log.rewind(step)
-        return state, step
+        self.log.rewind(0 if found is None else found[1])
+        return self._packed(found)
 
     def _packed(self, found: tuple[TrainState, int] | None) -> tuple[TrainState, int]:
         state, step = (self.run.initial_state(), 0) if found is None else found
@@ -209,13 +201,11 @@ def write_overview(params: Any, workdir: pathlib.Path) -> str:
       params: a tree of ShapeDtypeStruct with shardings.
       workdir: folder of the run.
     """
-    overview = functools.partial(
-        parameter_overview.get_parameter_overview, params, include_stats="sharding"
-    )
+    overview = parameter_overview.get_parameter_overview
     if jax.process_index() == 0:
         with new_file(workdir / "parameters.txt") as file:
-            file.write(f"{overview()}\n".encode())
-    return overview(max_lines=_OVERVIEW_LINES)
+            file.write(f"{overview(params, include_stats='sharding')}\n".encode())
+    return overview(params, include_stats="sharding", max_lines=_OVERVIEW_LINES)
 
 
 class Meter:

@@ -73,11 +73,7 @@ class NanWatch:
           on_nan: one of POLICIES.
           attempt: what the checkpoint that the run goes on from has stored; 0 in a new run.
           say: prints a line.
-
-        Raises:
-          UsageError: an unknown policy.
         """
-        check_on_nan(on_nan)
         self.attempt = attempt
         self._on_nan, self._say = on_nan, say
         self._flags: list[tuple[int, jax.Array]] = []

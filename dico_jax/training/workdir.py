@@ -61,15 +61,12 @@ def check_workdir(workdir: str, config: ConfigDict) -> None:
         try:
             old = without_gone(json.loads(file.read_text()))
         except ValueError as error:
-            raise UsageError(
-                f"{file} is not JSON ({error}): give another --workdir, or restore the file"
-            ) from error
+            fix = "give another --workdir, or restore the file"
+            raise UsageError(f"{file} is not JSON ({error}): {fix}") from error
         if differing := _differences(old, config_to_dict(config)):
-            raise UsageError(
-                "--workdir", workdir,
-                f"belongs to a run of another config ({'; '.join(differing)}): use these values "
-                "again, or another --workdir",
-            )  # fmt: skip
+            text = f"belongs to a run of another config ({'; '.join(differing)})"
+            fix = "use these values again, or another --workdir"
+            raise UsageError("--workdir", workdir, f"{text}: {fix}")
     elif (path / "checkpoints").exists():
         fix = "has checkpoints but no config.json: give another folder"
         raise UsageError("--workdir", workdir, fix)
@@ -144,16 +141,11 @@ def _lock(file: IO[str], workdir: str) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            fix = (
-                f"is in use by another run ({_owner(file)}): wait for its end, stop it, or give "
-                "another --workdir"
-            )
-            raise UsageError("--workdir", workdir, fix) from error
-        print(
-            f"warning: --workdir={workdir} cannot be locked ({error.strerror}): see to it that no "
-            "other run uses it",
-            file=sys.stderr,
-        )
+            fix = "wait for its end, stop it, or give another --workdir"
+            text = f"is in use by another run ({_owner(file)}): {fix}"
+            raise UsageError("--workdir", workdir, text) from error
+        text = f"warning: --workdir={workdir} cannot be locked ({error.strerror})"
+        print(f"{text}: see to it that no other run uses it", file=sys.stderr)
 
 
 def _write_owner(file: IO[str]) -> None:
