@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dico_jax.evaluation.frechet import frechet_distance
+from dico_jax.evaluation.distances import frechet_distance
 from dico_jax.evaluation.moments import Moments
 from dico_jax.evaluation.precision_recall import precision_recall
 
@@ -106,7 +106,7 @@ def precision_and_recall(args, distances):
     reference = features(args.references, args.width, 1)
     samples = features(args.count, args.width, 2, 0.95)
     (precision, recall), seconds, memory = measured(
-        lambda: precision_recall(reference, samples, distances=distances)
+        lambda: precision_recall(samples, reference, distances=distances)
     )
     print(
         f"precision and recall ({distances}), {args.references} references, {args.count} samples, "

@@ -60,15 +60,14 @@ def jax_features(folder: pathlib.Path, batch_size: int) -> Callable[[np.ndarray]
     """The features of pictures, as `dico_jax.evaluate` makes them."""
     import flax
 
-    from dico_jax.evaluation.feature_networks import make_feature_fn
-    from dico_jax.evaluation.inception_features import InceptionFeatures
-    from dico_jax.evaluation.inception_weights import InceptionWeights
+    from dico_jax.evaluation.features import make_feature_fn
+    from dico_jax.evaluation.inception_weights import InceptionFeatures
     from dico_jax.ops.cpu import use_all_cores
     from dico_jax.parallel.mesh import create_mesh
 
     use_all_cores()
     params = flax.traverse_util.unflatten_dict(dict(np.load(folder / _WEIGHTS)), sep="/")
-    network = InceptionFeatures(InceptionWeights(params, "random"))
+    network = InceptionFeatures(params, "random")
     features = make_feature_fn(network, batch_size, create_mesh())
     return lambda images: features(images).pool
 

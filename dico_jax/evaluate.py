@@ -63,6 +63,7 @@ def main() -> None:
         use_all_cores(keep_memory=True, fits=weights_fit(_CKPT.value))
     _JOIN()
     from dico_jax.evaluation.measure import Options, evaluate_checkpoint, evaluate_files
+    from dico_jax.evaluation.sweep import sweep_guidance
 
     options = Options(
         features=_FEATURES.value,
@@ -70,23 +71,20 @@ def main() -> None:
         metrics=None if _METRICS.value is None else tuple(_METRICS.value),
         batch_size=_BATCH_SIZE.value,
     )
-    assert _REFERENCE.value is not None
+    reference, out = str(_REFERENCE.value), _OUT.value
     if _SAMPLES.value is not None:
-        evaluate_files(
-            _SAMPLES.value, _REFERENCE.value, options, _OUT.value, num_samples=_NUM_SAMPLES.value
-        )
+        evaluate_files(_SAMPLES.value, reference, options, out, num_samples=_NUM_SAMPLES.value)
         return
-    assert _CKPT.value is not None
-    evaluate_checkpoint(
-        _CKPT.value,
-        _REFERENCE.value,
-        options,
-        _OUT.value,
-        num_samples=_NUM_SAMPLES.value or 50_000,
-        classes=sampler_flags.CLASSES.value,
-        sweep_cfg=_SWEEP_CFG.value,
+    choices = {
+        "num_samples": _NUM_SAMPLES.value or 50_000,
+        "classes": sampler_flags.CLASSES.value,
         **sampler_flags.sampler_arguments(_BATCH_SIZE.value),
-    )
+    }
+    if _SWEEP_CFG.value is None:
+        evaluate_checkpoint(str(_CKPT.value), reference, options, out, **choices)
+    else:
+        scales = _SWEEP_CFG.value
+        sweep_guidance(str(_CKPT.value), reference, options, str(out), scales=scales, **choices)
 
 
 def _check() -> None:

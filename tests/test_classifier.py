@@ -11,7 +11,7 @@ from dico_jax.data.arrays import DigitsSource
 from dico_jax.data.pictures import PictureReader
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.classifier import load_classifier, train_classifier
-from dico_jax.evaluation.feature_networks import make_feature_fn
+from dico_jax.evaluation.features import make_feature_fn
 from dico_jax.evaluation.moments import Moments
 from dico_jax.parallel.mesh import create_mesh
 

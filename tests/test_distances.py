@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.evaluation import kid
-from dico_jax.evaluation.frechet import frechet_distance, rank_warning
+from dico_jax.evaluation import distances
+from dico_jax.evaluation.distances import (
+    frechet_distance,
+    kernel_distance,
+    rank_warning,
+    squared_discrepancy,
+)
 from dico_jax.evaluation.inception_score import InceptionScore
-from dico_jax.evaluation.kid import kernel_distance, squared_discrepancy
 from dico_jax.evaluation.moments import Moments
 from tests.golden import FOLDER, load, requires_golden
 
@@ -215,7 +219,7 @@ def test_the_estimate_is_unbiased_and_blocks_do_not_matter(monkeypatch):
     within = [k[~np.eye(30, dtype=bool)].mean() for k in (kernel[:30, :30], kernel[30:, 30:])]
     expected = sum(within) - 2 * kernel[:30, 30:].mean()
     assert np.isclose(squared_discrepancy(x, y), expected, rtol=1e-10)
-    monkeypatch.setattr(kid, "_BLOCK", 7)
+    monkeypatch.setattr(distances, "_BLOCK", 7)
     assert np.isclose(squared_discrepancy(x, y), expected, rtol=1e-10)
 
 

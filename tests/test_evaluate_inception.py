@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from dico_jax.evaluation.evaluator import create_evaluator
-from dico_jax.evaluation.feature_networks import make_feature_fn
-from dico_jax.evaluation.feature_summary import FeatureSummary
-from dico_jax.evaluation.inception_features import InceptionFeatures
+from dico_jax.evaluation.features import FeatureSummary, make_feature_fn
+from dico_jax.evaluation.inception_weights import load_inception
 from dico_jax.parallel.mesh import create_mesh
 from tests import golden
 from tests.commands import call
@@ -21,7 +20,7 @@ REFERENCE, SAMPLES = RNG.integers(0, 256, (2, 12, 16, 16, 3), np.uint8)
 
 @pytest.fixture(scope="module")
 def network(weights_file):  # noqa: F811
-    return InceptionFeatures.load(str(weights_file))
+    return load_inception(str(weights_file))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from dico_jax.autoencoders.weights import Weights
 from dico_jax.config import DEFAULTS
 from dico_jax.diffusion import SamplingOptions, create_diffusion
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.class_agreement import class_agreement, mean_pairwise_distance
+from dico_jax.evaluation.classifier import class_agreement, mean_pairwise_distance
 from dico_jax.models import create_model
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.parallel.sharding import state_sharding
@@ -169,22 +169,24 @@ def test_grids_and_png_files(tmp_path):
 
 
 def test_the_judge_knows_real_from_shuffled_and_spread_from_collapse():
+    from dico_jax.data.readers import PictureReader
     from dico_jax.data.sources import create_source
 
-    digits = list(create_source(ConfigDict(DEFAULTS["data"] | {"source": "digits"})))
+    source = create_source(ConfigDict(DEFAULTS["data"] | {"source": "digits"}))
+    digits, read = list(source), PictureReader(8, 1)
     real = np.stack([example["image"] for example in digits])
     real_labels = np.array([example["label"] for example in digits])
     images, labels = real[:500], real_labels[:500]
-    good = class_agreement(real, real_labels, images, labels)
+    good = class_agreement(images, labels, source, read)
     assert good.classifier_accuracy >= 0.97
     assert good.agreement > 0.98
     assert 0.9 < good.spread < 1.1
-    wrong = class_agreement(real, real_labels, images, np.roll(labels, 1))
+    wrong = class_agreement(images, np.roll(labels, 1), source, read)
     assert wrong.agreement < 0.3
     means = np.stack([real[real_labels == c].mean(0) for c in range(10)])
     noise = np.random.default_rng(0).integers(0, 30, images.shape)
     collapsed = np.clip(means[labels] + noise, 0, 255).astype(np.uint8)
-    assert class_agreement(real, real_labels, collapsed, labels).spread < 0.5
+    assert class_agreement(collapsed, labels, source, read).spread < 0.5
 
 
 def test_mean_pairwise_distance():

@@ -2,12 +2,12 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.evaluation import manifolds_adm_float16, manifolds_exact, row_tiles
-from dico_jax.evaluation.manifolds_adm_float16 import eigen_half_sum, half_distances
+from dico_jax.evaluation import precision_recall as module
 from dico_jax.evaluation.precision_recall import (
     DISTANCES,
     manifold_members,
@@ -52,7 +52,7 @@ def check_exact(x, y, k=3):
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_golden_precision_and_recall(k):
     golden = load("metrics.npz")
-    found = precision_recall(golden["feat_ref"], golden["feat_sample"], k)
+    found = precision_recall(golden["feat_sample"], golden["feat_ref"], k)
     published = numbers()["pr_f64block" if k == 3 else f"pr_k{k}_f64block"]
     assert found == tuple(published)
 
@@ -60,10 +60,10 @@ def test_golden_precision_and_recall(k):
 @requires_golden
 @pytest.mark.parametrize("tile", [64, 2000])
 def test_golden_members_and_radii(tile, monkeypatch):
-    monkeypatch.setattr(row_tiles, "_TILE", tile)
+    monkeypatch.setattr(module, "_TILE", tile)
     golden = load("metrics.npz")
     reference, samples = golden["feat_ref"], golden["feat_sample"]
-    of_reference, of_samples = manifold_members(reference, samples)
+    of_samples, of_reference = manifold_members(samples, reference)
     assert np.array_equal(of_reference, golden["in_sample_manifold"])
     assert np.array_equal(of_samples, golden["in_ref_manifold"])
     for name, features in (("ref", reference), ("sample", samples)):
@@ -104,9 +104,9 @@ def some_rows(kind, rng, count):
     ["ties", "copies", "offset", "one place", "outlier", "float64", "clusters", "far clusters"],
 )
 def test_near_decisions_are_the_exact_ones(kind, monkeypatch):
-    monkeypatch.setattr(row_tiles, "_TILE", 64)
-    monkeypatch.setattr(manifolds_exact, "_HOST_ROWS", 50)
-    monkeypatch.setattr(manifolds_exact, "_HOST_COLUMNS", 60)
+    monkeypatch.setattr(module, "_TILE", 64)
+    monkeypatch.setattr(module, "_HOST_ROWS", 50)
+    monkeypatch.setattr(module, "_HOST_COLUMNS", 60)
     rng = np.random.default_rng(0)
     x, y = some_rows(kind, rng, 150), some_rows(kind, rng, 170)
     y[:20] = x[:20]
@@ -120,8 +120,8 @@ def test_the_edge_is_inside():
     edge = np.array([[4091.0, 4096.0], [4091.0, 4096.0]])
     further = np.nextafter(edge, [-np.inf, 4096])
     assert manifold_radii(reference, k=1).tolist() == [25, 25]
-    assert manifold_members(reference, edge, k=1)[1].all()
-    assert not manifold_members(reference, further, k=1)[1].any()
+    assert manifold_members(edge, reference, k=1)[0].all()
+    assert not manifold_members(further, reference, k=1)[0].any()
 
 
 @pytest.mark.parametrize("distances", DISTANCES)
@@ -132,7 +132,7 @@ def test_every_size_of_set_and_tile(distances, monkeypatch):
         x, y = rng.standard_normal((rows, 6)), rng.standard_normal((others, 6))
         found = []
         for tile in (2000, 16):
-            monkeypatch.setattr(row_tiles, "_TILE", tile)
+            monkeypatch.setattr(module, "_TILE", tile)
             found.append(manifold_members(x, y, 1, distances))
         assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
         if distances == "exact":
@@ -143,30 +143,26 @@ def test_every_size_of_set_and_tile(distances, monkeypatch):
 
 
 @requires_golden
-def test_golden_float16_figures(monkeypatch):
+@pytest.mark.parametrize("tile", [50, 2000])
+def test_golden_float16_figures(tile, monkeypatch):
+    monkeypatch.setattr(module, "_TILE", tile)
     golden, published = load("metrics.npz"), numbers()
     reference, samples = golden["feat_ref"], golden["feat_sample"]
-    rows, others = reference[:1].astype(np.float16), samples[:4].astype(np.float16)
-    norms = [eigen_half_sum(x * x).astype(np.float32) for x in (rows, others)]
-    example = half_distances(rows, norms[0], others, norms[1])
-    assert np.asarray(example)[0].tolist() == published["pr_fp16_distance_example"]
-    for tile in (2000, 50):
-        monkeypatch.setattr(row_tiles, "_TILE", tile)
-        radii = manifold_radii(reference, 3, "adm_float16")
-        assert radii.sum() == published["pr_fp16_radii_ref_sum"]
-        found = precision_recall(reference, samples, 3, "adm_float16")
-        assert found == tuple(published["pr_fp16"])
+    radii = manifold_radii(reference, 3, "adm_float16")
+    assert radii.sum() == published["pr_fp16_radii_ref_sum"]
+    found = precision_recall(samples, reference, 3, "adm_float16")
+    assert found == tuple(published["pr_fp16"])
 
 
 @requires_golden
 def test_golden_float32_figures(monkeypatch):
     """What the published evaluator does when a float16 distance is not finite."""
-    monkeypatch.setattr(manifolds_adm_float16._Distances, "_all_finite", lambda *blocks: False)
+    monkeypatch.setattr(module, "_HALF_MAX", 0.0)
     golden, published = load("metrics.npz"), numbers()
     reference, samples = golden["feat_ref"], golden["feat_sample"]
     radii = manifold_radii(reference, 3, "adm_float16")
     assert abs(radii.sum() / published["pr_fp32_radii_ref_sum"] - 1) < 1e-6
-    found = precision_recall(reference, samples, 3, "adm_float16")
+    found = precision_recall(samples, reference, 3, "adm_float16")
     assert found == tuple(published["pr_fp32"])
 
 
@@ -175,55 +171,37 @@ def test_every_result_is_rounded_to_float16():
     # 32nds: float32 adds their products up without an error, in whatever order.
     x, y = (rng.integers(0, 33, (2, 300, 200)) / 32).astype(np.float16)
     y[:100] *= np.float16(0.125)
-    norms = [eigen_half_sum(rows * rows) for rows in (x, y)]
+    norms = [module._half_sums(rows * rows) for rows in (x, y)]
     products = (x.astype(np.float64) @ y.astype(np.float64).T).astype(np.float16)
     once_less = norms[0][:, None].astype(np.float64) - 2 * products.astype(np.float64) + norms[1]
     expected = norms[0][:, None] - np.float16(2) * products + norms[1]
     assert (expected != once_less.astype(np.float16)).any()
-    found = half_distances(x, norms[0].astype(np.float32), y, norms[1].astype(np.float32))
-    assert np.array_equal(found, np.maximum(expected, 0))
+    rows, others = (rows.astype(np.float32) for rows in (x, y))
+    squares = [values.astype(np.float32) for values in norms]
+    found = jax.jit(module._half_distances)(rows @ others.T, *squares)
+    assert np.array_equal(found, expected)
 
 
-def test_only_blocks_that_overflow_are_done_in_float32(monkeypatch):
-    monkeypatch.setattr(row_tiles, "_TILE", 10)
-    monkeypatch.setattr(manifolds_adm_float16, "_BLOCK", 20)
+def test_float32_where_float16_would_overflow():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 8)).astype(np.float32)
-    x[45] *= 200  # its squared norm is above 65504
+    assert not np.allclose(manifold_radii(x, 3, "adm_float16"), radii_of(x, 3), rtol=1e-4)
     x[5] *= 200 / np.linalg.norm(x[5])
-    x[25] = -x[5]  # each of their squared norms is below, their distance is not
-    found = manifold_radii(x, 3, "adm_float16")
-    with_float32 = [(i, 2) for i in range(3)] + [(2, 0), (2, 1), (0, 1), (1, 0)]
-    half = x.astype(np.float16)
-    distances = np.empty((60, 60))
-    with np.errstate(over="ignore", invalid="ignore"):
-        norms = eigen_half_sum(half * half)
-        products = 2 * (half.astype(np.float64) @ half.astype(np.float64).T).astype(np.float16)
-        float16 = np.maximum((norms[:, None] - products) + norms, np.float16(0))
-    exact = squared_distances(x, x)
-    for i in range(3):
-        for j in range(3):
-            block = np.s_[20 * i : 20 * i + 20, 20 * j : 20 * j + 20]
-            distances[block] = (exact if (i, j) in with_float32 else float16)[block]
-    assert not np.isfinite(float16[40:]).all()
-    # By blocks, and entry k of the sorted row, the row itself included. Rows of the first two
-    # blocks are decided by float16 distances, which float32 ones do not equal.
-    expected = np.sort(distances, axis=1)[:, 3]
-    assert np.allclose(found, expected, rtol=1e-4, atol=0)
-    assert np.allclose(found[40:], radii_of(x, 3)[40:], rtol=1e-4)
+    x[25] = -x[5]  # each of their squared norms is below 65504, their distance is not
+    assert np.allclose(manifold_radii(x, 3, "adm_float16"), radii_of(x, 3), rtol=1e-4)
 
 
 def test_what_cannot_be_compared():
     features = np.random.default_rng(0).standard_normal((4, 3))
     with pytest.raises(UsageError, match="3 rows of features have no neighbour k=3: give at least"):
-        precision_recall(features, features[:3])
+        precision_recall(features[:3], features)
     with pytest.raises(UsageError, match="k=0 must be at least 1"):
         precision_recall(features, features, k=0)
     with pytest.raises(UsageError, match="distances='fast' must be one of exact, adm_float16"):
         precision_recall(features, features, distances="fast")
     with pytest.raises(UsageError, match="of 2 numbers and reference features of 3"):
-        precision_recall(features, features[:, :2])
+        precision_recall(features[:, :2], features)
     bad = features.copy()
     bad[2] = np.nan
     with pytest.raises(UsageError, match="1 of 4 rows of sample features are NaN .* row 2 first"):
-        precision_recall(features, bad)
+        precision_recall(bad, features)

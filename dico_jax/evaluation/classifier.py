@@ -1,19 +1,24 @@
-"""A small classifier whose features stand in for Inception's where pictures are small.
+"""What judges small labelled sets of pictures, where Inception's features mean nothing.
 
-Distances in its features compare runs on one set of pictures with one another, and with nothing
-else. It is trained on the pictures themselves and kept in a file, because every training gives
-other features.
+A small network, trained on the pictures themselves, stands in for Inception: distances in its
+features compare runs on one set with one another, and with nothing else. It is kept in a file,
+because every training gives other features.
+
+Class agreement and spread need no file. Class agreement: the share of generated images that a
+support vector classifier fitted on the real ones takes for the class they were asked for; in a
+tenth of a second, so that every run on a small set can end with it. Spread: the mean distance
+between two generated images of a class over that of two real ones, which falls towards 0 when a
+class collapses.
 """
 
 import dataclasses
-import functools
 import hashlib
+import importlib.util
 import io
 import json
 import os
-import pathlib
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -27,9 +32,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dico_jax.data.pipeline import read_label, training_batches
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.feature_networks import Features
+from dico_jax.evaluation.features import FeatureNetwork, Features
+from dico_jax.files import new_file
 
-NAME = "classifier"
 FEATURES_WIDTH = 64
 _WIDTHS = (32, 64, 128)
 _BATCH_SIZE = 128
@@ -37,6 +42,8 @@ _LEARNING_RATE = 3e-3
 _MIN_STEPS, _MAX_STEPS, _EPOCHS = 300, 4000, 10
 _HELD_OUT = 10  # one of so many examples
 _FORMAT = "dico_jax classifier 1"
+
+Reader = Callable[[Any, bool], np.ndarray]
 
 
 class ConvClassifier(nn.Module):
@@ -56,58 +63,47 @@ class ConvClassifier(nn.Module):
         return features, nn.Dense(self.num_classes, name="logits")(features)
 
 
-@dataclasses.dataclass(frozen=True)
-class Classifier:
-    """A trained classifier; a `FeatureNetwork`.
+class Classifier(FeatureNetwork):
+    """A trained classifier.
 
     Attributes:
-      params: its weights.
       image_shape: (H, W, C) of the pictures it takes.
       class_names: of its classes.
       info: how it was made: the pictures, steps, and its accuracy on those it has not seen.
     """
 
-    params: Any
-    image_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    info: dict[str, Any]
-
-    name = NAME
+    name = "classifier"
     width = FEATURES_WIDTH
-    spatial_width = 0
-    cpu_batch_size = 64
-    warning = None
 
-    @property
-    def num_classes(self) -> int:
-        """Number of logits."""
-        return len(self.class_names)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of the weights."""
+    def __init__(
+        self,
+        params: Any,
+        image_shape: tuple[int, int, int],
+        class_names: Sequence[str],
+        info: dict[str, Any],
+    ):
+        self.params, self.image_shape, self.info = params, image_shape, info
+        self.class_names, self.num_classes = tuple(class_names), len(class_names)
         found = hashlib.sha256()
-        for path, leaf in sorted(flatten_dict(self.params, sep="/").items()):
+        for path, leaf in sorted(flatten_dict(params, sep="/").items()):
             found.update(path.encode() + np.ascontiguousarray(leaf, "<f4").tobytes())
-        return found.hexdigest()
+        self.digest = found.hexdigest()
 
-    def check_images(self, shape: tuple[int, int, int], name: str) -> None:
-        """Raises UsageError unless images have the shape that it was trained on."""
+    def check_images(self, shape, name):
+        """See `FeatureNetwork`: it takes the shape that it was trained on."""
         if tuple(shape) != self.image_shape:
             raise UsageError(
                 f"{name} has images of shape {tuple(shape)}, but this classifier was trained on "
                 f"{self.image_shape}"
             )
 
-    def apply(self, params, images) -> Features:
+    def apply(self, params, images):
         """See `FeatureNetwork`."""
-        network = ConvClassifier(self.num_classes)
-        features, logits = _apply(network, params, images)
+        features, logits = _apply(ConvClassifier(self.num_classes), params, images)
         return Features(features, None, logits)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes an .npz file; what is there already is replaced at the end, at once."""
-        path = pathlib.Path(path)
         about = {
             "format": _FORMAT,
             "image_shape": self.image_shape,
@@ -115,11 +111,10 @@ class Classifier:
             "info": self.info,
         }
         arrays: Any = {k: np.asarray(v) for k, v in flatten_dict(self.params, sep="/").items()}
-        buffer = io.BytesIO()
+        buffer = io.BytesIO()  # a file that is replaced must be written in one go
         np.savez(buffer, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
+        with new_file(path) as stream:
+            stream.write(buffer.getvalue())
 
 
 def load_classifier(path: str | os.PathLike) -> Classifier:
@@ -138,26 +133,17 @@ def load_classifier(path: str | os.PathLike) -> Classifier:
         ) from error
     if about.get("format") != _FORMAT:
         raise UsageError(f"{path} is no classifier of the format {_FORMAT!r}")
-    classifier = Classifier(
-        params=unflatten_dict(flat, sep="/"),
-        image_shape=tuple(about["image_shape"]),
-        class_names=tuple(about["class_names"]),
-        info=about["info"],
-    )
-    network = ConvClassifier(classifier.num_classes)
-    image = jax.ShapeDtypeStruct((1, *classifier.image_shape), jnp.uint8)
-    wanted = flatten_dict(jax.eval_shape(network.init, jax.random.key(0), image)["params"], sep="/")
-    if {k: v.shape for k, v in wanted.items()} != {k: v.shape for k, v in flat.items()}:
+    shape, names = tuple(about["image_shape"]), about["class_names"]
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
+    made = jax.eval_shape(ConvClassifier(len(names)).init, jax.random.key(0), image)["params"]
+    wanted = {name: leaf.shape for name, leaf in flatten_dict(made, sep="/").items()}
+    if wanted != {name: leaf.shape for name, leaf in flat.items()}:
         raise UsageError(f"{path} is a classifier with other layers than this version has")
-    return classifier
+    return Classifier(unflatten_dict(flat, sep="/"), shape, names, about["info"])
 
 
 def train_classifier(
-    source: Source,
-    read: Callable[[Any, bool], np.ndarray],
-    *,
-    max_steps: int = _MAX_STEPS,
-    seed: int = 0,
+    source: Source, read: Reader, *, max_steps: int = _MAX_STEPS, seed: int = 0
 ) -> Classifier:
     """Trains a classifier on pictures, nine tenths of them; the others tell its accuracy.
 
@@ -181,16 +167,14 @@ def train_classifier(
     network = ConvClassifier(len(source.class_names))
     optimizer = optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, num_steps))
 
-    def loss_fn(params, batch):
-        _, logits = _apply(network, params, batch["image"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["condition"]["label"]
-        )
-        return losses.mean()
+    def loss_fn(params, images, labels):
+        _, logits = _apply(network, params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit
-    def step(params, opt_state, batch):
-        updates, opt_state = optimizer.update(jax.grad(loss_fn)(params, batch), opt_state, params)
+    def step(params, opt_state, images, labels):
+        gradient = jax.grad(loss_fn)(params, images, labels)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     batches = iter(training_batches(train, read, read_label, batch_size=size, seed=seed))
@@ -198,24 +182,21 @@ def train_classifier(
     params = jax.jit(network.init)(jax.random.key(seed), batch["image"])["params"]
     opt_state = optimizer.init(params)
     for _ in tqdm.trange(num_steps, desc="classifier", unit="step", dynamic_ncols=True):
-        params, opt_state = step(params, opt_state, {k: batch[k] for k in ("image", "condition")})
+        params, opt_state = step(params, opt_state, batch["image"], batch["condition"]["label"])
         batch = next(batches)
     classify = jax.jit(lambda p, x: _apply(network, p, x)[1].argmax(-1))
     right = [
         np.asarray(classify(params, images)) == labels
         for images, labels in _pictures(_Subset(source, held), read, size)
     ]
-    return Classifier(
-        params=jax.device_get(params),
-        image_shape=batch["image"].shape[1:],
-        class_names=tuple(source.class_names),
-        info={
-            "source": repr(source),
-            "num_steps": num_steps,
-            "seed": seed,
-            "accuracy": float(np.mean(np.concatenate(right))),
-        },
-    )
+    info = {
+        "source": repr(source),
+        "num_steps": num_steps,
+        "seed": seed,
+        "accuracy": float(np.mean(np.concatenate(right))),
+    }
+    shape = batch["image"].shape[1:]
+    return Classifier(jax.device_get(params), shape, source.class_names, info)
 
 
 def _apply(network: ConvClassifier, params: Any, images: Any) -> Any:
@@ -231,19 +212,11 @@ def _check_source(source: Source) -> None:
         raise UsageError(f"{source!r} has {len(source)} pictures: a classifier needs more")
 
 
-def _pictures(source: "_Subset", read, size: int):
-    """Batches of all pictures, and their labels; the last one is smaller."""
-    for first in range(0, len(source), size):
-        examples = [source[i] for i in range(first, min(first + size, len(source)))]
-        images = np.stack([read(example["image"], False) for example in examples])
-        yield images, np.array([example["label"] for example in examples])
-
-
 class _Subset:
     """Some examples of a source."""
 
-    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
-        self._source, self._indices = source, np.asarray(indices)
+    def __init__(self, source: Source, indices: np.ndarray):
+        self._source, self._indices = source, indices
         self.kind, self.class_names = source.kind, source.class_names
         self.skipped: dict[str, str] = {}
 
@@ -255,3 +228,90 @@ class _Subset:
 
     def example_id(self, index):
         return self._source.example_id(int(self._indices[index]))
+
+
+def _pictures(source: Any, read: Reader, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of all pictures, and their labels; the last one is smaller."""
+    for first in range(0, len(source), size):
+        examples = [source[i] for i in range(first, min(first + size, len(source)))]
+        images = np.stack([read(example["image"], False) for example in examples])
+        yield images, np.array([example["label"] for example in examples])
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassAgreement:
+    """The result of `class_agreement`.
+
+    Attributes:
+      num_samples: how many generated images were judged.
+      classifier_accuracy: share of held-out real images that the classifier gets right.
+      agreement: share of generated images taken for the class they were asked for.
+      spread: mean over classes of the generated over the real mean pairwise distance.
+    """
+
+    num_samples: int
+    classifier_accuracy: float
+    agreement: float
+    spread: float
+
+    def __str__(self):
+        return (
+            f"class agreement {self.agreement:.1%} of {self.num_samples} samples, "
+            f"spread {self.spread:.3f} of the real images' "
+            f"(the classifier is right on {self.classifier_accuracy:.1%} of unseen real images)"
+        )
+
+
+def class_agreement(
+    images: np.ndarray, labels: np.ndarray, source: Source, read: Reader
+) -> ClassAgreement:
+    """Judges generated images by a support vector classifier fitted on real ones.
+
+    The classifier (RBF kernel) is fitted on three quarters of the real images, and its own accuracy
+    is taken on the rest.
+
+    Args:
+      images: uint8 (N, H, W, C), generated.
+      labels: (N,) ints, the classes asked for.
+      source, read: the real pictures, as `train_classifier` takes them.
+
+    Raises:
+      UsageError: scikit-learn is not installed.
+    """
+    require_sklearn("class_agreement")
+    from sklearn import model_selection, svm
+
+    real_images, real_labels = next(_pictures(source, read, len(source)))
+    real, generated = _flatten(real_images), _flatten(images)
+    fit_x, held_x, fit_y, held_y = model_selection.train_test_split(
+        real, real_labels, test_size=0.25, random_state=0, stratify=real_labels
+    )
+    classifier = svm.SVC(C=10.0, gamma="scale").fit(fit_x, fit_y)
+    ratios = [
+        mean_pairwise_distance(generated[labels == c])
+        / mean_pairwise_distance(real[real_labels == c])
+        for c in np.unique(labels)
+    ]
+    return ClassAgreement(
+        num_samples=len(images),
+        classifier_accuracy=float(classifier.score(held_x, held_y)),
+        agreement=float(np.mean(classifier.predict(generated) == labels)),
+        spread=float(np.mean(ratios)),
+    )
+
+
+def require_sklearn(field: str) -> None:
+    """Raises UsageError, naming what needs it, where scikit-learn is not installed."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise UsageError(f"{field} needs scikit-learn: pip install 'dico_jax[demo]'")
+
+
+def mean_pairwise_distance(x: np.ndarray) -> float:
+    """The mean Euclidean distance between two different rows of x (N, D), N at least 2."""
+    squares = np.sum(x**2, axis=1)
+    squared = np.maximum(squares[:, None] + squares[None] - 2 * x @ x.T, 0)
+    return float(np.sqrt(squared)[~np.eye(len(x), dtype=bool)].mean())
+
+
+def _flatten(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1).astype(np.float64) / 255

@@ -1,4 +1,4 @@
-"""Sets of images against a reference: summaries of their features, and the numbers between them."""
+"""Sets of images against a reference: which network, which metrics, and the numbers."""
 
 import dataclasses
 import pathlib
@@ -12,18 +12,11 @@ from jax.sharding import Mesh
 
 from dico_jax.data.image_sets import FolderImages, ImageSet
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.feature_networks import FeatureFn, FeatureNetwork, make_feature_fn
-from dico_jax.evaluation.feature_summary import FeatureSummary
-from dico_jax.evaluation.frechet import frechet_distance, rank_warning
-from dico_jax.evaluation.kid import kernel_distance
+from dico_jax.evaluation.classifier import load_classifier
+from dico_jax.evaluation.distances import frechet_distance, kernel_distance, rank_warning
+from dico_jax.evaluation.features import FeatureFn, FeatureNetwork, FeatureSummary, make_feature_fn
 from dico_jax.evaluation.precision_recall import precision_recall
-from dico_jax.evaluation.statistics import (
-    NpzImages,
-    Statistics,
-    check_features,
-    check_width,
-    open_reference,
-)
+from dico_jax.evaluation.statistics import NpzImages, Statistics, file_digest, open_reference
 
 METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid")
 # Of these, every image's features are kept: 8 kB each of Inception's.
@@ -35,6 +28,28 @@ _SAVE_EVERY = 5000  # images between two notes of what is known so far
 Batches = Callable[[int], Iterator[np.ndarray]]
 
 
+def create_network(features: str, inception: str | None, flag: str = "--") -> FeatureNetwork:
+    """The network that makes the features, with its weights.
+
+    Args:
+      features: "inception", or the file of a classifier.
+      inception: file of Inception's weights; looked for, then downloaded, if None.
+      flag: what messages put before the names of these arguments.
+
+    Raises:
+      UsageError: its weights cannot be had.
+    """
+    if features == "inception":
+        # A late import: most who name a classifier have no need of it.
+        from dico_jax.evaluation.inception_weights import load_inception
+
+        return load_inception(inception, flag=f"{flag}inception")
+    if inception is not None:
+        fix = f"is for {flag}features=inception, not for {features!r}"
+        raise UsageError(f"{flag}inception={inception} {fix}")
+    return load_classifier(features)
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
     """Compares sets of images with one reference.
@@ -44,17 +59,34 @@ class Evaluator:
       features: of batches of images, see `make_feature_fn`.
       reference: what is compared with.
       metrics: which numbers, of `METRICS`.
+      path: where the reference is from.
     """
 
     network: FeatureNetwork
     features: FeatureFn
     reference: Statistics
     metrics: tuple[str, ...]
+    path: str
 
     @property
     def keeps_features(self) -> bool:
         """Whether the features of every image are kept."""
-        return needs_all_features(self.metrics)
+        return bool(set(self.metrics) & set(_OF_ALL_FEATURES))
+
+    def about(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """What a result for these samples says of its origin."""
+        reference = self.reference
+        return {
+            "metric_names": list(self.metrics),
+            "samples": samples,
+            "reference": {
+                "path": self.path,
+                "sha256": reference.digest,
+                "count": reference.count,
+                "info": reference.info,
+            },
+            "features": {"name": self.network.name, "sha256": self.network.digest},
+        }
 
     def summary(
         self,
@@ -75,8 +107,9 @@ class Evaluator:
           progress: show a bar.
         """
         summary = FeatureSummary(self.network, self.keeps_features)
+        about = (about or {}) | {"keeps_features": self.keeps_features}
         if partial is not None and partial.exists():
-            summary.load(partial, about or {})
+            summary.load(partial, about)
         noted = summary.count
         with tqdm.tqdm(
             total=count, initial=noted, unit="image", dynamic_ncols=True, disable=not progress
@@ -86,7 +119,7 @@ class Evaluator:
                 bar.update(len(images))
                 is_first = jax.process_index() == 0
                 if partial is not None and is_first and summary.count - noted >= _SAVE_EVERY:
-                    summary.save(partial, about or {})
+                    summary.save(partial, about)
                     noted = summary.count
         return summary
 
@@ -128,45 +161,46 @@ def create_evaluator(
       UsageError: something cannot be read or does not fit.
     """
     features, name = make_feature_fn(network, batch_size, mesh), f"{flag}={reference}"
-    statistics, images, digest = _open_reference(reference, flag)
+    is_file = pathlib.Path(reference).is_file()
+    found = open_reference(reference) if is_file else open_images(reference, flag)
+    statistics = found if isinstance(found, Statistics) else None
+    images = found.images if isinstance(found, Statistics) else found
+    if images is not None:
+        images.name = name
     if statistics is None:
         assert images is not None
         statistics = measure_images(images, network, features, batch_size)
+        digest = file_digest(reference) if is_file else ""
         statistics = dataclasses.replace(statistics, digest=digest)
-    check_features(statistics, network.name, name)
-    check_width(statistics, network.width, name)
-    check_weights(statistics, network, name)
+    _check_network(statistics, network, name)
     chosen = choose_metrics(metrics, statistics, name, images is not None)
-    if needs_all_features(chosen) and statistics.pool_features is None:
+    evaluator = Evaluator(network, features, statistics, chosen, reference)
+    if evaluator.keeps_features and statistics.pool_features is None:
         assert images is not None
         measured = measure_images(images, network, features, batch_size)
         statistics = dataclasses.replace(statistics, pool_features=measured.pool_features)
-    return Evaluator(network, features, statistics, chosen)
+        return dataclasses.replace(evaluator, reference=statistics)
+    return evaluator
 
 
-def check_weights(statistics: Statistics, network: FeatureNetwork, name: str) -> None:
-    """Raises UsageError where statistics are known to be of other weights than a network has."""
+def _check_network(statistics: Statistics, network: FeatureNetwork, name: str) -> None:
+    """Raises UsageError, naming the file `name`, for statistics of another network."""
+    if statistics.features != network.name:
+        raise UsageError(
+            f"{name} has statistics of the feature network {statistics.features!r}, and "
+            f"{network.name!r} is used: take statistics of the same network"
+        )
+    if len(statistics.mean) != network.width:
+        raise UsageError(
+            f"{name} has statistics of {len(statistics.mean)} features, and the feature network "
+            f"has {network.width}: take statistics of the same network"
+        )
     made_with = statistics.info.get("network_sha256", network.digest)
     if made_with != network.digest:
         raise UsageError(
             f"{name} was measured with other weights of the {network.name} network "
             f"({made_with[:8]}, these are {network.digest[:8]}): measure it again"
         )
-
-
-def _open_reference(path: str, flag: str) -> tuple[Statistics | None, ImageSet | None, str]:
-    """What a reference has, statistics or images or both, and the SHA-256 of its file."""
-    if not pathlib.Path(path).is_file():
-        return None, open_images(path, flag), ""
-    found = open_reference(path)
-    images = None if found.images is None else NpzImageSet(found.images, f"{flag}={path}")
-    return (found if isinstance(found, Statistics) else None), images, found.digest
-
-
-def describe_reference(path: str | None, reference: Statistics) -> dict[str, Any]:
-    """What a result says of its reference."""
-    about = {name: getattr(reference, name) for name in ("digest", "count", "info")}
-    return {"path": path, "sha256": about.pop("digest"), **about}
 
 
 def measure_images(
@@ -183,21 +217,6 @@ def measure_images(
     return summary.statistics(network.name, info)
 
 
-class NpzImageSet(ImageSet):
-    """The pictures in an .npz file."""
-
-    def __init__(self, images: NpzImages, name: str):
-        """Takes pictures that are known to be readable."""
-        self.name, self.shape, self._images = name, images.shape[1:], images
-
-    def __len__(self):
-        return len(self._images)
-
-    def batches(self, size, start=0, stop=None):
-        """See `ImageSet`."""
-        return self._images.batches(size, start, stop)
-
-
 def open_images(path: str, flag: str) -> ImageSet:
     """A folder of pictures, or an .npz file with arr_0.
 
@@ -206,7 +225,7 @@ def open_images(path: str, flag: str) -> ImageSet:
     """
     check_there(path, flag)
     if pathlib.Path(path).is_file():
-        return NpzImageSet(NpzImages(path), f"{flag}={path}")
+        return NpzImages(path, f"{flag}={path}")
     return FolderImages(path, flag)
 
 
@@ -214,11 +233,6 @@ def check_there(path: str, flag: str) -> None:
     """Raises UsageError for a local folder or file that is not there."""
     if "://" not in path and not pathlib.Path(path).exists():
         raise UsageError(f"{flag}={path}: no such folder or file")
-
-
-def needs_all_features(metrics: Sequence[str]) -> bool:
-    """Whether features of every image are needed, of the reference too."""
-    return bool(set(metrics) & set(_OF_ALL_FEATURES))
 
 
 def choose_metrics(
@@ -235,35 +249,32 @@ def choose_metrics(
     Raises:
       UsageError: an unknown name, or one that the reference does not allow.
     """
-    allowed = ["fid", "inception_score"]
-    if reference.spatial_mean is not None:
-        allowed.append("sfid")
-    if reference.pool_features is not None or has_images:
-        allowed += _OF_ALL_FEATURES
+    lacking = {}
+    if reference.spatial_mean is None:
+        lacking["sfid"] = "spatial statistics"
+    if reference.pool_features is None and not has_images:
+        lacking |= dict.fromkeys(_OF_ALL_FEATURES, "images or features of each")
     if wanted is None:
-        return tuple(metric for metric in METRICS if metric in allowed)
+        return tuple(metric for metric in METRICS if metric not in lacking)
     for metric in wanted:
         if metric not in METRICS:
             raise UsageError(f"--metrics: {metric!r} is unknown: use some of {','.join(METRICS)}")
-        if metric not in allowed:
-            lacks = "spatial statistics" if metric == "sfid" else "images or features of each"
-            raise UsageError(f"--metrics: {metric} cannot be had of {name}, which has no {lacks}")
+        if metric in lacking:
+            raise UsageError(
+                f"--metrics: {metric} cannot be had of {name}, which has no {lacking[metric]}"
+            )
     return tuple(metric for metric in METRICS if metric in wanted)
 
 
 def _fid(summary: FeatureSummary, reference: Statistics) -> dict[str, float]:
-    pool = summary.pool
-    return {
-        "fid": frechet_distance(pool.mean, pool.covariance, reference.mean, reference.covariance)
-    }
+    moments = summary.pool.mean, summary.pool.covariance
+    return {"fid": frechet_distance(*moments, reference.mean, reference.covariance)}
 
 
 def _sfid(summary: FeatureSummary, reference: Statistics) -> dict[str, float]:
-    spatial = summary.spatial
-    assert spatial is not None
-    mean, covariance = reference.spatial_mean, reference.spatial_covariance
-    assert mean is not None
-    assert covariance is not None
+    spatial: Any = summary.spatial
+    mean: Any = reference.spatial_mean
+    covariance: Any = reference.spatial_covariance
     return {"sfid": frechet_distance(spatial.mean, spatial.covariance, mean, covariance)}
 
 
@@ -274,26 +285,27 @@ def _inception_score(summary: FeatureSummary, reference: Statistics) -> dict[str
 
 def _precision_recall(summary: FeatureSummary, reference: Statistics) -> dict[str, float]:
     """Exact ones, and those of the published evaluator's float16 distances."""
-    ours, theirs = _all_features(summary, reference)
     found: dict[str, float] = {}
     for suffix, distances in (("", "exact"), ("_adm_float16", "adm_float16")):
-        precision, recall = precision_recall(theirs, ours, k=_NEIGHBOURS, distances=distances)
+        precision, recall = precision_recall(
+            **_all_features(summary, reference), k=_NEIGHBOURS, distances=distances
+        )
         found |= {f"precision{suffix}": precision, f"recall{suffix}": recall}
     return found
 
 
 def _kid(summary: FeatureSummary, reference: Statistics) -> dict[str, float]:
-    ours, theirs = _all_features(summary, reference)
-    size = min(_KID_SUBSET_SIZE, len(ours), len(theirs))
-    mean, deviation = kernel_distance(ours, theirs, _KID_SUBSETS, size)
+    features = _all_features(summary, reference)
+    size = min(_KID_SUBSET_SIZE, *map(len, features.values()))
+    mean, deviation = kernel_distance(**features, num_subsets=_KID_SUBSETS, subset_size=size)
     return {"kid": mean, "kid_std": deviation}
 
 
-def _all_features(summary: FeatureSummary, reference: Statistics) -> tuple[np.ndarray, np.ndarray]:
-    ours, theirs = summary.pool_features, reference.pool_features
-    assert ours is not None
-    assert theirs is not None
-    return ours, theirs
+def _all_features(summary: FeatureSummary, reference: Statistics) -> dict[str, Any]:
+    return {
+        "sample_features": summary.pool_features,
+        "reference_features": reference.pool_features,
+    }
 
 
 _COMPUTE: dict[str, Callable[[FeatureSummary, Statistics], dict[str, float]]] = {

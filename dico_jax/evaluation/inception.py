@@ -8,7 +8,6 @@ loaded (`dico_jax.evaluation.inception_weights`).
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -160,14 +159,8 @@ NETWORK: tuple[Conv | Pool | Block, ...] = (
     _block_8("Mixed_7c", "max"),
 )
 
-# Means over positions, by the layer whose output they are of.
-_MEANS = {"64": "pool_1", "192": "pool_2", "768": "Mixed_6e", "pool": "Mixed_7c"}
 # ADM's evaluator reads "mixed_6/conv:0": the first branch of this block, after its ReLU.
 _SPATIAL_BLOCK = "Mixed_6d"
-_LOGITS = ("logits", "logits_biased")
-
-TAPS = ("pool", "spatial", "logits")
-ALL_TAPS = (*_MEANS, "spatial", *_LOGITS)
 
 
 # The input.
@@ -303,7 +296,7 @@ class _Block(nn.Module):
 
 
 class _Logits(nn.Module):
-    """The last matrix product: (N, 2048) to (N, 1008), without and with the bias."""
+    """The last matrix product: (N, 2048) to (N, 1008). Its bias, which no metric reads, is kept."""
 
     dtype: Any
 
@@ -311,9 +304,8 @@ class _Logits(nn.Module):
     def __call__(self, features):
         shape = (features.shape[-1], NUM_LOGITS)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape[-1:])
-        plain = jnp.dot(features, kernel.astype(self.dtype), precision=lax.Precision.HIGHEST)
-        return plain, plain + bias.astype(self.dtype)
+        self.param("bias", nn.initializers.zeros_init(), shape[-1:])
+        return jnp.dot(features, kernel.astype(self.dtype), precision=lax.Precision.HIGHEST)
 
 
 class Inception(nn.Module):
@@ -325,35 +317,29 @@ class Inception(nn.Module):
 
     dtype: Any = jnp.float32
 
-    def __call__(self, images: jax.Array, taps: Sequence[str] = TAPS) -> dict[str, jax.Array]:
+    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
         """What metrics read of the network; the same for an image whatever its batch.
 
         Args:
           images: uint8 (N, H, W, 3) of any size; grey ones have to be repeated by the caller.
-          taps: names of `ALL_TAPS`.
 
         Returns:
           By name, of `dtype`: "pool" (N, 2048), the features of Frechet distances; "spatial"
           (N, 2023), those of the spatial one (17 rows, 17 columns, 7 channels); "logits" (N, 1008)
-          without the bias, for Inception Scores; "logits_biased" (N, 1008); "64", "192" and "768",
-          means over positions of earlier layers.
+          without the bias, for Inception Scores.
 
         Raises:
-          ValueError: the images are not uint8 (N, H, W, 3), or a tap is not known.
+          ValueError: the images are not uint8 (N, H, W, 3).
         """
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != jnp.uint8:
             raise ValueError(
                 f"images are {images.dtype}{list(images.shape)}, not uint8 (N, H, W, 3)"
             )
-        unknown = sorted(set(taps) - set(ALL_TAPS))
-        if unknown:
-            raise ValueError(f"taps {unknown} are not known: use some of {', '.join(ALL_TAPS)}")
-        found = self.from_resized(resized(images, self.dtype))
-        return {tap: found[tap] for tap in taps}
+        return self.from_resized(resized(images, self.dtype))
 
     @nn.compact
     def from_resized(self, x: jax.Array) -> dict[str, jax.Array]:
-        """All taps of what `resized` makes, (N, 299, 299, 3); under jit the unused cost nothing."""
+        """The same of what `resized` makes, (N, 299, 299, 3)."""
         found = {}
         for layer in NETWORK:
             if isinstance(layer, Block):
@@ -365,9 +351,8 @@ class Inception(nn.Module):
                 x = _Layer(layer, self.dtype, name=layer.name)(x)
             else:
                 x = _pool(x, layer)
-            found |= {tap: x.mean((1, 2)) for tap, name in _MEANS.items() if name == layer.name}
-        logits = _Logits(self.dtype, name="fc")(found["pool"])
-        return found | dict(zip(_LOGITS, logits, strict=True))
+        pool = x.mean((1, 2))
+        return found | {"pool": pool, "logits": _Logits(self.dtype, name="fc")(pool)}
 
 
 @functools.cache

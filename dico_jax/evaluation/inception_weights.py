@@ -17,11 +17,20 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dico_jax.autoencoders.weights import naming
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.inception import NUM_LOGITS, abstract_params
+from dico_jax.evaluation.features import FeatureNetwork, Features
+from dico_jax.evaluation.inception import (
+    NUM_FEATURES,
+    NUM_LOGITS,
+    SPATIAL_CHANNELS,
+    Inception,
+    abstract_params,
+)
+from dico_jax.evaluation.statistics import file_digest
 from dico_jax.files import check_new, new_file
 from dico_jax.pytorch.hub import local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, entries, known_names
@@ -42,29 +51,47 @@ FILE_NAMES = (
     "weights-inception-2015-12-05-6726825d.pth",  # of torch-fidelity, the same bytes
 )
 
+_OTHER_WEIGHTS = (
+    "these are not the published weights of Inception: the numbers compare with no other ones"
+)
 _EPSILON = 1e-3  # of batch norm
 _CLASSES_OF_TORCHVISION = 1000
 _TIMEOUT = 30  # seconds without an answer
 _CHUNK = 1 << 20  # bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class InceptionWeights:
-    """Parameters, and what identifies them.
+class InceptionFeatures(FeatureNetwork):
+    """TensorFlow's Inception of 2015-12-05, as ADM's evaluator uses it, with weights of some file.
 
     Attributes:
+      digest: sha256 (hex) of the file, or of the one that a converted file was made of.
       params: for `dico_jax.evaluation.inception.Inception`, a tree of NumPy arrays; batch norm is
         folded into kernels and biases.
-      digest: sha256 (hex) of the file, or of the one that a converted file was made of.
+      is_published: whether these are the weights that published distances are measured with.
     """
 
-    params: Any
-    digest: str
+    name = "inception"
+    width = NUM_FEATURES
+    spatial_width = 17 * 17 * SPATIAL_CHANNELS
+    num_classes = NUM_LOGITS
+    cpu_batch_size = 2  # more do not fit its caches
 
-    @property
-    def is_published(self) -> bool:
-        """Whether these are the weights that published distances are measured with."""
-        return self.digest == PUBLISHED_SHA256
+    def __init__(self, params: Any, digest: str):
+        self.params, self.digest = params, digest
+        self.is_published = digest == PUBLISHED_SHA256
+        self.warning = None if self.is_published else _OTHER_WEIGHTS
+
+    def check_images(self, shape, name):
+        """See `FeatureNetwork`: grey or RGB; any size is scaled to 299x299."""
+        if shape[-1] not in (1, 3):
+            raise UsageError(f"{name} has images of {shape[-1]} channels: 1 or 3 are needed")
+
+    def apply(self, params, images):
+        """See `FeatureNetwork`."""
+        if images.shape[-1] == 1:
+            images = jnp.repeat(images, 3, axis=-1)
+        found: Any = Inception().apply({"params": params}, images)
+        return Features(**found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +104,8 @@ class _Tensors:
 
 def load_inception(
     path: str | os.PathLike | None, *, flag: str = "--inception", dtype: Any = np.float32
-) -> InceptionWeights:
-    """The weights of a file, or the published ones.
+) -> InceptionFeatures:
+    """The network with the weights of a file, or the published ones.
 
     Without a path they are looked for in the cache folder ($DICO_JAX_CACHE, or else
     $XDG_CACHE_HOME/dico_jax or ~/.cache/dico_jax), then where torch.hub would have put them, then
@@ -96,7 +123,7 @@ def load_inception(
     source = os.fspath(path) if path else _published_file(flag)
     with naming(flag, source):
         tensors = _read(source)
-        return InceptionWeights(_folded(tensors.flat, dtype), tensors.digest)
+        return InceptionFeatures(_folded(tensors.flat, dtype), tensors.digest)
 
 
 def convert_inception(source: str | os.PathLike, out: str | os.PathLike) -> str:
@@ -243,12 +270,6 @@ def _digest(flat: Mapping[str, np.ndarray]) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(flat[name], "<f4").data)
     return digest.hexdigest()
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """sha256 (hex) of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # The published file.

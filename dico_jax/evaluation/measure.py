@@ -1,34 +1,45 @@
-"""FID and its family of images in files, or of a checkpoint's samples; what `evaluate` runs."""
+"""Who asks for numbers: the commands, of files or of a checkpoint's samples, and a training run."""
 
 import dataclasses
 import datetime
-import decimal
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from dico_jax.data.image_sets import ImageSet, SourceImages
+from dico_jax.data.image_sets import SourceImages
 from dico_jax.data.pictures import PictureReader
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
+from dico_jax.evaluation.classifier import load_classifier, train_classifier
 from dico_jax.evaluation.evaluator import (
+    METRICS,
     Batches,
+    Evaluator,
     check_there,
+    choose_metrics,
     create_evaluator,
-    describe_reference,
+    create_network,
     measure_images,
     open_images,
 )
-from dico_jax.evaluation.feature_networks import make_feature_fn
-from dico_jax.evaluation.plots import plot_sweep, require_matplotlib
-from dico_jax.evaluation.registry import create_network
+from dico_jax.evaluation.features import FeatureNetwork, make_feature_fn
 from dico_jax.evaluation.statistics import save_statistics
 from dico_jax.files import library_versions, result_path, write_json
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
+
+_CLASSIFIER_FILE = "classifier.npz"
+_REFERENCE_FILE = "reference.npz"
+_MAX_OWN_PICTURES = 50_000
+
+
+# The commands.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,99 +58,14 @@ class Options:
     metrics: tuple[str, ...] | None = None
     batch_size: int = 64
 
-
-class Evaluation:
-    """Measures sets of images against one reference."""
-
-    def __init__(self, reference: str, options: Options):
-        """Loads the network and the reference; of a reference of images, measures them.
-
-        Args:
-          reference: an .npz file or a folder of pictures, see docs/evaluation.md.
-          options: how.
-
-        Raises:
-          UsageError: something cannot be read or does not fit.
-        """
-        check_there(reference, "--reference")  # before weights are loaded
-        self._options = options
-        self._evaluator = create_evaluator(
-            create_network(options.features, options.inception),
-            reference,
-            options.metrics,
-            batch_size=options.batch_size,
-            mesh=create_mesh(),
+    def evaluator(self, reference: str, flag: str = "--reference") -> Evaluator:
+        """See `create_evaluator`; on all devices."""
+        check_there(reference, flag)  # before weights are loaded
+        network = create_network(self.features, self.inception)
+        size, mesh = self.batch_size, create_mesh()
+        return create_evaluator(
+            network, reference, self.metrics, batch_size=size, mesh=mesh, flag=flag
         )
-        self._about_reference = describe_reference(reference, self._evaluator.reference)
-
-    def of_images(self, images: ImageSet, num_samples: int | None, out: pathlib.Path | None):
-        """The result for pictures in files; its fields are in docs/evaluation.md.
-
-        Args:
-          images: the pictures.
-          num_samples: so many of the first ones; all if None.
-          out: where the result is going to be written; beside it lies what is known on the way.
-        """
-        self._evaluator.network.check_images(images.shape, images.name)
-        count = len(images) if num_samples is None else num_samples
-        if count > len(images):
-            raise UsageError(f"--num_samples={count}: {images.name} has {len(images)} images")
-        size = self._options.batch_size
-        samples = {"images": images.name, "count": count}
-        return self._result(lambda start: images.batches(size, start, count), samples, out)
-
-    def of_sampler(
-        self,
-        sampler: CheckpointSampler,
-        conditions: Any,
-        count: int,
-        classes: str,
-        out: pathlib.Path | None,
-    ) -> dict[str, Any]:
-        """The result for samples of a checkpoint, which are never written.
-
-        Args:
-          sampler: makes them.
-          conditions: of all samples, see `CheckpointSampler.conditions`.
-          count: how many there are.
-          classes: what the conditions are made of.
-          out: as for `of_images`.
-        """
-        samples = samples_of(sampler, count, classes)
-        return self._result(lambda start: sampler.images(conditions, start=start), samples, out)
-
-    def about(self, samples: dict[str, Any]) -> dict[str, Any]:
-        """What a result says of its origin, but for versions, devices and date."""
-        network = self._evaluator.network
-        return {
-            "metric_names": list(self._evaluator.metrics),
-            "samples": samples,
-            "reference": self._about_reference,
-            "features": {"name": network.name, "sha256": network.digest},
-        }
-
-    def _result(
-        self, batches: Batches, samples: dict[str, Any], out: pathlib.Path | None
-    ) -> dict[str, Any]:
-        evaluator, about = self._evaluator, self.about(samples)
-        kept = {"keeps_features": evaluator.keeps_features}
-        partial = None if out is None else _partial(out)
-        summary = evaluator.summary(batches, samples["count"], partial, about | kept)
-        return {
-            "metrics": evaluator.numbers(summary),
-            **about,
-            "warnings": evaluator.warnings(summary),
-            "versions": library_versions(),
-            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        }
-
-
-def samples_of(sampler: CheckpointSampler, count: int, classes: str) -> dict[str, Any]:
-    """What a result says of samples of a checkpoint."""
-    settings = json.loads(json.dumps(sampler.settings | {"classes": classes}))
-    del settings["sampling"]["batch_size"]  # it does not change an image
-    return settings | {"count": count}
 
 
 def evaluate_files(
@@ -154,16 +80,30 @@ def evaluate_files(
 
     Args:
       path: a folder of pictures or an .npz file with arr_0.
-      reference, options: see `Evaluation`.
+      reference: an .npz file or a folder of pictures, see docs/evaluation.md.
+      options: how.
       out: a new JSON file.
       num_samples: so many of the first pictures; all if None.
+
+    Returns:
+      The result; its fields are in docs/evaluation.md.
 
     Raises:
       UsageError: something cannot be read or does not fit.
     """
     file = None if out is None else result_path(out, ".json")
     images = open_images(path, "--samples")
-    result = Evaluation(reference, options).of_images(images, num_samples, file)
+    evaluator = options.evaluator(reference)
+    evaluator.network.check_images(images.shape, images.name)
+    count = len(images) if num_samples is None else num_samples
+    if count > len(images):
+        raise UsageError("--num_samples", num_samples, f": {images.name} has {len(images)} images")
+    samples = {"images": images.name, "count": count}
+
+    def batches(start: int) -> Iterator[np.ndarray]:
+        return images.batches(options.batch_size, start, count)
+
+    result = measure(evaluator, batches, samples, file)
     _finish(result, file)
     return result
 
@@ -176,63 +116,50 @@ def evaluate_checkpoint(
     *,
     num_samples: int,
     classes: str = "all",
-    sweep_cfg: str | None = None,
     **sampler_options,
 ) -> dict[str, Any]:
-    """Measures samples of a checkpoint, prints a table, and writes `out`.
+    """Measures samples of a checkpoint, which are never written, and ends as `evaluate_files`.
 
     Args:
       ckpt: workdir of a run, or a converted checkpoint.
-      reference, options: see `Evaluation`.
-      out: a JSON file; it must be new, but for a sweep that goes on.
+      reference, options, out: see `evaluate_files`.
       num_samples: how many.
       classes: see `CheckpointSampler.conditions`.
-      sweep_cfg: guidance scales, see `parse_sweep`; the result then is {"sweep": [a result per
-        scale]}, and a plot lies beside `out`.
       **sampler_options: of `CheckpointSampler`.
 
     Raises:
       UsageError: something cannot be read or does not fit.
     """
-    file = None if out is None else pathlib.Path(out)
-    if file is not None and sweep_cfg is None:
-        result_path(str(file), ".json")
-    scales = None if sweep_cfg is None else parse_sweep(sweep_cfg)
-    if scales is not None:
-        require_matplotlib("--sweep_cfg")
-    sampler = CheckpointSampler(ckpt, **sampler_options)
-    conditions = sampler.conditions(num_samples, classes)
-    evaluation = Evaluation(reference, options)
-    if scales is None:
-        result = evaluation.of_sampler(sampler, conditions, num_samples, classes, file)
-        _finish(result, file)
-        return result
-    assert file is not None
-    return {"sweep": _sweep(evaluation, sampler, conditions, num_samples, classes, scales, file)}
+    file = None if out is None else result_path(out, ".json")
+    samples = CheckpointSamples(CheckpointSampler(ckpt, **sampler_options), num_samples, classes)
+    result = measure(options.evaluator(reference), samples, samples.about, file)
+    _finish(result, file)
+    return result
 
 
-def _sweep(
-    evaluation: Evaluation,
-    sampler: CheckpointSampler,
-    conditions: Any,
-    count: int,
-    classes: str,
-    scales: Sequence[float],
-    file: pathlib.Path,
-) -> list[dict[str, Any]]:
-    """Measures the guidance scales that `file` lacks, one after the other, and plots all."""
-    results = _read_sweep(file)
-    for scale in scales:
-        sampler.set_guidance(scale)
-        _check_same_sweep(evaluation.about(samples_of(sampler, count, classes)), results, file)
-        if scale not in map(_scale_of, results):
-            part = file.with_name(f"{file.stem}-{scale}.json")
-            results.append(evaluation.of_sampler(sampler, conditions, count, classes, part))
-            _write(file, {"sweep": results})
-            _partial(part).unlink(missing_ok=True)
-        print(f"guidance scale {scale}: {_line(next(r for r in results if _scale_of(r) == scale))}")
-    plot_sweep(file.with_suffix(".png"), sorted(results, key=_scale_of))
-    return results
+class CheckpointSamples:
+    """Samples of a checkpoint; called with the number of the first one, gives batches of them."""
+
+    def __init__(self, sampler: CheckpointSampler, count: int, classes: str):
+        """Chooses conditions.
+
+        Args:
+          sampler: makes them.
+          count: how many.
+          classes: see `CheckpointSampler.conditions`.
+        """
+        self.sampler, self._count, self._classes = sampler, count, classes
+        self._conditions = sampler.conditions(count, classes)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a result says of them."""
+        settings = json.loads(json.dumps(self.sampler.settings | {"classes": self._classes}))
+        del settings["sampling"]["batch_size"]  # it does not change an image
+        return settings | {"count": self._count}
+
+    def __call__(self, start: int) -> Iterator[np.ndarray]:
+        return self.sampler.images(self._conditions, start=start)
 
 
 def prepare_reference(
@@ -262,17 +189,13 @@ def prepare_reference(
     Raises:
       UsageError: something cannot be read or does not fit.
     """
-    file, mesh = result_path(out, ".npz"), create_mesh()
+    file = result_path(out, ".npz")
     if source is None:
-        check_there(path, "--path")  # before weights are loaded
-    network = create_network(features, inception)
-    if source is None:
-        evaluator = create_evaluator(
-            network, path, None, batch_size=batch_size, mesh=mesh, flag="--path"
-        )
-        statistics = evaluator.reference
+        options = Options(features, inception, batch_size=batch_size)
+        statistics = options.evaluator(path, "--path").reference
     else:
-        features_of = make_feature_fn(network, batch_size, mesh)
+        network = create_network(features, inception)
+        features_of = make_feature_fn(network, batch_size, create_mesh())
         statistics = measure_images(SourceImages(*source), network, features_of, batch_size)
     measured = statistics.pool_features
     if measured is None:
@@ -281,37 +204,39 @@ def prepare_reference(
         made_of = {"path": path, "sha256": statistics.digest}
         statistics = dataclasses.replace(statistics, info=statistics.info | {"made_of": made_of})
     save_statistics(str(file), statistics)
-    return f"{file} is written: {len(measured):,} pictures, features: {network.name}"
+    return f"{file} is written: {len(measured):,} pictures, features: {statistics.features}"
 
 
-def parse_sweep(text: str) -> tuple[float, ...]:
-    """The numbers from A to B by steps of C, both ends included, of "A:B:C".
+# Results.
 
-    Raises:
-      UsageError: something else, or no numbers at all.
+
+def measure(
+    evaluator: Evaluator, batches: Batches, samples: dict[str, Any], out: pathlib.Path | None
+) -> dict[str, Any]:
+    """The result for a set of images.
+
+    Args:
+      evaluator: measures.
+      batches: see `Evaluator.summary`.
+      samples: what the images are, with their "count".
+      out: where the result is going to be written; beside it lies what is known on the way.
     """
-    try:
-        first, last, step = (decimal.Decimal(part) for part in text.split(":"))
-        if not (first >= 0 and step > 0 and last >= first):
-            raise ValueError
-    except (ValueError, ArithmeticError) as error:
-        raise UsageError(
-            f"--sweep_cfg={text}: write the first scale, the last and the step, such as 1.0:2.0:0.1"
-        ) from error
-    count = int((last - first) / step) + 1
-    return tuple(float(first + i * step) for i in range(count))
+    about = evaluator.about(samples)
+    partial = None if out is None else partial_file(out)
+    summary = evaluator.summary(batches, samples["count"], partial, about)
+    return {
+        "metrics": evaluator.numbers(summary),
+        **about,
+        "warnings": evaluator.warnings(summary),
+        "versions": library_versions(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
 
 
-# Files of results.
-
-
-def _partial(out: pathlib.Path) -> pathlib.Path:
+def partial_file(out: pathlib.Path) -> pathlib.Path:
+    """Where an evaluation whose result goes to `out` keeps what is known on the way."""
     return out.with_name(f"{out.name}.partial.npz")
-
-
-def _write(file: pathlib.Path, value: dict[str, Any]) -> None:
-    if jax.process_index() == 0:
-        write_json(file, value)
 
 
 def _finish(result: dict[str, Any], file: pathlib.Path | None) -> None:
@@ -319,8 +244,8 @@ def _finish(result: dict[str, Any], file: pathlib.Path | None) -> None:
         return
     print(table(result))
     if file is not None:
-        _write(file, result)
-        _partial(file).unlink(missing_ok=True)
+        write_json(file, result)
+        partial_file(file).unlink(missing_ok=True)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -337,34 +262,117 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines + [f"warning: {text}" for text in result["warnings"]])
 
 
-# Sweeps.
+# Training.
 
 
-def _scale_of(result: dict[str, Any]) -> float:
-    return result["samples"]["sampling"]["cfg_scale"]
+class RunEvaluation:
+    """Measures samples of a run, as `config.eval` asks. Making it checks and writes nothing."""
 
+    def __init__(
+        self,
+        config: ConfigDict,
+        source: Source,
+        read: Callable[[Any, bool], np.ndarray],
+        conditions: Callable[[np.ndarray], Any],
+        mesh: Mesh,
+    ):
+        """Loads what is there already.
 
-def _line(result: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.6g}" for name, value in result["metrics"].items())
+        Args:
+          config: of the run.
+          source, read: its examples.
+          conditions: from the indices of samples (N,) to what the network is told of them.
+          mesh: the devices.
 
+        Raises:
+          UsageError: naming the field, its value and the fix.
+        """
+        self._options, self._mesh = config.eval, mesh
+        self._batch_size = config.sampling.batch_size
+        self._source, self._read, self._conditions = source, read, conditions
+        self._network: FeatureNetwork | None = None
+        self._evaluator: Evaluator | None = None
+        if not self._options.every_steps:
+            return
+        self._check()
+        if self._options.features != "classifier":
+            self._network = create_network(
+                self._options.features, self._options.inception, "config.eval."
+            )
+            if self._options.reference is not None:
+                self._evaluator = self._against(self._network, self._options.reference)
 
-def _read_sweep(file: pathlib.Path) -> list[dict[str, Any]]:
-    if not file.exists():
-        return []
-    try:
-        return json.loads(file.read_text())["sweep"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--out={file} is no result of a sweep: give another name") from error
+    def _check(self) -> None:
+        options, source = self._options, self._source
+        if options.num_samples < 2:
+            raise UsageError("config.eval.num_samples", options.num_samples, "must be at least 2")
+        if unknown := set(options.metrics) - set(METRICS):
+            fix = f"is unknown: use some of {', '.join(METRICS)}"
+            raise UsageError(f"config.eval.metrics: {min(unknown)!r} {fix}")
+        if source.kind == "pictures":
+            return
+        lacks = f"config.data.source has {source.kind}, not pictures: give"
+        if options.features == "classifier":
+            raise UsageError(
+                f"config.eval.features='classifier' is trained on pictures, but {lacks} the file "
+                "of a classifier, or 'inception'"
+            )
+        if options.reference is None:
+            raise UsageError(f"config.eval.reference is not set, and {lacks} an .npz of statistics")
 
+    def is_due(self, step: int, last_step: int) -> bool:
+        """Whether to measure after this step."""
+        every = self._options.every_steps
+        return every > 0 and (step % every == 0 or step == last_step)
 
-def _check_same_sweep(about: dict, others: list[dict], file: pathlib.Path) -> None:
-    """Raises UsageError where results differ in more than the guidance scale."""
+    def open(self, workdir: pathlib.Path) -> None:
+        """Makes what was not there: the classifier, and the statistics of the run's own pictures.
 
-    def rest(found):
-        sampling = {k: v for k, v in found["samples"]["sampling"].items() if k != "cfg_scale"}
-        about = {k: found[k] for k in ("metric_names", "reference", "features")}
-        return about | {"samples": found["samples"] | {"sampling": sampling}}
+        Both are kept in `workdir`, so that a run that goes on measures as before.
+        """
+        if not self._options.every_steps or self._evaluator is not None:
+            return
+        network = self._network or self._classifier(workdir / _CLASSIFIER_FILE)
+        own = workdir / _REFERENCE_FILE
+        if self._options.reference is not None or own.exists():
+            self._evaluator = self._against(network, self._options.reference or str(own))
+            return
+        features = make_feature_fn(network, self._batch_size, self._mesh)
+        images = SourceImages(self._source, self._read, _MAX_OWN_PICTURES)
+        statistics = measure_images(images, network, features, self._batch_size)
+        if jax.process_index() == 0:
+            save_statistics(own, statistics)
+        chosen = choose_metrics(self._options.metrics or None, statistics, str(own))
+        self._evaluator = Evaluator(network, features, statistics, chosen, str(own))
 
-    for other in others:
-        if rest(other) != rest(about):
-            raise UsageError(f"--out={file} is of another sweep: give another name")
+    def __call__(self, samples: Callable[[Any, int], Iterator[np.ndarray]]) -> dict[str, float]:
+        """The numbers, by "FEATURES/METRIC".
+
+        Args:
+          samples: function from the conditions of all samples, and the first one to make, to
+            batches.
+        """
+        evaluator, count = self._evaluator, self._options.num_samples
+        assert evaluator is not None, "open() comes first"
+        conditions = self._conditions(np.arange(count))
+        summary = evaluator.summary(lambda start: samples(conditions, start), count, progress=False)
+        numbers = evaluator.numbers(summary)
+        return {f"{evaluator.network.name}/{name}": value for name, value in numbers.items()}
+
+    def _against(self, network: FeatureNetwork, reference: str) -> Evaluator:
+        return create_evaluator(
+            network,
+            reference,
+            self._options.metrics or None,
+            batch_size=self._batch_size,
+            mesh=self._mesh,
+            flag="config.eval.reference",
+        )
+
+    def _classifier(self, file: pathlib.Path) -> FeatureNetwork:
+        if file.exists():
+            return load_classifier(file)
+        classifier = train_classifier(self._source, self._read)
+        if jax.process_index() == 0:
+            classifier.save(file)
+        return classifier

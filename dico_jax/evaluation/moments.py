@@ -40,6 +40,15 @@ def check_rows(rows: Any, what: str, first_row: int = 0) -> np.ndarray:
     return rows
 
 
+def check_same_width(samples: np.ndarray, reference: np.ndarray) -> None:
+    """Raises UsageError unless the rows of both have as many numbers."""
+    if samples.shape[1] != reference.shape[1]:
+        raise UsageError(
+            f"sample features of {samples.shape[1]} numbers and reference features of "
+            f"{reference.shape[1]} cannot be compared: take both from one feature network"
+        )
+
+
 class Moments:
     """Streaming mean and covariance of rows.
 

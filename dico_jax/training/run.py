@@ -19,8 +19,8 @@ from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.pipeline import DeviceBatches, training_batches
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.class_agreement import ClassAgreement, class_agreement, require_sklearn
-from dico_jax.evaluation.run_evaluation import RunEvaluation
+from dico_jax.evaluation.classifier import ClassAgreement, class_agreement, require_sklearn
+from dico_jax.evaluation.measure import RunEvaluation
 from dico_jax.experiment import (
     Experiment,
     check_training,
@@ -263,14 +263,9 @@ class Run:
         num_samples = self.config.eval.class_agreement_samples
         if not num_samples:
             return None
-        examples = [self.source[i] for i in range(len(self.source))]
         asked = self.experiment.model.default_conditions(np.arange(num_samples), self.source)
-        return class_agreement(
-            np.stack([self.read(e["image"], False) for e in examples]),
-            np.array([e["label"] for e in examples]),
-            self.sample(state, asked),
-            asked["label"],
-        )
+        images = self.sample(state, asked)
+        return class_agreement(images, asked["label"], self.source, self.read)
 
 
 def _with_sharding(state: TrainState, mesh, rules) -> Any:

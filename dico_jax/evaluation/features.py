@@ -1,18 +1,103 @@
-"""What is kept of the features of a set of images."""
+"""From images to what is kept of them: networks for features, how they run, and summaries."""
 
+import abc
 import json
 import os
 import pathlib
 import zipfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.feature_networks import FeatureNetwork, Features
 from dico_jax.evaluation.inception_score import InceptionScore
 from dico_jax.evaluation.moments import Moments
 from dico_jax.evaluation.statistics import Statistics
+from dico_jax.parallel.mesh import batch_sharding, from_same, num_batch_shards, replicated
+
+
+class Features(NamedTuple):
+    """What a network makes of images.
+
+    Attributes:
+      pool: float32 (N, D), what FID, KID, precision and recall compare.
+      spatial: float32 (N, S), what sFID compares; None where a network has none.
+      logits: float32 (N, classes), what the Inception Score is made of.
+    """
+
+    pool: Any
+    spatial: Any
+    logits: Any
+
+
+class FeatureNetwork(abc.ABC):
+    """A network for features.
+
+    Attributes:
+      name: always given with the numbers: distances in different features do not compare.
+      digest: SHA-256 of the weights.
+      width: numbers in the pooled features.
+      spatial_width: numbers in the spatial features; 0 for none.
+      num_classes: number of logits.
+      cpu_batch_size: images at a time on one core that are fastest.
+      warning: what makes its numbers less than they seem, or None.
+      params: a tree of arrays.
+    """
+
+    name: str
+    digest: str
+    width: int
+    spatial_width: int = 0
+    num_classes: int
+    cpu_batch_size: int = 64
+    warning: str | None = None
+    params: Any
+
+    @abc.abstractmethod
+    def check_images(self, shape: tuple[int, int, int], name: str) -> None:
+        """Raises UsageError, with the name of the images, where it cannot take (H, W, C)."""
+
+    @abc.abstractmethod
+    def apply(self, params: Any, images: jax.Array) -> Features:
+        """The features of uint8 images (N, H, W, C); to be run under jit."""
+
+
+FeatureFn = Callable[[np.ndarray], Features]
+
+
+def make_feature_fn(network: FeatureNetwork, batch_size: int, mesh: Mesh) -> FeatureFn:
+    """The function from uint8 images (N, H, W, C), N at most batch_size, to their features.
+
+    Batches are filled up to one size, so that there is one compilation, and split over the mesh; on
+    CPUs they go through in parts. With several processes every one gives the same images and gets
+    all features.
+
+    Args:
+      network: the network.
+      batch_size: images at a time, rounded up to a multiple of the mesh's size.
+      mesh: the devices.
+    """
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    shards = num_batch_shards(mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        batch_size = min(batch_size, network.cpu_batch_size * shards)
+    size = -(-batch_size // shards) * shards
+    compiled = jax.jit(network.apply, in_shardings=(whole, split), out_shardings=whole)
+    params = jax.device_put(network.params, whole)
+
+    def part(images: np.ndarray) -> Features:
+        padded = np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)))
+        found = compiled(params, from_same(padded, split))
+        return jax.tree.map(lambda x: np.asarray(x)[: len(images)], found)
+
+    def features(images: np.ndarray) -> Features:
+        parts = [part(images[first : first + size]) for first in range(0, len(images), size)]
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+    return features
 
 
 class FeatureSummary:
@@ -95,15 +180,15 @@ class FeatureSummary:
         Raises:
           UsageError: it is damaged, or of something else than `about`.
         """
+        about = json.loads(json.dumps(about))
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 found = json.loads(arrays["about"].tobytes())
-                if found == json.loads(json.dumps(about)):
+                if found == about:
                     self._take(arrays)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UsageError(f"{path} is damaged: remove it to start again ({error})") from error
-        differing = [k for k in found if found.get(k) != json.loads(json.dumps(about)).get(k)]
-        if differing:
+        if differing := [key for key in found if found[key] != about.get(key)]:
             raise UsageError(
                 f"{path} was left by an evaluation of something else ({', '.join(differing)}): "
                 "give another --out, or remove it"
@@ -111,15 +196,11 @@ class FeatureSummary:
 
     def _take(self, arrays) -> None:
         def part(name):
-            return {
-                key.removeprefix(f"{name}/"): arrays[key]
-                for key in arrays.files
-                if key.startswith(f"{name}/")
-            }
+            keys = [key for key in arrays.files if key.startswith(f"{name}/")]
+            return {key.removeprefix(f"{name}/"): arrays[key] for key in keys}
 
         self.pool = Moments.from_arrays(part("pool"))
         self.spatial = Moments.from_arrays(part("spatial")) if self.spatial else None
         self.score = InceptionScore.from_arrays(part("score"))
-        if self._kept is not None:
-            kept = arrays["kept"]
-            self._kept = [kept] if len(kept) else []
+        if self._kept is not None and len(arrays["kept"]):
+            self._kept = [arrays["kept"]]

@@ -1,37 +1,43 @@
-"""The Frechet distance between two normal distributions: FID and sFID, given features."""
+"""Distances between the features of two sets: FID and sFID (Frechet's), and KID (a kernel's).
+
+The samples come first, the reference second, here as everywhere.
+"""
 
 import numpy as np
 
 from dico_jax.errors import UsageError
+from dico_jax.evaluation.moments import check_rows, check_same_width
 
 # Of a matrix that was stored in float16. What is further off is no covariance.
 _ASYMMETRY = 1e-4
 _NEGATIVE = 1e-3
+_BLOCK = 1024  # rows and columns of a part of a kernel matrix
 
 
 def frechet_distance(
-    mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray
+    sample_mean: np.ndarray,
+    sample_covariance: np.ndarray,
+    reference_mean: np.ndarray,
+    reference_covariance: np.ndarray,
 ) -> float:
-    """|mean1 - mean2|^2 + trace(C1 + C2 - 2 sqrt(C1 C2)), in float64.
+    """|m1 - m2|^2 + trace(C1 + C2 - 2 sqrt(C1 C2)) of two normal distributions, in float64.
 
     With C1 = R R^T, the trace of the root is the sum of the roots of the eigenvalues of R^T C2 R,
     which is symmetric. So it exists for covariances without full rank too, and nothing is added to
     their diagonals. Eigenvalues that rounding made negative count as 0.
 
     Args:
-      mean1: (D,).
-      covariance1: (D, D), symmetric.
-      mean2: (D,).
-      covariance2: (D, D), symmetric.
+      sample_mean, reference_mean: (D,).
+      sample_covariance, reference_covariance: (D, D), symmetric.
 
     Returns:
-      The squared distance, at least 0.
+      The squared distance, at least 0; the same either way round.
 
     Raises:
       UsageError: shapes that do not fit, NaN or infinite values, or a matrix that is no covariance.
     """
-    mean1, covariance1 = check_moments(mean1, covariance1, "the first mean and covariance")
-    mean2, covariance2 = check_moments(mean2, covariance2, "the second mean and covariance")
+    mean1, covariance1 = check_moments(sample_mean, sample_covariance, "the samples")
+    mean2, covariance2 = check_moments(reference_mean, reference_covariance, "the reference")
     if len(mean1) != len(mean2):
         raise UsageError(
             f"means of {len(mean1)} and {len(mean2)} numbers cannot be compared: take both from "
@@ -104,7 +110,7 @@ def _root_of_one(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.
         except np.linalg.LinAlgError:
             continue
     values, vectors = np.linalg.eigh(first)
-    return vectors * np.sqrt(_without_negative(values, "the first covariance")), second
+    return vectors * np.sqrt(_without_negative(values, "the covariance of the samples")), second
 
 
 def _without_negative(eigenvalues: np.ndarray, what: str) -> np.ndarray:
@@ -115,3 +121,78 @@ def _without_negative(eigenvalues: np.ndarray, what: str) -> np.ndarray:
             "covariance has: compute the statistics again"
         )
     return np.maximum(eigenvalues, 0.0)
+
+
+def kernel_distance(
+    sample_features: np.ndarray,
+    reference_features: np.ndarray,
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 2020,
+) -> tuple[float, float]:
+    """The Kernel Inception Distance (Binkowski et al., arXiv 1801.01401): the squared maximum mean
+    discrepancy of random subsets, unbiased, in float64.
+
+    The kernel is (x . y / D + 1)^3. Per subset, rows of the samples are drawn without replacement,
+    then rows of the reference, by `numpy.random.RandomState(seed)`, as torch-fidelity draws them.
+
+    Args:
+      sample_features: (N, D) of any floating dtype.
+      reference_features: (M, D).
+      num_subsets: how many subsets.
+      subset_size: rows of each that a subset has, at least 2.
+      seed: of the subsets.
+
+    Returns:
+      The mean and the standard deviation (divided by their number) over the subsets. The mean may
+      be below 0.
+
+    Raises:
+      UsageError: subsets that do not fit, features of two widths, NaN or infinite ones.
+    """
+    samples = check_rows(sample_features, "sample features")
+    reference = check_rows(reference_features, "reference features")
+    check_same_width(samples, reference)
+    if num_subsets < 1:
+        raise UsageError(f"num_subsets={num_subsets} must be at least 1")
+    fewest = min(len(samples), len(reference))
+    if not 2 <= subset_size <= fewest:
+        raise UsageError(
+            f"subset_size={subset_size} does not fit {len(samples)} samples and {len(reference)} "
+            f"reference features: it must be in 2 to {fewest}"
+        )
+    random = np.random.RandomState(seed)
+    values = []
+    for _ in range(num_subsets):
+        rows = samples[random.choice(len(samples), subset_size, replace=False)]
+        others = reference[random.choice(len(reference), subset_size, replace=False)]
+        values.append(squared_discrepancy(rows, others))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def squared_discrepancy(x: np.ndarray, y: np.ndarray) -> float:
+    """The unbiased estimate for x (N, D) and y (M, D); a row is not compared with itself."""
+    n, m = len(x), len(y)
+    within_x = (_kernel_sum(x, x) - _kernel_diagonal(x)) / (n * (n - 1))
+    within_y = (_kernel_sum(y, y) - _kernel_diagonal(y)) / (m * (m - 1))
+    return within_x + within_y - 2 * _kernel_sum(x, y) / (n * m)
+
+
+def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
+    total = 0.0
+    for rows in _blocks(x):
+        total += sum(
+            float(np.sum((rows @ others.T / x.shape[1] + 1) ** 3)) for others in _blocks(y)
+        )
+    return total
+
+
+def _kernel_diagonal(x: np.ndarray) -> float:
+    return sum(
+        float(np.sum((np.sum(rows**2, axis=1) / x.shape[1] + 1) ** 3)) for rows in _blocks(x)
+    )
+
+
+def _blocks(x: np.ndarray):
+    for start in range(0, len(x), _BLOCK):
+        yield x[start : start + _BLOCK].astype(np.float64)
