@@ -11,7 +11,6 @@ from dico_jax.evaluation.moments import check_rows, check_same_width
 # Of a matrix that was stored in float16. What is further off is no covariance.
 _ASYMMETRY = 1e-4
 _NEGATIVE = 1e-3
-_BLOCK = 1024  # rows and columns of a part of a kernel matrix
 
 
 def frechet_distance(
@@ -172,27 +171,11 @@ def kernel_distance(
 
 def squared_discrepancy(x: np.ndarray, y: np.ndarray) -> float:
     """The unbiased estimate for x (N, D) and y (M, D); a row is not compared with itself."""
-    n, m = len(x), len(y)
-    within_x = (_kernel_sum(x, x) - _kernel_diagonal(x)) / (n * (n - 1))
-    within_y = (_kernel_sum(y, y) - _kernel_diagonal(y)) / (m * (m - 1))
-    return within_x + within_y - 2 * _kernel_sum(x, y) / (n * m)
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    within = [_kernel(z, z) for z in (x, y)]
+    means = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in within]
+    return float(sum(means) - 2 * _kernel(x, y).mean())
 
 
-def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
-    total = 0.0
-    for rows in _blocks(x):
-        total += sum(
-            float(np.sum((rows @ others.T / x.shape[1] + 1) ** 3)) for others in _blocks(y)
-        )
-    return total
-
-
-def _kernel_diagonal(x: np.ndarray) -> float:
-    return sum(
-        float(np.sum((np.sum(rows**2, axis=1) / x.shape[1] + 1) ** 3)) for rows in _blocks(x)
-    )
-
-
-def _blocks(x: np.ndarray):
-    for start in range(0, len(x), _BLOCK):
-        yield x[start : start + _BLOCK].astype(np.float64)
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1) ** 3

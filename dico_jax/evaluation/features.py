@@ -13,8 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.inception_score import InceptionScore
-from dico_jax.evaluation.moments import Moments
+from dico_jax.evaluation.moments import InceptionScore, Moments
 from dico_jax.evaluation.statistics import Statistics
 from dico_jax.parallel.mesh import batch_sharding, from_same, num_batch_shards, replicated
 
