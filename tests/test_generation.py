@@ -169,7 +169,7 @@ def test_grids_and_png_files(tmp_path):
 
 
 def test_the_judge_knows_real_from_shuffled_and_spread_from_collapse():
-    from dico_jax.data.readers import PictureReader
+    from dico_jax.data.pictures import PictureReader
     from dico_jax.data.sources import create_source
 
     source = create_source(ConfigDict(DEFAULTS["data"] | {"source": "digits"}))
