@@ -21,6 +21,8 @@ With --training the whole state of a run goes over: both sets of weights, AdamW'
 """
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 
@@ -95,7 +97,18 @@ def _from_pytorch(given: flags.FlagValues) -> str:
 
 
 def _to_pytorch(given: flags.FlagValues) -> str:
+    from ml_collections import ConfigDict
+
+    from dico_jax.experiment import experiment_from_config
     from dico_jax.pytorch.conversion import to_pytorch
+    from dico_jax.training.optimizer import learning_rate_schedule
+
+    def side_of(config: Mapping[str, Any]) -> int:
+        return experiment_from_config(ConfigDict(config)).latent_shape[0]
+
+    def rate_of(config: Mapping[str, Any], step: int) -> float:
+        optimizer = ConfigDict(config["optimizer"])
+        return float(learning_rate_schedule(optimizer, config["training"]["num_steps"])(step))
 
     return to_pytorch(
         given.ckpt,
@@ -103,6 +116,8 @@ def _to_pytorch(given: flags.FlagValues) -> str:
         step=_STEP.value,
         weights=_WEIGHTS.value or "ema",
         training=_TRAINING.value,
+        side_of=side_of,
+        rate_of=rate_of,
     )
 
 

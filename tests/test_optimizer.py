@@ -220,7 +220,12 @@ def save_run(workdir, **changes):
 def test_pytorch_gets_the_averages_and_the_learning_rate_of_now(tmp_path):
     config = fields(**OPTIONS[2])
     mu, _ = save_run(tmp_path / "run", **OPTIONS[2])
-    to_pytorch(tmp_path / "run", tmp_path / "a.pt", training=True)
+    to_pytorch(
+        tmp_path / "run",
+        tmp_path / "a.pt",
+        training=True,
+        rate_of=lambda config, step: float(learning_rate_schedule(fields(**OPTIONS[2]), 8)(step)),
+    )
     with open_tensors(tmp_path / "a.pt") as file:
         opt = file.tree["opt"]
         names = list(file.tree["model"])

@@ -27,6 +27,7 @@ from dico_jax.errors import UsageError
 from dico_jax.pytorch.hub import file_beside, is_remote, local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, entries, known_names
 from dico_jax.pytorch.lazy_trees import Health, deferred_tree
+from dico_jax.pytorch.tensors import about
 from dico_jax.pytorch.torch_files import Deferred, TensorFile, open_tensors, select_weights
 
 KEY_MAP = KEY_MAPS["AutoencoderKL"]
@@ -92,18 +93,9 @@ class KLFile:
         return Weights(params, *digests)
 
 
-@contextlib.contextmanager
-def naming(field: str, source: str | os.PathLike) -> Iterator[None]:
+def naming(field: str, source: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
     """Starts a UsageError's message with "field=source", unless it is about another flag."""
-    try:
-        yield
-    except UsageError as error:
-        text = str(error)
-        if text.startswith("--"):
-            raise
-        for mark in (" ", ": "):  # where it starts with the source, once is enough
-            text = text.removeprefix(f"{os.fspath(source)}{mark}")
-        raise UsageError(f"{field}={os.fspath(source)}: {text}") from error
+    return about(f"{field}={os.fspath(source)}", os.fspath(source))
 
 
 def _digest(params: Any, prefixes: tuple[str, ...]) -> str:

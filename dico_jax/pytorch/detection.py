@@ -10,14 +10,22 @@ missing or misshapen tensors still gives the right model, and an error that name
 """
 
 import collections
+import contextlib
+import dataclasses
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from dico_jax.errors import UsageError
-from dico_jax.models import MODELS
+from dico_jax.models import MODELS, abstract_params, create_model
+from dico_jax.models.denoiser import Denoiser
+from dico_jax.models.dit import position_embedding
+from dico_jax.pytorch.key_maps import KEY_MAPS, Entry, entries
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,6 +34,10 @@ _STAGE_WIDTHS = (1, 2, 4, 2, 2)  # over hidden_size
 _MAX_SIZE = 1 << 20
 _MAX_BLOCKS = 1000
 _RELEASED_DROPOUT = 0.1
+
+TABLE = "pos_embed"  # of a DiT: fixed, so it is checked and not stored
+_TABLE_TOLERANCE = 1e-6
+_HALF_TABLE_TOLERANCE = 1e-2  # of files in half precision
 
 # Where a size can be read: tensor, axis, and what the length there is divided by.
 _DICO_SIZES = {
@@ -96,6 +108,92 @@ def detect_model(
     known = {} if name in MODELS and MODELS[name][1] else sizes
     fields = dict.fromkeys(("hidden_size", "depth", "mlp_ratio", "num_heads", "patch_size"))
     return {"name": name, **fields, **known, **options, "dtype": "float32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The network that weights belong to.
+
+    Attributes:
+      title: its name, for messages.
+      fields: of `config.model`, as JSON values.
+      model: the network.
+      wanted: its parameters.
+      tokens: rows of a DiT's position table, or None.
+    """
+
+    title: str
+    fields: dict[str, Any]
+    model: Denoiser
+    wanted: list[Entry]
+    tokens: int | None
+
+    def description(self) -> str:
+        """A line: name or sizes, parameters, channels, classes."""
+        sizes = ("hidden_size", "depth", "mlp_ratio", "num_heads", "patch_size")
+        own = ", ".join(f"{k}={self.fields[k]}" for k in sizes if self.fields[k] is not None)
+        return (
+            f"{self.fields['name']}{f' of no published size ({own})' if own else ''}, "
+            f"{sum(math.prod(entry.shape) for entry in self.wanted):,} parameters, "
+            f"{self.fields['in_channels']} input channels, {self.fields['num_classes']} classes "
+            f"{'and a' if self.fields['class_dropout_prob'] else 'without a'} null class, "
+            f"{'learned' if self.fields['learn_sigma'] else 'fixed'} variance"
+        )
+
+
+def detect_network(
+    tensors: Mapping[str, Any],
+    name: str | None = None,
+    *,
+    num_classes: int | None = None,
+    likely_classes: object = None,
+    num_heads: int | None = None,
+) -> Network:
+    """The network of a state dict of lazy tensors; arguments and errors as of `detect_model`.
+
+    Raises:
+      UsageError: also where the position table of a DiT is not the fixed one.
+    """
+    shapes = {key: tuple(ref.shape) for key, ref in tensors.items()}
+    known: dict[str, Any] = {"num_classes": num_classes, "likely_classes": likely_classes}
+    fields = detect_model(shapes, name, num_heads=num_heads, **known)
+    title = fields["name"]
+    if name is not None:
+        with contextlib.suppress(UsageError):  # nothing else is known of it
+            found = detect_model(shapes, **known)["name"]
+            title += f" (it looks like a {found})" if found != title else ""
+    model = create_model(**{k: v for k, v in fields.items() if v is not None})
+    fields = json.loads(json.dumps(fields))  # lists for tuples, as the config's file has them
+    table = check_table(tensors, model.hidden_size)
+    return Network(title, fields, model, parameters(model), table)
+
+
+def parameters(model: Denoiser) -> list[Entry]:
+    """The parameters of a network, in the state dict's order."""
+    return entries(abstract_params(model), KEY_MAPS[type(model).__name__])
+
+
+def check_table(tensors: Mapping[str, Any], width: int) -> int | None:
+    """Checks the position table, if there is one; the number of its rows.
+
+    Raises:
+      UsageError: it is not the fixed table, which the network here computes itself.
+    """
+    ref = tensors.get(TABLE)
+    if ref is None:
+        return None
+    side = math.isqrt(ref.shape[1]) if len(ref.shape) == 3 else 0
+    if ref.shape != (1, side * side, width) or not side:
+        raise UsageError(f"{TABLE} is {ref.shape} instead of (1, n * n, {width})")
+    table = ref.read().astype(np.float64)[0]
+    tolerance = _TABLE_TOLERANCE if ref.dtype.itemsize >= 4 else _HALF_TABLE_TOLERANCE
+    distance = np.abs(table - position_embedding(side, side, width)).max()
+    if not distance <= tolerance:
+        raise UsageError(
+            f"{TABLE} is not the fixed sine-cosine table (off by up to {distance:.2g}): models "
+            "with a position table of their own cannot be converted"
+        )
+    return side * side
 
 
 def _family(shapes: Shapes) -> str:

@@ -7,9 +7,11 @@ number and no state. Optax: one `count`, and the trees `mu` and `nu` of the same
 compute the same step from the same numbers.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 
@@ -46,7 +48,7 @@ class AdamWState(NamedTuple):
     step: int
     exp_avg: dict[str, Any]
     exp_avg_sq: dict[str, Any]
-    options: dict[str, float]
+    options: dict[str, Any]
 
 
 def read_adamw(state_dict: object, declared: Iterable[str], wanted: list[Entry]) -> AdamWState:
@@ -148,7 +150,36 @@ def _options(group: Mapping) -> dict[str, float]:
         numbers = [float(np.asarray(v.read() if hasattr(v, "read") else v)) for v in values]
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the optimizer's options are not AdamW's ({error})") from error
-    return dict(zip(("learning_rate", "b1", "b2", "eps", "weight_decay"), numbers, strict=True))
+    options = dict(zip(("learning_rate", "b1", "b2", "eps", "weight_decay"), numbers, strict=True))
+    for name, value in options.items():
+        below = 1 if name in ("b1", "b2") else math.inf
+        if not 0 <= value < below:
+            field = f"config.optimizer.{name}"
+            raise UsageError(
+                field, value, "must be " + ("in [0, 1)" if below == 1 else "at least 0")
+            )
+    return options
+
+
+def check_adamw(options: dict[str, Any]) -> dict[str, Any]:
+    """`config.optimizer`, with which PyTorch's AdamW can go on.
+
+    Raises:
+      UsageError: it cannot.
+    """
+    reason = None
+    if options["name"] != "adamw":
+        reason = f"name={options['name']!r} is not AdamW"
+    elif options["weight_decay"] and options["weight_decay_mask"] != "all":
+        reason = (
+            f"weight_decay_mask={options['weight_decay_mask']!r} does not fit the one group of "
+            "parameters that can be converted"
+        )
+    if reason:
+        raise UsageError(
+            f"config.optimizer.{reason}: convert its weights alone, without --training"
+        )
+    return options
 
 
 def write_adamw(state: AdamWState, declared: Iterable[str]) -> dict[str, Any]:
@@ -186,6 +217,12 @@ def to_optax(abstract_state: Any, step: Any, exp_avg: Any, exp_avg_sq: Any) -> A
       exp_avg_sq: the average of their squares.
     """
     return optax.tree_utils.tree_set(abstract_state, count=step, mu=exp_avg, nu=exp_avg_sq)
+
+
+def published_state(params: Any) -> Any:
+    """The abstract state of `optax.adamw` with plain numbers, as the published recipe has it."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    return jax.eval_shape(optax.adamw(0.0).init, shapes)
 
 
 def from_optax(leaves: Mapping[tuple[str, ...], Any]) -> tuple[Any, dict, dict]:

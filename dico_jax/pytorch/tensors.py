@@ -78,6 +78,23 @@ def refusing(what: str, how: str = "is damaged or cut short") -> Iterator[None]:
         raise UsageError(f"{what} {how}: {reason[:300]}; {AGAIN}") from None
 
 
+@contextlib.contextmanager
+def about(name: str, source: str = "") -> Iterator[None]:
+    """Starts a UsageError's message with the file or flag it is about, unless it has one already.
+
+    Where the message starts with `source`, a file that `name` names, once is enough.
+    """
+    try:
+        yield
+    except UsageError as error:
+        text = str(error)
+        if text.startswith(("--", name)):
+            raise
+        if source:
+            text = text.removeprefix(f"{source} ").removeprefix(f"{source}: ")
+        raise UsageError(f"{name}: {text}") from error
+
+
 class InputFile:
     """An ordinary file, read by byte ranges; threads may share it.
 
