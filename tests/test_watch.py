@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from clu.metrics import Average
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import default
@@ -20,7 +21,7 @@ from dico_jax.training import nan_policy, profiling
 from dico_jax.training.compilation_cache import enable_compilation_cache
 from dico_jax.training.nan_policy import NanWatch, attempt_key, is_finite, keep_if
 from dico_jax.training.profiling import Profiler
-from dico_jax.training.step_metrics import PartialMean, mean_of_steps, quarter_losses
+from dico_jax.training.step_metrics import mean_of_steps, quarter_losses
 from dico_jax.training.watch import StallWatch, check_watch, stall_file
 
 
@@ -260,7 +261,7 @@ def test_quarters_of_a_batch_split_over_devices():
         {"finite": True} | jax.device_get(quarters(mse, t.astype(np.int32)))
         for mse, t in zip(mses, ts, strict=True)
     ]
-    assert [int(steps[1][f"mse_t{q}_{q + 25}"].weight) for q in (0, 25, 50, 75)] == [16, 0, 0, 0]
+    assert [int(steps[1][f"mse_t{q}_{q + 25}"].count) for q in (0, 25, 50, 75)] == [16, 0, 0, 0]
     t, mse = np.concatenate(ts), np.concatenate(mses).astype(np.float64)
     assert mean_of_steps(steps) == {
         f"mse_t{q}_{q + 25}": pytest.approx(
@@ -278,7 +279,7 @@ def test_quarters_are_quarters(num_timesteps):
     progress = create_diffusion(diffusion_steps=2000, timestep_respacing=num_timesteps).progress
     found = jax.jit(lambda t: quarter_losses({"mse": jnp.ones(t.shape)}, progress(t)))(t)
     bounds = np.ceil(np.arange(5) * num_timesteps / 4).astype(int)
-    assert [int(q.weight) for q in found.values()] == list(np.diff(bounds))
+    assert [int(q.count) for q in found.values()] == list(np.diff(bounds))
 
 
 def test_an_example_that_is_not_finite_spoils_its_own_quarter():
@@ -291,7 +292,7 @@ def test_an_example_that_is_not_finite_spoils_its_own_quarter():
 
 def test_means_over_steps():
     steps = [
-        {"finite": f, "loss": np.float32(x), "q": PartialMean(np.float32(s), np.float32(n))}
+        {"finite": f, "loss": np.float32(x), "q": Average(np.float32(s), np.int32(n))}
         for f, x, s, n in ((True, 1, 2, 1), (True, 2, 12, 3), (False, np.nan, np.nan, 4))
     ]
     assert mean_of_steps(steps) == {"loss": 1.5, "q": 3.5}
