@@ -88,6 +88,9 @@ def get_config():
     # What the backward pass computes again to save memory: "none", "dots" (everything inside the
     # blocks but matrix products with parameters) or "blocks" (everything inside the blocks).
     config.model.remat = "none"
+    # Run every operation in its plain form, which can be differentiated forwards and twice, for
+    # objectives that need it. Gradients take more time and memory.
+    config.model.plain_ops = False
 
     config.mesh = config_dict.ConfigDict()
     # Devices along each axis of the mesh; their product is the number of devices. "data" copies the

@@ -205,6 +205,39 @@ def test_wrong_input_size(family, side):
 def test_model_options_list_everything():
     assert set(model_options("DiCo-XL")) == {
         "hidden_size", "depth", "mlp_ratio", "in_channels", "num_classes", "class_dropout_prob",
-        "learn_sigma", "dtype", "scan_blocks", "remat",
+        "learn_sigma", "dtype", "scan_blocks", "remat", "plain_ops",
     }  # fmt: skip
     assert len(MODELS) == 5 + 4 * 3 + 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_operations_can_be_differentiated_forwards_and_twice(family):
+    with jax.enable_x64(True):
+        network = create_model(family, **SMALL[family], dtype="float64")
+        plain = create_model(family, **SMALL[family], dtype="float64", plain_ops=True)
+        params = golden.drawn_params(network, 7, "B")
+        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
+        x, t, y = (jnp.asarray(a, jnp.float64) if a.ndim > 1 else a for a in inputs(2))
+        direction = jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+
+        def of(model):
+            return lambda x: model.apply({"params": params}, x, t, y)
+
+        value, tangent = jax.jvp(of(plain), (x,), (direction,))
+        np.testing.assert_allclose(value, of(network)(x), rtol=1e-9, atol=1e-9)
+        _, pull = jax.vjp(of(network), x)
+        np.testing.assert_allclose(
+            jnp.vdot(value, tangent), jnp.vdot(pull(value)[0], direction), rtol=1e-9
+        )
+
+        def energy(model, s):
+            return jnp.sum(of(model)(x + s * direction) ** 2)
+
+        second = jax.hessian(lambda s: energy(plain, s))(0.0)
+        slopes = [jax.grad(lambda s: energy(network, s))(s) for s in (-1e-4, 1e-4)]
+        np.testing.assert_allclose(second, (slopes[1] - slopes[0]) / 2e-4, rtol=1e-5)
+
+
+def test_float64_needs_the_switch():
+    with pytest.raises(UsageError, match="model.dtype='float64' needs JAX's own switch"):
+        create_model("DiT", **DIT, dtype="float64")

@@ -10,6 +10,7 @@ import numpy as np
 
 from dico_jax.errors import UsageError
 from dico_jax.models.layers import REMAT_POLICIES
+from dico_jax.ops.plain import plain_ops
 from dico_jax.ops.precision import accumulation_dtype
 
 Condition = Any  # a tree (dict) of arrays with the examples first
@@ -38,6 +39,8 @@ class Denoiser(nn.Module):
         the depth. Parameters and results are the same, up to rounding.
       remat: what the backward pass computes again to save memory: "none", "blocks" (all inside the
         blocks) or "dots" (that, except matrix products with parameters).
+      plain_ops: whether operations take their plain forms, so that `jax.jvp` and `jax.hessian` work
+        (`dico_jax.ops.plain`); gradients take more time and memory.
     """
 
     in_channels: int = 4
@@ -45,6 +48,7 @@ class Denoiser(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
     scan_blocks: bool = False
     remat: str = "none"
+    plain_ops: bool = False
 
     stages: ClassVar[
         tuple[str, ...]
@@ -68,7 +72,8 @@ class Denoiser(nn.Module):
     def __call__(self, x, t, condition):
         """The network's output, see above."""
         self.check_input(x)
-        return self.forward(x, t, self.as_condition(condition))
+        with plain_ops(self.plain_ops):
+            return self.forward(x, t, self.as_condition(condition))
 
     def forward(self, x, t, condition):
         """What a network computes."""
