@@ -1,8 +1,13 @@
 """The flags of commands that sample a checkpoint: which weights, and how."""
 
+import inspect
+import re
 from typing import Any
 
 from absl import flags
+
+from dico_jax.config import DEFAULTS
+from dico_jax.configs import default
 
 CLASSES = flags.DEFINE_string(
     "classes", "all",
@@ -22,16 +27,26 @@ _VAE = flags.DEFINE_string(
     "false-colour pictures [config].",
 )  # fmt: skip
 _SEED = flags.DEFINE_integer("seed", 0, "Decides, with an image's index, all its noise.")
-# By the name of the field of config.sampling that it changes.
-_OVERRIDES = {
-    "cfg_scale": flags.DEFINE_float("cfg_scale", None, "Guidance scale, 1 for none [config]."),
-    "cfg_channels": flags.DEFINE_string(
-        "cfg_channels", None, "Guided noise channels: first_three (as released) or all [config]."
-    ),
-    "sampler": flags.DEFINE_string("sampler", None, "ddpm or ddim [config]."),
-    "num_steps": flags.DEFINE_integer("steps", None, "Sampling steps [config]."),
-    "ddim_eta": flags.DEFINE_float("ddim_eta", None, "Noise of DDIM, 0 to 1 [config]."),
-}
+
+_NAMES = {"num_steps": "steps"}  # of flags, where the field is named otherwise
+_DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+
+
+def _define_overrides() -> dict[str, flags.FlagHolder]:
+    """A flag for every field of config.sampling that changes an image, explained as it is there."""
+    source = inspect.getsource(default.get_config)
+    found = {}
+    for field, value in DEFAULTS["sampling"].items():
+        if field != "batch_size" and not field.startswith("grid_"):
+            above = re.search(rf"((?: *#.*\n)+) *config\.sampling\.{field} =", source)
+            comment = above[1] if above else ""
+            meaning = " ".join(line.strip(" #") for line in comment.splitlines())
+            define = _DEFINE[type(value)]
+            found[field] = define(_NAMES.get(field, field), None, f"{meaning} [config]")
+    return found
+
+
+_OVERRIDES = _define_overrides()  # by the name of the field
 
 NAMES = tuple(
     flag.name for flag in (CLASSES, _STEP, _WEIGHTS, _EMA_WIDTH, _VAE, _SEED, *_OVERRIDES.values())
