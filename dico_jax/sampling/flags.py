@@ -29,7 +29,11 @@ _VAE = flags.DEFINE_string(
 _SEED = flags.DEFINE_integer("seed", 0, "Decides, with an image's index, all its noise.")
 
 _NAMES = {"num_steps": "steps"}  # of flags, where the field is named otherwise
-_DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+_DEFINE: dict[type, Any] = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+}
 
 
 def _define_overrides() -> dict[str, flags.FlagHolder]:
