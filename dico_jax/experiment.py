@@ -73,10 +73,9 @@ def experiment_from_config(config: ConfigDict) -> Experiment:
     with config_errors():
         autoencoder = create_autoencoder(config.autoencoder)
         if autoencoder.channels not in (None, model.in_channels):
-            raise UsageError(
-                f"model.in_channels={model.in_channels} does not fit config.autoencoder.name="
-                f"{config.autoencoder.name!r}: use {autoencoder.channels}"
-            )
+            name = config.autoencoder.name
+            fix = f"does not fit config.autoencoder.name={name!r}: use {autoencoder.channels}"
+            raise UsageError("model.in_channels", model.in_channels, fix)
         side = _latent_side(config.data.image_size, autoencoder.downsampling, model.size_divisor)
     return Experiment(model, diffusion, autoencoder, (side, side, model.in_channels))
 
@@ -86,11 +85,11 @@ def _latent_side(image_size: int, downsampling: int, size_divisor: int) -> int:
     if image_size < step or image_size % step:
         below = image_size // step * step
         choices = [str(size) for size in (below, below + step) if size > 0]
-        raise UsageError(
-            f"data.image_size={image_size} must be a multiple of {step} (the autoencoder shrinks "
-            f"images by {downsampling}, the network's input must divide by {size_divisor}): "
-            f"use {' or '.join(choices)}"
+        fix = (
+            f"must be a multiple of {step} (the autoencoder shrinks images by {downsampling}, the "
+            f"network's input must divide by {size_divisor}): use {' or '.join(choices)}"
         )
+        raise UsageError("data.image_size", image_size, fix)
     return image_size // downsampling
 
 
@@ -102,13 +101,8 @@ def sampling_from_config(config: ConfigDict) -> tuple[Objective, SamplingOptions
     """
     sampling = config.sampling
     with config_errors():
-        options = SamplingOptions(
-            seed=config.seed,
-            sampler=sampling.sampler,
-            ddim_eta=sampling.ddim_eta,
-            cfg_scale=sampling.cfg_scale,
-            cfg_channels=sampling.cfg_channels,
-        )
+        chosen = (f.name for f in dataclasses.fields(SamplingOptions) if f.name != "seed")
+        options = SamplingOptions(config.seed, **{name: sampling[name] for name in chosen})
         for field in ("num_steps", "batch_size", "grid_rows", "grid_columns"):
             check_at_least(config, f"sampling.{field}", 1)
         check_at_least(config, "sampling.grid_every_steps", 0)
@@ -155,7 +149,7 @@ def reader_from_config(config: ConfigDict, experiment: Experiment, source: Sourc
         experiment.model.check_source(source)
         _check_examples(config, experiment.model, source)
         if not 0 <= data.max_bad_fraction <= 1:
-            raise UsageError(f"data.max_bad_fraction={data.max_bad_fraction} must be in [0, 1]")
+            raise UsageError("data.max_bad_fraction", data.max_bad_fraction, "must be in [0, 1]")
         check_at_least(config, "data.num_workers", 0)
         if source.kind == "pictures":
             channels = _picture_channels(config, experiment)
@@ -188,15 +182,14 @@ def _picture_channels(config: ConfigDict, experiment: Experiment) -> int:
     if experiment.autoencoder.encode is not None:
         return 3
     if name != "identity":
-        raise UsageError(
-            f"autoencoder.name={name!r} cannot encode the pictures of config.data.source="
-            f"{config.data.source!r}: use 'sd_vae', or prepare latents with dico_jax.prepare"
+        fix = (
+            f"cannot encode the pictures of config.data.source={config.data.source!r}: use "
+            "'sd_vae', or prepare latents with dico_jax.prepare"
         )
+        raise UsageError("autoencoder.name", name, fix)
     if channels not in (1, 3):
-        raise UsageError(
-            f"model.in_channels={channels} does not fit pictures without an autoencoder: "
-            "use 3, or 1 for grey"
-        )
+        fix = "does not fit pictures without an autoencoder: use 3, or 1 for grey"
+        raise UsageError("model.in_channels", channels, fix)
     return channels
 
 
@@ -217,10 +210,8 @@ def _check_latents(
 
 def _check_prepared(config: ConfigDict, experiment: Experiment, source: PreparedLatents) -> None:
     if experiment.autoencoder.name == "identity":
-        raise UsageError(
-            "autoencoder.name='identity' does not fit prepared latents: use 'sd_vae', or "
-            "'latent_preview' to do without its weights"
-        )
+        fix = "does not fit prepared latents: use 'sd_vae', or 'latent_preview' to do without it"
+        raise UsageError("autoencoder.name", "identity", fix)
     wanted = source.manifest.plan.encoder_digest
     found = experiment.autoencoder.encoder_digest  # reads the weights
     if found is not None and found != wanted:
@@ -235,25 +226,16 @@ def check_training(config: ConfigDict) -> None:
     """Raises UsageError for numbers of `config.training` that make no sense."""
     training = config.training
     with config_errors():
-        for field in (
-            "num_steps",
-            "accumulation_steps",
-            "log_every_steps",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-        ):
+        every = "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"
+        for field in ("num_steps", "accumulation_steps", *every):
             check_at_least(config, f"training.{field}", 1)
         check_at_least(config, "training.keep_every_steps", 0)
         if training.keep_every_steps % training.checkpoint_every_steps:
-            raise UsageError(
-                f"training.keep_every_steps={training.keep_every_steps} must be a multiple of "
-                f"config.training.checkpoint_every_steps={training.checkpoint_every_steps}"
-            )
-        if not 0 < training.preemption_exit_status < 256:
-            raise UsageError(
-                f"training.preemption_exit_status={training.preemption_exit_status} must be in 1 "
-                "to 255"
-            )
+            every = training.checkpoint_every_steps
+            fix = f"must be a multiple of config.training.checkpoint_every_steps={every}"
+            raise UsageError("training.keep_every_steps", training.keep_every_steps, fix)
+        if not 0 < (status := training.preemption_exit_status) < 256:
+            raise UsageError("training.preemption_exit_status", status, "must be in 1 to 255")
         if not 0 <= training.ema_decay < 1:
-            raise UsageError(f"training.ema_decay={training.ema_decay} must be in [0, 1)")
+            raise UsageError("training.ema_decay", training.ema_decay, "must be in [0, 1)")
         check_at_least(config, "eval.class_agreement_samples", 0)

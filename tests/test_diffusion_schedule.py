@@ -198,3 +198,9 @@ def test_respacing_errors_give_numbers_and_the_fix(respacing, parts):
 def test_schedule_errors(name, num_steps, message):
     with pytest.raises(UsageError, match=message):
         beta_schedule(name, num_steps)
+
+
+def test_a_process_is_shown_in_one_line():
+    shown = repr(create_diffusion("250"))
+    assert "Schedule(250 steps of timesteps 0 to 999, beta to" in shown
+    assert len(shown) < 160

@@ -1,4 +1,5 @@
 """Diffusion: schedules, the Gaussian process, objectives, guidance, solvers, noise of images."""
+# ruff: noqa: F401
 
 from dico_jax.diffusion.gaussian import (
     GaussianMoments,
@@ -39,44 +40,3 @@ from dico_jax.diffusion.solvers import (
     ddpm_step,
     sample_loop,
 )
-
-__all__ = [
-    "CFG_CHANNELS",
-    "OBJECTIVES",
-    "SOLVERS",
-    "Diffusion",
-    "Estimate",
-    "GaussianMoments",
-    "ModelMoments",
-    "Objective",
-    "Path",
-    "SamplingOptions",
-    "Schedule",
-    "Solver",
-    "Trajectory",
-    "beta_schedule",
-    "classifier_free_guidance",
-    "create_diffusion",
-    "create_objective",
-    "ddim_step",
-    "ddpm_step",
-    "discretized_gaussian_log_likelihood",
-    "guided_model_fn",
-    "image_keys",
-    "initial_noise",
-    "make_schedule",
-    "noise_from_x0",
-    "normal_kl",
-    "original_timesteps",
-    "p_mean_variance",
-    "q_mean_variance",
-    "q_posterior",
-    "q_sample",
-    "respaced_timesteps",
-    "sample_loop",
-    "split_output",
-    "step_noise",
-    "training_losses",
-    "vb_terms",
-    "x0_from_noise",
-]

@@ -110,6 +110,6 @@ def _interleave(a, b) -> jax.Array:
 
 def _num_guided(num_channels: int, cfg_channels: str) -> int:
     if cfg_channels not in CFG_CHANNELS:
-        choices = " or ".join(map(repr, CFG_CHANNELS))
-        raise UsageError(f"cfg_channels={cfg_channels!r} is unknown: use {choices}")
+        fix = f"is unknown: use {' or '.join(map(repr, CFG_CHANNELS))}"
+        raise UsageError("cfg_channels", cfg_channels, fix)
     return CFG_CHANNELS[cfg_channels](num_channels)

@@ -123,21 +123,21 @@ def beta_schedule(name: str, num_steps: int) -> np.ndarray:
       UsageError: an unknown name, or a number of steps for which a beta would not be in (0, 1).
     """
     if name not in _BETAS:
-        choices = " or ".join(map(repr, _BETAS))
-        raise UsageError(f"noise_schedule={name!r} is unknown: use {choices}")
+        fix = f"is unknown: use {' or '.join(map(repr, _BETAS))}"
+        raise UsageError("noise_schedule", name, fix)
     if num_steps < 1:
-        raise UsageError(f"diffusion_steps={num_steps} must be at least 1; the usual value is 1000")
+        raise UsageError("diffusion_steps", num_steps, "must be at least 1; the usual is 1000")
     return _BETAS[name](num_steps)
 
 
 def _linear(num_steps: int) -> np.ndarray:
     scale = 1000 / num_steps
     if scale * 0.02 >= 1:
-        raise UsageError(
-            f"diffusion_steps={num_steps} is too few for noise_schedule='linear', whose last beta "
-            f"would be {scale * 0.02:.3g}: use at least 21, or 1000 with timestep_respacing="
-            f"'{num_steps}'"
+        fix = (
+            f"is too few for noise_schedule='linear', whose last beta would be {scale * 0.02:.3g}: "
+            f"use at least 21, or 1000 with timestep_respacing='{num_steps}'"
         )
+        raise UsageError("diffusion_steps", num_steps, fix)
     return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
 
 

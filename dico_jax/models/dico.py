@@ -156,12 +156,10 @@ class DiCo(ClassConditional):
         self.check_positive("hidden_size")
         check_feed_forward(self.hidden_size, self.mlp_ratio)
         if self.hidden_size % 2:
-            raise UsageError(f"model.hidden_size={self.hidden_size} must be even")
+            raise UsageError("model.hidden_size", self.hidden_size, "must be even")
         if len(self.depth) != 5 or min(self.depth) < 1:
-            raise UsageError(
-                f"model.depth={tuple(self.depth)} must give the number of blocks of five stages, "
-                "each at least 1, such as (5, 4, 4, 4, 4)"
-            )
+            fix = "must give the blocks of five stages, each at least 1, such as (5, 4, 4, 4, 4)"
+            raise UsageError("model.depth", tuple(self.depth), fix)
         super().__post_init__()
 
     @nn.compact

@@ -174,23 +174,14 @@ class DiT(ClassConditional):
     attention: Implementation = "auto"
 
     def __post_init__(self):
-        self.check_positive("hidden_size")
+        self.check_positive("hidden_size", "num_heads", "depth", "patch_size")
         check_feed_forward(self.hidden_size, self.mlp_ratio)
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise UsageError(
-                f"model.hidden_size={self.hidden_size} must divide by model.num_heads="
-                f"{self.num_heads} and by 4"
-            )
-        if self.depth < 1 or self.patch_size < 1:
-            raise UsageError(
-                f"model.depth={self.depth}, model.patch_size={self.patch_size}: "
-                "both must be at least 1"
-            )
+            fix = f"must divide by model.num_heads={self.num_heads} and by 4"
+            raise UsageError("model.hidden_size", self.hidden_size, fix)
         if self.attention not in get_args(Implementation):
-            raise UsageError(
-                f"model.attention={self.attention!r} is unknown: use one of "
-                f"{', '.join(get_args(Implementation))}"
-            )
+            fix = f"is unknown: use one of {', '.join(get_args(Implementation))}"
+            raise UsageError("model.attention", self.attention, fix)
         super().__post_init__()
 
     stages = ("blocks",)

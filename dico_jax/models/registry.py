@@ -93,10 +93,11 @@ def create_model(name: str, **options) -> Denoiser:
             fix = f": model {name!r} has no such option; {hint}"
             raise UsageError(f"model.{option}", value, fix)
         if option in sizes and value != sizes[option]:
-            raise UsageError(
-                f"model.{option}={value!r} contradicts model.name={name!r}, which has "
-                f"{sizes[option]!r}: use model.name={cls.__name__!r} for sizes of your own"
+            fix = (
+                f"contradicts model.name={name!r}, which has {sizes[option]!r}: use "
+                f"model.name={cls.__name__!r} for sizes of your own"
             )
+            raise UsageError(f"model.{option}", value, fix)
     merged = {**sizes, **options}
     if isinstance(merged.get("depth"), list):
         merged["depth"] = tuple(merged["depth"])  # linen attributes are hashed

@@ -17,7 +17,7 @@ from dico_jax.checkpoints.saved_weights import SavedWeights
 from dico_jax.checkpoints.snapshots import rebuilt_ema, snapshot_steps
 from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config, sampling_from_config
-from dico_jax.files import library_versions
+from dico_jax.files import library_versions, new_file
 from dico_jax.models import abstract_params
 from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.sampling.generate import GenerateFn, generate_images, make_generate_fn
@@ -39,10 +39,8 @@ def choose_autoencoder(config: ConfigDict, vae: str) -> None:
     """
     autoencoder = config.autoencoder
     if autoencoder.name == "identity":
-        raise UsageError(
-            f"--vae={vae}: this checkpoint is a model of pixels, which needs no autoencoder; "
-            "leave it out"
-        )
+        fix = ": this checkpoint is a model of pixels, which needs no autoencoder; leave it out"
+        raise UsageError("--vae", vae, fix)
     if vae == PREVIEW:
         autoencoder.name = "latent_preview"
     else:
@@ -133,14 +131,8 @@ class CheckpointSampler:
     def _make_generate_fn(self) -> GenerateFn:
         process, options = sampling_from_config(self._config)
         experiment = self.experiment
-        return make_generate_fn(
-            experiment.model,
-            process,
-            experiment.autoencoder,
-            experiment.latent_shape,
-            options,
-            self._mesh,
-        )
+        parts = experiment.model, process, experiment.autoencoder, experiment.latent_shape
+        return make_generate_fn(*parts, options, self._mesh)
 
     def set_guidance(self, cfg_scale: float) -> None:
         """Changes the guidance scale of all images from now on.
@@ -165,13 +157,9 @@ class CheckpointSampler:
           conditions: of all images from 0 on; a tree of arrays, or labels where these are all.
           start: the first image to make.
         """
+        size = self._config.sampling.batch_size
         return generate_images(
-            self._generate,
-            self._params,
-            conditions,
-            self._config.sampling.batch_size,
-            self._mesh.size,
-            start,
+            self._generate, self._params, conditions, size, self._mesh.size, start
         )
 
     def save(self, out: str, *, num_images: int, classes: str = "all", npz: str | None = None):
@@ -197,13 +185,13 @@ class CheckpointSampler:
             index = done
             for batch in self.images(conditions, start=done) if done < num_images else ():
                 for image in batch:
-                    _save_atomically(files[index], image)
+                    with new_file(files[index]) as stream:  # half of one would be kept later
+                        save_png(stream, image)
                     index += 1
                 bar.update(len(batch))
         save_png(folder / "grid.png", self._grid(files, conditions))
         if npz is not None:
-            arrays = self.experiment.model.named_arrays(conditions)
-            _write_npz(pathlib.Path(npz), files, arrays)
+            _write_npz(npz, files, self.experiment.model.named_arrays(conditions))
 
     def _grid(self, files: list[pathlib.Path], conditions: Any) -> np.ndarray:
         """The first conditions, a row each, with the first images of each."""
@@ -224,7 +212,7 @@ def _claim_folder(folder: pathlib.Path, settings: dict, versions: dict) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out={folder} cannot be made: {error}") from error
+        raise UsageError("--out", folder, f"cannot be made: {error}") from error
     settings = json.loads(json.dumps(settings))
     # How many at a time does not change an image.
     settings["sampling"].pop("batch_size")
@@ -232,15 +220,11 @@ def _claim_folder(folder: pathlib.Path, settings: dict, versions: dict) -> None:
         old, new = (_decisive(s) for s in (json.loads(file.read_text())["settings"], settings))
         if old != new:
             differing = [k for k in new if old.get(k) != new[k]]
-            raise UsageError(
-                f"--out={folder} holds images made with other settings "
-                f"({', '.join(differing)}; see {file.name}): give another folder"
-            )
+            fix = f"({', '.join(differing)}; see {file.name}): give another folder"
+            raise UsageError("--out", folder, f"holds images made with other settings {fix}")
     elif any(folder.glob("[0-9]*.png")):
-        raise UsageError(
-            f"--out={folder} holds images but no {file.name} to say how they were made: "
-            "give another folder"
-        )
+        fix = f"holds images but no {file.name} to say how they were made: give another folder"
+        raise UsageError("--out", folder, fix)
     file.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2) + "\n")
 
 
@@ -250,21 +234,11 @@ def _decisive(settings: dict) -> dict:
     return settings | {"autoencoder": autoencoder}
 
 
-def _save_atomically(file: pathlib.Path, image: np.ndarray) -> None:
-    """An interrupted call must not leave half a file that a later one would keep."""
-    temporary = file.with_name(f".{file.name}")
-    save_png(temporary, image)
-    temporary.rename(file)
-
-
-def _write_npz(
-    path: pathlib.Path, files: list[pathlib.Path], arrays: dict[str, np.ndarray]
-) -> None:
+def _write_npz(path: str, files: list[pathlib.Path], arrays: dict[str, np.ndarray]) -> None:
     """Writes arr_0 (uint8 images), image by image: 50,000 need no memory; and other arrays."""
     shape = (len(files), *load_png(files[0]).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    temporary = path.with_name(path.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with new_file(path) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             np.lib.format.write_array_header_1_0(entry, header)
             for file in files:
@@ -272,4 +246,3 @@ def _write_npz(
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as entry:
                 np.lib.format.write_array(entry, array)
-    temporary.rename(path)

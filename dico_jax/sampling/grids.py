@@ -47,8 +47,8 @@ def image_grid(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
 
 
 def save_png(path, image: np.ndarray) -> None:
-    """Writes uint8 (H, W, 1 or 3) as a PNG file."""
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
+    """Writes uint8 (H, W, 1 or 3) as a PNG file, or into a stream."""
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, "PNG")
 
 
 def load_png(path) -> np.ndarray:

@@ -306,3 +306,8 @@ def test_samples_do_not_depend_on_the_devices():
     spread = samples(np.arange(n), NamedSharding(mesh, PartitionSpec("data")))
     assert len(spread.sharding.device_set) == 8
     assert distance(spread, whole) < 1e-5
+
+
+def test_float64_noise_needs_the_switch():
+    with pytest.raises(UsageError, match="dtype='float64' needs JAX's own switch"):
+        initial_noise(image_keys(0, [0]), SHAPE, jnp.float64)
