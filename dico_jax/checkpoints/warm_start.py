@@ -16,16 +16,15 @@ from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params
 
 _FIELD = "config.training.init_from"
-_LABEL_TABLES = "y_embedder"
 _MAX_LISTED = 20
 
 
 class WarmStart:
     """The weights that a run starts from: the averaged ones where there are some.
 
-    Everything is taken over but label tables of another number of rows (another number of classes,
-    or a null class on one side only), which start fresh. The networks have no weights that depend
-    on the resolution. Optimizer and step start fresh.
+    Everything is taken over but the tables of a condition with another number of rows (another
+    number of classes, or a null class on one side only), which start fresh. The
+    networks have no weights that depend on the resolution. Optimizer and step start fresh.
 
     Attributes:
       folder: where they are from.
@@ -49,10 +48,10 @@ class WarmStart:
         self._leaves = saved.leaves(self._weights)
         wanted = {p: v.shape for p, v in flatten_dict(abstract_params(model)).items()}
         found = {path: tuple(leaf.shape) for path, leaf in self._leaves.items()}
-        self.fresh = [  # label tables of another number of rows
+        self.fresh = [  # tables of another number of rows
             path
             for path, (rows, *others) in wanted.items()
-            if path[0] == _LABEL_TABLES and path in found
+            if path[0] in model.condition_tables and path in found
             if found[path][0] != rows and list(found[path][1:]) == others
         ]
         problems = [

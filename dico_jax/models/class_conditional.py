@@ -23,6 +23,8 @@ class ClassConditional(Denoiser):
     num_classes: int = 1000
     class_dropout_prob: float = 0.1
 
+    condition_tables = ("y_embedder",)
+
     def __post_init__(self):
         self.check_positive("num_classes")
         if not 0 <= self.class_dropout_prob < 1:

@@ -54,6 +54,7 @@ class Denoiser(nn.Module):
         tuple[str, ...]
     ] = ()  # names of the parts whose parameters are those of equal blocks
     size_divisor = 1  # what height and width of the input must divide by
+    condition_tables: ClassVar[tuple[str, ...]] = ()  # parts with a row per value of the condition
     condition_dropout = 0.0  # the probability with which training replaces a condition by the null
 
     def __post_init__(self):
