@@ -11,6 +11,7 @@ checksums; its meta also says, under "converted", where it came from (see docs/c
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -136,10 +137,8 @@ class Checkpointer(StepWriter):
             self._set_aside(reasons, step, say)
             return state, step
         if reasons:
-            raise UsageError(
-                f"no checkpoint can be read ({'; '.join(reasons.values())}): put back a copy of "
-                "one, or start again in another --workdir"
-            )
+            fix = "put back a copy of one, or start again in another --workdir"
+            raise UsageError(f"no checkpoint can be read ({'; '.join(reasons.values())}): {fix}")
         return None
 
     def _set_aside(self, reasons: dict[int, str], step: int, say: Callable[[str], None]) -> None:
@@ -203,11 +202,9 @@ def _first_of_all_processes(reason: str | None) -> str | None:
     """The first process's reason that has one, so that all take the same decision."""
     if jax.process_count() == 1:
         return reason
-    text = np.zeros(400, np.uint8)
-    data = (reason or "").encode()[: text.size]
-    text[: len(data)] = np.frombuffer(data, np.uint8)
-    gathered = multihost_utils.process_allgather(text)
-    texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gathered]
+    data = (reason or "").encode()[:400].ljust(400, b"\0")
+    rows = multihost_utils.process_allgather(np.frombuffer(data, np.uint8))
+    texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
     return next((text for text in texts if text), None)
 
 
@@ -255,8 +252,7 @@ def _differences(folder: pathlib.Path, trees: dict[str, Any]) -> list[str]:
 
 
 def _free_name(path: pathlib.Path) -> pathlib.Path:
-    name, number = path, 1
-    while name.exists():
-        number += 1
-        name = path.with_name(f"{path.name}-{number}")
-    return name
+    names = itertools.chain(
+        [path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    )
+    return next(name for name in names if not name.exists())
