@@ -106,7 +106,7 @@ class Objective(abc.ABC):
         """
 
     def network_time(self, t) -> jax.Array:
-        """The times that the network is given for times t."""
+        """The times that the network is given for times t; DiCo and DiT are made for 0 to 999."""
         return jnp.asarray(t)
 
     def velocity(self, estimate: Estimate, t) -> jax.Array:
@@ -155,13 +155,9 @@ class Diffusion(Objective):
         cls, options: Mapping[str, Any], *, learn_sigma: bool, num_steps: int | None = None
     ) -> Self:
         """See `Objective.from_options` and `create_diffusion`."""
-        made = create_diffusion(
-            "" if num_steps is None else str(num_steps),
-            noise_schedule=options["noise_schedule"],
-            diffusion_steps=options["diffusion_steps"],
-            learn_sigma=learn_sigma,
-        )
-        return cls(made.schedule, made.prediction, made.variance, made.loss)
+        name, steps = options["noise_schedule"], options["diffusion_steps"]
+        schedule = make_schedule(name, steps, "" if num_steps is None else num_steps)
+        return cls(schedule, variance="learned_range" if learn_sigma else "fixed_large")
 
     @property
     def learns_variance(self) -> bool:
@@ -244,8 +240,7 @@ def create_diffusion(
     if rescale_learned_sigmas and (use_kl or not learn_sigma):
         cause = "use_kl=True" if use_kl else "learn_sigma=False"
         raise UsageError(
-            f"rescale_learned_sigmas=True has no effect with {cause}: set rescale_learned_sigmas="
-            "False"
+            "rescale_learned_sigmas", True, f"has no effect with {cause}: leave it False"
         )
     fixed = "fixed_small" if sigma_small else "fixed_large"
     return Diffusion(

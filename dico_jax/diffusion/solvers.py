@@ -47,22 +47,22 @@ class Path:
 
     def output(self, x, point) -> jax.Array:
         """What the network returns for x (N, ..., C) at a point ()."""
-        times = self.objective.network_time(self.time(point))
+        times = self.objective.network_time(_time(self.objective, point))
         return self.model_fn(x, jnp.broadcast_to(times, x.shape[:1]))
 
     def estimate(self, x, point) -> Estimate:
         """The x_0 and noise that the network sees in x at a point ()."""
-        output = self.output(x, point)
-        return self.objective.estimate(output, x, self.time(point), self.clip_denoised)
-
-    def time(self, point) -> jax.Array:
-        """The objective's time at a point."""
-        return jnp.asarray(self.objective.times)[point]
+        output, time = self.output(x, point), _time(self.objective, point)
+        return self.objective.estimate(output, x, time, self.clip_denoised)
 
     def alpha_sigma(self, point, x) -> tuple[jax.Array, jax.Array]:
         """The factors of x_0 and noise at a point, to multiply arrays like x with."""
         alpha, sigma = _alpha_sigma(self.objective)
         return table_at(alpha, point, x), table_at(sigma, point, x)
+
+
+def _time(objective: Objective, point) -> jax.Array:
+    return jnp.asarray(objective.times)[jnp.asarray(point)]
 
 
 def _alpha_sigma(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
@@ -127,9 +127,9 @@ class Ddpm(Solver):
 
     def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
         """One evaluation of the network."""
-        output = path.output(carry, i + 1)
-        x, x0 = ddpm_step(path.objective, output, carry, i, noise, clip_denoised=path.clip_denoised)
-        return x.astype(carry.dtype), Trajectory(x.astype(carry.dtype), x0)
+        given = path.objective, path.output(carry, i + 1), carry, i, noise
+        x, x0 = ddpm_step(*given, clip_denoised=path.clip_denoised)
+        return (x := x.astype(carry.dtype)), Trajectory(x, x0)
 
 
 class Ddim(Solver):
@@ -147,16 +147,9 @@ class Ddim(Solver):
 
     def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
         """One evaluation of the network."""
-        x, x0 = ddim_step(
-            path.objective,
-            path.output(carry, i + 1),
-            carry,
-            i,
-            noise,
-            eta=self.eta,
-            clip_denoised=path.clip_denoised,
-        )
-        return x.astype(carry.dtype), Trajectory(x.astype(carry.dtype), x0)
+        given = path.objective, path.output(carry, i + 1), carry, i, noise
+        x, x0 = ddim_step(*given, eta=self.eta, clip_denoised=path.clip_denoised)
+        return (x := x.astype(carry.dtype)), Trajectory(x, x0)
 
 
 SOLVERS: dict[str, type[Solver]] = {"ddpm": Ddpm, "ddim": Ddim}
@@ -190,14 +183,7 @@ def ddpm_step(
 
 
 def ddim_step(
-    objective: Objective,
-    model_output,
-    x,
-    i,
-    noise,
-    *,
-    eta: float = 0.0,
-    clip_denoised: bool = False,
+    objective: Objective, model_output, x, i, noise, *, eta: float = 0.0, clip_denoised=False
 ) -> tuple[jax.Array, jax.Array]:
     """One step of DDIM (arXiv 2010.02502), equations 12 and 16.
 
@@ -217,7 +203,7 @@ def ddim_step(
     """
     check_eta(eta)
     x, model_output = as_float(x, model_output)
-    time = jnp.asarray(objective.times)[jnp.asarray(i) + 1]
+    time = _time(objective, jnp.asarray(i) + 1)
     x0, old_noise = objective.estimate(model_output, x, time, clip_denoised)
     alpha, sigma = (table[:-1] for table in _alpha_sigma(objective))
     fresh = eta * np.sqrt(objective.posterior_variance())
@@ -305,15 +291,7 @@ def find_solver(name: str, field: str = "sampler") -> type[Solver]:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How to sample; see `config.sampling` in configs/default.py.
-
-    Attributes:
-      seed: with an image's index, decides all its noise.
-      sampler: a name of `SOLVERS`.
-      ddim_eta: 0 for deterministic DDIM, 1 for as much noise as DDPM.
-      cfg_scale: guidance scale; 1 for none.
-      cfg_channels: a name of `CFG_CHANNELS`.
-    """
+    """How to sample: the seed, and fields of `config.sampling`; see configs/default.py."""
 
     seed: int = 0
     sampler: str = "ddpm"

@@ -105,8 +105,7 @@ class ClassConditional(Denoiser):
           UsageError: something else, or a class that the model does not have.
         """
         if text == "random":
-            # Philox gives a stream that can be cut anywhere: more images leave the first as they
-            # were.
+            # Philox's stream can be cut anywhere: more images leave the first as they were.
             generator = np.random.Generator(np.random.Philox(seed))
             return {"label": generator.integers(0, self.num_classes, num_images).astype(np.int32)}
         if text == "all":

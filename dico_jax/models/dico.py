@@ -12,11 +12,11 @@ from dico_jax.models.layers import (
     Conv3x3,
     Dense,
     DepthwiseConvGelu,
+    LabelEmbedder,
     Modulation,
     Stage,
     TimestepEmbedder,
     check_feed_forward,
-    label_table,
     linear_xavier_uniform,
     pixel_shuffle,
     pixel_unshuffle,
@@ -107,21 +107,6 @@ class Upsample(nn.Module):
         return pixel_shuffle(BiaslessConv(2 * x.shape[-1], self.dtype, name="body")(x))
 
 
-class LabelEmbedder(nn.Module):
-    """Labels (N,) to one vector per table: (N, D), (N, 2D), (N, 4D)."""
-
-    num_rows: int
-    widths: tuple[int, ...]
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, y):
-        return [
-            label_table(self.num_rows, width, self.dtype, f"embedding_table_{k}")(y)
-            for k, width in enumerate(self.widths)
-        ]
-
-
 class FinalLayer(nn.Module):
     """LayerNorm, modulation and a 3x3 convolution to the output channels; zero at first."""
 
@@ -167,9 +152,9 @@ class DiCo(ClassConditional):
         """The U, by stages."""
         d, dtype, wide = self.hidden_size, self.dtype, self.wide_dtype
         widths = (d, 2 * d, 4 * d)
-        labels = LabelEmbedder(self.num_label_rows, widths, wide, name="y_embedder")(
-            condition["label"]
-        )
+        tables = tuple((f"embedding_table_{k}", width) for k, width in enumerate(widths))
+        embed = LabelEmbedder(self.num_label_rows, tables, wide, name="y_embedder")
+        labels = embed(condition["label"])
         c1, c2, c3 = (
             TimestepEmbedder(width, wide, name=f"t_embedder_{k}")(t) + label
             for k, (width, label) in enumerate(zip(widths, labels, strict=True), start=1)

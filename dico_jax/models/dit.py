@@ -12,11 +12,11 @@ from dico_jax.errors import UsageError
 from dico_jax.models.class_conditional import ClassConditional
 from dico_jax.models.layers import (
     Dense,
+    LabelEmbedder,
     Modulation,
     Stage,
     TimestepEmbedder,
     check_feed_forward,
-    label_table,
     linear_xavier_uniform,
     zeros,
 )
@@ -101,10 +101,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        dense = functools.partial(Dense, dtype=self.dtype)
-        return dense(x.shape[-1], name="fc2")(
-            jax.nn.gelu(dense(self.hidden, name="fc1")(x), approximate=True)
-        )
+        h = Dense(self.hidden, self.dtype, name="fc1")(x)
+        return Dense(x.shape[-1], self.dtype, name="fc2")(jax.nn.gelu(h, approximate=True))
 
 
 class DiTBlock(nn.Module):
@@ -140,18 +138,6 @@ class FinalLayer(nn.Module):
         shift, scale = jnp.split(modulation, 2, axis=-1)
         h = norm_modulate(x, shift, scale)
         return Dense(self.features, self.dtype, kernel_init=zeros, name="linear")(h)
-
-
-class LabelEmbedder(nn.Module):
-    """Labels (N,) to vectors (N, width)."""
-
-    num_rows: int
-    width: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, y):
-        return label_table(self.num_rows, self.width, self.dtype, "embedding_table")(y)
 
 
 class DiT(ClassConditional):
@@ -198,16 +184,16 @@ class DiT(ClassConditional):
         rows, columns, p = height // self.patch_size, width // self.patch_size, self.patch_size
         d, dtype, wide = self.hidden_size, self.dtype, self.wide_dtype
 
-        embed = LabelEmbedder(self.num_label_rows, d, wide, name="y_embedder")
-        c = TimestepEmbedder(d, wide, name="t_embedder")(t) + embed(condition["label"])
+        tables = (("embedding_table", d),)
+        embed = LabelEmbedder(self.num_label_rows, tables, wide, name="y_embedder")
+        c = TimestepEmbedder(d, wide, name="t_embedder")(t) + embed(condition["label"])[0]
 
         x = PatchEmbed(p, d, dtype, name="x_embedder")(x)  # (N, T, D)
         # The reference stores the table in float32, whatever it computes in.
         table = position_embedding(rows, columns, d).astype(np.float32)
         x = x + jnp.asarray(table, x.dtype)
-        block = functools.partial(
-            DiTBlock, d, self.num_heads, self.mlp_ratio, dtype, self.attention
-        )
+        options = d, self.num_heads, self.mlp_ratio, dtype, self.attention
+        block = functools.partial(DiTBlock, *options)
         x = Stage(self.depth, block, dtype, self.scan_blocks, self.remat, name="blocks")(x, c)
         x = FinalLayer(p * p * self.out_channels, dtype, name="final_layer")(x, c)
 

@@ -7,6 +7,7 @@ Numerics: `dtype` is the dtype of activations and matrix products. Statistics, t
 conditioning vectors are computed in float32 or better, whatever `dtype` is; parameters are float32.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -139,9 +140,19 @@ class TimestepEmbedder(nn.Module):
         return TimestepMLP(self.width, self.dtype, name="mlp")(time_features(t, self.dtype))
 
 
-def label_table(num_rows: int, width: int, dtype, name: str) -> nn.Embed:
-    """An embedding table for class labels, N(0, 0.02)."""
-    return nn.Embed(num_rows, width, embedding_init=normal_002, dtype=dtype, name=name)
+class LabelEmbedder(nn.Module):
+    """Labels (N,) to one vector (N, width) per table (name, width) of N(0, 0.02)."""
+
+    num_rows: int
+    tables: tuple[tuple[str, int], ...]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, y):
+        embed = functools.partial(
+            nn.Embed, self.num_rows, embedding_init=normal_002, dtype=self.dtype
+        )
+        return [embed(width, name=name)(y) for name, width in self.tables]
 
 
 class Conv3x3(nn.Module):

@@ -110,7 +110,7 @@ def _parse_dtype(dtype) -> jnp.dtype:
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
-        name = None
+        name = ""
     if name not in _DTYPES:
         raise UsageError("model.dtype", dtype, f"is unknown: use one of {', '.join(_DTYPES)}")
     check_float64("model.dtype", name)

@@ -158,16 +158,8 @@ def make_train_step(
                 drop_key, batch["condition"], model.condition_dropout, null
             )
             batch = batch | {"condition": conditions}
-        grads, terms = gradients(
-            state.params,
-            model,
-            diffusion,
-            batch,
-            t,
-            noise,
-            options.accumulation_steps,
-            params_sharding,
-        )
+        given = state.params, model, diffusion, batch, t, noise
+        grads, terms = gradients(*given, options.accumulation_steps, params_sharding)
         new_state, norms = apply_gradients(state, grads, optimizer, options.ema_decay)
         means = {name: value.mean() for name, value in terms.items()}
         finite = is_finite(means["loss"], norms["grad_norm"])
