@@ -55,10 +55,10 @@ class Run:
     """What a run consists of. Building it checks everything and changes nothing.
 
     Attributes:
-      config: complete, with the number of classes.
+      config: complete, with what the source knows of the network.
       workdir: its folder, which may not be there yet.
       mesh: of all devices.
-      experiment: network, process and autoencoder.
+      experiment: network, objective and autoencoder.
       source: the training examples.
       target: shapes and shardings of the state, as checkpoints have it.
       train_step: see `make_train_step`; its state is one of `pack`.
@@ -99,8 +99,11 @@ class Run:
                 seed=config.seed,
                 mesh=self.mesh,
             )
-            if config.eval.class_agreement_samples:
+            if count := config.eval.class_agreement_samples:
                 require_sklearn("eval.class_agreement_samples")
+                if "label" not in model.zero_condition(1):
+                    fix = "is for networks that are told a class: set it to 0"
+                    raise UsageError("eval.class_agreement_samples", count, fix)
             self._generate = make_generate_fn(
                 model,
                 process,
@@ -108,11 +111,7 @@ class Run:
                 self.experiment.latent_shape,
                 sampling_options,
                 self.mesh,
-                load=bool(
-                    config.sampling.grid_every_steps
-                    or config.eval.class_agreement_samples
-                    or config.eval.every_steps
-                ),
+                load=any((config.sampling.grid_every_steps, count, config.eval.every_steps)),
             )
         self.evaluation = RunEvaluation(
             config,
