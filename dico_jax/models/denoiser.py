@@ -28,8 +28,8 @@ class Denoiser(nn.Module):
     It returns (N, H, W, out_channels) in float32 or better: the prediction, then, with learn_sigma,
     the variance interpolation. It raises UsageError where H or W do not divide.
 
-    A network is a class with a method `forward` that takes these arguments, `example_inputs` for
-    its condition, `stages` and `size_divisor`, and a row in `dico_jax.models.registry.MODELS`.
+    A network is a class with a method `forward` that takes these arguments, and `zero_condition`,
+    and a row in `dico_jax.models.registry.MODELS`; the rest has defaults.
 
     Attributes:
       in_channels: channels of the input, 4 for Stable Diffusion latents.
@@ -101,8 +101,8 @@ class Denoiser(nn.Module):
         return x, np.zeros(n, np.float32), self.zero_condition(n)
 
     def zero_condition(self, n: int) -> Condition:
-        """The condition of `example_inputs`: {} for a network that is told nothing."""
-        return {}
+        """The condition of `example_inputs`, a dict of at least one array."""
+        raise NotImplementedError
 
     def as_condition(self, condition: Any) -> Condition:
         """The tree of what a caller gave as condition."""
