@@ -52,27 +52,21 @@ def config_errors(section: str = "") -> Iterator[None]:
 
 def without_gone(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of an older run, without the fields that are `GONE`."""
-    return {
-        name: {k: v for k, v in value.items() if f"{name}.{k}" not in GONE}
-        if isinstance(value, Mapping)
-        else value
-        for name, value in config.items()
-    }
+    return _nested({k: v for k, v in flatten(config).items() if k not in GONE})
 
 
-def with_defaults(
-    config: Mapping[str, Any], defaults: Mapping[str, Any] = DEFAULTS
-) -> dict[str, Any]:
-    """The config of an older checkpoint with all fields; those it lacks have their defaults.
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an older checkpoint with all fields of now, and without those that are `GONE`.
 
-    A new field's default must therefore be what runs did before it was there.
+    Those it lacks have their defaults: what runs did before the field was there.
     """
-    config = without_gone(config)
-    complete = dict(defaults) | config
-    for name, value in defaults.items():
-        if isinstance(value, dict):
-            complete[name] = with_defaults(config.get(name, {}), value)
-    return complete
+    return _nested(flatten(DEFAULTS) | flatten(without_gone(config)))
+
+
+def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    from flax.traverse_util import unflatten_dict
+
+    return unflatten_dict(fields, sep=".")
 
 
 def config_to_dict(config: ConfigDict) -> dict[str, Any]:

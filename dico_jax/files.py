@@ -13,10 +13,11 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 
+from dico_jax import __version__
 from dico_jax.errors import UsageError
 
 _CHUNK = 4 << 20  # bytes per write, between two calls of on_bytes
-_PACKAGES = ("dico_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 @runtime_checkable
@@ -93,21 +94,17 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     Raises:
       UsageError: the folder does not exist, may not be written to, or is full.
     """
-    path = os.fspath(path)
-    folder, name = os.path.split(path)
-    # Not tempfile: its files are private to the user, whatever the umask says.
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
+    target, temporary = _beside(path)
     try:
-        if not name or os.path.isdir(path):
-            raise UsageError(f"{path} is a folder; name the file to write")
-        with open(temporary, "xb") as stream:
-            yield stream
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+        with _os_errors(path):
+            if target.is_dir():
+                raise UsageError(f"{path} is a folder; name the file to write")
+            with temporary.open("xb") as stream:
+                yield stream
+            temporary.replace(target)
     finally:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -120,16 +117,22 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
       UsageError: the parent does not exist or may not be written to, or there is something at
         `path` in the end.
     """
-    target = pathlib.Path(path).absolute()
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    target, temporary = _beside(path)
     try:
         with _os_errors(path):
             temporary.mkdir()
         yield temporary
         with _os_errors(path):
-            os.replace(temporary, target)
+            temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: str | os.PathLike) -> tuple[pathlib.Path, pathlib.Path]:
+    """The path, and a free one in the same folder."""
+    # Not tempfile's: those are private to the user, whatever the umask says.
+    target = pathlib.Path(path).absolute()
+    return target, target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
@@ -181,19 +184,14 @@ def result_path(out: str, suffix: str) -> pathlib.Path:
     return path
 
 
-def write_json(file: pathlib.Path, result: Mapping[str, Any]) -> None:
+def write_json(file: str | os.PathLike, result: Mapping[str, Any]) -> None:
     """Writes a result; the file appears when it is complete."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(file)
+    with new_file(file) as stream:
+        stream.write((json.dumps(result, indent=2) + "\n").encode())
 
 
 def library_versions() -> dict[str, str]:
-    """The version of every one of them by the name of its package, this project's included."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout, not installed
-            versions[package] = "not installed"
-    return versions
+    """This project's version, and that of each library that decides numbers, by package."""
+    return {"dico_jax": __version__} | {
+        name: importlib.metadata.version(name) for name in _LIBRARIES
+    }
