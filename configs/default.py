@@ -100,7 +100,7 @@ def get_config():
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
     # How parameters are split: pairs of (regular expression of parameter paths, axes), such as
-    # (("conv1/kernel$", ("fsdp", "tensor")),); () for the rules of dico_jax/sharding.py.
+    # (("conv1/kernel$", ("fsdp", "tensor")),); () for the rules of dico_jax/parallel/sharding.py.
     config.mesh.rules = ()
 
     config.diffusion = config_dict.ConfigDict()
