@@ -74,11 +74,9 @@ def define_distributed_flags() -> Callable[[], None]:
     )
 
     def join() -> None:
-        from dico_jax.parallel import (
-            processes as distributed,  # late: --help answers before JAX is imported
-        )
+        from dico_jax.parallel import processes  # late: --help answers before JAX is imported
 
-        distributed.initialize(address.value, count.value, index.value, timeout.value)
+        processes.initialize(address.value, count.value, index.value, timeout.value)
 
     return join
 
