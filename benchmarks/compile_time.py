@@ -23,7 +23,6 @@ import time
 MAX_RATIO = 1.3
 DEPTHS = {"published": None, "of DiCo-H": (14, 12, 10, 12, 14)}
 PARTS = ("step", "gradient", "init")
-LATENT_SIDE = 32  # of images of 256 pixels
 BATCH_SIZE = 8
 
 
@@ -32,46 +31,30 @@ def compile_part(options: dict, what: str) -> dict[str, float]:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     import jax.numpy as jnp
-    from ml_collections import ConfigDict
 
-    from dico_jax.checkpoints.state import abstract_state, initializer
-    from dico_jax.config import DEFAULTS
-    from dico_jax.diffusion import create_diffusion
-    from dico_jax.models import create_model
-    from dico_jax.models.block_stacks import map_stacks
+    from dico_jax.benchmarking.programs import train_function
+    from dico_jax.benchmarking.runner import Options, make_config
+    from dico_jax.checkpoints.state import initializer
+    from dico_jax.experiment import experiment_from_config
     from dico_jax.parallel.mesh import create_mesh
     from dico_jax.training.optimizer import create_optimizer
-    from dico_jax.training.step import StepOptions, make_train_step
 
-    model = create_model("DiCo", **options)
-    optimizer = create_optimizer(ConfigDict(DEFAULTS["optimizer"]), num_steps=1)
-    shape = (LATENT_SIDE, LATENT_SIDE, model.in_channels)
-    init = initializer(model, optimizer, shape)
-    state = jax.eval_shape(
-        lambda state: map_stacks(lambda *leaves: jnp.stack(leaves), state, model.stacked_stages),
-        abstract_state(init),
-    )
-    batch = {
-        "x": jax.ShapeDtypeStruct((BATCH_SIZE, *shape), jnp.float32),
-        "condition": jax.ShapeDtypeStruct((BATCH_SIZE,), jnp.int32),
-    }
-    if what == "step":
-        mesh = create_mesh(jax.devices()[:1])
-        step = make_train_step(
-            model, create_diffusion(), optimizer, mesh=mesh, options=StepOptions()
-        )
-        function = jax.jit(lambda state, batch: step(state, batch), donate_argnums=0)
-        args = (state, batch)
-    elif what == "gradient":
+    config = make_config(Options("train", batch_size=BATCH_SIZE), "DiCo")
+    config.model.update(options)
+    experiment = experiment_from_config(config)
+    model, shape = experiment.model, experiment.latent_shape
+    function, args = train_function(config, create_mesh(jax.devices()[:1]))
+    if what == "gradient":
 
         def loss(params, batch):
-            out = model.apply(
-                {"params": params}, batch["x"], batch["condition"], batch["condition"]
-            )
+            t = jnp.zeros(len(batch["x"]))
+            out = model.apply({"params": params}, batch["x"], t, batch["condition"])
             return jnp.square(out).mean()
 
+        state, batch = args
         function, args = jax.jit(jax.grad(loss)), (state.params, batch)
-    else:
+    elif what == "init":
+        init = initializer(model, create_optimizer(config.optimizer, 1), shape)
         function, args = jax.jit(init), (jax.eval_shape(lambda: jax.random.key(0)),)
     times = [time.monotonic()]
     lowered = function.lower(*args)

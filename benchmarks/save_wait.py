@@ -48,7 +48,7 @@ def main():
     rng = np.random.default_rng(0)
     batch = {
         "x": jnp.asarray(rng.normal(size=(args.batch_size, 32, 32, 4)), jnp.float32),
-        "condition": jnp.zeros(args.batch_size, jnp.int32),
+        "condition": {"label": jnp.zeros(args.batch_size, jnp.int32)},
     }
 
     def steps(state, count):

@@ -179,7 +179,7 @@ def _check_examples(config: ConfigDict, model: Denoiser, source: Source) -> None
 
 def _picture_channels(config: ConfigDict, experiment: Experiment) -> int:
     name, channels = config.autoencoder.name, experiment.model.in_channels
-    if experiment.autoencoder.encode is not None:
+    if experiment.autoencoder.encode_moments is not None:
         return 3
     if name != "identity":
         fix = (

@@ -19,6 +19,7 @@ python -m dico_jax.prepare classifier --source=folder --path=DIR --out=FILE.npz 
     Trains the small classifier for --features of evaluate and config.eval.features.
 """
 
+import dataclasses
 import re
 import sys
 import time
@@ -30,34 +31,39 @@ from dico_jax import cli
 from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
 
+_FIELDS = {  # flag: the field of a config whose default it has, and what it says
+    "path": ("data.path", "Folder or file of the source; of tfds its data_dir."),
+    "name": ("data.name", "tfds: the dataset, such as imagenet2012:5.1.0."),
+    "split": ("data.split", "tfds: the split."),
+    "image_size": ("data.image_size", "Side of the cropped pictures in pixels."),
+    "exif_rotation": (
+        "data.exif_rotation",
+        "Turn pictures as their EXIF data say: for cameras' pictures, not for ImageNet.",
+    ),
+    "num_workers": ("data.num_workers", "Processes that read pictures; 0 for threads."),
+    "max_bad_fraction": (
+        "data.max_bad_fraction",
+        "Pictures that cannot be read are skipped and listed; more than this fraction is an error.",
+    ),
+    "vae": ("autoencoder.path", "Weights of the autoencoder: a file, or hf://OWNER/REPO/FILE."),
+    "vae_dtype": ("autoencoder.dtype", "float32, or bfloat16 on accelerators."),
+}
+_DEFINE: dict[type, Any] = {
+    bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float,
+}  # fmt: skip
+for _flag, (_field, _help) in _FIELDS.items():
+    _section, _name = _field.split(".")
+    _default = DEFAULTS[_section][_name]
+    _DEFINE.get(type(_default), flags.DEFINE_string)(_flag, _default, _help)
+
 _OUT = flags.DEFINE_string("out", None, "latents: folder, local or gs://; others: a new .npz file.")
 _SOURCE = flags.DEFINE_string("source", None, "folder, zip, tfds, array_record, arrays or digits.")
-_PATH = flags.DEFINE_string("path", None, "Folder or file of the source; of tfds its data_dir.")
-_NAME = flags.DEFINE_string("name", None, "tfds: the dataset, such as imagenet2012:5.1.0.")
-_SPLIT = flags.DEFINE_string("split", "train", "tfds: the split.")
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Side of the cropped pictures in pixels.")
-_EXIF_ROTATION = flags.DEFINE_bool(
-    "exif_rotation", False,
-    "Turn pictures as their EXIF data say: for cameras' pictures, not for ImageNet.",
-)  # fmt: skip
-_MIRRORED = flags.DEFINE_bool("mirrored", True, "Encode mirrored pictures too.")
-_VAE = flags.DEFINE_string(
-    "vae", DEFAULTS["autoencoder"]["path"],
-    "Weights of the autoencoder: a file, or hf://OWNER/REPO/FILE.",
-)  # fmt: skip
-_VAE_DTYPE = flags.DEFINE_string("vae_dtype", "float32", "float32, or bfloat16 on accelerators.")
-_DTYPE = flags.DEFINE_string("dtype", "float16", "Of the stored numbers: float16 or bfloat16.")
+flags.DEFINE_bool("mirrored", True, "Encode mirrored pictures too.")
+flags.DEFINE_string("dtype", "float16", "Of the stored numbers: float16 or bfloat16.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures at a time, over all devices.")
-_SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Examples per shard.")
-_NUM_WORKERS = flags.DEFINE_integer(
-    "num_workers", 0, "Processes that read pictures; 0 for threads.", lower_bound=0
-)
-_MAX_BAD_FRACTION = flags.DEFINE_float(
-    "max_bad_fraction", DEFAULTS["data"]["max_bad_fraction"],
-    "Pictures that cannot be read are skipped and listed; more than this fraction is an error.",
-)  # fmt: skip
-_PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "Which of the machines this one is.")
-_PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "Machines that share the work.")
+flags.DEFINE_integer("shard_size", 4096, "Examples per shard.")
+flags.DEFINE_integer("process_index", 0, "Which of the machines this one is.")
+flags.DEFINE_integer("process_count", 1, "Machines that share the work.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Check checksums and every record.")
 _FEATURES = flags.DEFINE_string(
     "features", "inception", "reference: inception, or the file of a classifier."
@@ -87,7 +93,6 @@ _ACTIONS = {
     "reference": ("out", f"{_OF_SOURCE} batch_size features inception channels limit"),
     "classifier": ("out source", f"{_OF_SOURCE} channels max_steps"),
 }
-_FLAG_OF_FIELD = {"autoencoder.path": "vae", "autoencoder.dtype": "vae_dtype"}
 
 
 def main(action: str | None) -> None:
@@ -126,14 +131,14 @@ def _reference() -> None:
     _use_all_cores()
     assert _OUT.value is not None
     if _SOURCE.value is None:
-        if _PATH.value is None:
+        if flags.FLAGS.path is None:
             raise UsageError("reference needs --path or --source: what is to be measured")
         for name in ("name", "split", "image_size", "exif_rotation", "channels", "limit"):
             if flags.FLAGS[name].present:
                 raise UsageError(f"--{name} is for pictures of a --source")
     source = None if _SOURCE.value is None else (_source(), _reader(), _LIMIT.value)
     text = prepare_reference(
-        _PATH.value or "",
+        flags.FLAGS.path or "",
         source,
         _OUT.value,
         features=_FEATURES.value,
@@ -162,21 +167,17 @@ def _source():
 
     from dico_jax.data.sources import create_source
 
-    data: dict[str, Any] = DEFAULTS["data"] | {
-        "source": _SOURCE.value,
-        "path": _PATH.value,
-        "name": _NAME.value,
-        "split": _SPLIT.value,
-    }
-    return create_source(ConfigDict(data))
+    named = {name: flags.FLAGS[name].value for name in ("source", "path", "name", "split")}
+    return create_source(ConfigDict(DEFAULTS["data"] | named))
 
 
 def _reader():
     from dico_jax.data.pictures import PictureReader
 
-    if _IMAGE_SIZE.value < 1:
-        raise UsageError(f"--image_size={_IMAGE_SIZE.value} must be at least 1")
-    return PictureReader(_IMAGE_SIZE.value, int(_CHANNELS.value), _EXIF_ROTATION.value)
+    size = flags.FLAGS.image_size
+    if size < 1:
+        raise UsageError("--image_size", size, "must be at least 1")
+    return PictureReader(size, int(_CHANNELS.value), flags.FLAGS.exif_rotation)
 
 
 def _prepare_latents() -> None:
@@ -186,21 +187,13 @@ def _prepare_latents() -> None:
     from dico_jax.autoencoders import create_autoencoder
     from dico_jax.data.latent_preparation import Options, prepare_latents
 
-    options = Options(
-        image_size=_IMAGE_SIZE.value,
-        exif_rotation=_EXIF_ROTATION.value,
-        mirrored=_MIRRORED.value,
-        dtype=_DTYPE.value,
-        shard_size=_SHARD_SIZE.value,
-        batch_size=_BATCH_SIZE.value,
-        max_bad_fraction=_MAX_BAD_FRACTION.value,
-        num_workers=_NUM_WORKERS.value,
-        process_index=_PROCESS_INDEX.value,
-        process_count=_PROCESS_COUNT.value,
-    )
+    chosen: dict[str, Any] = {
+        f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options)
+    }
+    options = Options(**chosen)
     source = _source()
-    vae = DEFAULTS["autoencoder"] | {"path": _VAE.value, "dtype": _VAE_DTYPE.value}
-    autoencoder = create_autoencoder(ConfigDict(vae))
+    vae = {"path": flags.FLAGS.vae, "dtype": flags.FLAGS.vae_dtype}
+    autoencoder = create_autoencoder(ConfigDict(DEFAULTS["autoencoder"] | vae))
     start = time.monotonic()
     assert _OUT.value is not None
     manifest = prepare_latents(source, autoencoder, _OUT.value, options)
@@ -217,12 +210,11 @@ def _prepare_latents() -> None:
 
 def _with_flags(message: str) -> str:
     """The message with this command's flags in place of the fields of a config."""
-    fields = [f"data.{name}" for name in DEFAULTS["data"]] + list(_FLAG_OF_FIELD)
-    pattern = "|".join(map(re.escape, sorted(fields, key=len, reverse=True)))
+    flag_of = {f"data.{name}": name for name in DEFAULTS["data"]}
+    flag_of |= {field: flag for flag, (field, _) in _FIELDS.items()}
+    pattern = "|".join(map(re.escape, sorted(flag_of, key=len, reverse=True)))
     return re.sub(
-        rf"(?<![\w/.-])(?:config\.)?({pattern})\b",
-        lambda match: f"--{_FLAG_OF_FIELD.get(match[1], match[1].rpartition('.')[2])}",
-        message,
+        rf"(?<![\w/.-])(?:config\.)?({pattern})\b", lambda m: f"--{flag_of[m[1]]}", message
     )
 
 

@@ -421,7 +421,6 @@ def test_table_by_command(tmp_path):
         (["forward", "--image_size=100"], ["--image_size=100", "use 96 or 128"]),
         (["forward", "--batch_size=3"], ["--batch_size=3 does not divide over 2", "2 or 4"]),
         (["forward", "--devices=3"], ["--devices=3: there are 2"]),
-        (["forward", "--cpu_devices=3"], ["--cpu_devices=3: XLA_FLAGS"]),
         (["forward", "--dtype=float16"], ["dtype", "float16", "bfloat16"]),
         (["forward", "--steps=2"], ["--steps is for sample, not for forward"]),
         (["forward", "--noceiling", "--ceiling_sizes=8"], ["--ceiling_sizes has no effect"]),

@@ -162,7 +162,7 @@ def test_encode_and_decode_with_the_scaling_of_the_file(tmp_path):
     pictures = rng.uniform(-1, 1, (1, 48, 64, 3)).astype(np.float32)
     z = rng.normal(size=(1, 12, 16, 5)).astype(np.float32)
     vae = create(path)
-    moments = jax.jit(vae.encode)(vae.params, pictures)
+    moments = jax.jit(vae.encode_moments)(vae.params, pictures)
     assert (moments.shape, moments.dtype) == ((1, 12, 16, 10), np.float32)
     plain = jax.jit(vae.decode)(vae.params, z)
     assert (plain.shape, plain.dtype) == ((1, 48, 64, 3), np.float32)

@@ -27,7 +27,7 @@ AUTOENCODER = Autoencoder(
     name="sd_vae",
     downsampling=2,
     channels=3,
-    encode=encode,
+    encode_moments=encode,
     decode=lambda params, latents: latents,
     scaling_factor=SCALE,
     load=lambda: Weights({"gain": np.float32(2)}),
@@ -75,6 +75,18 @@ def test_pictures_and_their_prepared_moments_give_the_same_latents():
     np.testing.assert_allclose(many.mean(0), mean * SCALE, atol=0.12)
     ratio = many.std(0) / (np.exp(log_variance / 2) * SCALE)
     assert abs(ratio.mean() - 1) < 0.02
+
+
+def test_encode_gives_what_decode_takes():
+    """Scaled latents on both sides; drawn where noise is given."""
+    x = to_model_range(PICTURES)
+    mean, log_variance = np.split(np.asarray(encode(AUTOENCODER.params, x)), 2, axis=-1)
+    latents = AUTOENCODER.encode(AUTOENCODER.params, x)
+    np.testing.assert_allclose(latents, mean * SCALE, rtol=1e-6)
+    drawn = AUTOENCODER.encode(AUTOENCODER.params, x, np.ones(mean.shape, np.float32))
+    np.testing.assert_allclose(drawn, (mean + np.exp(log_variance / 2)) * SCALE, rtol=1e-5)
+    with pytest.raises(UsageError, match="'identity' cannot encode"):
+        Autoencoder("identity", 1, None, decode=abs).encode({}, x)
 
 
 def test_draws_follow_from_seed_and_step_or_seed_and_example():

@@ -49,7 +49,7 @@ class Noise:
 
 def autoencoder(digest="1" * 64):
     return Autoencoder(
-        "sd_vae", 2, 3, encode=encode, decode=lambda params, latents: latents,
+        "sd_vae", 2, 3, encode_moments=encode, decode=lambda params, latents: latents,
         load=lambda: Weights({"gain": np.float32(2)}, encoder_digest=digest),
     )  # fmt: skip
 

@@ -248,12 +248,12 @@ def fields(**changes):
 
 def test_what_needs_no_weights():
     identity = create_autoencoder(fields(name="identity"))
-    assert (identity.downsampling, identity.channels, identity.encode) == (1, None, None)
+    assert (identity.downsampling, identity.channels, identity.encode_moments) == (1, None, None)
     assert (identity.params, identity.encoder_digest, identity.scaling_factor) == ({}, None, 1.0)
     x = np.zeros((1, 2, 2, 7))
     assert identity.decode({}, x) is x
     preview = create_autoencoder(fields(name="latent_preview"))
-    assert (preview.downsampling, preview.channels, preview.encode) == (8, 4, None)
+    assert (preview.downsampling, preview.channels, preview.encode_moments) == (8, 4, None)
     assert preview.scaling_factor == 0.18215  # of latents from Stable Diffusion's autoencoder
     assert preview.decode({}, np.zeros((2, 4, 6, 4), np.float32)).shape == (2, 4, 6, 3)
 

@@ -46,7 +46,7 @@ def make_latents_fn(
             f"use one of {', '.join(LATENT_SAMPLING)}"
         )
     split, whole = batch_sharding(mesh), replicated(mesh)
-    encode = autoencoder.encode
+    encode = autoencoder.encode_moments
 
     def latents(params, batch, step):
         x = to_model_range(batch["image"])
@@ -86,7 +86,7 @@ def _noise(latent_sampling: str, seed: int, step, batch: dict, moments_shape: tu
 
 
 def encode_in_parts(encode, mesh: Mesh):
-    """`encode(params, pictures)`, on every device for itself and a few pictures at a time.
+    """`Autoencoder.encode_moments`, on every device for itself and a few pictures at a time.
 
     The pictures (N, H, W, 3) are split over the mesh.
     """

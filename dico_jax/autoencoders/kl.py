@@ -82,14 +82,13 @@ class ResnetBlock(nn.Module):
         return x + h
 
 
-class AttentionOutput(nn.Module):
-    """The projection at the end of an attention."""
-
-    dtype: jnp.dtype
+class ModuleList(nn.Module):
+    """Modules under the names "0", "1", ..., as in PyTorch's class of that name."""
 
     @nn.compact
-    def __call__(self, x):
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="0")(x)
+    def __call__(self, i, make, x):
+        """What number `i`, made by `make(name=...)`, makes of x."""
+        return make(name=str(i))(x)
 
 
 class Attention(nn.Module):
@@ -107,7 +106,7 @@ class Attention(nn.Module):
         scores = jnp.einsum("nqc,nkc->nqk", q, k, preferred_element_type=wide)
         weights = nn.softmax(scores / c**0.5).astype(self.dtype)
         h = jnp.einsum("nqk,nkc->nqc", weights, v)
-        h = AttentionOutput(self.dtype, name="to_out")(h)
+        h = ModuleList(name="to_out")(0, functools.partial(nn.Dense, c, dtype=self.dtype), h)
         return x + h.reshape(x.shape)
 
 
@@ -134,15 +133,6 @@ class Upsample(nn.Module):
         x = jnp.broadcast_to(x[:, :, None, :, None], (n, height, 2, width, 2, c))
         x = x.reshape(n, 2 * height, 2 * width, c)
         return Conv3x3(c, self.dtype, name="conv")(x)
-
-
-class ModuleList(nn.Module):
-    """Modules under the names "0", "1", ..., as in PyTorch's class of that name."""
-
-    @nn.compact
-    def __call__(self, i, make, x):
-        """What number `i`, made by `make(name=...)`, makes of x."""
-        return make(name=str(i))(x)
 
 
 class Level(nn.Module):

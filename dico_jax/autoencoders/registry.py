@@ -35,8 +35,9 @@ WAYS_OUT = (
 class Autoencoder:
     """How pictures become latents and latents pictures.
 
-    Functions take the parameters as an argument, so that a jitted function can, too: closed over,
-    they would become constants of the compiled program.
+    `encode` and `decode` both speak scaled latents, those of the diffusion model. Functions take
+    the parameters as an argument, so that a jitted function can, too: closed over, they would
+    become constants of the compiled program.
 
     Attributes:
       name: a key of `AUTOENCODERS`.
@@ -44,9 +45,9 @@ class Autoencoder:
       channels: latent channels, or None for any number.
       decode: (params, scaled latents (N, h, w, C)) to pictures (N, H, W, 1 or 3) in [-1, 1],
         float32 or better. Values outside of the range may occur.
-      encode: (params, pictures (N, H, W, 3) in [-1, 1]) to moments, float32 (N, h, w, 2C): the
-        posterior's mean, then its clamped log variance, unscaled (see `posterior_latents`); None
-        where there is no encoder.
+      encode_moments: (params, pictures (N, H, W, 3) in [-1, 1]) to what is kept of a posterior,
+        float32 (N, h, w, 2C): mean, then clamped log variance, unscaled, of which
+        `posterior_latents` makes latents; None where there is no encoder.
       scaling_factor: latents are multiplied by it for the diffusion model.
       load: reads the weights; called once, when they are first asked for. It raises UsageError
         where that fails.
@@ -56,9 +57,24 @@ class Autoencoder:
     downsampling: int
     channels: int | None
     decode: Callable[[Any, jax.Array], jax.Array]
-    encode: Callable[[Any, jax.Array], jax.Array] | None = None
+    encode_moments: Callable[[Any, jax.Array], jax.Array] | None = None
     scaling_factor: float = 1.0
     load: Callable[[], Weights] = lambda: Weights({})
+
+    def encode(self, params: Any, pictures: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """Pictures (N, H, W, 3) in [-1, 1] to scaled latents, float32 (N, h, w, C).
+
+        Args:
+          params: the parameters.
+          pictures: to encode.
+          noise: (N, h, w, C), standard normal, to draw from the posterior; None for its mean.
+
+        Raises:
+          UsageError: there is no encoder.
+        """
+        if self.encode_moments is None:
+            raise UsageError(f"the autoencoder {self.name!r} cannot encode pictures")
+        return posterior_latents(self.encode_moments(params, pictures), noise, self.scaling_factor)
 
     @functools.cached_property
     def weights(self) -> Weights:
@@ -108,8 +124,10 @@ def _sd_vae(config) -> Autoencoder:
     path = config.path
     if not path:
         raise UsageError(
-            f"autoencoder.path={path!r}: give the file with the weights of the autoencoder, or "
-            "autoencoder.name='latent_preview' to do without"
+            "autoencoder.path",
+            path,
+            ": give the file with the weights of the autoencoder, or "
+            "autoencoder.name='latent_preview' to do without",
         )
     tile_size, sizes = config.tile_size, _read_sizes(path)
     model = AutoencoderKL(sizes, dtype=jnp.dtype(config.dtype))
@@ -123,7 +141,7 @@ def _sd_vae(config) -> Autoencoder:
             return plain(latents)
         return decode_in_tiles(plain, latents, tile_size, sizes.downsampling)
 
-    def encode(params, pictures):
+    def encode_moments(params, pictures):
         return model.apply({"params": params}, pictures, method="encode")
 
     return Autoencoder(
@@ -131,7 +149,7 @@ def _sd_vae(config) -> Autoencoder:
         sizes.downsampling,
         sizes.latent_channels,
         decode=decode,
-        encode=encode,
+        encode_moments=encode_moments,
         scaling_factor=sizes.scaling_factor,
         load=functools.partial(_load, path, sizes),
     )
@@ -184,18 +202,13 @@ def create_autoencoder(config) -> Autoencoder:
       UsageError: a wrong field, or a file that is none or not readable; the message starts with
         the name of the field, such as "autoencoder.path".
     """
-    if config.name not in AUTOENCODERS:
-        raise UsageError(
-            f"autoencoder.name={config.name!r} is unknown: use one of {', '.join(AUTOENCODERS)}"
-        )
-    if config.dtype not in _DTYPES:
-        raise UsageError(
-            f"autoencoder.dtype={config.dtype!r} is unknown: use one of {', '.join(_DTYPES)}"
-        )
+    for field, known in {"name": AUTOENCODERS, "dtype": _DTYPES}.items():
+        if (value := getattr(config, field)) not in known:
+            fix = f"is unknown: use one of {', '.join(known)}"
+            raise UsageError(f"autoencoder.{field}", value, fix)
     if config.tile_size != 0 and config.tile_size < MIN_TILE:
-        raise UsageError(
-            f"autoencoder.tile_size={config.tile_size} must be at least {MIN_TILE}, or 0 for none"
-        )
+        fix = f"must be at least {MIN_TILE}, or 0 for none"
+        raise UsageError("autoencoder.tile_size", config.tile_size, fix)
     return AUTOENCODERS[config.name](config)
 
 
@@ -203,7 +216,7 @@ def posterior_latents(moments, noise, scaling_factor: float):
     """Scaled latents, as the diffusion model sees them, from an encoder's moments.
 
     Args:
-      moments: (N, h, w, 2C), mean and log variance, see `Autoencoder.encode`; NumPy or JAX.
+      moments: (N, h, w, 2C), mean and log variance, see `Autoencoder.encode_moments`; NumPy or JAX.
       noise: (N, h, w, C), standard normal; None for the posterior's mean.
       scaling_factor: see `Autoencoder`.
 

@@ -84,8 +84,8 @@ def make_forward(config: ConfigDict, mesh: Mesh) -> Program:
     return Program(compiled, work, lambda: jax.block_until_ready(compiled.executable(*args)))
 
 
-def make_train(config: ConfigDict, mesh: Mesh) -> Program:
-    """The training step of a run, on latents: loss, gradients, optimizer, average.
+def train_function(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple]:
+    """The training step of a run on latents, jitted, and its abstract arguments.
 
     Args:
       config: complete; model, data, diffusion, optimizer and training are used.
@@ -104,17 +104,24 @@ def make_train(config: ConfigDict, mesh: Mesh) -> Program:
         lambda state: map_stacks(lambda *leaves: jnp.stack(leaves), state, model.stacked_stages),
         abstract_state(initializer(model, optimizer, shape)),
     )
-    size = config.data.batch_size
-    x, _, y = _abstract_inputs(size, shape)
-    compiled = compile_ahead(
-        jax.jit(
-            lambda state, batch: step(state, batch),
-            donate_argnums=0,
-            in_shardings=(whole, split),
-            out_shardings=(whole, whole),
-        ),
-        (abstract, {"x": x, "condition": {"label": y}}),
+    x, _, y = _abstract_inputs(config.data.batch_size, shape)
+    function = jax.jit(
+        lambda state, batch: step(state, batch),
+        donate_argnums=0,
+        in_shardings=(whole, split),
+        out_shardings=(whole, whole),
     )
+    return function, (abstract, {"x": x, "condition": {"label": y}})
+
+
+def make_train(config: ConfigDict, mesh: Mesh) -> Program:
+    """`train_function`, with state and batch on the devices."""
+    function, (abstract, batch) = train_function(config, mesh)
+    compiled = compile_ahead(function, (abstract, batch))
+    experiment = experiment_from_config(config)
+    model, shape, size = experiment.model, experiment.latent_shape, config.data.batch_size
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    optimizer = create_optimizer(config.optimizer, config.training.num_steps)
     params, average = (draw_params(abstract.params, whole) for _ in range(2))
     state = TrainState(
         step=jax.device_put(jnp.zeros((), jnp.int32), whole),

@@ -67,18 +67,24 @@ class Options:
     process_count: int = 1
 
     def __post_init__(self):
-        for field in ("image_size", "shard_size", "batch_size", "process_count"):
-            if getattr(self, field) < 1:
-                raise UsageError(f"--{field}={getattr(self, field)} must be at least 1")
+        processes = self.process_count
+        for field, wanted, right in (
+            ("image_size", "at least 1", self.image_size >= 1),
+            ("shard_size", "at least 1", self.shard_size >= 1),
+            ("batch_size", "at least 1", self.batch_size >= 1),
+            ("num_workers", "at least 0", self.num_workers >= 0),
+            ("max_bad_fraction", "in [0, 1]", 0 <= self.max_bad_fraction <= 1),
+            ("process_count", "at least 1", processes >= 1),
+            (
+                "process_index",
+                f"in 0 to {processes - 1}, as --process_count={processes}",
+                0 <= self.process_index < processes,
+            ),
+        ):
+            if not right:
+                raise UsageError(f"--{field}", getattr(self, field), f"must be {wanted}")
         if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype={self.dtype} is unknown: use one of {', '.join(DTYPES)}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UsageError(f"--max_bad_fraction={self.max_bad_fraction} must be in [0, 1]")
-        if not 0 <= self.process_index < self.process_count:
-            raise UsageError(
-                f"--process_index={self.process_index} must be in 0 to {self.process_count - 1}, "
-                f"as --process_count={self.process_count}"
-            )
+            raise UsageError("--dtype", self.dtype, f"is unknown: use one of {', '.join(DTYPES)}")
 
 
 def source_digest(source: Source) -> str:
@@ -232,7 +238,7 @@ def _make_encode_fn(autoencoder: Autoencoder, plan: Plan, batch_size: int, mesh:
 
     n may be smaller than batch_size: every call has one size on the devices and compiles once.
     """
-    encode = encode_in_parts(autoencoder.encode, mesh)
+    encode = encode_in_parts(autoencoder.encode_moments, mesh)
     dtype, split, whole = DTYPES[plan.dtype], batch_sharding(mesh), replicated(mesh)
 
     def moments(params, pictures):
