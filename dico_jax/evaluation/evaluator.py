@@ -18,8 +18,7 @@ from dico_jax.evaluation.features import FeatureFn, FeatureNetwork, FeatureSumma
 from dico_jax.evaluation.precision_recall import precision_recall
 from dico_jax.evaluation.statistics import NpzImages, Statistics, file_digest, open_reference
 
-METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid")
-# Of these, every image's features are kept: 8 kB each of Inception's.
+# For these, every image's features are kept: 8 kB each of Inception's.
 _OF_ALL_FEATURES = ("precision_recall", "kid")
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000
 _NEIGHBOURS = 3
@@ -111,16 +110,12 @@ class Evaluator:
         if partial is not None and partial.exists():
             summary.load(partial, about)
         noted = summary.count
-        with tqdm.tqdm(
-            total=count, initial=noted, unit="image", dynamic_ncols=True, disable=not progress
-        ) as bar:
-            for images in batches(noted) if noted < count else ():
-                summary.add(self.features(images))
-                bar.update(len(images))
-                is_first = jax.process_index() == 0
-                if partial is not None and is_first and summary.count - noted >= _SAVE_EVERY:
-                    summary.save(partial, about)
-                    noted = summary.count
+        for images in _shown(batches, noted, count, None, progress):
+            summary.add(self.features(images))
+            is_first = jax.process_index() == 0
+            if partial is not None and is_first and summary.count - noted >= _SAVE_EVERY:
+                summary.save(partial, about)
+                noted = summary.count
         return summary
 
     def numbers(self, summary: FeatureSummary) -> dict[str, float]:
@@ -209,12 +204,23 @@ def measure_images(
     """The statistics of all pictures of a set, with the features of each."""
     network.check_images(images.shape, images.name)
     summary = FeatureSummary(network, keep_features=True)
-    with tqdm.tqdm(total=len(images), desc="reference", unit="image", dynamic_ncols=True) as bar:
-        for batch in images.batches(batch_size):
-            summary.add(features(batch))
-            bar.update(len(batch))
+    for batch in _shown(lambda start: images.batches(batch_size), 0, len(images), "reference"):
+        summary.add(features(batch))
     info = {"images": images.name, "network_sha256": network.digest}
     return summary.statistics(network.name, info)
+
+
+def _shown(
+    batches: Batches, start: int, count: int, name: str | None, progress: bool = True
+) -> Iterator[np.ndarray]:
+    """The batches from `start` on, with a bar that moves as they are used."""
+    with tqdm.tqdm(
+        total=count, initial=start, desc=name, unit="image", dynamic_ncols=True,
+        disable=not progress,
+    ) as bar:  # fmt: skip
+        for images in batches(start) if start < count else ():
+            yield images
+            bar.update(len(images))
 
 
 def open_images(path: str, flag: str) -> ImageSet:
@@ -266,46 +272,39 @@ def choose_metrics(
     return tuple(metric for metric in METRICS if metric in wanted)
 
 
-def _fid(summary: FeatureSummary, reference: Statistics) -> dict[str, float]:
-    moments = summary.pool.mean, summary.pool.covariance
-    return {"fid": frechet_distance(*moments, reference.mean, reference.covariance)}
+# The numbers.
 
 
-def _sfid(summary: FeatureSummary, reference: Statistics) -> dict[str, float]:
-    spatial: Any = summary.spatial
-    mean: Any = reference.spatial_mean
-    covariance: Any = reference.spatial_covariance
-    return {"sfid": frechet_distance(spatial.mean, spatial.covariance, mean, covariance)}
+def _fid(ours: FeatureSummary, theirs: Statistics) -> dict[str, float]:
+    moments = ours.pool.mean, ours.pool.covariance
+    return {"fid": frechet_distance(*moments, theirs.mean, theirs.covariance)}
 
 
-def _inception_score(summary: FeatureSummary, reference: Statistics) -> dict[str, float]:
-    mean, deviation = summary.score.result()
-    return {"inception_score": mean, "inception_score_std": deviation}
+def _sfid(ours: Any, theirs: Any) -> dict[str, float]:
+    moments = ours.spatial.mean, ours.spatial.covariance
+    return {"sfid": frechet_distance(*moments, theirs.spatial_mean, theirs.spatial_covariance)}
 
 
-def _precision_recall(summary: FeatureSummary, reference: Statistics) -> dict[str, float]:
+def _inception_score(ours: FeatureSummary, _: Statistics) -> dict[str, float]:
+    return dict(zip(("inception_score", "inception_score_std"), ours.score.result(), strict=True))
+
+
+def _precision_recall(ours: Any, theirs: Any) -> dict[str, float]:
     """Exact ones, and those of the published evaluator's float16 distances."""
     found: dict[str, float] = {}
     for suffix, distances in (("", "exact"), ("_adm_float16", "adm_float16")):
-        precision, recall = precision_recall(
-            **_all_features(summary, reference), k=_NEIGHBOURS, distances=distances
+        names = f"precision{suffix}", f"recall{suffix}"
+        values = precision_recall(
+            ours.pool_features, theirs.pool_features, k=_NEIGHBOURS, distances=distances
         )
-        found |= {f"precision{suffix}": precision, f"recall{suffix}": recall}
+        found |= dict(zip(names, values, strict=True))
     return found
 
 
-def _kid(summary: FeatureSummary, reference: Statistics) -> dict[str, float]:
-    features = _all_features(summary, reference)
-    size = min(_KID_SUBSET_SIZE, *map(len, features.values()))
-    mean, deviation = kernel_distance(**features, num_subsets=_KID_SUBSETS, subset_size=size)
-    return {"kid": mean, "kid_std": deviation}
-
-
-def _all_features(summary: FeatureSummary, reference: Statistics) -> dict[str, Any]:
-    return {
-        "sample_features": summary.pool_features,
-        "reference_features": reference.pool_features,
-    }
+def _kid(ours: Any, theirs: Any) -> dict[str, float]:
+    size = min(_KID_SUBSET_SIZE, len(ours.pool_features), len(theirs.pool_features))
+    values = kernel_distance(ours.pool_features, theirs.pool_features, _KID_SUBSETS, size)
+    return dict(zip(("kid", "kid_std"), values, strict=True))
 
 
 _COMPUTE: dict[str, Callable[[FeatureSummary, Statistics], dict[str, float]]] = {
@@ -315,3 +314,4 @@ _COMPUTE: dict[str, Callable[[FeatureSummary, Statistics], dict[str, float]]] = 
     "precision_recall": _precision_recall,
     "kid": _kid,
 }
+METRICS = tuple(_COMPUTE)

@@ -70,14 +70,9 @@ FeatureFn = Callable[[np.ndarray], Features]
 def make_feature_fn(network: FeatureNetwork, batch_size: int, mesh: Mesh) -> FeatureFn:
     """The function from uint8 images (N, H, W, C), N at most batch_size, to their features.
 
-    Batches are filled up to one size, so that there is one compilation, and split over the mesh; on
-    CPUs they go through in parts. With several processes every one gives the same images and gets
-    all features.
-
-    Args:
-      network: the network.
-      batch_size: images at a time, rounded up to a multiple of the mesh's size.
-      mesh: the devices.
+    Batches are filled up to one size, a multiple of the mesh's, so that there is one compilation,
+    and split over the mesh; on CPUs they go through in parts. With several processes every one
+    gives the same images and gets all features.
     """
     split, whole = batch_sharding(mesh), replicated(mesh)
     shards = num_batch_shards(mesh)

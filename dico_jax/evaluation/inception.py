@@ -23,14 +23,9 @@ SPATIAL_CHANNELS = 7
 
 
 class Conv(NamedTuple):
-    """A convolution without gaps, batch norm and ReLU.
+    """A convolution of `width` output channels, without gaps; batch norm and ReLU.
 
-    Attributes:
-      name: of its parameters.
-      width: output channels.
-      kernel: height and width.
-      stride: both ways.
-      padded: whether zeros around the input keep its size (at stride 1).
+    `padded`: zeros around the input keep its size (at stride 1).
     """
 
     name: str
@@ -41,10 +36,10 @@ class Conv(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """A 3x3 pool: of stride 1 with padding that counts for nothing, of stride 2 without padding."""
+    """A 3x3 "max" or "mean": of stride 1 with padding that counts for nothing, of 2 without."""
 
     name: str
-    kind: str  # "max" or "mean"
+    kind: str
     stride: int = 1
 
 
@@ -61,13 +56,12 @@ class Block(NamedTuple):
     branches: tuple[tuple[Conv | Pool | Fork, ...], ...]
 
 
-def _branch(prefix: str, *sizes: tuple[int, tuple[int, int]]) -> tuple[Conv, ...]:
-    """Convolutions PREFIX_1, PREFIX_2, ... of (width, kernel)."""
-    return tuple(Conv(f"{prefix}_{i}", *size) for i, size in enumerate(sizes, 1))
-
-
-def _last_strided(branch: tuple[Conv, ...]) -> tuple[Conv, ...]:
-    return *branch[:-1], branch[-1]._replace(stride=2, padded=False)
+def _branch(prefix: str, *sizes: tuple[int, int, int], stride: int = 1) -> tuple[Conv, ...]:
+    """Convolutions PREFIX_1, PREFIX_2, ... of (channels, *kernel); the stride is the last one's."""
+    convs = [Conv(f"{prefix}_{i}", c, (h, w)) for i, (c, h, w) in enumerate(sizes, 1)]
+    if stride > 1:
+        convs[-1] = convs[-1]._replace(stride=stride, padded=False)
+    return tuple(convs)
 
 
 def _pooled(kind: str, width: int) -> tuple[Pool, Conv]:
@@ -75,51 +69,27 @@ def _pooled(kind: str, width: int) -> tuple[Pool, Conv]:
 
 
 def _block_35(name: str, pool_width: int) -> Block:
-    return Block(
-        name,
-        (
-            (Conv("branch1x1", 64),),
-            _branch("branch5x5", (48, (1, 1)), (64, (5, 5))),
-            _branch("branch3x3dbl", (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
-            _pooled("mean", pool_width),
-        ),
-    )
+    double = _branch("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3))
+    five = _branch("branch5x5", (48, 1, 1), (64, 5, 5))
+    return Block(name, ((Conv("branch1x1", 64),), five, double, _pooled("mean", pool_width)))
 
 
 def _block_17(name: str, width: int) -> Block:
-    row, column = (width, (1, 7)), (width, (7, 1))
-    return Block(
-        name,
-        (
-            (Conv("branch1x1", 192),),
-            _branch("branch7x7", (width, (1, 1)), row, (192, (7, 1))),
-            _branch("branch7x7dbl", (width, (1, 1)), column, row, column, (192, (1, 7))),
-            _pooled("mean", 192),
-        ),
-    )
+    first, row, column = (width, 1, 1), (width, 1, 7), (width, 7, 1)
+    single = _branch("branch7x7", first, row, (192, 7, 1))
+    double = _branch("branch7x7dbl", first, column, row, column, (192, 1, 7))
+    return Block(name, ((Conv("branch1x1", 192),), single, double, _pooled("mean", 192)))
 
 
 def _block_8(name: str, pool: str) -> Block:
-    def forked(prefix: str, position: int) -> Fork:
-        return Fork(
-            (
-                Conv(f"{prefix}_{position}a", 384, (1, 3)),
-                Conv(f"{prefix}_{position}b", 384, (3, 1)),
-            )
-        )
+    def forked(prefix: str) -> Fork:
+        return Fork((Conv(f"{prefix}a", 384, (1, 3)), Conv(f"{prefix}b", 384, (3, 1))))
 
-    return Block(
-        name,
-        (
-            (Conv("branch1x1", 320),),
-            (*_branch("branch3x3", (384, (1, 1))), forked("branch3x3", 2)),
-            (
-                *_branch("branch3x3dbl", (448, (1, 1)), (384, (3, 3))),
-                forked("branch3x3dbl", 3),
-            ),
-            _pooled(pool, 192),
-        ),
-    )
+    single: tuple[Conv | Fork, ...]
+    double: tuple[Conv | Fork, ...]
+    single = (*_branch("branch3x3", (384, 1, 1)), forked("branch3x3_2"))
+    double = (*_branch("branch3x3dbl", (448, 1, 1), (384, 3, 3)), forked("branch3x3dbl_3"))
+    return Block(name, ((Conv("branch1x1", 320),), single, double, _pooled(pool, 192)))
 
 
 NETWORK: tuple[Conv | Pool | Block, ...] = (
@@ -137,7 +107,7 @@ NETWORK: tuple[Conv | Pool | Block, ...] = (
         "Mixed_6a",
         (
             (Conv("branch3x3", 384, (3, 3), stride=2, padded=False),),
-            _last_strided(_branch("branch3x3dbl", (64, (1, 1)), (96, (3, 3)), (96, (3, 3)))),
+            _branch("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3), stride=2),
             (Pool("pool", "max", stride=2),),
         ),
     ),
@@ -148,10 +118,8 @@ NETWORK: tuple[Conv | Pool | Block, ...] = (
     Block(
         "Mixed_7a",
         (
-            _last_strided(_branch("branch3x3", (192, (1, 1)), (320, (3, 3)))),
-            _last_strided(
-                _branch("branch7x7x3", (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)))
-            ),
+            _branch("branch3x3", (192, 1, 1), (320, 3, 3), stride=2),
+            _branch("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3), stride=2),
             (Pool("pool", "max", stride=2),),
         ),
     ),
@@ -167,12 +135,9 @@ _SPATIAL_BLOCK = "Mixed_6d"
 
 
 def resize_tables(size: int, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which two of `size` positions make each of the 299, and how much the second counts.
+    """Lower and upper positions that make each of the 299, int32 (299,), and the uppers' weights.
 
-    The factor is rounded to float32, as TensorFlow has it, whatever `dtype` is.
-
-    Returns:
-      Lower and upper positions, int32 (299,), and weights of the upper ones, `dtype` (299,).
+    The factor is rounded to float32, as TensorFlow has it, whatever the weights' `dtype`.
     """
     factor = np.float32(size) / np.float32(SIDE)
     source = np.arange(SIDE, dtype=dtype) * factor.astype(dtype)
@@ -181,16 +146,9 @@ def resize_tables(size: int, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def resized(images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """Pictures as the network sees them.
+    """uint8 (N, H, W, 3) as the network sees it: (N, 299, 299, 3) of `dtype`, (x - 128) / 128.
 
     Bilinear, as TensorFlow 1 does it: no half-pixel centres, no antialiasing; the identity at 299.
-
-    Args:
-      images: uint8 (N, H, W, 3).
-      dtype: float32 or float64.
-
-    Returns:
-      (N, 299, 299, 3) of `dtype`, (x - 128) / 128.
     """
     x = images
     for axis in (2, 1):  # TensorFlow's order

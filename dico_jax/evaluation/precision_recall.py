@@ -36,7 +36,7 @@ def precision_recall(
     k: int = 3,
     distances: str = "exact",
 ) -> tuple[float, float]:
-    """Precision and recall of samples against a reference.
+    """Precision and recall of samples (N, D) against a reference (M, D), of any floating dtype.
 
     "exact" decides as exact distances of the features would: float32 on the device gives bounds,
     and what they leave open is computed in float64 on the host. "adm_float16" rounds as the
@@ -44,15 +44,9 @@ def precision_recall(
     float16 cannot hold them, all distances are in float32. Recall differs by up to about 0.005
     between the two, so name which one a figure is.
 
-    Args:
-      sample_features: (N, D) of any floating dtype, on the host.
-      reference_features: (M, D).
-      k: which nearest neighbour is the radius.
-      distances: "exact" or "adm_float16".
-
     Raises:
       UsageError: fewer than k + 1 rows, features of two widths, NaN or infinite ones, an unknown
-        name.
+        kind of distances.
     """
     samples_inside, reference_inside = manifold_members(
         sample_features, reference_features, k, distances
@@ -66,11 +60,9 @@ def manifold_members(
     k: int = 3,
     distances: str = "exact",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Who lies inside whose manifold; arguments and errors of `precision_recall`.
+    """Which samples lie inside the manifold of the reference, bool (N,), and the reverse, (M,).
 
-    Returns:
-      bool (N,), which samples lie inside the manifold of the reference, and bool (M,), which of the
-      reference lie inside that of the samples.
+    Arguments and errors are those of `precision_recall`.
     """
     samples = check_rows(sample_features, "sample features")
     reference = check_rows(reference_features, "reference features")
@@ -83,11 +75,8 @@ def manifold_members(
 def manifold_radii(features: np.ndarray, k: int = 3, distances: str = "exact") -> np.ndarray:
     """The squared distance of every row to its k-th nearest other row, float64 (N,).
 
-    "adm_float16" counts neighbours as the published evaluator does: it takes entry k of a row's
-    sorted distances, for which the row itself need not be the nearest after rounding.
-
-    Raises:
-      UsageError: fewer than k + 1 rows, NaN or infinite ones, an unknown name.
+    "adm_float16" takes entry k of a row's sorted distances, as the published evaluator does, for
+    which the row itself need not be the nearest after rounding. Errors: see `precision_recall`.
     """
     features = check_rows(features, "features")
     if distances not in DISTANCES:
@@ -112,10 +101,8 @@ class _Rows(NamedTuple):
 def _least(a: _Rows, b: _Rows, k: int, distances: str) -> tuple[np.ndarray, np.ndarray]:
     """Of every row of a the k-th least distance from rows of b, less their radii; and of b from a.
 
-    Where b is a, a row does not meet itself. Where it is not, only the signs are sure to be exact.
-
-    Returns:
-      float64 (N,) and (M,).
+    float64 (N,) and (M,). Where b is a, a row does not meet itself; where it is not, only the signs
+    are sure to be exact.
     """
     frame = _frame(a, b) if distances == "exact" else _published_frame(a, b)
     a_side = _placed(a, frame)
@@ -173,7 +160,7 @@ class _Side:
       squares: (T * size,), their squared norms (lower bounds where there is rounding); infinite for
         what fills up, so that it is near to nothing.
       radii: (T * size,).
-      count: rows that count.
+      count: rows before it was filled up.
     """
 
     rows: np.ndarray
@@ -241,11 +228,8 @@ def _sweep(
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """The `keep` least scores of every row of a over the rows of b, and the other way round.
 
-    Where b is a, every pair of tiles is multiplied once.
-
-    Returns:
-      For a and for b, scores float64 (N, keep) in rising order, infinite where there are fewer, and
-      the other side's rows they belong to, int (N, keep).
+    Both are float64 (N, keep) in rising order, infinite where there are fewer, with the other
+    side's rows, int (N, keep). Where b is a, every pair of tiles is multiplied once.
     """
     best_a = [_nothing(a.tile_size, keep) for _ in a.starts]
     best_b = best_a if b is a else [_nothing(b.tile_size, keep) for _ in b.starts]

@@ -23,6 +23,7 @@ from numpy.lib import format as npy
 from dico_jax.data.image_sets import ImageSet
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.distances import check_moments
+from dico_jax.evaluation.moments import check_rows
 from dico_jax.files import new_file
 
 _METADATA = "dico_jax"  # array with the JSON of our own files
@@ -54,10 +55,6 @@ class NpzImages(ImageSet):
 
     def __init__(self, path: str | os.PathLike, name: str | None = None):
         """Looks at the array, without reading it.
-
-        Args:
-          path: a local file.
-          name: the path if None.
 
         Raises:
           UsageError: no npz file, no such array, or one that is no uint8 NHWC.
@@ -125,32 +122,30 @@ def open_reference(path: str | os.PathLike, features: str = "inception") -> Stat
     """
     path = os.fspath(path)
     with _opened(path) as file:
-        names = _names(file)
+        names = set(_names(file))
         metadata: dict[str, Any] = {"features": features}
         if _METADATA in names:
             metadata = _metadata(file)
         images = NpzImages(path) if "arr_0" in names else None
-        if images is not None and not {"mu", "sigma"} & set(names):
-            return images
-        if not {"mu", "sigma"} & set(names):
+        if not names & {"mu", "sigma"}:
+            if images is not None:
+                return images
             raise UsageError(
                 f"{path} holds {_listed(file)}: a reference has mu and sigma (statistics), or "
                 "arr_0 (uint8 images, NHWC)"
             )
         mean, covariance = _moments(file, "mu", "sigma")
-        spatial_mean = spatial_covariance = None
-        if {"mu_s", "sigma_s"} & set(names):
-            spatial_mean, spatial_covariance = _moments(file, "mu_s", "sigma_s")
+        spatial = names & {"mu_s", "sigma_s"}
+        spatial_moments = _moments(file, "mu_s", "sigma_s") if spatial else (None, None)
+        rows = _pool_features(file, len(mean)) if "pool_features" in names else None
         return Statistics(
-            features=metadata["features"],
+            **metadata,
             mean=mean,
             covariance=covariance,
-            spatial_mean=spatial_mean,
-            spatial_covariance=spatial_covariance,
-            pool_features=_pool_features(file, len(mean)),
-            count=metadata.get("count"),
+            spatial_mean=spatial_moments[0],
+            spatial_covariance=spatial_moments[1],
+            pool_features=rows,
             digest=file_digest(path),
-            info=metadata.get("info", {}),
             images=images,
         )
 
@@ -193,15 +188,9 @@ def _moments(file: zipfile.ZipFile, mean: str, covariance: str) -> tuple[np.ndar
     return check_moments(*arrays, f"{path}, {mean} and {covariance}")
 
 
-def _pool_features(file: zipfile.ZipFile, width: int) -> np.ndarray | None:
-    if "pool_features" not in _names(file):
-        return None
-    rows, where = _floats(file, "pool_features"), f"{file.filename}, pool_features"
-    if rows.ndim != 2 or rows.shape[1] != width:
-        raise UsageError(f"{where} has shape {rows.shape}: (N, {width}) is expected")
-    if not np.isfinite(rows).all():
-        raise UsageError(f"{where} has NaN or infinite values: write it again")
-    return rows
+def _pool_features(file: zipfile.ZipFile, width: int) -> np.ndarray:
+    rows, what = _floats(file, "pool_features"), f"{file.filename}, pool_features"
+    return check_rows(rows, what, width=width)
 
 
 def _floats(file: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -219,16 +208,16 @@ def _metadata(file: zipfile.ZipFile) -> dict[str, Any]:
         text = str(_array(file, _METADATA)) if member.dtype.kind == "U" and not member.shape else ""
     try:
         metadata = json.loads(text)
+        found = {key: metadata[key] for key in types}
         known = metadata["version"] == _VERSION
-        known = known and all(isinstance(metadata[key], kind) for key, kind in types.items())
     except (ValueError, KeyError, TypeError):
         known = False
-    if not known:
+    if not known or not all(isinstance(found[key], kind) for key, kind in types.items()):
         raise UsageError(
             f"{member.where} is no description of statistics that this version knows: "
             "write the file again with save_statistics"
         )
-    return metadata
+    return found
 
 
 # Reading. Whatever is wrong with a file is a UsageError that names it.
