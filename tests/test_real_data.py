@@ -94,7 +94,7 @@ def test_prepared_latents_are_those_that_are_encoded_on_the_fly(latents, vae):
         with run.batches(0) as batches:
             batch = next(batches)
             found.append(run.to_latents(batch, np.int32(1)))
-    np.testing.assert_array_equal(found[0]["y"], found[1]["y"])
+    np.testing.assert_array_equal(found[0]["condition"]["label"], found[1]["condition"]["label"])
     np.testing.assert_allclose(found[0]["x"], found[1]["x"], atol=2e-3)
     assert np.abs(found[0]["x"]).max() > 0.1
 
