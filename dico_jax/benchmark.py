@@ -20,7 +20,6 @@ from absl import flags
 
 from dico_jax import cli
 from dico_jax.errors import UsageError
-from dico_jax.files import result_path, write_json
 
 flags.DEFINE_string("model", "DiCo-S", "Name of the model, such as DiCo-XL or DiT-XL/2.")
 flags.DEFINE_list(
@@ -98,7 +97,7 @@ def _measure(action: str, sizes: tuple[int, ...] | None, file: pathlib.Path | No
     result = run_benchmark(options, report=lambda text: print(f"{text} ...", flush=True))
     print(result_text(result))
     if file is not None:
-        write_json(file, result | {"argv": _argv(action)})
+        _write(file, result, action)
 
 
 def _table(file: pathlib.Path | None) -> None:
@@ -110,17 +109,20 @@ def _table(file: pathlib.Path | None) -> None:
     if file is not None:
         from dico_jax.benchmarking.report import about
 
-        settings = {"image_size": _IMAGE_SIZE.value}
-        result = {"action": "table", "settings": settings, "models": rows, **about()}
-        write_json(file, result | {"argv": _argv("table")})
+        result = {"action": "table", "settings": {"image_size": _IMAGE_SIZE.value}, "models": rows}
+        _write(file, result | about(), "table")
 
 
-def _argv(action: str) -> list[str]:
-    """The command as it was given, see `cli.take_action`."""
-    return ["dico_jax.benchmark", action, *sys.argv[1:]]
+def _write(file: pathlib.Path, result: dict, action: str) -> None:
+    from dico_jax.files import write_json
+
+    # `cli.take_action` has taken the action out.
+    write_json(file, result | {"argv": ["dico_jax.benchmark", action, *sys.argv[1:]]})
 
 
 def _out() -> pathlib.Path | None:
+    from dico_jax.files import result_path
+
     return None if _OUT.value is None else result_path(_OUT.value, ".json")
 
 
