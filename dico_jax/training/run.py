@@ -200,10 +200,11 @@ class Run:
         """Batches on the mesh, from the one after `start_step` on."""
         data, sharding = self.config.data, batch_sharding(self.mesh)
         shard = data_shard(sharding)
+        read_condition = self.experiment.model.read_condition
         batches = training_batches(
             self.source,
             self.read,
-            self.experiment.model.read_condition,
+            read_condition,
             batch_size=data.batch_size,
             seed=self.config.seed,
             start_step=start_step,
@@ -215,7 +216,7 @@ class Run:
         )
         part = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
         file = self.workdir / f"bad_examples{part}.jsonl"
-        log = BadExampleLog(self.source, self.read, data.max_bad_fraction, file)
+        log = BadExampleLog(self.source, self.read, data.max_bad_fraction, file, read_condition)
         return DeviceBatches(batches, lambda batch: to_global(batch, sharding), log)
 
     def sample(self, state: TrainState, conditions: Any) -> np.ndarray:
