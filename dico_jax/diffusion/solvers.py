@@ -3,6 +3,7 @@
 A new solver is a class with a method `step`, like those below, and a row in `SOLVERS`.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -72,7 +73,7 @@ def _alpha_sigma(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Solver:
+class Solver(abc.ABC):
     """A way from noise to data: `init`, then `step` T times, then `end`, over a carry of its own.
 
     Attributes:
@@ -98,6 +99,7 @@ class Solver:
         """The carry at first, of x at point T: a tree of arrays; x alone by default."""
         return x
 
+    @abc.abstractmethod
     def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
         """Step i.
 
@@ -110,7 +112,6 @@ class Solver:
         Returns:
           The next carry, with the dtypes of this one; and x at point i with the x_0 predicted.
         """
-        raise NotImplementedError
 
     def end(self, path: Path, carry: Any) -> jax.Array:
         """The samples."""
@@ -212,10 +213,10 @@ def ddim_step(
     return (mean if eta == 0 else _add_noise(mean, table_at(fresh, i, x), i, noise)), x0
 
 
-def check_eta(eta: float) -> None:
+def check_eta(eta: float, field: str = "eta") -> None:
     """Raises UsageError unless eta is from 0 to 1."""
     if not 0 <= eta <= 1:
-        raise UsageError("eta", eta, "must be from 0 (deterministic) to 1 (as noisy as 'ddpm')")
+        raise UsageError(field, eta, "must be from 0 (deterministic) to 1 (as noisy as 'ddpm')")
 
 
 def _add_noise(mean: jax.Array, sigma: jax.Array, i, noise) -> jax.Array:
@@ -304,7 +305,6 @@ class SamplingOptions:
         if self.cfg_channels not in CFG_CHANNELS:
             fix = f"is unknown: use one of {', '.join(CFG_CHANNELS)}"
             raise UsageError("sampling.cfg_channels", self.cfg_channels, fix)
-        if not 0 <= self.ddim_eta <= 1:
-            raise UsageError("sampling.ddim_eta", self.ddim_eta, "must be in [0, 1]")
+        check_eta(self.ddim_eta, "sampling.ddim_eta")
         if not self.cfg_scale >= 0:
             raise UsageError("sampling.cfg_scale", self.cfg_scale, "must be at least 0; 1 is none")
