@@ -26,27 +26,16 @@ from dico_jax.models.registry import find_model
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a config describes, without its data.
-
-    Attributes:
-      model: the network, a linen module.
-      diffusion: the objective it is trained with.
-      autoencoder: between pictures and latents.
-      latent_shape: (H, W, C) of the network's input.
-    """
+    """What a config describes, without its data."""
 
     model: Denoiser
     diffusion: Objective
     autoencoder: Autoencoder
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, int, int]  # (H, W, C) of the network's input
 
 
 def model_from_config(config: ConfigDict) -> Denoiser:
-    """The network of a config.
-
-    Raises:
-      UsageError: naming the field, its value and the fix.
-    """
+    """The network of a config."""
     with config_errors():
         return create_model(config.model.name, **_model_options(config))
 
@@ -62,11 +51,7 @@ def _model_options(config: ConfigDict) -> dict[str, Any]:
 
 
 def experiment_from_config(config: ConfigDict) -> Experiment:
-    """The network, process and autoencoder of a config.
-
-    Raises:
-      UsageError: naming the field, its value and the fix.
-    """
+    """The network, process and autoencoder of a config."""
     model = model_from_config(config)
     with config_errors("diffusion."):
         diffusion = create_objective(config.diffusion, learn_sigma=model.learn_sigma)
@@ -84,21 +69,17 @@ def _latent_side(image_size: int, downsampling: int, size_divisor: int) -> int:
     step = downsampling * size_divisor
     if image_size < step or image_size % step:
         below = image_size // step * step
-        choices = [str(size) for size in (below, below + step) if size > 0]
         fix = (
             f"must be a multiple of {step} (the autoencoder shrinks images by {downsampling}, the "
-            f"network's input must divide by {size_divisor}): use {' or '.join(choices)}"
+            f"network's input must divide by {size_divisor}): use "
+            f"{f'{below} or ' * (below > 0)}{below + step}"
         )
         raise UsageError("data.image_size", image_size, fix)
     return image_size // downsampling
 
 
 def sampling_from_config(config: ConfigDict) -> tuple[Objective, SamplingOptions]:
-    """The objective with the steps of sampling, and how a config's samples are made.
-
-    Raises:
-      UsageError: naming the field, its value and the fix.
-    """
+    """The objective with the steps of sampling, and how a config's samples are made."""
     sampling = config.sampling
     with config_errors():
         chosen = (f.name for f in dataclasses.fields(SamplingOptions) if f.name != "seed")
@@ -116,11 +97,7 @@ def sampling_from_config(config: ConfigDict) -> tuple[Objective, SamplingOptions
 
 
 def source_from_config(config: ConfigDict) -> Source:
-    """The training examples of a config.
-
-    Raises:
-      UsageError: naming the field, its value and the fix.
-    """
+    """The training examples of a config."""
     with config_errors():
         return create_source(config.data)
 
@@ -139,11 +116,7 @@ def with_source_options(config: ConfigDict, source: Source) -> ConfigDict:
 
 
 def reader_from_config(config: ConfigDict, experiment: Experiment, source: Source) -> Reader:
-    """How the source's examples are read for the network, once they are found to fit it.
-
-    Raises:
-      UsageError: naming the field, its value and the fix.
-    """
+    """How the source's examples are read for the network, once they are found to fit it."""
     data = config.data
     with config_errors():
         experiment.model.check_source(source)

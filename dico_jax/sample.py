@@ -30,12 +30,8 @@ def main() -> None:
     from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 
     sampler = CheckpointSampler(_CKPT.value, **sampler_flags.sampler_arguments(_BATCH_SIZE.value))
-    sampler.save(
-        _OUT.value,
-        num_images=_NUM_IMAGES.value,
-        classes=sampler_flags.CLASSES.value,
-        npz=_NPZ.value,
-    )
+    count, classes = _NUM_IMAGES.value, sampler_flags.CLASSES.value
+    sampler.save(_OUT.value, num_images=count, classes=classes, npz=_NPZ.value)
     print(f"{_NUM_IMAGES.value} images and grid.png are in {_OUT.value}")
 
 

@@ -4,23 +4,21 @@
 from dico_jax.diffusion.gaussian import (
     GaussianMoments,
     ModelMoments,
+    discretized_gaussian_log_likelihood,
     noise_from_x0,
+    normal_kl,
     original_timesteps,
     p_mean_variance,
     q_mean_variance,
     q_posterior,
     q_sample,
     split_output,
+    training_losses,
+    vb_terms,
     x0_from_noise,
 )
 from dico_jax.diffusion.guidance import CFG_CHANNELS, classifier_free_guidance, guided_model_fn
 from dico_jax.diffusion.image_noise import image_keys, initial_noise, step_noise
-from dico_jax.diffusion.losses import (
-    discretized_gaussian_log_likelihood,
-    normal_kl,
-    training_losses,
-    vb_terms,
-)
 from dico_jax.diffusion.objectives import (
     OBJECTIVES,
     Diffusion,

@@ -1,12 +1,13 @@
-"""The Gaussian diffusion process: its marginals, its posterior, and what a model's output means.
+"""The Gaussian process: marginals, posterior, what a model's output means, and losses.
 
 Functions take arrays (N, ..., C) of any rank from 2 on, and t: (N,) indices into the (respaced)
 process, 0..T-1, or one index () for all examples. An index beyond the process gives NaN. They
-compute in float32, or in float64 if an input has it; bfloat16 inputs are cast to float32 first.
+compute in float32, or in float64 if an input has it, whatever the model returns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +21,9 @@ from dico_jax.errors import UsageError
 if TYPE_CHECKING:
     from dico_jax.diffusion.objectives import Diffusion
 
+_HALF_BIN = 1.0 / 255.0
+_CDF_SLOPE = 2.0 * math.sqrt(2.0 / math.pi)
+
 
 class GaussianMoments(NamedTuple):
     """Mean (N, ..., C), variance and log variance, which broadcast against it."""
@@ -30,7 +34,7 @@ class GaussianMoments(NamedTuple):
 
 
 class ModelMoments(NamedTuple):
-    """Mean, variance and log variance of p(x_{t-1} | x_t), and the x_0 it assumes: (N, ..., C)."""
+    """Moments of p(x_{t-1} | x_t), and the x_0 it assumes: (N, ..., C) each."""
 
     mean: jax.Array
     variance: jax.Array
@@ -40,17 +44,13 @@ class ModelMoments(NamedTuple):
 
 def as_float(*arrays) -> list[jax.Array]:
     """`arrays` as JAX arrays of one dtype: float32, or float64 if any of them has it."""
-    converted = [jnp.asarray(array) for array in arrays]
-    dtype = jnp.result_type(jnp.float32, *converted)
-    return [array.astype(dtype) for array in converted]
+    dtype = jnp.result_type(jnp.float32, *map(jnp.asarray, arrays))
+    return [jnp.asarray(array).astype(dtype) for array in arrays]
 
 
 def table_at(table: np.ndarray, t, x: jax.Array) -> jax.Array:
-    """Entries `t`, (N,) or (), of a (T,) table in the dtype of x (N, ..., C), to broadcast with it.
-
-    An entry that the table does not have is NaN, so that timesteps of the original process given
-    to a shorter one are noticed.
-    """
+    """Entries `t`, (N,) or (), of a (T,) table, in the dtype of x and to broadcast with it."""
+    # NaN beyond it, so that timesteps of the original process given to a shorter one are noticed.
     values = jnp.asarray(table, x.dtype).at[jnp.asarray(t)].get(mode="fill", fill_value=jnp.nan)
     return spread(values, x)
 
@@ -61,7 +61,7 @@ def spread(values: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def original_timesteps(diffusion: Diffusion, t) -> jax.Array:
-    """The timesteps of the original process, int32, of indices t: what the model is given."""
+    """The original process's int32 timesteps of indices t: what the model is given."""
     return jnp.asarray(diffusion.schedule.timestep_map, jnp.int32)[jnp.asarray(t)]
 
 
@@ -116,18 +116,10 @@ def noise_from_x0(diffusion: Diffusion, x_t, t, x0) -> jax.Array:
 
 
 def split_output(diffusion: Diffusion, model_output, num_channels: int):
-    """A model's output as (prediction, variance channels), split along the last axis.
-
-    Args:
-      diffusion: says whether there are variance channels.
-      model_output: (N, ..., 2C) if the variance is learned, else (N, ..., C).
-      num_channels: C, the channels of the data.
-
-    Returns:
-      The prediction (N, ..., C), and the variance channels (N, ..., C) or None.
+    """A model's output as the prediction (N, ..., C) and the variance channels, alike or None.
 
     Raises:
-      UsageError: the output has another number of channels.
+      UsageError: the output has another number of channels than C, or 2C with a learned variance.
     """
     expected = num_channels * (2 if diffusion.learns_variance else 1)
     if model_output.shape[-1] != expected:
@@ -156,17 +148,16 @@ def p_mean_variance(
 
     Args:
       diffusion: the process and the meaning of the output.
-      model_output: what the model returned for (x, `original_timesteps(diffusion, t)`): (N, ..., C)
-        or, with a learned variance, (N, ..., 2C). Variance channels in [-1, 1] span the range from
-        the posterior's variance to beta_t; values beyond extrapolate.
+      model_output: for (x, `original_timesteps(diffusion, t)`): (N, ..., C) or, with a learned
+        variance, (N, ..., 2C). Variance channels in [-1, 1] span the range from the posterior's
+        variance to beta_t; values beyond extrapolate.
       x: x_t, (N, ..., C).
       t: (N,) or () indices into the (respaced) process.
       clip_denoised: clip the predicted x_0 to [-1, 1] (for pixels, not for latents).
       denoised_fn: applied to the predicted x_0, before clipping.
 
     Returns:
-      Four arrays (N, ..., C). At index 0 the variance of "fixed_small" is 0, and its log variance
-      that of index 1.
+      At index 0 the variance of "fixed_small" is 0, and its log variance that of index 1.
 
     Raises:
       UsageError: a number of output channels that does not fit.
@@ -181,12 +172,8 @@ def p_mean_variance(
     if clip_denoised:
         prediction = jnp.clip(prediction, -1.0, 1.0)
     mean = q_posterior(diffusion, prediction, x, t).mean
-    return ModelMoments(
-        mean,
-        jnp.broadcast_to(variance, x.shape),
-        jnp.broadcast_to(log_variance, x.shape),
-        prediction,
-    )
+    variance, log_variance = (jnp.broadcast_to(v, x.shape) for v in (variance, log_variance))
+    return ModelMoments(mean, variance, log_variance, prediction)
 
 
 def _model_variance(diffusion: Diffusion, variance_channels, x: jax.Array, t):
@@ -206,3 +193,118 @@ def _model_variance(diffusion: Diffusion, variance_channels, x: jax.Array, t):
         variance = np.append(replace_first(s.posterior_variance, s.betas)[:1], s.betas[1:])
         log_variance = np.log(variance)
     return table_at(variance, t, x), table_at(log_variance, t, x)
+
+
+def mean_flat(x: jax.Array) -> jax.Array:
+    """The mean over all axes but the first: (N, ...) to (N,)."""
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
+def normal_kl(mean1, log_variance1, mean2, log_variance2) -> jax.Array:
+    """KL(N(mean1, variance1) || N(mean2, variance2)) per element, in nats; arguments broadcast."""
+    difference = log_variance1 - log_variance2
+    distance = jnp.square(mean1 - mean2) * jnp.exp(-log_variance2)
+    return 0.5 * (jnp.expm1(difference) - difference + distance)
+
+
+def discretized_gaussian_log_likelihood(x, mean, log_scale) -> jax.Array:
+    """The log-probability of 8-bit data under a Gaussian, per element, in nats.
+
+    DDPM (arXiv 2006.11239) equation 13: the mass of a bin of width 2/255 around x, the bins at -1
+    and 1 reaching to infinity, with the tanh approximation of the normal distribution function that
+    the published models are trained with. A mass below 1e-12 counts as 1e-12.
+
+    Args:
+      x: data in [-1, 1] (latents are treated alike).
+      mean: the Gaussian's mean, to broadcast against x.
+      log_scale: the logarithm of its standard deviation.
+    """
+    # The mass is the difference of two sigmoids, F(a) - F(b). Subtracted as such, as the published
+    # code does, it is rounding noise in float32 from four standard deviations on; its logarithm
+    # log F(a) + log F(-b) + log(1 - exp(b - a)) loses nothing.
+    inverse_scale = jnp.exp(-log_scale)
+    lower = (x - mean - _HALF_BIN) * inverse_scale
+    upper = (x - mean + _HALF_BIN) * inverse_scale
+    # a - b without cancellation, hence never 0, where the logarithm's gradient would be infinite.
+    cubic = 0.044715 * (jnp.square(lower) + lower * upper + jnp.square(upper))
+    width = _CDF_SLOPE * (2.0 * _HALF_BIN * inverse_scale) * (1.0 + cubic)
+    log_upto = jax.nn.log_sigmoid(_cdf_logit(upper))
+    log_beyond = jax.nn.log_sigmoid(-_cdf_logit(lower))
+    log_bin = log_upto + log_beyond + jnp.log(-jnp.expm1(-width))
+    log_mass = jnp.where(x < -0.999, log_upto, jnp.where(x > 0.999, log_beyond, log_bin))
+    return jnp.maximum(log_mass, math.log(1e-12))
+
+
+def _cdf_logit(x: jax.Array) -> jax.Array:
+    """The logit of the normal distribution function, approximated by tanh to 2e-4."""
+    return _CDF_SLOPE * (x + 0.044715 * x**3)
+
+
+def vb_terms(
+    diffusion: Diffusion, model_output, x0, x_t, t, clip_denoised: bool = False
+) -> jax.Array:
+    """One term of the variational bound per example: (N,), in bits per dimension.
+
+    DDPM (arXiv 2006.11239) equation 5: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and at index
+    0 the negative log-likelihood of x_0, see `discretized_gaussian_log_likelihood`.
+
+    Args:
+      diffusion: the process and the meaning of the output.
+      model_output: what the model returned for x_t, (N, ..., C) or (N, ..., 2C).
+      x0: clean data, (N, ..., C).
+      x_t: `q_sample(diffusion, x0, t, noise)`.
+      t: (N,) indices into the (respaced) process.
+      clip_denoised: clip the predicted x_0 to [-1, 1].
+    """
+    x0, x_t, model_output = as_float(x0, x_t, model_output)
+    q = q_posterior(diffusion, x0, x_t, t)
+    p = p_mean_variance(diffusion, model_output, x_t, t, clip_denoised=clip_denoised)
+    kl = normal_kl(q.mean, q.log_variance, p.mean, p.log_variance)
+    log_likelihood = discretized_gaussian_log_likelihood(x0, p.mean, 0.5 * p.log_variance)
+    nats = jnp.where(jnp.asarray(t) == 0, -mean_flat(log_likelihood), mean_flat(kl))
+    return nats / math.log(2.0)
+
+
+def training_losses(
+    diffusion: Diffusion,
+    model_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    x0,
+    t,
+    noise,
+) -> dict[str, jax.Array]:
+    """The loss and its parts for one batch, per example.
+
+    With a learned variance the loss is the mean squared error plus the variational bound, in which
+    the prediction is held constant: the bound trains the variance channels alone (improved DDPM,
+    arXiv 2102.09672, section 3.1, without its weight of 1/1000).
+
+    Args:
+      diffusion: the process, the meaning of the output, and the loss.
+      model_fn: model_fn(x_t, timesteps) is the model's output, (N, ..., C) or (N, ..., 2C); the
+        timesteps (N,), int32, are those of the original process.
+      x0: clean data, (N, ..., C).
+      t: (N,) indices into the (respaced) process.
+      noise: standard normal, of x0's shape.
+
+    Returns:
+      Arrays (N,): "loss", what to minimise; "mse" of the prediction (with loss="kl" for information
+      only); and "vb" in bits per dimension, unless the variance is fixed and the loss has no bound.
+    """
+    x0, noise = as_float(x0, noise)
+    x_t = q_sample(diffusion, x0, t, noise)
+    x0, noise, x_t, output = as_float(
+        x0, noise, x_t, model_fn(x_t, original_timesteps(diffusion, t))
+    )
+    prediction, variance_channels = split_output(diffusion, output, x0.shape[-1])
+    target = noise if diffusion.prediction == "noise" else x0
+    mse = mean_flat(jnp.square(target - prediction))
+    if diffusion.loss == "kl":
+        vb = vb_terms(diffusion, output, x0, x_t, t)
+        return {"loss": diffusion.num_steps * vb, "mse": mse, "vb": vb}
+    if variance_channels is None:
+        return {"loss": mse, "mse": mse}
+    held = jnp.concatenate([jax.lax.stop_gradient(prediction), variance_channels], axis=-1)
+    vb = vb_terms(diffusion, held, x0, x_t, t)
+    if diffusion.loss == "rescaled_mse":
+        vb = vb * (diffusion.num_steps / 1000.0)
+    return {"loss": mse + vb, "mse": mse, "vb": vb}

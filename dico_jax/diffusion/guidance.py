@@ -43,7 +43,8 @@ def classifier_free_guidance(
     Raises:
       UsageError: an unknown cfg_channels, or outputs whose channels are neither C nor 2C.
     """
-    guided = _num_guided(num_channels, cfg_channels)
+    check_cfg_channels(cfg_channels)
+    guided = CFG_CHANNELS[cfg_channels](num_channels)
     cond, uncond = as_float(cond, uncond)
     if cond.shape != uncond.shape or cond.shape[-1] not in (num_channels, 2 * num_channels):
         raise UsageError(
@@ -81,7 +82,7 @@ def guided_model_fn(
     Raises:
       UsageError: an unknown cfg_channels.
     """
-    _num_guided(num_channels, cfg_channels)
+    check_cfg_channels(cfg_channels)
     if isinstance(scale, numbers.Number) and scale == 1:
         return lambda x, t: model_fn(x, t, condition)
     condition = jax.tree.map(jnp.asarray, condition)
@@ -100,16 +101,12 @@ def guided_model_fn(
 
 
 def _interleave(a, b) -> jax.Array:
-    """a[0], b[0], a[1], b[1], ...: a batch of 2N.
-
-    An example stays beside its null twin: with the batch split over devices, one half after the
-    other would send all of it to other devices, at every step.
-    """
+    """a[0], b[0], a[1], b[1], ...: a batch of 2N."""
+    # One half after the other would send half of a batch to other devices at every step.
     return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
 
 
-def _num_guided(num_channels: int, cfg_channels: str) -> int:
-    if cfg_channels not in CFG_CHANNELS:
-        fix = f"is unknown: use {' or '.join(map(repr, CFG_CHANNELS))}"
-        raise UsageError("cfg_channels", cfg_channels, fix)
-    return CFG_CHANNELS[cfg_channels](num_channels)
+def check_cfg_channels(name: str, field: str = "cfg_channels") -> None:
+    """Raises UsageError for a name that is no key of `CFG_CHANNELS`."""
+    if name not in CFG_CHANNELS:
+        raise UsageError(field, name, f"is unknown: use {' or '.join(map(repr, CFG_CHANNELS))}")

@@ -43,17 +43,7 @@ def initial_noise(keys: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> j
 
 
 def step_noise(keys: jax.Array, i, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
-    """The noise of step i: (N, *shape) standard normal.
-
-    Args:
-      keys: (N,) `image_keys`.
-      i: the index of the step in the (respaced) process, a number or an integer array ().
-      shape: the shape (H, W, C) of an image.
-      dtype: float32 or float64.
-
-    Raises:
-      UsageError: float64 without `jax_enable_x64`.
-    """
+    """The noise of step i, an integer (): as `initial_noise`."""
     return _normal(keys, jnp.asarray(i, jnp.uint32) + 1, shape, dtype)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dico_jax.diffusion import gaussian, losses
+from dico_jax.diffusion import gaussian
 from dico_jax.diffusion.schedule import Schedule, make_schedule
 from dico_jax.errors import UsageError
 
@@ -33,8 +33,8 @@ class Estimate(NamedTuple):
 class Objective(abc.ABC):
     """What is drawn, what the network predicts, the loss terms, and the path that samples take.
 
-    Examples are arrays (N, ..., C), times are (N,) or (), in units of its own, whole or not. Data
-    become noise as x_t = alpha(t) x_0 + sigma(t) noise.
+    Examples are (N, ..., C), times (N,) or (), in units of its own, whole or not. Data become noise
+    as x_t = alpha(t) x_0 + sigma(t) noise.
 
     Attributes:
       quartered: the loss terms that are also logged by how noisy the examples are.
@@ -47,31 +47,25 @@ class Objective(abc.ABC):
     def from_options(
         cls, options: Mapping[str, Any], *, learn_sigma: bool, num_steps: int | None = None
     ) -> Self:
-        """The objective of `config.diffusion`.
+        """The objective of the fields of `config.diffusion`.
 
         Args:
-          options: the fields of `config.diffusion`.
+          options: the fields.
           learn_sigma: whether the network's output has a second half, for the variance.
           num_steps: of sampling; None for training.
-
-        Raises:
-          UsageError: a value that cannot be had.
         """
 
     # Training.
 
     @abc.abstractmethod
     def draw(self, key: jax.Array, x0) -> tuple[jax.Array, jax.Array]:
-        """Times (N,) and noise like x0 of a step; the third of the key's three parts is taken."""
+        """Times (N,) and noise like x0, of the first two of the key's three parts."""
 
     @abc.abstractmethod
     def loss_terms(self, model_fn: ModelFn, x0, t, noise) -> dict[str, jax.Array]:
         """The terms of every example by name, (N,) each, with "loss", what to minimise.
 
-        Args:
-          model_fn: model_fn(x_t, times) is the network's output, see `network_time`.
-          x0: clean data.
-          t, noise: see `draw`.
+        model_fn(x_t, times) is the network's output, see `network_time`; t and noise are `draw`'s.
         """
 
     @abc.abstractmethod
@@ -96,13 +90,9 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def estimate(self, output, x, t, clip_denoised: bool = False) -> Estimate:
-        """The x_0 and the noise that the network's output for x at time t stands for.
+        """What the network's output for x (N, ..., C) at time t, () or (N,), stands for.
 
-        Args:
-          output: what the network returned.
-          x: (N, ..., C).
-          t: () or (N,).
-          clip_denoised: clip x_0 to [-1, 1], and take the noise that fits it.
+        `clip_denoised` clips x_0 to [-1, 1] and takes the noise that fits it.
         """
 
     def network_time(self, t) -> jax.Array:
@@ -172,7 +162,7 @@ class Diffusion(Objective):
 
     def loss_terms(self, model_fn: ModelFn, x0, t, noise) -> dict[str, jax.Array]:
         """See `dico_jax.diffusion.training_losses`."""
-        return losses.training_losses(self, model_fn, x0, t, noise)
+        return gaussian.training_losses(self, model_fn, x0, t, noise)
 
     def progress(self, t) -> jax.Array:
         """The share of the steps before t, a little more, so that no rounding makes it less."""
@@ -239,12 +229,10 @@ def create_diffusion(
         raise UsageError("sigma_small=True has no effect with learn_sigma=True: set one to False")
     if rescale_learned_sigmas and (use_kl or not learn_sigma):
         cause = "use_kl=True" if use_kl else "learn_sigma=False"
-        raise UsageError(
-            "rescale_learned_sigmas", True, f"has no effect with {cause}: leave it False"
-        )
+        raise UsageError("rescale_learned_sigmas", True, f"has no effect with {cause}")
     fixed = "fixed_small" if sigma_small else "fixed_large"
     return Diffusion(
-        schedule=make_schedule(noise_schedule, diffusion_steps, timestep_respacing),
+        make_schedule(noise_schedule, diffusion_steps, timestep_respacing),
         prediction="x0" if predict_xstart else "noise",
         variance="learned_range" if learn_sigma else fixed,
         loss="kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse",
@@ -257,13 +245,8 @@ OBJECTIVES: dict[str, type[Objective]] = {"noise": Diffusion}
 def create_objective(
     options: Mapping[str, Any], *, learn_sigma: bool, num_steps: int | None = None
 ) -> Objective:
-    """The objective that `config.diffusion` names, see `Objective.from_options`.
-
-    Raises:
-      UsageError: an unknown name, or a value that cannot be had.
-    """
+    """The objective that `config.diffusion` names, see `Objective.from_options`."""
     name = options["objective"]
     if name not in OBJECTIVES:
-        fix = f"is unknown: use one of {', '.join(OBJECTIVES)}"
-        raise UsageError("objective", name, fix)
+        raise UsageError("objective", name, f"is unknown: use one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name].from_options(options, learn_sigma=learn_sigma, num_steps=num_steps)

@@ -7,7 +7,7 @@ would be off by up to 2e-4.
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -77,18 +77,13 @@ def make_schedule(
     betas = beta_schedule(noise_schedule, num_steps)
     kept = respaced_timesteps(num_steps, respacing)
     alphas_cumprod = np.cumprod(1.0 - betas)[kept]
-    return _tables(1.0 - alphas_cumprod / _shifted(alphas_cumprod), kept)
-
-
-def _shifted(alphas_cumprod: np.ndarray) -> np.ndarray:
-    """alpha-bar of the step before: 1, then all but the last."""
-    return np.append(1.0, alphas_cumprod[:-1])
+    return _tables(1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1]), kept)
 
 
 def _tables(betas: np.ndarray, timestep_map: np.ndarray) -> Schedule:
     alphas = 1.0 - betas
     alphas_cumprod = np.cumprod(alphas)
-    prev = _shifted(alphas_cumprod)
+    prev = np.append(1.0, alphas_cumprod[:-1])
     posterior_variance = betas * (1.0 - prev) / (1.0 - alphas_cumprod)
     return Schedule(
         betas=betas,
@@ -122,36 +117,20 @@ def beta_schedule(name: str, num_steps: int) -> np.ndarray:
     Raises:
       UsageError: an unknown name, or a number of steps for which a beta would not be in (0, 1).
     """
-    if name not in _BETAS:
-        fix = f"is unknown: use {' or '.join(map(repr, _BETAS))}"
-        raise UsageError("noise_schedule", name, fix)
     if num_steps < 1:
         raise UsageError("diffusion_steps", num_steps, "must be at least 1; the usual is 1000")
-    return _BETAS[name](num_steps)
-
-
-def _linear(num_steps: int) -> np.ndarray:
-    scale = 1000 / num_steps
-    if scale * 0.02 >= 1:
-        fix = (
-            f"is too few for noise_schedule='linear', whose last beta would be {scale * 0.02:.3g}: "
-            f"use at least 21, or 1000 with timestep_respacing='{num_steps}'"
-        )
-        raise UsageError("diffusion_steps", num_steps, fix)
-    return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
-
-
-def _squared_cosine(num_steps: int) -> np.ndarray:
-    signal = np.array(
-        [math.cos((i / num_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_steps + 1)]
-    )
-    return np.minimum(1.0 - signal[1:] / signal[:-1], 0.999)
-
-
-_BETAS: dict[str, Callable[[int], np.ndarray]] = {
-    "linear": _linear,
-    "squaredcos_cap_v2": _squared_cosine,
-}
+    if name == "linear":
+        scale = 1000 / num_steps
+        if scale * 0.02 >= 1:
+            fix = "is too few for noise_schedule='linear', whose betas would reach 1: use at least"
+            fix = f"{fix} 21, or 1000 with timestep_respacing='{num_steps}'"
+            raise UsageError("diffusion_steps", num_steps, fix)
+        return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
+    if name == "squaredcos_cap_v2":
+        shares = (i / num_steps for i in range(num_steps + 1))
+        signal = np.array([math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2 for s in shares])
+        return np.minimum(1.0 - signal[1:] / signal[:-1], 0.999)
+    raise UsageError("noise_schedule", name, "is unknown: use 'linear' or 'squaredcos_cap_v2'")
 
 
 def respaced_timesteps(
@@ -173,35 +152,29 @@ def respaced_timesteps(
     if respacing is None or (isinstance(respacing, str) and not respacing.strip()):
         return np.arange(num_steps, dtype=np.int64)
     shown = f"timestep_respacing={respacing!r}"
-    if isinstance(respacing, str) and respacing.strip().startswith("ddim"):
-        (count,) = _integers([respacing.strip()[len("ddim") :]], shown)
-        return _strided(num_steps, count, shown)
-    if isinstance(respacing, str):
-        return _sections(num_steps, _integers(respacing.split(","), shown), shown)
-    counts = [respacing] if isinstance(respacing, int | np.integer) else respacing
-    return _sections(num_steps, _integers(counts, shown), shown)
-
-
-def _integers(items, shown: str) -> list[int]:
+    strided = isinstance(respacing, str) and respacing.strip().startswith("ddim")
     try:
-        return [int(item) if isinstance(item, str) else operator.index(item) for item in items]
+        if isinstance(respacing, str):
+            counts = [int(n) for n in respacing.strip().removeprefix("ddim").split(",")]
+        else:
+            counts = [operator.index(n) for n in np.atleast_1d(np.asarray(respacing))]
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"{shown} is not understood: use '' (all steps), a number such as '250', numbers per "
             "section such as '10,15,20', or 'ddim50'"
         ) from error
+    return (_strided if strided else _sections)(num_steps, counts, shown)
 
 
-def _strided(num_steps: int, count: int, shown: str) -> np.ndarray:
+def _strided(num_steps: int, counts: list[int], shown: str) -> np.ndarray:
     # The largest stride tried is num_steps - 1, as in the published code: "ddim1" does not exist.
     lengths = {len(range(0, num_steps, k)): k for k in range(num_steps - 1, 0, -1)}
-    if count not in lengths:
-        below = max((n for n in lengths if n < count), default=None)
-        above = min((n for n in lengths if n > count), default=None)
-        near = " or ".join(f"'ddim{n}'" for n in (below, above) if n is not None)
+    count = counts[0]
+    if len(counts) > 1 or count not in lengths:
+        near = sorted(lengths, key=lambda n: abs(n - count))[:2]
         raise UsageError(
             f"{shown}: no whole stride over {num_steps} timesteps keeps exactly {count} of them; "
-            f"use {near or repr('')}"
+            f"use {' or '.join(repr(f'ddim{n}') for n in sorted(near)) or repr('')}"
         )
     return np.arange(0, num_steps, lengths[count], dtype=np.int64)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dico_jax.diffusion.gaussian import as_float, p_mean_variance, spread, table_at
-from dico_jax.diffusion.guidance import CFG_CHANNELS
+from dico_jax.diffusion.guidance import check_cfg_channels
 from dico_jax.diffusion.objectives import Diffusion, Estimate, ModelFn, Objective
 from dico_jax.errors import UsageError
 
@@ -80,9 +80,8 @@ class Solver(abc.ABC):
       eta: how much fresh noise a step adds, for solvers that have it (`takes_eta`).
     """
 
-    eta: float = 0.0
-
     takes_eta: ClassVar[bool] = False
+    eta: float = 0.0
 
     def __post_init__(self):
         if self.eta != 0 and not self.takes_eta:
@@ -129,8 +128,7 @@ class Ddpm(Solver):
     def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
         """One evaluation of the network."""
         given = path.objective, path.output(carry, i + 1), carry, i, noise
-        x, x0 = ddpm_step(*given, clip_denoised=path.clip_denoised)
-        return (x := x.astype(carry.dtype)), Trajectory(x, x0)
+        return _moved(carry, *ddpm_step(*given, clip_denoised=path.clip_denoised))
 
 
 class Ddim(Solver):
@@ -149,8 +147,11 @@ class Ddim(Solver):
     def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
         """One evaluation of the network."""
         given = path.objective, path.output(carry, i + 1), carry, i, noise
-        x, x0 = ddim_step(*given, eta=self.eta, clip_denoised=path.clip_denoised)
-        return (x := x.astype(carry.dtype)), Trajectory(x, x0)
+        return _moved(carry, *ddim_step(*given, eta=self.eta, clip_denoised=path.clip_denoised))
+
+
+def _moved(carry: jax.Array, x: jax.Array, x0: jax.Array) -> tuple[jax.Array, Trajectory]:
+    return (x := x.astype(carry.dtype)), Trajectory(x, x0)
 
 
 SOLVERS: dict[str, type[Solver]] = {"ddpm": Ddpm, "ddim": Ddim}
@@ -280,11 +281,7 @@ def sample_loop(
 
 
 def find_solver(name: str, field: str = "sampler") -> type[Solver]:
-    """The solver of a name.
-
-    Raises:
-      UsageError: there is none; `field` is what it says of where the name is from.
-    """
+    """The solver of a name; raises UsageError about `field` where there is none."""
     if name not in SOLVERS:
         raise UsageError(field, name, f"is unknown: use one of {', '.join(SOLVERS)}")
     return SOLVERS[name]
@@ -302,9 +299,7 @@ class SamplingOptions:
 
     def __post_init__(self):
         find_solver(self.sampler, "sampling.sampler")
-        if self.cfg_channels not in CFG_CHANNELS:
-            fix = f"is unknown: use one of {', '.join(CFG_CHANNELS)}"
-            raise UsageError("sampling.cfg_channels", self.cfg_channels, fix)
+        check_cfg_channels(self.cfg_channels, "sampling.cfg_channels")
         check_eta(self.ddim_eta, "sampling.ddim_eta")
         if not self.cfg_scale >= 0:
             raise UsageError("sampling.cfg_scale", self.cfg_scale, "must be at least 0; 1 is none")

@@ -28,15 +28,7 @@ PREVIEW = "preview"  # of --vae
 
 
 def choose_autoencoder(config: ConfigDict, vae: str) -> None:
-    """Changes `config.autoencoder` to the one that --vae names.
-
-    Args:
-      config: of the checkpoint.
-      vae: a file, folder or hf:// address with weights, or "preview".
-
-    Raises:
-      UsageError: the checkpoint's model has no latents.
-    """
+    """Changes `config.autoencoder` to the one that --vae names: weights, or "preview"."""
     autoencoder = config.autoencoder
     if autoencoder.name == "identity":
         fix = ": this checkpoint is a model of pixels, which needs no autoencoder; leave it out"
@@ -135,11 +127,7 @@ class CheckpointSampler:
         return make_generate_fn(*parts, options, self._mesh)
 
     def set_guidance(self, cfg_scale: float) -> None:
-        """Changes the guidance scale of all images from now on.
-
-        Raises:
-          UsageError: the model cannot be guided.
-        """
+        """Changes the guidance scale of all images from now on."""
         self._config.sampling.cfg_scale = cfg_scale
         self._generate = self._make_generate_fn()
         self.settings["sampling"] = self._config.sampling.to_dict()
@@ -151,16 +139,9 @@ class CheckpointSampler:
         )
 
     def images(self, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
-        """Images `start`, start + 1, ...: uint8 batches (N, H, W, C).
-
-        Args:
-          conditions: of all images from 0 on; a tree of arrays, or labels where these are all.
-          start: the first image to make.
-        """
-        size = self._config.sampling.batch_size
-        return generate_images(
-            self._generate, self._params, conditions, size, self._mesh.size, start
-        )
+        """Images `start`, start + 1, ... of the conditions of all from 0 on: uint8 (N, H, W, C)."""
+        given = self._generate, self._params, conditions, self._config.sampling.batch_size
+        return generate_images(*given, self._mesh.size, start)
 
     def save(self, out: str, *, num_images: int, classes: str = "all", npz: str | None = None):
         """Writes OUT/000000.png and on, grid.png and sampling.json (how they were made).

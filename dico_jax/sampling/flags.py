@@ -58,13 +58,8 @@ NAMES = tuple(
 
 
 def sampler_arguments(batch_size: int | None) -> dict[str, Any]:
-    """The arguments of `CheckpointSampler`, but for the checkpoint.
-
-    Args:
-      batch_size: images at a time; the config's if None.
-    """
-    overrides = {name: flag.value for name, flag in _OVERRIDES.items()}
-    overrides["batch_size"] = batch_size
+    """The arguments of `CheckpointSampler`, but for the checkpoint."""
+    overrides = {name: flag.value for name, flag in _OVERRIDES.items()} | {"batch_size": batch_size}
     return {
         "step": _STEP.value,
         "weights": _WEIGHTS.value,
