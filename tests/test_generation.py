@@ -83,7 +83,7 @@ def test_options_matter():
     ("options", "message"),
     [
         ({"sampler": "heun"}, "sampling.sampler='heun' is unknown: use one of ddpm, ddim"),
-        ({"cfg_channels": "two"}, "sampling.cfg_channels='two' is unknown: use 'first_three' or 'all'"),
+        ({"cfg_channels": "two"}, "sampling.cfg_channels='two' is unknown: use 'first_three'"),
         ({"ddim_eta": 2.0}, r"sampling.ddim_eta=2.0 must be from 0 .* to 1"),
         ({"cfg_scale": float("nan")}, "sampling.cfg_scale=nan must be at least 0"),
     ],
