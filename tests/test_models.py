@@ -213,8 +213,9 @@ def test_model_options_list_everything():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_operations_can_be_differentiated_forwards_and_twice(family):
     with jax.enable_x64(True):
+        loops = {"dtype": "float64", "scan_blocks": True, "remat": "dots"}
         network = create_model(family, **SMALL[family], dtype="float64")
-        plain = create_model(family, **SMALL[family], dtype="float64", plain_ops=True)
+        plain = create_model(family, **SMALL[family], **loops, plain_ops=True)
         params = golden.drawn_params(network, 7, "B")
         params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
         x, t, y = (jnp.asarray(a, jnp.float64) if a.ndim > 1 else a for a in inputs(2))
@@ -223,6 +224,8 @@ def test_plain_operations_can_be_differentiated_forwards_and_twice(family):
         def of(model):
             return lambda x: model.apply({"params": params}, x, t, y)
 
+        with pytest.raises(TypeError, match="custom_vjp"):
+            jax.jvp(of(network), (x,), (direction,))
         value, tangent = jax.jvp(of(plain), (x,), (direction,))
         np.testing.assert_allclose(value, of(network)(x), rtol=1e-9, atol=1e-9)
         _, pull = jax.vjp(of(network), x)

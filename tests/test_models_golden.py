@@ -10,9 +10,8 @@ import pytest
 
 from dico_jax.diffusion.guidance import classifier_free_guidance
 from dico_jax.models import create_model
-from dico_jax.ops.depthwise import depthwise_conv3x3
-from dico_jax.ops.gelu import gelu
-from dico_jax.ops.norm import layer_norm
+from dico_jax.ops.conv import depthwise_conv3x3
+from dico_jax.ops.pointwise import gelu, layer_norm
 from tests import golden
 from tests.golden import TINY, TINY_DRAWS, TOLERANCE, distance, nhwc
 

@@ -1,22 +1,19 @@
 """The tuned operations against plain ones, computed together and apart (`dico_jax.ops.cpu`)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dico_jax.models import abstract_params, create_model
 from dico_jax.ops import cpu
 from dico_jax.ops.attention import self_attention
-from dico_jax.ops.conv import conv3x3
+from dico_jax.ops.conv import conv3x3, conv_gelu_mean, depthwise_conv3x3
 from dico_jax.ops.cpu import apart, stored, winograd_conv3x3, winograd_pays, with_sums
-from dico_jax.ops.depthwise import conv_gelu_mean, depthwise_conv3x3
-from dico_jax.ops.direct import direct_conv3x3
-from dico_jax.ops.gelu import gelu
 from dico_jax.ops.linear import gated_linear, linear, linear_gelu
-from dico_jax.ops.norm import layer_norm, norm_modulate
 from dico_jax.ops.plain import Operation, plain_ops
-from dico_jax.ops.vectors import add_vector, multiply_vector
+from dico_jax.ops.pointwise import add_vector, gelu, layer_norm, multiply_vector, norm_modulate
 
 
 @pytest.fixture(autouse=True, params=[2**18, 0], ids=["together", "apart"])
@@ -39,6 +36,20 @@ def value_and_gradients(function, args, weights):
     return y, *pull(weights)
 
 
+def assert_same(operation, formula, args, weights, **tolerances):
+    """Results and gradients are those of the formula."""
+    ours, reference = (value_and_gradients(f, args, weights) for f in (operation, formula))
+    for a, b in zip(ours, reference, strict=True):
+        np.testing.assert_allclose(a, b, **tolerances)
+
+
+def convolution(x, kernel, groups=1):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=groups
+    )
+
+
 SHAPES = [(2, 8, 8, 6), (1, 4, 12, 3), (3, 1, 1, 2), (2, 2, 5, 4), (2, 4, 16, 32)]
 
 
@@ -49,13 +60,9 @@ def test_depthwise_conv_and_its_gradient_are_those_of_the_grouped_convolution(sh
         weights = jnp.asarray(np.random.default_rng(1).normal(size=shape))
 
         def grouped(x, kernel, bias):
-            return direct_conv3x3(x, kernel, groups=shape[-1]) + bias
+            return convolution(x, kernel, groups=shape[-1]) + bias
 
-        for f, g in zip(
-            *(value_and_gradients(f, args, weights) for f in (depthwise_conv3x3, grouped)),
-            strict=True,
-        ):
-            np.testing.assert_allclose(f, g, rtol=1e-12, atol=1e-12)
+        assert_same(depthwise_conv3x3, grouped, args, weights, rtol=1e-12, atol=1e-12)
 
 
 def test_depthwise_sums_in_float32_when_activations_are_bfloat16():
@@ -98,17 +105,7 @@ def test_conv3x3_has_the_gradient_of_a_convolution(channels):
         x = jnp.asarray(rng.normal(size=(2, 5, 3, channels[0])))
         kernel = jnp.asarray(rng.normal(size=(3, 3, *channels)))
         weights = jnp.asarray(rng.normal(size=(2, 5, 3, channels[1])))
-
-        def plain(x, kernel):
-            return jax.lax.conv_general_dilated(
-                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-
-        ours, reference = (
-            jax.grad(lambda *args, f=f: jnp.sum(weights * f(*args)), (0, 1))(x, kernel)
-            for f in (conv3x3, plain)
-        )
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, reference)
+        assert_same(conv3x3, convolution, (x, kernel), weights, atol=1e-12)
 
 
 @pytest.mark.parametrize("positions", [(), (7,), (5, 3), (2, 1), (4, 8)])
@@ -128,15 +125,7 @@ def test_linear_layers_and_their_gradients_are_those_of_the_formula(positions, l
             return y if gate is None else y * gate.reshape(2, *[1] * len(positions), 4)
 
         args = (x, kernel, bias, gate) if layer is gated_linear else (x, kernel, bias)
-        ours, reference = (
-            jax.value_and_grad(
-                lambda *args, f=f: jnp.sum(weights * f(*args)), tuple(range(len(args)))
-            )(*args)
-            for f in (layer, formula)
-        )
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), ours, reference
-        )
+        assert_same(layer, formula, args, weights, rtol=1e-12, atol=1e-13)
         np.testing.assert_allclose(layer(*args), formula(*args), rtol=1e-12, atol=1e-13)
 
 
@@ -201,16 +190,11 @@ def test_norm_modulate_and_its_gradient_are_those_of_the_formula(shape):
         vector = (shape[0], shape[-1])
         args = [jnp.asarray(rng.normal(size=s)) for s in (shape, vector, vector)]
         weights = jnp.asarray(rng.normal(size=shape))
+        assert_same(norm_modulate, formula, args, weights, rtol=1e-11, atol=1e-11)
         np.testing.assert_allclose(norm_modulate(*args), formula(*args), rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(
             layer_norm(args[0]), formula(args[0], *np.zeros((2, *vector))), rtol=1e-12, atol=1e-12
         )
-        ours, reference = (
-            jax.grad(lambda *a, f=f: jnp.sum(weights * f(*a)), argnums=(0, 1, 2))(*args)
-            for f in (norm_modulate, formula)
-        )
-        for a, b in zip(ours, reference, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
 def test_norm_modulate_of_bfloat16_is_computed_in_float32():
@@ -276,14 +260,10 @@ def test_vectors_over_positions_and_their_gradients(operation, rows):
         x, weights = (jnp.asarray(rng.normal(size=(2, 3, 5, 4))) for _ in range(2))
         vector = jnp.asarray(rng.normal(size=(*rows, 4)))
 
-        def total(x, vector):
-            return jnp.sum(weights * operation(x, vector))
-
         def formula(x, vector):
-            return jnp.sum(weights * plain(x, vector[:, None, None] if rows else vector))
+            return plain(x, vector[:, None, None] if rows else vector)
 
-        ours, reference = (jax.value_and_grad(f, (0, 1))(x, vector) for f in (total, formula))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ours, reference)
+        assert_same(operation, formula, (x, vector), weights, rtol=1e-12)
 
 
 @pytest.mark.parametrize("operation", [add_vector, multiply_vector])
@@ -293,12 +273,6 @@ def test_gradients_of_vectors_are_summed_in_float32(operation, rows):
     gradient = jax.grad(lambda v: operation(x, v).astype(jnp.float32).sum())(vector)
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_array_equal(gradient.astype(jnp.float32), 1024.0 if rows else 2048.0)
-
-
-def plain_convolution(x, kernel):
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 # Of the gradients: few tiles or many, for the kernel by fewer multiplications or by a convolution.
@@ -314,14 +288,10 @@ def test_winograd_and_its_gradients_are_those_of_the_convolution(shape, features
         kernel = jnp.asarray(rng.normal(size=(3, 3, shape[-1], features)), dtype)
         dy = jnp.asarray(rng.normal(size=(*shape[:-1], features)), dtype)
 
-        @jax.jit
-        def ours(x, kernel, dy):
-            y, pull = jax.vjp(winograd_conv3x3, x, kernel)
-            return y, *pull(dy)
-
-        y, pull = jax.vjp(plain_convolution, *(a.astype("float64") for a in (x, kernel)))
-        reference = y, *pull(dy.astype("float64"))
-        for a, b in zip(ours(x, kernel, dy), reference, strict=True):
+        ours = jax.jit(functools.partial(value_and_gradients, winograd_conv3x3))((x, kernel), dy)
+        wide = [a.astype("float64") for a in (x, kernel, dy)]
+        reference = value_and_gradients(convolution, wide[:2], wide[2])
+        for a, b in zip(ours, reference, strict=True):
             assert a.dtype == dtype
             assert np.abs(a - b).max() < bar * np.abs(b).max()
 
@@ -335,7 +305,7 @@ def test_conv3x3_takes_winograd_where_it_loses_nothing():
 
     assert winograd_pays(x, kernel)
     assert products(x, kernel) == 16
-    np.testing.assert_allclose(conv3x3(x, kernel), plain_convolution(x, kernel), rtol=1e-5)
+    np.testing.assert_allclose(conv3x3(x, kernel), convolution(x, kernel), rtol=1e-5)
     for small in (x[:1], x[:, :15], x[..., :32], x.astype(jnp.bfloat16)):
         taken = kernel[:, :, : small.shape[-1]].astype(small.dtype)
         assert not winograd_pays(small, taken)
@@ -430,34 +400,3 @@ def test_attention_in_the_context_is_two_products(monkeypatch):
     monkeypatch.setattr("dico_jax.ops.attention._cudnn_lacks", lambda *_: "")
     with plain_ops():
         self_attention(*args)  # cuDNN's runs nowhere here
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("DiCo", {"hidden_size": 8, "depth": (1, 2, 1, 1, 1)}),
-        ("DiT", {"hidden_size": 16, "depth": 2, "num_heads": 2}),
-    ],
-)
-def test_networks_can_be_differentiated_forwards_with_plain_operations(name, sizes):
-    model = create_model(name, num_classes=10, scan_blocks=True, remat="dots", **sizes)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda p: 0.2 * rng.normal(size=p.shape).astype("f"), abstract_params(model)
-    )
-    x, dx = rng.normal(size=(2, 2, 8, 8, 4)).astype("f")
-    t, dt = np.full((2, 2), 3.5, "f")
-
-    def run(x, t):
-        return model.apply({"params": params}, x, t, np.arange(2))
-
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(run, (x, t), (dx, dt))
-    with plain_ops():
-        out, along = jax.jit(lambda *args: jax.jvp(run, args, (dx, dt)))(x, t)
-    np.testing.assert_allclose(out, run(x, t), atol=1e-4)
-    step = 1e-2
-    difference = (run(x + step * dx, t + step * dt) - run(x - step * dx, t - step * dt)) / (
-        2 * step
-    )
-    np.testing.assert_allclose(along, difference, atol=1e-2 * np.abs(along).max())

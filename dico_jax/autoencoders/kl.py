@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from dico_jax.errors import UsageError
 from dico_jax.models.layers import Conv3x3
-from dico_jax.ops.precision import accumulation_dtype
+from dico_jax.ops.plain import accumulation_dtype
 
 # What the log variance is clamped to.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)

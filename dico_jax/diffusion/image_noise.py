@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dico_jax.errors import UsageError
-from dico_jax.ops.precision import check_float64
+from dico_jax.ops.plain import check_float64
 
 
 def image_keys(seed: int, indices: Sequence[int] | np.ndarray | jax.Array) -> jax.Array:

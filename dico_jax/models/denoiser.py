@@ -10,8 +10,7 @@ import numpy as np
 
 from dico_jax.errors import UsageError
 from dico_jax.models.layers import REMAT_POLICIES
-from dico_jax.ops.plain import plain_ops
-from dico_jax.ops.precision import accumulation_dtype
+from dico_jax.ops.plain import accumulation_dtype, plain_ops
 
 Condition = Any  # a tree (dict) of arrays with the examples first
 

@@ -23,8 +23,7 @@ from dico_jax.models.layers import (
     zeros,
 )
 from dico_jax.ops.cpu import stored
-from dico_jax.ops.norm import norm_modulate
-from dico_jax.ops.vectors import multiply_vector
+from dico_jax.ops.pointwise import multiply_vector, norm_modulate
 
 
 class ChannelAttention(nn.Module):

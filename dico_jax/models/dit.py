@@ -21,8 +21,7 @@ from dico_jax.models.layers import (
     zeros,
 )
 from dico_jax.ops.attention import Implementation, self_attention
-from dico_jax.ops.norm import norm_modulate
-from dico_jax.ops.vectors import add_vector, multiply_vector
+from dico_jax.ops.pointwise import add_vector, multiply_vector, norm_modulate
 
 
 def position_embedding(height: int, width: int, channels: int) -> np.ndarray:

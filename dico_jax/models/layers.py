@@ -18,10 +18,9 @@ import numpy as np
 
 from dico_jax.errors import UsageError
 from dico_jax.models.block_stacks import STACK
-from dico_jax.ops.conv import conv3x3
-from dico_jax.ops.depthwise import conv_gelu_mean
+from dico_jax.ops.conv import conv3x3, conv_gelu_mean
 from dico_jax.ops.linear import gated_linear, linear, linear_gelu
-from dico_jax.ops.vectors import add_vector
+from dico_jax.ops.pointwise import add_vector
 
 xavier_uniform = nn.initializers.xavier_uniform()
 normal_002 = nn.initializers.normal(0.02)

@@ -12,7 +12,7 @@ from dico_jax.errors import UsageError
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.dico import DiCo
 from dico_jax.models.dit import DiT
-from dico_jax.ops.precision import check_float64
+from dico_jax.ops.plain import check_float64
 
 # Paper table 1 (DiCo-H: table 5) and the DiT paper's table 1.
 _DICO = {

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dico_jax.errors import UsageError
-from dico_jax.ops.plain import wants_plain
-from dico_jax.ops.precision import accumulation_dtype
+from dico_jax.ops.plain import accumulation_dtype, wants_plain
 
 Implementation = Literal["auto", "xla", "cudnn"]
 
@@ -19,29 +18,18 @@ def self_attention(
     """Softmax of q k / sqrt(head), over the keys, times v; every token sees every token.
 
     Args:
-      q, k, v: (N, T, heads, head) of one floating dtype.
+      q, k, v: (N, T, heads, head) of one floating dtype, as is the result.
       implementation: "xla" (two products with the (N, heads, T, T) weights between them in memory),
-        "cudnn" (cuDNN's flash attention, which never stores them; float16 and bfloat16 on NVIDIA
-        GPUs of compute capability 8.0 and later, head up to 128 and divisible by 8), or "auto",
-        which is "cudnn" where that can be had and "xla" elsewhere.
-
-    Returns:
-      (N, T, heads, head) of q's dtype; the softmax is taken in float32 or better.
+        "cudnn" (cuDNN's flash attention, which never stores them), or "auto", which is "cudnn"
+        where that can be had and "xla" elsewhere.
 
     Raises:
-      UsageError: an unknown implementation, or one that q's dtype, shape or the platform lacks.
+      UsageError: q's dtype, its shape or the platform lacks the implementation.
     """
     missing = _cudnn_lacks(q.dtype, q.shape[-1])
-    if implementation == "xla" or (implementation == "auto" and missing):
-        return _two_products(q, k, v)
-    if implementation not in ("auto", "cudnn"):
-        raise UsageError(
-            f"implementation={implementation!r} of self_attention is unknown: "
-            'use "auto", "xla" or "cudnn"'
-        )
-    if missing:
+    if implementation == "cudnn" and missing:
         raise UsageError(f'model.attention="cudnn" needs {missing}: use "auto"')
-    if wants_plain():
+    if implementation == "xla" or missing or wants_plain():
         return _two_products(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
@@ -68,10 +56,6 @@ def _gpu() -> tuple[str, tuple[int, ...]]:
 
 
 def _two_products(q, k, v):
-    logits = jnp.einsum(
-        "nqhd,nkhd->nhqk",
-        q / math.sqrt(q.shape[-1]),
-        k,
-        preferred_element_type=accumulation_dtype(q.dtype),
-    )
+    wide, scaled = accumulation_dtype(q.dtype), q / math.sqrt(q.shape[-1])
+    logits = jnp.einsum("nqhd,nkhd->nhqk", scaled, k, preferred_element_type=wide)
     return jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(logits).astype(v.dtype), v)

@@ -1,34 +1,39 @@
-"""Dense 3x3 convolution."""
+"""3x3 convolutions: the dense one, and the depthwise one that mixes positions in a DiCo block.
+
+XLA lowers grouped convolutions poorly (jax-ml/jax#23713, openxla/xla#34273): the depthwise one is a
+sum of nine shifted products, with its gradient written by hand. The derived one pads and adds nine
+full arrays for the input and reduces nine strided products for the kernel.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dico_jax.ops.cpu import apart, winograd_conv3x3, winograd_pays
-from dico_jax.ops.direct import TAPS, direct_conv3x3, direct_kernel_gradient, zero_padded
-from dico_jax.ops.plain import Operation
-from dico_jax.ops.precision import accumulation_dtype
+from dico_jax.ops.cpu import apart, winograd_conv3x3, winograd_pays, with_sums
+from dico_jax.ops.plain import (
+    TAPS,
+    Operation,
+    accumulation_dtype,
+    direct_conv3x3,
+    direct_kernel_gradient,
+    widened,
+    zero_padded,
+)
+from dico_jax.ops.pointwise import gelu
 
 
 def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """3x3 convolution with zero padding 1 and stride 1.
+    """3x3 convolution of x (N, H, W, C) by kernel (3, 3, C, D), zero padding 1 and stride 1.
 
     Few input channels, or an input smaller than the kernel, make one product of all nine
     neighbours. Few output channels make one product whose results are shifted and added. Both keep
-    the matrix units of every platform filled, where a convolution would not. What is left is a
-    convolution, on CPU by fewer multiplications where that is faster (Winograd).
-
-    Args:
-      x: (N, H, W, C) activations, any floating dtype.
-      kernel: (3, 3, C, D), dtype of x.
-
-    Returns:
-      (N, H, W, D) of x's dtype; sums are taken in float32 or better.
+    matrix units filled, where a convolution would not. What is left is a convolution.
     """
     _, height, width, channels = x.shape
-    if min(height, width) < 3 or 9 * channels <= kernel.shape[-1]:
-        return _gathered(x, kernel)
-    if 9 * kernel.shape[-1] <= channels:
+    features = kernel.shape[-1]
+    if min(height, width) < 3 or 9 * channels <= features:
+        return _neighbours(x, TAPS) @ kernel.reshape(-1, features)
+    if 9 * features <= channels:
         return _scattered(x, kernel)
     if winograd_pays(x, kernel):
         return lax.platform_dependent(x, kernel, cpu=winograd_conv3x3, default=_convolved)
@@ -50,10 +55,7 @@ def _convolved_bwd(residuals, dy):
 
 
 def _few_positions_gradient(dy, kernel):
-    """Gradient of a convolution's input, by products that read the kernel as it lies.
-
-    XLA for CPU brings it into another order first, which takes longer than the convolution.
-    """
+    """Gradient of a convolution's input: XLA for CPU takes longer to transpose the kernel."""
     wide = accumulation_dtype(dy.dtype)
     taps = kernel.reshape(-1, kernel.shape[-1])
     taken = lax.dot_general(dy, taps, (((3,), (1,)), ((), ())), preferred_element_type=wide)
@@ -63,24 +65,21 @@ def _few_positions_gradient(dy, kernel):
 _convolved.defvjp(lambda x, kernel: (direct_conv3x3(x, kernel), (x, kernel)), _convolved_bwd)
 
 
-def _gathered(x, kernel):
-    return _neighbours(x, TAPS) @ kernel.reshape(-1, kernel.shape[-1])
-
-
 def _neighbours(x, taps):
     """X shifted by every tap (i - 1, j - 1), side by side in the channels."""
-    _, height, width, _ = x.shape
-    padded = zero_padded(x)
-    parts = [padded[:, i : i + height, j : j + width] for i, j in taps]
-    return jnp.concatenate(parts, axis=-1)
+    return jnp.concatenate(list(_shifted(zero_padded(x), taps)), axis=-1)
+
+
+def _shifted(padded, taps):
+    height, width = padded.shape[1] - 2, padded.shape[2] - 2
+    return (padded[:, i : i + height, j : j + width] for i, j in taps)
 
 
 def _scattered(x, kernel):
     channels, features = kernel.shape[2:]
-    wide = accumulation_dtype(x.dtype)
     # What every position gives to its neighbours, those of one neighbour side by side.
     flat = kernel.transpose(2, 0, 1, 3).reshape(channels, 9 * features)
-    given = jnp.matmul(x, flat, preferred_element_type=wide)
+    given = jnp.matmul(x, flat, preferred_element_type=accumulation_dtype(x.dtype))
     return _sum_of_given(given).astype(x.dtype)
 
 
@@ -105,3 +104,58 @@ def _shifted_sum(parts, taps):
         part = padded[..., k * features : (k + 1) * features]
         total = total + part[:, i : i + height, j : j + width]
     return total
+
+
+@Operation
+def depthwise_conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Depthwise 3x3 convolution of x (N, H, W, C) by kernel (3, 3, 1, C), plus bias (C,)."""
+    return _depthwise(zero_padded(x), kernel, bias)
+
+
+def _depthwise(padded, kernel, bias):
+    return (_sum_of_taps(padded, kernel) + bias).astype(padded.dtype)
+
+
+def _sum_of_taps(padded, kernel):
+    """Sum over (i, j) of x shifted by (i - 1, j - 1), times kernel[i, j]; float32 or better."""
+    kernel = kernel.astype(accumulation_dtype(padded.dtype))
+    total = None
+    for shifted, (i, j) in zip(_shifted(padded, TAPS), TAPS, strict=True):
+        term = shifted * kernel[i, j, 0]
+        total = term if total is None else total + term
+    return total
+
+
+def _depthwise_fwd(x, kernel, bias):
+    return apart(_depthwise, zero_padded(x), kernel, bias), (x, kernel)
+
+
+def _depthwise_gradients(sums, x, kernel, dy):
+    """Gradients of x, and for every example of the kernel (N, 9, C) and of the bias (N, C)."""
+    padded = zero_padded(dy)
+    # The transpose of a zero-padded convolution is the convolution by the rotated kernel.
+    dx = _sum_of_taps(padded, kernel[::-1, ::-1]).astype(x.dtype)
+
+    def along(shifted):
+        return sums.over_positions(lambda dy, x: widened(dy) * widened(x), shifted, x)
+
+    # The kernel's gradient shifts dy as well: shifted copies of x would be shared with the forward
+    # pass, and kept until here.
+    taps = [along(shifted) for shifted in list(_shifted(padded, TAPS[::-1]))]
+    return dx, jnp.stack(taps, 1), sums.over_positions(widened, dy)
+
+
+def _depthwise_bwd(residuals, dy):
+    x, kernel = residuals
+    dx, taps, total = with_sums(_depthwise_gradients, x, kernel, dy)
+    dkernel = taps.sum(0).reshape(kernel.shape).astype(kernel.dtype)
+    return dx, dkernel, total.sum(0).astype(dy.dtype)
+
+
+depthwise_conv3x3.defvjp(_depthwise_fwd, _depthwise_bwd)
+
+
+def conv_gelu_mean(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """GELU of `depthwise_conv3x3`, and its mean (N, C) over positions, in float32 or better."""
+    h = gelu(depthwise_conv3x3(x, kernel, bias))
+    return h, h.mean((1, 2), dtype=accumulation_dtype(x.dtype))

@@ -2,17 +2,18 @@
 
 Left alone, XLA for CPU computes an elementwise result again in every loop that reads it, and gives
 sums to a library (YNNPACK) that adds a few elements at a time. `apart` and `with_sums` tell it what
-to do, `winograd_conv3x3` does a dense 3x3 convolution with fewer multiplications, `use_all_cores`
-sets up a process. On other platforms the plain functions run.
+to do. On other platforms the plain functions run.
 """
 
 import ctypes
+import dataclasses
 import functools
 import importlib.util
+import operator
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from dico_jax.ops.direct import direct_conv3x3, direct_kernel_gradient, zero_padded
-from dico_jax.ops.plain import Operation
+from dico_jax.ops.plain import Operation, direct_conv3x3, direct_kernel_gradient, zero_padded
 
 # Elements of all operands from which on this pays: below, XLA's loops take as long as starting
 # one, and programs of many small loops only compile slower.
@@ -30,50 +30,15 @@ LARGE = 2**18
 Function = Callable[..., Any]
 
 
-class Sums(NamedTuple):
-    """How sums are taken.
-
-    Attributes:
-      over_positions: (f, *arrays) to the sums (N, C) over positions of f(*arrays), all of them
-        (N, ..., C), or with 1 in place of a dimension.
-      channel_mean: (f, *arrays) to the means over channels (N, ..., 1).
-    """
-
-    over_positions: Function
-    channel_mean: Function
-
-
 def apart(function: Function, *operands: jax.Array, on_cpu: Function | None = None) -> Any:
     """The arrays function(*operands), each computed once on CPU, from operands computed once.
 
-    Args:
-      function: of arrays, to an array or a tuple of them. A sum over the batch does not belong into
-        it: where devices split the batch, they would have to wait for each other inside.
-      operands: arrays; where they are small, this is function(*operands).
-      on_cpu: computed on CPU in the function's place, with the same results.
+    A sum over the batch does not belong into it: devices that split the batch would have to wait
+    for each other inside. `on_cpu` is computed on CPU in its place, with the same results.
     """
     if sum(x.size for x in operands) < LARGE:
         return function(*operands)
     return lax.platform_dependent(*operands, cpu=_not_inlined(on_cpu or function), default=function)
-
-
-def with_sums(function: Function, *operands: jax.Array) -> Any:
-    """The arrays function(sums, *operands) as `apart`, with sums that suit the platform."""
-    return apart(
-        functools.partial(function, _PLAIN),
-        *operands,
-        on_cpu=functools.partial(function, _BY_PARTS),
-    )
-
-
-def stored(x: jax.Array) -> jax.Array:
-    """X itself, where XLA for CPU ends what it gives to its library or takes from it.
-
-    Rounding x to the precision that it has does that, and costs nothing elsewhere; an optimization
-    barrier is dropped before.
-    """
-    kind = jnp.finfo(x.dtype)
-    return lax.reduce_precision(x, kind.nexp, kind.nmant)
 
 
 def _not_inlined(function):
@@ -90,17 +55,33 @@ def _not_inlined(function):
     return call
 
 
-def _positions(x):
-    return tuple(range(1, x.ndim - 1))
+def with_sums(function: Function, *operands: jax.Array) -> Any:
+    """The arrays function(sums, *operands) as `apart`, with `Sums` that suit the platform."""
+    plain, by_parts = (functools.partial(function, Sums(split)) for split in (False, True))
+    return apart(plain, *operands, on_cpu=by_parts)
 
 
-def _sum_over_positions(f, *arrays):
-    total = f(*arrays)
-    return total.sum(_positions(total))
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Sums of f(*arrays), arrays being (N, ..., C) or with 1 in place of a dimension."""
 
+    by_parts: bool
 
-def _channel_mean(f, *arrays):
-    return f(*arrays).mean(-1, keepdims=True)
+    def over_positions(self, f: Function, *arrays: jax.Array) -> jax.Array:
+        """The sum over all but the first and last axis, (N, C)."""
+        x, parts = arrays[0], 8
+        split = self.by_parts and x.ndim >= 3 and x.shape[-2] % parts == 0
+        total = _part_sum(f, arrays, x.ndim - 2, parts) if split else f(*arrays)
+        return total.sum(range(1, total.ndim - 1))
+
+    def channel_mean(self, f: Function, *arrays: jax.Array) -> jax.Array:
+        """The mean over channels, (N, ..., 1)."""
+        x, size = arrays[0], 16
+        channels = x.shape[-1]
+        if not self.by_parts or channels % size:
+            return f(*arrays).mean(-1, keepdims=True)
+        total = _part_sum(f, arrays, x.ndim - 1, channels // size)
+        return stored(total.sum(-1, keepdims=True) / channels)
 
 
 def _part_sum(f, arrays, axis, parts):
@@ -113,23 +94,14 @@ def _part_sum(f, arrays, axis, parts):
     return stored(sum(f(*(part(x, i) for x in arrays)) for i in range(parts)))
 
 
-def _sum_over_positions_by_parts(f, *arrays, parts=8):
-    x = arrays[0]
-    if x.ndim < 3 or x.shape[-2] % parts:
-        return _sum_over_positions(f, *arrays)
-    return _sum_over_positions(lambda total: total, _part_sum(f, arrays, x.ndim - 2, parts))
+def stored(x: jax.Array) -> jax.Array:
+    """X itself, where XLA for CPU ends what it gives to its library or takes from it.
 
-
-def _channel_mean_by_parts(f, *arrays, size=16):
-    channels = arrays[0].shape[-1]
-    if channels % size:
-        return _channel_mean(f, *arrays)
-    total = _part_sum(f, arrays, arrays[0].ndim - 1, channels // size)
-    return stored(total.sum(-1, keepdims=True) / channels)
-
-
-_PLAIN = Sums(_sum_over_positions, _channel_mean)
-_BY_PARTS = Sums(_sum_over_positions_by_parts, _channel_mean_by_parts)
+    Rounding x to the precision that it has does that, and costs nothing elsewhere; an optimization
+    barrier is dropped before.
+    """
+    kind = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, kind.nexp, kind.nmant)
 
 
 # Winograd's F(2x2, 3x3): a tile of 2x2 results needs 4x4 inputs. With the matrices of Lavin and
@@ -156,20 +128,12 @@ def winograd_pays(x: jax.Array, kernel: jax.Array) -> bool:
 
 @Operation
 def winograd_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """3x3 convolution with 16 multiplications for 4 results, not 36; zero padding 1, stride 1.
-
-    Args:
-      x: (N, H, W, C) activations, H and W even, float32 or better.
-      kernel: (3, 3, C, D), dtype of x.
-
-    Returns:
-      (N, H, W, D) of x's dtype.
-    """
+    """`direct_conv3x3` with 16 multiplications for 4 results, not 36; H and W are even."""
     return direct_conv3x3(x, kernel)
 
 
 def _winograd_fwd(x, kernel):
-    kernels = apart(_of_kernel, kernel)
+    kernels = apart(functools.partial(_transformed, _KERNEL), kernel)
     products = [v @ u for v, u in zip(_inputs(x), kernels, strict=True)]
     return _joined(apart(_of_products, *products)), (x, kernel, kernels)
 
@@ -192,16 +156,9 @@ def _transformed(matrix, parts):
     places = range(len(parts))
 
     def combined(row, column):
-        terms = [
-            (float(row[i] * column[j]), parts[i][j])
-            for i in places
-            for j in places
-            if row[i] * column[j]
-        ]
-        total = terms[0][0] * terms[0][1]
-        for factor, part in terms[1:]:
-            total = total + factor * part
-        return total
+        factors = {(i, j): float(row[i] * column[j]) for i in places for j in places}
+        terms = [(factor, parts[i][j]) for (i, j), factor in factors.items() if factor]
+        return functools.reduce(operator.add, (factor * part for factor, part in terms))
 
     return tuple(combined(row, column) for row in matrix for column in matrix)
 
@@ -209,10 +166,6 @@ def _transformed(matrix, parts):
 def _square(arrays):
     side = round(len(arrays) ** 0.5)
     return [arrays[k : k + side] for k in range(0, len(arrays), side)]
-
-
-def _of_kernel(kernel):
-    return _transformed(_KERNEL, kernel)
 
 
 def _of_products(*products):
@@ -224,9 +177,8 @@ def _inputs(x):
     _, height, width, _ = x.shape
 
     def of_inputs(padded):
-        parts = [
-            [padded[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)
-        ]
+        four = range(4)
+        parts = [[padded[:, i : i + height : 2, j : j + width : 2] for j in four] for i in four]
         return _transformed(_INPUT, parts)
 
     return apart(of_inputs, zero_padded(x))
@@ -239,22 +191,20 @@ def _joined(quarters):
     return y.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, d)
 
 
+def _products(arrays, others, axis, other_axis):
+    contracted = ((axis,), (other_axis,)), ((), ())
+    return tuple(lax.dot_general(a, b, contracted) for a, b in zip(arrays, others, strict=True))
+
+
 def _input_gradient(dy, kernels):
-    products = [
-        lax.dot_general(v, u, (((3,), (1,)), ((), ())))
-        for v, u in zip(_inputs(dy), kernels, strict=True)
-    ]
-    return _joined(apart(_of_products, *products))
+    return _joined(apart(_of_products, *_products(_inputs(dy), kernels, 3, 1)))
 
 
 def _few_tiles_gradient(dy, kernels):
     """The same where bringing dy and the results into another order costs less than kernels."""
 
     def products(*operands):
-        return tuple(
-            lax.dot_general(u, v, (((1,), (3,)), ((), ())))
-            for u, v in zip(operands[:16], operands[16:], strict=True)
-        )
+        return _products(operands[:16], operands[16:], 1, 3)
 
     quarters = apart(_of_products, *apart(products, *kernels, *_inputs(dy)))
     return _joined([jnp.moveaxis(quarter, 0, -1) for quarter in quarters])
@@ -289,9 +239,7 @@ def use_all_cores(
     of devices that XLA_FLAGS or JAX_NUM_CPU_DEVICES names stays.
 
     Args:
-      keep_memory: for programs that run again and again, and take the memory of their activations
-        anew each time: have malloc keep it from run to run, in large pages. Does nothing where
-        there is an accelerator, or no glibc.
+      keep_memory: where JAX will run on CPU, have glibc's malloc keep memory from run to run.
       fits: whether so many devices can be used; the most that can are, one if none can.
     """
     named = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -310,38 +258,30 @@ def copies_fit(size: int, count: int) -> bool:
 
 def _cpu_only() -> bool:
     """Whether JAX will run on CPU, as far as can be told before it starts."""
-    platforms = jax.config.values["jax_platforms"]
-    if platforms:
+    if platforms := jax.config.values["jax_platforms"]:
         return platforms == "cpu"
     plugins = ("libtpu", "jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin")
     return not any(importlib.util.find_spec(plugin) for plugin in plugins)
 
 
 def _keep_freed_memory() -> None:
-    """Makes malloc keep what a run frees for the next one, where it is that of glibc.
+    """Makes glibc's malloc keep what a run frees for the next one, in pages of 2 MB.
 
     XLA takes the memory of all activations anew for every run. The kernel would clear every page
     of it again, which takes a quarter of a training step's time and a tenth of a forward pass's.
+    Strided reads miss fewer of the large pages. They are named while malloc has them, which touches
+    none; the heap keeps their addresses.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
+    trim_threshold, mmap_max, arena_max, madv_hugepage = -1, -4, -8, 14  # malloc.h, mman.h
     libc.mallopt(trim_threshold, -1)  # never give memory back
     libc.mallopt(mmap_max, 0)  # nor take it apart from the heap,
     libc.mallopt(arena_max, 1)  # other threads' heaps are too small; it costs locks, so not always
-    _ask_for_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") // 2)
-
-
-def _ask_for_huge_pages(libc: ctypes.CDLL, pages: int) -> None:
-    """Lets the kernel back the heap's next `pages` pages by pages of 2 MB.
-
-    They are named while malloc has them, which touches none; the heap keeps their addresses.
-    Strided reads of an array miss fewer of them, and a page taken for the first time costs less.
-    """
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    page, madv_hugepage = os.sysconf("SC_PAGESIZE"), 14
+    page, pages = os.sysconf("SC_PAGESIZE"), os.sysconf("SC_PHYS_PAGES") // 2
     block = libc.malloc(pages * page)
     if block:  # else the system does not promise that much: all works, with small pages
         start = -(-block // page) * page

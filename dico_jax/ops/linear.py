@@ -8,10 +8,8 @@ import jax
 from jax import lax
 
 from dico_jax.ops.cpu import apart, with_sums
-from dico_jax.ops.gelu import gelu, times_slope, times_slope_by_quotient
-from dico_jax.ops.plain import Operation
-from dico_jax.ops.precision import widened
-from dico_jax.ops.vectors import over_positions
+from dico_jax.ops.plain import Operation, widened
+from dico_jax.ops.pointwise import gelu, multiply_vector, times_slope, times_slope_by_quotient
 
 
 @Operation
@@ -28,7 +26,8 @@ def _linear_fwd(x, kernel, bias):
 def _linear_bwd(residuals, dy):
     x, kernel = residuals
     dy = dy.astype(x.dtype)
-    dbias = with_sums(_position_sums, dy).sum(0).astype(kernel.dtype)
+    total = with_sums(lambda sums, dy: sums.over_positions(widened, dy), dy)
+    dbias = total.sum(0).astype(kernel.dtype)
     return _input_gradient(dy, kernel), _kernel_gradient(x, dy), dbias
 
 
@@ -37,21 +36,13 @@ linear.defvjp(_linear_fwd, _linear_bwd)
 
 @Operation
 def gated_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, gate: jax.Array) -> jax.Array:
-    """A linear layer whose results are multiplied by a vector per example.
-
-    Args:
-      x: (N, ..., C) activations, any floating dtype.
-      kernel, bias, gate: (C, D), (D,) and (N, D), dtype of x.
-
-    Returns:
-      (x @ kernel + bias) * gate, (N, ..., D) of x's dtype.
-    """
-    return _gated(x @ kernel + bias, gate)
+    """`linear`, its results times a vector (N, D) per example."""
+    return multiply_vector.plain(x @ kernel + bias, gate)
 
 
 def _gated_linear_fwd(x, kernel, bias, gate):
     product = x @ kernel
-    return _gated(product + bias, gate), (x, kernel, bias, gate, product)
+    return multiply_vector.plain(product + bias, gate), (x, kernel, bias, gate, product)
 
 
 def _gated_linear_bwd(residuals, dy):
@@ -59,12 +50,15 @@ def _gated_linear_bwd(residuals, dy):
     total, along = with_sums(_gate_sums, dy, product)
     dgate = along + widened(bias) * total
     dbias = (total * widened(gate)).sum(0)
-    dy = apart(_gated, dy, gate).astype(x.dtype)
-    return (
-        _input_gradient(dy, kernel),
-        _kernel_gradient(x, dy),
-        dbias.astype(bias.dtype),
-        dgate.astype(gate.dtype),
+    dy = apart(multiply_vector.plain, dy, gate).astype(x.dtype)
+    dx, dkernel = _input_gradient(dy, kernel), _kernel_gradient(x, dy)
+    return dx, dkernel, dbias.astype(bias.dtype), dgate.astype(gate.dtype)
+
+
+def _gate_sums(sums, dy, product):
+    """Sums over positions of dy and of dy times the product, (N, D)."""
+    return sums.over_positions(widened, dy), sums.over_positions(
+        lambda dy, product: widened(dy) * widened(product), dy, product
     )
 
 
@@ -73,16 +67,19 @@ gated_linear.defvjp(_gated_linear_fwd, _gated_linear_bwd)
 
 @Operation
 def linear_gelu(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """The exact GELU of a linear layer.
-
-    Args:
-      x: (N, ..., C) activations, any floating dtype.
-      kernel, bias: (C, D) and (D,), dtype of x.
-
-    Returns:
-      gelu(x @ kernel + bias), (N, ..., D) of x's dtype.
-    """
+    """The exact GELU of `linear`."""
     return gelu(x @ kernel + bias)
+
+
+def _biased_gelu(product, bias):
+    return gelu(product + bias)
+
+
+def _linear_gelu(x, kernel, bias):
+    def of_matrix(product, bias):  # XLA for CPU multiplies matrices: as one, it is read once
+        return _biased_gelu(product.reshape(-1, *bias.shape), bias).reshape(product.shape)
+
+    return lax.platform_dependent(x @ kernel, bias, cpu=of_matrix, default=_biased_gelu)
 
 
 def _linear_gelu_fwd(x, kernel, bias):
@@ -102,33 +99,7 @@ def _linear_gelu_bwd(residuals, dy):
     return _linear_bwd((x, kernel), dy)
 
 
-def _linear_gelu(x, kernel, bias):
-    def of_matrix(product, bias):  # XLA for CPU multiplies matrices: as one, it is read once
-        return _biased_gelu(product.reshape(-1, *bias.shape), bias).reshape(product.shape)
-
-    return lax.platform_dependent(x @ kernel, bias, cpu=of_matrix, default=_biased_gelu)
-
-
 linear_gelu.defvjp(_linear_gelu_fwd, _linear_gelu_bwd, primal=_linear_gelu)
-
-
-def _biased_gelu(product, bias):
-    return gelu(product + bias)
-
-
-def _gated(y, gate):
-    return y * over_positions(gate, y)
-
-
-def _position_sums(sums, dy):
-    return sums.over_positions(widened, dy)
-
-
-def _gate_sums(sums, dy, product):
-    """Sums over positions of dy and of dy times the product, (N, D)."""
-    return sums.over_positions(widened, dy), sums.over_positions(
-        lambda dy, product: widened(dy) * widened(product), dy, product
-    )
 
 
 def _input_gradient(dy, kernel):
@@ -145,8 +116,8 @@ def _input_gradient(dy, kernel):
 def _kernel_gradient(x, dy):
     """The sum over all positions of the products of x (N, ..., C) and dy (N, ..., D): (C, D)."""
     summed = tuple(range(x.ndim - 1))
-    result = x.shape[-1] * dy.shape[-1]
+    contracted = ((summed, summed), ((), ()))
     # One of the two is brought into another order; if it is dy, so is the result.
-    if x.size <= dy.size + result:
-        return lax.dot_general(x, dy, ((summed, summed), ((), ())))
-    return lax.dot_general(dy, x, ((summed, summed), ((), ()))).T
+    if x.size <= dy.size + x.shape[-1] * dy.shape[-1]:
+        return lax.dot_general(x, dy, contracted)
+    return lax.dot_general(dy, x, contracted).T
