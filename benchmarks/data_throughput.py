@@ -22,8 +22,7 @@ from absl import app, flags
 from etils import epath
 from PIL import Image
 
-from dico_jax.autoencoders.encoding import make_latents_fn
-from dico_jax.autoencoders.registry import Autoencoder
+from dico_jax.autoencoders.registry import Autoencoder, make_latents_fn
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.latent_folder import Plan, shard_writer, write_manifest
 from dico_jax.data.latents import PreparedLatents

@@ -18,7 +18,7 @@ from dico_jax.data.pictures import BadExample, PictureReader
 from dico_jax.data.pipeline import Reader, read_orientation
 from dico_jax.data.sources import Source, create_source
 from dico_jax.diffusion import Objective, SamplingOptions, create_objective
-from dico_jax.errors import UsageError
+from dico_jax.errors import UsageError, within
 from dico_jax.models import create_model, model_options
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.registry import find_model
@@ -132,7 +132,8 @@ def reader_from_config(config: ConfigDict, experiment: Experiment, source: Sourc
             _check_latents(config, experiment, source)
             read = read_orientation
         if isinstance(source, PreparedLatents) and data.verify_checksums:
-            source.check_checksums(jax.process_index(), jax.process_count())
+            with within(f"data.path={data.path}: "):
+                source.check_checksums(jax.process_index(), jax.process_count())
     BadExampleLog(source, read, data.max_bad_fraction)  # counts what listing has skipped
     return read
 

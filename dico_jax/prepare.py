@@ -19,7 +19,9 @@ python -m dico_jax.prepare classifier --source=folder --path=DIR --out=FILE.npz 
     Trains the small classifier for --features of evaluate and config.eval.features.
 """
 
+import ast
 import dataclasses
+import pathlib
 import re
 import sys
 import time
@@ -28,7 +30,6 @@ from typing import Any
 from absl import flags
 
 from dico_jax import cli
-from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
 
 _FIELDS = {  # flag: the field of a config whose default it has, and what it says
@@ -48,40 +49,6 @@ _FIELDS = {  # flag: the field of a config whose default it has, and what it say
     "vae": ("autoencoder.path", "Weights of the autoencoder: a file, or hf://OWNER/REPO/FILE."),
     "vae_dtype": ("autoencoder.dtype", "float32, or bfloat16 on accelerators."),
 }
-_DEFINE: dict[type, Any] = {
-    bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float,
-}  # fmt: skip
-for _flag, (_field, _help) in _FIELDS.items():
-    _section, _name = _field.split(".")
-    _default = DEFAULTS[_section][_name]
-    _DEFINE.get(type(_default), flags.DEFINE_string)(_flag, _default, _help)
-
-_OUT = flags.DEFINE_string("out", None, "latents: folder, local or gs://; others: a new .npz file.")
-_SOURCE = flags.DEFINE_string("source", None, "folder, zip, tfds, array_record, arrays or digits.")
-flags.DEFINE_bool("mirrored", True, "Encode mirrored pictures too.")
-flags.DEFINE_string("dtype", "float16", "Of the stored numbers: float16 or bfloat16.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures at a time, over all devices.")
-flags.DEFINE_integer("shard_size", 4096, "Examples per shard.")
-flags.DEFINE_integer("process_index", 0, "Which of the machines this one is.")
-flags.DEFINE_integer("process_count", 1, "Machines that share the work.")
-_VERIFY = flags.DEFINE_bool("verify", False, "Check checksums and every record.")
-_FEATURES = flags.DEFINE_string(
-    "features", "inception", "reference: inception, or the file of a classifier."
-)
-_INCEPTION = flags.DEFINE_string(
-    "inception", None, "Weights of the Inception network [the cache, then the public release]."
-)
-_CHANNELS = flags.DEFINE_enum("channels", "3", ["1", "3"], "Of the pictures: 1 for grey.")
-_LIMIT = flags.DEFINE_integer(
-    "limit", None, "reference: at most so many examples, spread evenly.", lower_bound=2
-)
-_MAX_STEPS = flags.DEFINE_integer(
-    "max_steps", 4000, "classifier: it trains for ten epochs, but at most so long.", lower_bound=1
-)
-
-_CPU_TUNING = cli.define_cpu_tuning()
-flags.adopt_module_key_flags(cli)  # so that --help shows it
-
 _OF_SOURCE = "source path name split image_size exif_rotation"
 # Per action, the flags that it needs, and those that it may have.
 _ACTIONS = {
@@ -93,6 +60,42 @@ _ACTIONS = {
     "reference": ("out", f"{_OF_SOURCE} batch_size features inception channels limit"),
     "classifier": ("out source", f"{_OF_SOURCE} channels max_steps"),
 }
+_FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+    # The file is read, not run: --help answers before ml_collections is imported.
+    fields = (pathlib.Path(__file__).parent / "configs" / "default.py").read_text()
+    kinds: dict[type, Any] = {
+        bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float,
+    }  # fmt: skip
+    for flag, (field, text) in _FIELDS.items():
+        written = re.findall(rf"^    config\.{field} = (.*)", fields, re.MULTILINE)[0]
+        default = None if "placeholder" in written else ast.literal_eval(written)
+        kinds.get(type(default), flags.DEFINE_string)(flag, default, text)
+    string, integer = flags.DEFINE_string, flags.DEFINE_integer
+    string("out", None, "latents: folder, local or gs://; others: a new .npz file.")
+    string("source", None, "folder, zip, tfds, array_record, arrays or digits.")
+    flags.DEFINE_bool("mirrored", True, "Encode mirrored pictures too.")
+    string("dtype", "float16", "Of the stored numbers: float16 or bfloat16.")
+    integer("batch_size", 32, "Pictures at a time, over all devices.")
+    integer("shard_size", 4096, "Examples per shard.")
+    integer("process_index", 0, "Which of the machines this one is.")
+    integer("process_count", 1, "Machines that share the work.")
+    flags.DEFINE_bool("verify", False, "Check checksums and every record.")
+    string("features", "inception", "reference: inception, or the file of a classifier.")
+    text = "Weights of the Inception network [the cache, then the public release]."
+    string("inception", None, text)
+    flags.DEFINE_enum("channels", "3", ["1", "3"], "Of the pictures: 1 for grey.")
+    text = "reference: at most so many examples, spread evenly."
+    integer("limit", None, text, lower_bound=2)
+    text = "classifier: it trains for ten epochs, but at most so long."
+    integer("max_steps", 4000, text, lower_bound=1)
+
+
+_define_flags()
+_CPU_TUNING = cli.define_cpu_tuning()
+flags.adopt_module_key_flags(cli)  # so that --help shows it
 
 
 def main(action: str | None) -> None:
@@ -106,16 +109,82 @@ def main(action: str | None) -> None:
         raise UsageError(_with_flags(str(error))) from error
 
 
-def _latents() -> None:
-    if _SOURCE.value is None and not _VERIFY.value:
-        raise UsageError("--source is missing; --verify checks what was prepared")
-    if _SOURCE.value is not None:
-        _prepare_latents()
-    if _VERIFY.value:
-        _verify()
+def _with_flags(message: str) -> str:
+    """The message with this command's flags in place of the fields of a config."""
+    from dico_jax.config import DEFAULTS
+
+    flag_of = {f"data.{name}": name for name in DEFAULTS["data"]}
+    flag_of |= {field: flag for flag, (field, _) in _FIELDS.items()}
+    pattern = "|".join(map(re.escape, sorted(flag_of, key=len, reverse=True)))
+    return re.sub(
+        rf"(?<![\w/.-])(?:config\.)?({pattern})\b", lambda m: f"--{flag_of[m[1]]}", message
+    )
 
 
 # Late imports: --help answers before JAX is imported.
+
+
+def _latents() -> None:
+    out = _FLAGS.out
+    if _FLAGS.source is None and not _FLAGS.verify:
+        raise UsageError("--source is missing; --verify checks what was prepared")
+    if _FLAGS.source is not None:
+        _prepare_latents(out)
+    if _FLAGS.verify:
+        from dico_jax.data.latents import verify
+
+        manifest = verify(out)
+        count, shards = manifest.num_examples, len(manifest.shards)
+        print(f"{out}: {count:,} examples in {shards} shards, all as they should be")
+
+
+def _prepare_latents(out: str) -> None:
+    _use_all_cores()
+    from dico_jax.autoencoders import create_autoencoder
+    from dico_jax.data.latent_preparation import Options, prepare_latents
+
+    options = Options(**_chosen(*(field.name for field in dataclasses.fields(Options))))
+    source = _source()
+    vae = _section("autoencoder", path=_FLAGS.vae, dtype=_FLAGS.vae_dtype)
+    start = time.monotonic()
+    manifest = prepare_latents(source, create_autoencoder(vae), out, options)
+    if manifest is None:
+        print(f"this process's shards are in {out}; others are still at work")
+        return
+    size = sum(shard.bytes for shard in manifest.shards)
+    print(
+        f"{manifest.num_examples:,} examples in {len(manifest.shards)} shards, {size / 1e9:.3f} GB,"
+        f" {len(manifest.bad)} bad ones skipped (manifest.json lists them), are in {out}; "
+        f"{time.monotonic() - start:.0f} s"
+    )
+
+
+def _reference() -> None:
+    from dico_jax.evaluation.measure import prepare_reference
+
+    _use_all_cores()
+    source = None
+    if _FLAGS.source is not None:
+        source = _source(), _reader(), _FLAGS.limit
+    elif _FLAGS.path is None:
+        raise UsageError("reference needs --path or --source: what is to be measured")
+    else:
+        for name in ("name", "split", "image_size", "exif_rotation", "channels", "limit"):
+            if _FLAGS[name].present:
+                raise UsageError(f"--{name} is for pictures of a --source")
+    chosen = _chosen("features", "inception", "batch_size")
+    print(prepare_reference(_FLAGS.path or "", source, _FLAGS.out, **chosen))
+
+
+def _classifier() -> None:
+    from dico_jax.evaluation.classifier import train_classifier
+    from dico_jax.files import result_path
+
+    out = result_path(_FLAGS.out, ".npz")
+    classifier = train_classifier(_source(), _reader(), max_steps=_FLAGS.max_steps)
+    classifier.save(out)
+    accuracy = classifier.info["accuracy"]
+    print(f"{out} is written: right on {accuracy:.1%} of the pictures that it has not seen")
 
 
 def _use_all_cores() -> None:
@@ -125,109 +194,32 @@ def _use_all_cores() -> None:
         use_all_cores(keep_memory=True)
 
 
-def _reference() -> None:
-    from dico_jax.evaluation.measure import prepare_reference
-
-    _use_all_cores()
-    assert _OUT.value is not None
-    if _SOURCE.value is None:
-        if flags.FLAGS.path is None:
-            raise UsageError("reference needs --path or --source: what is to be measured")
-        for name in ("name", "split", "image_size", "exif_rotation", "channels", "limit"):
-            if flags.FLAGS[name].present:
-                raise UsageError(f"--{name} is for pictures of a --source")
-    source = None if _SOURCE.value is None else (_source(), _reader(), _LIMIT.value)
-    text = prepare_reference(
-        flags.FLAGS.path or "",
-        source,
-        _OUT.value,
-        features=_FEATURES.value,
-        inception=_INCEPTION.value,
-        batch_size=_BATCH_SIZE.value,
-    )
-    print(text)
+def _chosen(*names: str) -> dict[str, Any]:
+    return {name: _FLAGS[name].value for name in names}
 
 
-def _classifier() -> None:
-    from dico_jax.evaluation.classifier import train_classifier
-    from dico_jax.files import result_path
+def _section(section: str, **changes):
+    """A section of configs/default.py with other values."""
+    from ml_collections import ConfigDict
 
-    assert _OUT.value is not None
-    out = result_path(_OUT.value, ".npz")
-    classifier = train_classifier(_source(), _reader(), max_steps=_MAX_STEPS.value)
-    classifier.save(out)
-    print(
-        f"{out} is written: right on {classifier.info['accuracy']:.1%} of the pictures that it has "
-        "not seen"
-    )
+    from dico_jax.config import DEFAULTS
+
+    return ConfigDict(DEFAULTS[section] | changes)
 
 
 def _source():
-    from ml_collections import ConfigDict
-
     from dico_jax.data.sources import create_source
 
-    named = {name: flags.FLAGS[name].value for name in ("source", "path", "name", "split")}
-    return create_source(ConfigDict(DEFAULTS["data"] | named))
+    return create_source(_section("data", **_chosen("source", "path", "name", "split")))
 
 
 def _reader():
     from dico_jax.data.pictures import PictureReader
 
-    size = flags.FLAGS.image_size
+    size = _FLAGS.image_size
     if size < 1:
         raise UsageError("--image_size", size, "must be at least 1")
-    return PictureReader(size, int(_CHANNELS.value), flags.FLAGS.exif_rotation)
-
-
-def _prepare_latents() -> None:
-    _use_all_cores()
-    from ml_collections import ConfigDict
-
-    from dico_jax.autoencoders import create_autoencoder
-    from dico_jax.data.latent_preparation import Options, prepare_latents
-
-    chosen: dict[str, Any] = {
-        f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options)
-    }
-    options = Options(**chosen)
-    source = _source()
-    vae = {"path": flags.FLAGS.vae, "dtype": flags.FLAGS.vae_dtype}
-    autoencoder = create_autoencoder(ConfigDict(DEFAULTS["autoencoder"] | vae))
-    start = time.monotonic()
-    assert _OUT.value is not None
-    manifest = prepare_latents(source, autoencoder, _OUT.value, options)
-    if manifest is None:
-        print(f"this process's shards are in {_OUT.value}; others are still at work")
-        return
-    size = sum(shard.bytes for shard in manifest.shards)
-    print(
-        f"{manifest.num_examples:,} examples in {len(manifest.shards)} shards, {size / 1e9:.3f} GB,"
-        f" {len(manifest.bad)} bad ones skipped (manifest.json lists them), are in {_OUT.value}; "
-        f"{time.monotonic() - start:.0f} s"
-    )
-
-
-def _with_flags(message: str) -> str:
-    """The message with this command's flags in place of the fields of a config."""
-    flag_of = {f"data.{name}": name for name in DEFAULTS["data"]}
-    flag_of |= {field: flag for flag, (field, _) in _FIELDS.items()}
-    pattern = "|".join(map(re.escape, sorted(flag_of, key=len, reverse=True)))
-    return re.sub(
-        rf"(?<![\w/.-])(?:config\.)?({pattern})\b", lambda m: f"--{flag_of[m[1]]}", message
-    )
-
-
-def _verify() -> None:
-    from etils import epath
-
-    from dico_jax.data.latents import verify
-
-    manifest = verify(epath.Path(_OUT.value))
-    print(
-        f"{_OUT.value}: {manifest.num_examples:,} examples in {len(manifest.shards)} shards, "
-        "all as they should be"
-    )
+    return PictureReader(size, int(_FLAGS.channels), _FLAGS.exif_rotation)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,4 @@ from dico_jax.autoencoders.registry import (
     to_uint8,
 )
 
-__all__ = [
-    "AUTOENCODERS",
-    "Autoencoder",
-    "create_autoencoder",
-    "posterior_latents",
-    "to_uint8",
-]
+__all__ = ["AUTOENCODERS", "Autoencoder", "create_autoencoder", "posterior_latents", "to_uint8"]

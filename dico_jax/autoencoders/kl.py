@@ -7,49 +7,41 @@ parameter path joined with dots is a state dict's key (see `dico_jax.pytorch.key
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dico_jax.errors import UsageError
 from dico_jax.models.layers import Conv3x3
 from dico_jax.ops.plain import accumulation_dtype
 
-# What the log variance is clamped to.
-LOG_VARIANCE_RANGE = (-30.0, 20.0)
+LOG_VARIANCE_RANGE = (-30.0, 20.0)  # what it is clamped to
 
 
 @dataclasses.dataclass(frozen=True)
 class KLConfig:
-    """Sizes of an autoencoder; the defaults are those of Stable Diffusion 1 and 2.
+    """Sizes of an autoencoder; the defaults are those of Stable Diffusion 1 and 2."""
 
-    Attributes:
-      block_out_channels: width of every level, from full size on; each is half the one before.
-      layers_per_block: residual blocks per level of the encoder; the decoder has one more.
-      latent_channels: channels of a latent.
-      norm_num_groups: groups of every GroupNorm.
-      scaling_factor: latents are multiplied by it for the diffusion model.
-      in_channels: of a picture.
-      out_channels: of a picture that was decoded.
-    """
-
+    # Width of every level, from full size on; each is half the one before.
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
+    layers_per_block: int = 2  # residual blocks per level; the decoder has one more
     latent_channels: int = 4
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.18215
+    norm_num_groups: int = 32  # of every GroupNorm
+    scaling_factor: float = 0.18215  # latents are multiplied by it for the diffusion model
     in_channels: int = 3
     out_channels: int = 3
 
     def __post_init__(self):
         groups = self.norm_num_groups
-        wrong = [width for width in self.block_out_channels if groups < 1 or width % groups]
-        if wrong:
-            raise UsageError(
-                f"norm_num_groups={groups} does not divide the {wrong[0]} channels of a level"
-            )
+        for width in self.block_out_channels:
+            if groups < 1 or width % groups:
+                raise UsageError(
+                    f"norm_num_groups={groups} does not divide the {width} channels of a level"
+                )
         if not 0 < self.scaling_factor < float("inf"):
             raise UsageError(f"scaling_factor={self.scaling_factor} must be above 0")
 
@@ -62,6 +54,15 @@ class KLConfig:
 def _group_norm(groups: int, dtype, name: str) -> nn.GroupNorm:
     """GroupNorm whose statistics are float32 or better, from centred values."""
     return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class ModuleList(nn.Module):
+    """Modules under the names "0", "1", ..., as in PyTorch's class of that name."""
+
+    @nn.compact
+    def __call__(self, i, x, kind, *args, **kwargs):
+        """What number `i`, a module of that kind, makes of x."""
+        return kind(*args, **kwargs, name=str(i))(x)
 
 
 class ResnetBlock(nn.Module):
@@ -82,15 +83,6 @@ class ResnetBlock(nn.Module):
         return x + h
 
 
-class ModuleList(nn.Module):
-    """Modules under the names "0", "1", ..., as in PyTorch's class of that name."""
-
-    @nn.compact
-    def __call__(self, i, make, x):
-        """What number `i`, made by `make(name=...)`, makes of x."""
-        return make(name=str(i))(x)
-
-
 class Attention(nn.Module):
     """Self-attention over all positions with one head, added to the input."""
 
@@ -106,127 +98,97 @@ class Attention(nn.Module):
         scores = jnp.einsum("nqc,nkc->nqk", q, k, preferred_element_type=wide)
         weights = nn.softmax(scores / c**0.5).astype(self.dtype)
         h = jnp.einsum("nqk,nkc->nqc", weights, v)
-        h = ModuleList(name="to_out")(0, functools.partial(nn.Dense, c, dtype=self.dtype), h)
+        h = ModuleList(name="to_out")(0, h, nn.Dense, c, dtype=self.dtype)
         return x + h.reshape(x.shape)
 
 
-class Downsample(nn.Module):
-    """(N, H, W, C) to (N, H/2, W/2, C); the zero padding is at the bottom and right only."""
+class Resample(nn.Module):
+    """Changes the size: half of it, with zeros at the bottom and right only, or twice as large."""
 
     dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        padding = ((0, 1), (0, 1))
-        conv = nn.Conv(x.shape[-1], (3, 3), 2, padding, dtype=self.dtype, name="conv")
-        return conv(x)
-
-
-class Upsample(nn.Module):
-    """(N, H, W, C) to (N, 2H, 2W, C): every position four times, then a convolution."""
-
-    dtype: jnp.dtype
+    down: bool
 
     @nn.compact
     def __call__(self, x):
         n, height, width, c = x.shape
+        if self.down:
+            padding = ((0, 1), (0, 1))
+            return nn.Conv(c, (3, 3), 2, padding, dtype=self.dtype, name="conv")(x)
         x = jnp.broadcast_to(x[:, :, None, :, None], (n, height, 2, width, 2, c))
         x = x.reshape(n, 2 * height, 2 * width, c)
         return Conv3x3(c, self.dtype, name="conv")(x)
 
 
 class Level(nn.Module):
-    """Residual blocks of one width at one size, then a change of size where there is one."""
+    """Residual blocks of one width at one size, and what comes with them.
+
+    Attention, after the first block, is in the middle alone; a change of size, at the end, is named
+    "downsamplers" or "upsamplers".
+    """
 
     width: int
     depth: int
     groups: int
     dtype: jnp.dtype
-    resample: str | None = None  # "downsamplers" or "upsamplers"
+    resample: str | None = None
+    attention: bool = False
 
     @nn.compact
     def __call__(self, x):
         resnets = ModuleList(name="resnets")
         for i in range(self.depth):
-            block = functools.partial(ResnetBlock, self.width, self.groups, self.dtype)
-            x = resnets(i, block, x)
-        if self.resample is None:
-            return x
-        module = {"downsamplers": Downsample, "upsamplers": Upsample}[self.resample]
-        return ModuleList(name=self.resample)(0, functools.partial(module, self.dtype), x)
+            x = resnets(i, x, ResnetBlock, self.width, self.groups, self.dtype)
+            if self.attention and i == 0:
+                x = ModuleList(name="attentions")(0, x, Attention, self.groups, self.dtype)
+        if self.resample:
+            down = self.resample == "downsamplers"
+            x = ModuleList(name=self.resample)(0, x, Resample, self.dtype, down)
+        return x
 
 
-class MiddleBlock(nn.Module):
-    """Residual block, attention, residual block."""
+class Half(nn.Module):
+    """The encoder: pictures (N, H, W, 3) to (N, h, w, 2C), which quant_conv makes moments of.
 
-    groups: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        resnets, attentions = ModuleList(name="resnets"), ModuleList(name="attentions")
-        block = functools.partial(ResnetBlock, x.shape[-1], self.groups, self.dtype)
-        x = resnets(0, block, x)
-        x = attentions(0, functools.partial(Attention, self.groups, self.dtype), x)
-        return resnets(1, block, x)
-
-
-class Encoder(nn.Module):
-    """Pictures (N, H, W, 3) to (N, h, w, 2C), which quant_conv makes moments of."""
+    Or the decoder: latents (N, h, w, C), after post_quant_conv, to pictures.
+    """
 
     config: KLConfig
     dtype: jnp.dtype
+    decodes: bool
 
     @nn.compact
     def __call__(self, x):
-        config, dtype = self.config, self.dtype
-        groups, last = config.norm_num_groups, len(config.block_out_channels) - 1
-        x = Conv3x3(config.block_out_channels[0], dtype, name="conv_in")(x)
-        down_blocks = ModuleList(name="down_blocks")
-        for i, width in enumerate(config.block_out_channels):
-            resample = "downsamplers" if i < last else None
-            depth = config.layers_per_block
-            level = functools.partial(Level, width, depth, groups, dtype, resample)
-            x = down_blocks(i, level, x)
-        x = MiddleBlock(groups, dtype, name="mid_block")(x)
-        x = nn.silu(_group_norm(groups, dtype, "conv_norm_out")(x))
-        return Conv3x3(2 * config.latent_channels, dtype, name="conv_out")(x)
-
-
-class Decoder(nn.Module):
-    """Latents (N, h, w, C), after post_quant_conv, to pictures (N, H, W, 3)."""
-
-    config: KLConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        config, dtype = self.config, self.dtype
-        groups, last = config.norm_num_groups, len(config.block_out_channels) - 1
-        widths = config.block_out_channels[::-1]
+        config, dtype, groups = self.config, self.dtype, self.config.norm_num_groups
+        widths, depth = config.block_out_channels, config.layers_per_block
+        channels, names = 2 * config.latent_channels, ("down_blocks", "downsamplers")
+        if self.decodes:
+            widths, depth = widths[::-1], depth + 1
+            channels, names = config.out_channels, ("up_blocks", "upsamplers")
         x = Conv3x3(widths[0], dtype, name="conv_in")(x)
-        x = MiddleBlock(groups, dtype, name="mid_block")(x)
-        up_blocks = ModuleList(name="up_blocks")
+        levels = ModuleList(name=names[0])
+        width = config.block_out_channels[-1]
+        middle = Level(width, 2, groups, dtype, attention=True, name="mid_block")
+        if self.decodes:
+            x = middle(x)
         for i, width in enumerate(widths):
-            resample = "upsamplers" if i < last else None
-            depth = config.layers_per_block + 1
-            level = functools.partial(Level, width, depth, groups, dtype, resample)
-            x = up_blocks(i, level, x)
+            resample = names[1] if i < len(widths) - 1 else None
+            x = levels(i, x, Level, width, depth, groups, dtype, resample)
+        if not self.decodes:
+            x = middle(x)
         x = nn.silu(_group_norm(groups, dtype, "conv_norm_out")(x))
-        return Conv3x3(config.out_channels, dtype, name="conv_out")(x)
+        return Conv3x3(channels, dtype, name="conv_out")(x)
 
 
 class AutoencoderKL(nn.Module):
     """The autoencoder, called as `model.apply({"params": params}, x, method="encode")`.
 
     `decode` needs the parameters of the decoder alone, `encode` those of the encoder. Latents are
-    unscaled here (see `dico_jax.autoencoders.registry`).
+    unscaled here. Parameters are float32; statistics, the attention's softmax and what is returned
+    are float32 or better.
 
     Attributes:
       config: the sizes.
-      dtype: dtype of activations: float32, bfloat16, or float64 (which needs jax_enable_x64).
-        Parameters are float32; statistics, the attention's softmax and what is returned are
-        float32 or better.
+      dtype: of activations: float32, bfloat16, or float64 (which needs jax_enable_x64).
     """
 
     config: KLConfig = KLConfig()
@@ -234,8 +196,8 @@ class AutoencoderKL(nn.Module):
 
     def setup(self):
         latents = self.config.latent_channels
-        self.encoder = Encoder(self.config, self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        self.encoder = Half(self.config, self.dtype, decodes=False)
+        self.decoder = Half(self.config, self.dtype, decodes=True)
         self.quant_conv = nn.Dense(2 * latents, dtype=self.dtype)
         self.post_quant_conv = nn.Dense(latents, dtype=self.dtype)
 
@@ -250,10 +212,8 @@ class AutoencoderKL(nn.Module):
         height, width = pictures.shape[1:3]
         step = self.config.downsampling
         if height % step or width % step or not height * width:
-            raise UsageError(
-                f"pictures of {height}x{width}: both must be multiples of {step}, which the "
-                "autoencoder shrinks them by"
-            )
+            fix = f"both must be multiples of {step}, which the autoencoder shrinks them by"
+            raise UsageError(f"pictures of {height}x{width}: {fix}")
         moments = self.quant_conv(self.encoder(pictures.astype(self.dtype)))
         mean, log_variance = jnp.split(moments.astype(accumulation_dtype(self.dtype)), 2, axis=-1)
         return jnp.concatenate([mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)], axis=-1)
@@ -275,3 +235,65 @@ def abstract_params(config: KLConfig) -> Any:
     side = config.downsampling
     pictures = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
     return jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), pictures)["params"]
+
+
+# Decoding in tiles, for pictures whose activations do not fit in memory.
+
+MIN_TILE = 8  # latent positions a side; statistics over fewer change the colours too much
+
+
+def cut(length: int, tile_size: int, downsampling: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first latent positions of K tiles of a side, (K,), and how much their pixels count.
+
+    Tiles overlap by a quarter, the last one is at the edge, transitions are linear. The weights,
+    float32 (K, pixels of a tile), of every pixel add up to 1.
+    """
+    size = min(tile_size, length)
+    overlap = size // 4
+    inner = np.arange(0, length - size, size - overlap)
+    starts = np.append(inner, length - size).astype(np.int32)
+    rising = (np.arange(size * downsampling) + 0.5) / (overlap * downsampling or 1)
+    rising = np.minimum(1, rising)
+    weights = np.ones((len(starts), size * downsampling))
+    weights[1:] *= rising  # the picture's own edges have no transition
+    weights[:-1] *= rising[::-1]
+    pixels = downsampling * starts[:, None] + np.arange(size * downsampling)
+    total = np.bincount(pixels.ravel(), weights.ravel())
+    return starts, (weights / total[pixels]).astype(np.float32)
+
+
+def decode_in_tiles(
+    decode: Callable[[jax.Array], Any], latents: jax.Array, tile_size: int, downsampling: int
+) -> jax.Array:
+    """`decode(latents)`, pictures (N, H, W, 3), tile after tile in the memory of one tile.
+
+    Colours differ a little where a tile does not cover all: GroupNorm and attention see one tile.
+
+    Args:
+      decode: latents (N, h, w, C) to pictures (N, h * downsampling, w * downsampling, 3).
+      latents: (N, h, w, C).
+      tile_size: latent positions a side, at least `MIN_TILE`; 0 for no tiles.
+      downsampling: pixels per latent position.
+    """
+    n, height, width, channels = latents.shape
+    if not tile_size or max(height, width) <= tile_size:
+        return decode(latents)
+    (tops, rows), (lefts, columns) = (
+        cut(length, tile_size, downsampling) for length in (height, width)
+    )
+    tile_shape = (n, min(tile_size, height), min(tile_size, width), channels)
+    tile = jax.eval_shape(decode, jax.ShapeDtypeStruct(tile_shape, latents.dtype))
+    i, j = (index.ravel() for index in np.indices((len(tops), len(lefts))))
+
+    def step(pictures, item):
+        top, left, row_weights, column_weights = item
+        part = jax.lax.dynamic_slice(latents, (0, top, left, 0), tile_shape)
+        weights = (row_weights[:, None] * column_weights)[..., None]
+        part = decode(part) * weights.astype(tile.dtype)
+        at = (0, top * downsampling, left * downsampling, 0)
+        part += jax.lax.dynamic_slice(pictures, at, part.shape)
+        return jax.lax.dynamic_update_slice(pictures, part, at), None
+
+    shape = (n, height * downsampling, width * downsampling, tile.shape[-1])
+    tiles = (tops[i], lefts[j], rows[i], columns[j])
+    return jax.lax.scan(step, jnp.zeros(shape, tile.dtype), tiles)[0]

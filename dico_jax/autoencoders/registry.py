@@ -1,19 +1,21 @@
-"""Autoencoders by name, and the one place where latents are scaled."""
+"""Autoencoders by name, and the one place where latents are made and scaled."""
 
 import contextlib
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
-from dico_jax.autoencoders.kl import AutoencoderKL, KLConfig
-from dico_jax.autoencoders.tiling import MIN_TILE, decode_in_tiles
-from dico_jax.autoencoders.weights import RELEASED, Weights, naming, open_kl
+from dico_jax.autoencoders.kl import MIN_TILE, AutoencoderKL, KLConfig, decode_in_tiles
+from dico_jax.autoencoders.weights import RELEASED, KLFile, Weights, naming, open_kl
 from dico_jax.errors import UsageError
+from dico_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 from dico_jax.pytorch.hub import is_remote
 
 # A linear fit of RGB to the four scaled latents of Stable Diffusion's autoencoder, as several
@@ -24,11 +26,12 @@ _PREVIEW = (
     (-0.158, 0.189, 0.264),
     (-0.184, -0.271, -0.473),
 )
-_DTYPES = ("float32", "bfloat16")
 # How errors about files that are not on this machine end.
 WAYS_OUT = (
     "; give a local file, or autoencoder.name='latent_preview' for small false-colour pictures"
 )
+_STREAM = 0x1A7E475  # sets the draws of `make_latents_fn` apart from a run's other keys
+_ENCODED_AT_ONCE = 8  # pictures per device: the encoder's activations are large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +46,12 @@ class Autoencoder:
       name: a key of `AUTOENCODERS`.
       downsampling: pixels per latent position, along each side.
       channels: latent channels, or None for any number.
-      decode: (params, scaled latents (N, h, w, C)) to pictures (N, H, W, 1 or 3) in [-1, 1],
-        float32 or better. Values outside of the range may occur.
-      encode_moments: (params, pictures (N, H, W, 3) in [-1, 1]) to what is kept of a posterior,
-        float32 (N, h, w, 2C): mean, then clamped log variance, unscaled, of which
-        `posterior_latents` makes latents; None where there is no encoder.
+      decode: (params, scaled latents (N, h, w, C)) to pictures (N, H, W, 1 or 3), float32 or
+        better, of which [-1, 1] is shown.
+      encode_moments: (params, pictures (N, H, W, 3) in [-1, 1]) to float32 (N, h, w, 2C): the
+        posterior's mean, then its clamped log variance, unscaled; None where there is no encoder.
       scaling_factor: latents are multiplied by it for the diffusion model.
-      load: reads the weights; called once, when they are first asked for. It raises UsageError
-        where that fails.
+      load: reads the weights, or raises UsageError; called once, when they are first asked for.
     """
 
     name: str
@@ -62,39 +63,19 @@ class Autoencoder:
     load: Callable[[], Weights] = lambda: Weights({})
 
     def encode(self, params: Any, pictures: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """Pictures (N, H, W, 3) in [-1, 1] to scaled latents, float32 (N, h, w, C).
-
-        Args:
-          params: the parameters.
-          pictures: to encode.
-          noise: (N, h, w, C), standard normal, to draw from the posterior; None for its mean.
-
-        Raises:
-          UsageError: there is no encoder.
-        """
+        """Pictures (N, H, W, 3) in [-1, 1] to scaled latents, float32, see `posterior_latents`."""
         if self.encode_moments is None:
             raise UsageError(f"the autoencoder {self.name!r} cannot encode pictures")
         return posterior_latents(self.encode_moments(params, pictures), noise, self.scaling_factor)
 
     @functools.cached_property
     def weights(self) -> Weights:
-        """The weights, read when first asked for."""
+        """The parameters, NumPy arrays, and digests of both halves, read when first asked for."""
         return self.load()
 
-    @property
-    def params(self) -> Any:
-        """Pytree of NumPy arrays, {} where there are none."""
-        return self.weights.params
-
-    @property
-    def encoder_digest(self) -> str | None:
-        """Identifies what encodes, sha256 (hex); sd-vae-ft-ema and -mse share it."""
-        return self.weights.encoder_digest
-
-    @property
-    def decoder_digest(self) -> str | None:
-        """Identifies what decodes, sha256 (hex)."""
-        return self.weights.decoder_digest
+    params = property(operator.attrgetter("weights.params"))
+    encoder_digest = property(operator.attrgetter("weights.encoder_digest"))
+    decoder_digest = property(operator.attrgetter("weights.decoder_digest"))
 
 
 def _identity(config) -> Autoencoder:
@@ -109,73 +90,49 @@ def _latent_preview(config) -> Autoencoder:
         matrix = jnp.asarray(_PREVIEW, latents.dtype)
         return jnp.einsum("nhwc,cd->nhwd", latents, matrix, precision="highest")
 
-    sizes = KLConfig()  # of the autoencoder whose latents they are
-    return Autoencoder(
-        "latent_preview",
-        sizes.downsampling,
-        sizes.latent_channels,
-        decode=decode,
-        scaling_factor=sizes.scaling_factor,
-    )
+    return _of_sizes("latent_preview", KLConfig(), decode=decode)
 
 
 def _sd_vae(config) -> Autoencoder:
     """Stable Diffusion's, with the weights of config.path."""
-    path = config.path
+    path, tile_size = config.path, config.tile_size
     if not path:
-        raise UsageError(
-            "autoencoder.path",
-            path,
-            ": give the file with the weights of the autoencoder, or "
-            "autoencoder.name='latent_preview' to do without",
-        )
-    tile_size, sizes = config.tile_size, _read_sizes(path)
+        fix = ": give the file of its weights, or autoencoder.name='latent_preview' to do without"
+        raise UsageError("autoencoder.path", path, fix)
+    sizes = KLConfig()
+    if not RELEASED.match(path):
+        with _open(path) as file:
+            sizes = file.config
     model = AutoencoderKL(sizes, dtype=jnp.dtype(config.dtype))
 
     def decode(params, latents):
-        def plain(z):
-            return model.apply({"params": params}, z, method="decode")
-
+        plain = functools.partial(model.apply, {"params": params}, method="decode")
         latents = latents.astype(jnp.float32) / sizes.scaling_factor
-        if not tile_size:
-            return plain(latents)
         return decode_in_tiles(plain, latents, tile_size, sizes.downsampling)
 
     def encode_moments(params, pictures):
         return model.apply({"params": params}, pictures, method="encode")
 
-    return Autoencoder(
-        "sd_vae",
-        sizes.downsampling,
-        sizes.latent_channels,
-        decode=decode,
-        encode_moments=encode_moments,
-        scaling_factor=sizes.scaling_factor,
-        load=functools.partial(_load, path, sizes),
-    )
+    def load():
+        with _open(path) as file:
+            if file.config != sizes:
+                raise UsageError(f"it has {file.config}, and {sizes} was expected")
+            return file.read()
+
+    return _of_sizes("sd_vae", sizes, decode=decode, encode_moments=encode_moments, load=load)
 
 
-def _read_sizes(path: str) -> KLConfig:
-    """The sizes of the autoencoder at `path`, all its names and shapes checked."""
-    if RELEASED.match(path):
-        return KLConfig()
-    with _about(path), open_kl(path) as file:
-        return file.config
-
-
-def _load(path: str, sizes: KLConfig) -> Weights:
-    with _about(path), open_kl(path) as file:
-        if file.config != sizes:
-            raise UsageError(f"it has {file.config}, and {sizes} was expected")
-        return file.read()
+def _of_sizes(name: str, sizes: KLConfig, **functions) -> Autoencoder:
+    side, channels, factor = sizes.downsampling, sizes.latent_channels, sizes.scaling_factor
+    return Autoencoder(name, side, channels, scaling_factor=factor, **functions)
 
 
 @contextlib.contextmanager
-def _about(path: str) -> Iterator[None]:
-    """Starts a UsageError's message with the field; says how to do without the network."""
+def _open(path: str) -> Iterator[KLFile]:
+    """The file of config.path; errors name the field, and tell how to do without the network."""
     try:
-        with naming("autoencoder.path", path):
-            yield
+        with naming("autoencoder.path", path), open_kl(path) as file:
+            yield file
     except UsageError as error:
         if not is_remote(path):
             raise
@@ -187,41 +144,54 @@ AUTOENCODERS: dict[str, Callable[[Any], Autoencoder]] = {
     "identity": _identity,
     "latent_preview": _latent_preview,
 }
+_CHOICES = {
+    "autoencoder.name": tuple(AUTOENCODERS),
+    "autoencoder.dtype": ("float32", "bfloat16"),
+    "data.latent_sampling": ("sample", "mean", "fixed"),
+}
+
+
+def _check_choice(field: str, value: str) -> None:
+    if value not in _CHOICES[field]:
+        raise UsageError(field, value, f"is unknown: use one of {', '.join(_CHOICES[field])}")
 
 
 def create_autoencoder(config) -> Autoencoder:
-    """The autoencoder that `config.autoencoder` describes.
+    """The autoencoder that `config.autoencoder` (name, path, dtype, tile_size) describes.
 
     Names and shapes in its file are checked here; weights are read when they are first asked for,
     and those of the released autoencoders are fetched then.
 
-    Args:
-      config: anything with the fields name, path, dtype and tile_size, see configs/default.py.
-
     Raises:
-      UsageError: a wrong field, or a file that is none or not readable; the message starts with
-        the name of the field, such as "autoencoder.path".
+      UsageError: a wrong field, or a file that is none or not readable.
     """
-    for field, known in {"name": AUTOENCODERS, "dtype": _DTYPES}.items():
-        if (value := getattr(config, field)) not in known:
-            fix = f"is unknown: use one of {', '.join(known)}"
-            raise UsageError(f"autoencoder.{field}", value, fix)
+    _check_choice("autoencoder.name", config.name)
+    _check_choice("autoencoder.dtype", config.dtype)
     if config.tile_size != 0 and config.tile_size < MIN_TILE:
         fix = f"must be at least {MIN_TILE}, or 0 for none"
         raise UsageError("autoencoder.tile_size", config.tile_size, fix)
     return AUTOENCODERS[config.name](config)
 
 
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Pictures in [-1, 1] to uint8 as the released code does: 127.5 x + 128, clipped, cut."""
+    return jnp.clip(127.5 * images.astype(jnp.float32) + 128.0, 0, 255).astype(jnp.uint8)
+
+
+def to_model_range(image):
+    """uint8 pixels to float32 in [-1, 1]; float latents to float32 as they are."""
+    if image.dtype == jnp.uint8:
+        return image.astype(jnp.float32) / 127.5 - 1
+    return image.astype(jnp.float32)
+
+
 def posterior_latents(moments, noise, scaling_factor: float):
-    """Scaled latents, as the diffusion model sees them, from an encoder's moments.
+    """Scaled latents, float32: (mean + exp(log variance / 2) * noise) * scaling_factor.
 
     Args:
-      moments: (N, h, w, 2C), mean and log variance, see `Autoencoder.encode_moments`; NumPy or JAX.
+      moments: (N, h, w, 2C), see `Autoencoder.encode_moments`; NumPy or JAX.
       noise: (N, h, w, C), standard normal; None for the posterior's mean.
       scaling_factor: see `Autoencoder`.
-
-    Returns:
-      float32 (N, h, w, C): (mean + exp(log variance / 2) * noise) * scaling_factor.
     """
     xp = np if isinstance(moments, np.ndarray) else jnp
     mean, log_variance = xp.split(moments.astype(xp.float32), 2, axis=-1)
@@ -230,6 +200,62 @@ def posterior_latents(moments, noise, scaling_factor: float):
     return mean * xp.float32(scaling_factor)
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
-    """Pictures in [-1, 1] to uint8 as the released code does: 127.5 x + 128, clipped, cut."""
-    return jnp.clip(127.5 * images.astype(jnp.float32) + 128.0, 0, 255).astype(jnp.uint8)
+def make_latents_fn(
+    kind: str, autoencoder: Autoencoder, *, latent_sampling: str, seed: int, mesh: Mesh
+) -> Callable[[dict[str, Any], Any], dict[str, jax.Array]]:
+    """The jitted function (batch, step) -> {"x": float32 scaled latents, "condition"}.
+
+    Args:
+      kind: of the source, and so of the batch's "image": "pictures", uint8 (N, H, W, C), which are
+        encoded, or without an encoder become [-1, 1]; "moments", (N, h, w, 2C), as prepared ahead;
+        or "latents", (N, h, w, C), scaled already. The batch's "condition" is passed on.
+      autoencoder: of the latents.
+      latent_sampling: what is taken of a posterior: "sample" draws by (seed, step), "fixed" by
+        (seed, the batch's "index" and "mirrored", both (N,)), "mean" does not draw.
+      seed: decides the draws.
+      mesh: batches are split over it.
+    """
+    _check_choice("data.latent_sampling", latent_sampling)
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    encode = autoencoder.encode_moments if kind == "pictures" else None
+
+    def latents(params, batch, step):
+        x = to_model_range(batch["image"])
+        if encode is not None:
+            x = encode_in_parts(encode, mesh)(params, x)
+        if encode is not None or kind == "moments":
+            noise = _noise(latent_sampling, seed, step, batch, x.shape)
+            x = posterior_latents(x, noise, autoencoder.scaling_factor)
+        return {"x": x, "condition": batch["condition"]}
+
+    params = jax.device_put(autoencoder.params, whole) if kind == "pictures" else {}
+    jitted = jax.jit(latents, in_shardings=(whole, split, whole), out_shardings=split)
+    return functools.partial(jitted, params)
+
+
+def _noise(latent_sampling: str, seed: int, step, batch: dict, moments_shape: tuple[int, ...]):
+    key = jax.random.fold_in(jax.random.key(seed), _STREAM)
+    n, h, w, c = moments_shape
+    if latent_sampling == "mean":
+        return None
+    if latent_sampling == "sample":
+        return jax.random.normal(jax.random.fold_in(key, step), (n, h, w, c // 2))
+
+    def draw(index, mirrored):
+        example_key = jax.random.fold_in(jax.random.fold_in(key, index), mirrored)
+        return jax.random.normal(example_key, (h, w, c // 2))
+
+    return jax.vmap(draw)(batch["index"], batch["mirrored"].astype(jnp.int32))
+
+
+def encode_in_parts(encode, mesh: Mesh):
+    """`encode_moments` of pictures split over the mesh, a few at a time on every device."""
+    spec = PartitionSpec(BATCH_AXES)
+
+    def part(params, pictures):
+        def one(picture):
+            return encode(params, picture[None])[0]
+
+        return jax.lax.map(one, pictures, batch_size=_ENCODED_AT_ONCE)
+
+    return jax.shard_map(part, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec)

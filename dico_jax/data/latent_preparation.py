@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -14,17 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from etils import epath
-from jax.sharding import Mesh
 
-from dico_jax.autoencoders import Autoencoder
-from dico_jax.autoencoders.encoding import encode_in_parts, to_model_range
+from dico_jax.autoencoders.registry import Autoencoder, encode_in_parts, to_model_range
 from dico_jax.data.bad_examples import too_many_bad
 from dico_jax.data.latent_folder import (
     DTYPES,
     Manifest,
     Plan,
     claim_folder,
-    finished_shard,
+    finished_shards,
     remove_leftovers,
     shard_writer,
     write_manifest,
@@ -67,24 +66,18 @@ class Options:
     process_count: int = 1
 
     def __post_init__(self):
-        processes = self.process_count
-        for field, wanted, right in (
-            ("image_size", "at least 1", self.image_size >= 1),
-            ("shard_size", "at least 1", self.shard_size >= 1),
-            ("batch_size", "at least 1", self.batch_size >= 1),
-            ("num_workers", "at least 0", self.num_workers >= 0),
-            ("max_bad_fraction", "in [0, 1]", 0 <= self.max_bad_fraction <= 1),
-            ("process_count", "at least 1", processes >= 1),
-            (
-                "process_index",
-                f"in 0 to {processes - 1}, as --process_count={processes}",
-                0 <= self.process_index < processes,
-            ),
-        ):
-            if not right:
-                raise UsageError(f"--{field}", getattr(self, field), f"must be {wanted}")
-        if self.dtype not in DTYPES:
-            raise UsageError("--dtype", self.dtype, f"is unknown: use one of {', '.join(DTYPES)}")
+        for field in ("image_size", "shard_size", "batch_size", "process_count"):
+            self._require(field, getattr(self, field) >= 1, "at least 1")
+        self._require("num_workers", self.num_workers >= 0, "at least 0")
+        self._require("max_bad_fraction", 0 <= self.max_bad_fraction <= 1, "in [0, 1]")
+        self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        last = self.process_count - 1
+        wanted = f"in 0 to {last}, as --process_count={self.process_count}"
+        self._require("process_index", 0 <= self.process_index <= last, wanted)
+
+    def _require(self, field: str, right: bool, wanted: str) -> None:
+        if not right:
+            raise UsageError(f"--{field}", getattr(self, field), f"must be {wanted}")
 
 
 def source_digest(source: Source) -> str:
@@ -99,33 +92,40 @@ def source_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
+def _field_names(source: Source) -> tuple[str, ...]:
+    """What the first good example has besides its image."""
+    for index in range(len(source)):
+        with contextlib.suppress(BadExample):
+            return tuple(sorted(source[index].keys() - {"image"}))
+    return ()
+
+
 def make_plan(source: Source, autoencoder: Autoencoder, options: Options) -> Plan:
     """What is going to be made.
 
     Raises:
       UsageError: the source has no pictures, or their size does not fit the autoencoder.
     """
+    size, step = options.image_size, autoencoder.downsampling
     if source.kind != "pictures":
         raise UsageError(f"--source: {source!r} has {source.kind}, not pictures to encode")
     if autoencoder.encoder_digest is None or autoencoder.channels is None:
         raise UsageError(f"--vae: {autoencoder.name!r} has no encoder")
-    if options.image_size % autoencoder.downsampling:
-        raise UsageError(
-            f"--image_size={options.image_size} must be a multiple of {autoencoder.downsampling}"
-        )
-    side = options.image_size // autoencoder.downsampling
+    if size % step:
+        raise UsageError("--image_size", size, f"must be a multiple of {step}")
     return Plan(
         source=repr(source),
         source_digest=source_digest(source),
         num_examples=len(source),
-        image_size=options.image_size,
+        image_size=size,
         exif_rotation=options.exif_rotation,
         autoencoder=autoencoder.name,
         encoder_digest=autoencoder.encoder_digest,
-        shape=(2 if options.mirrored else 1, side, side, 2 * autoencoder.channels),
+        shape=(1 + options.mirrored, size // step, size // step, 2 * autoencoder.channels),
         dtype=options.dtype,
         shard_size=options.shard_size,
         class_names=tuple(source.class_names),
+        fields=_field_names(source),
     )
 
 
@@ -151,79 +151,71 @@ def prepare_latents(
     claim_folder(folder, plan)
     remove_leftovers(folder, options.process_index)
     mine = range(plan.num_shards)[options.process_index :: options.process_count]
-    finished = {shard: finished_shard(folder, plan, shard) for shard in mine}
-    todo = [shard for shard in mine if finished[shard] is None]
+    finished = finished_shards(folder, plan, mine)
+    todo = [plan.shard_range(shard) for shard in mine if shard not in finished]
     bad = dict(source.skipped)
     for done in finished.values():
-        bad |= done.bad if done else {}
-    _check_bad(bad, plan, source, options)
-    sizes = {shard: len(plan.shard_range(shard)) for shard in mine}
-    total, left = sum(sizes.values()), sum(sizes[shard] for shard in todo)
+        bad |= done.bad
+    _check_bad(bad, source, options)
+    total, left = sum(len(plan.shard_range(shard)) for shard in mine), sum(map(len, todo))
     with (
         contextlib.closing(_encoded(source, autoencoder, plan, todo, options)) as examples,
         tqdm.tqdm(total=total, initial=total - left, unit="image", dynamic_ncols=True) as bar,
     ):
-        for shard in todo:
+        for indices in todo:
+            shard = indices.start // plan.shard_size
             with shard_writer(folder, plan, shard, options.process_index) as writer:
                 if shard == 0:
                     writer.add_bad(source.skipped)
-                for example, moments in itertools.islice(examples, sizes[shard]):
-                    name = source.example_id(example["index"])
-                    if example["bad"] is None:
-                        writer.add(moments, example["fields"], name)
+                for (index, fields, reason), moments in itertools.islice(examples, len(indices)):
+                    name = source.example_id(index)
+                    if reason is None:
+                        writer.add(moments, fields, name)
                     else:
-                        writer.add_bad({name: example["bad"]})
-                        bad[name] = example["bad"]
-                        _check_bad(bad, plan, source, options)
+                        writer.add_bad({name: reason})
+                        bad[name] = reason
+                        _check_bad(bad, source, options)
                     bar.update()
     return write_manifest(folder, plan, library_versions())
 
 
-def _check_bad(bad: dict[str, str], plan: Plan, source: Source, options: Options) -> None:
-    total = plan.num_examples + len(source.skipped)
+def _check_bad(bad: dict[str, str], source: Source, options: Options) -> None:
+    total = len(source) + len(source.skipped)
     if len(bad) > options.max_bad_fraction * total:
         raise too_many_bad(bad, total, options.max_bad_fraction, "--max_bad_fraction")
 
 
-class _Loader:
-    """Loads examples by index, for Grain's workers."""
-
-    def __init__(self, source: Source, read: PictureReader):
-        self._source, self._read = source, read
-
-    def __call__(self, index: int) -> dict[str, Any]:
-        """{"index", "fields": all but the image, "picture": uint8 (H, W, 3), "bad": a reason}."""
-        try:
-            fields = dict(self._source[int(index)])
-            return {
-                "index": int(index),
-                "picture": self._read(fields.pop("image"), False),
-                "fields": fields,
-                "bad": None,
-            }
-        except BadExample as error:
-            size, channels = self._read.size, self._read.channels
-            picture = np.zeros((size, size, channels), np.uint8)
-            return {"index": int(index), "picture": picture, "fields": {}, "bad": str(error)}
+# Of an example: its index, its fields but the image, why it is bad or None.
+_Example = tuple[int, dict[str, Any], str | None]
 
 
-def _together(examples: Sequence[dict[str, Any]]) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """The pictures of a batch, (n, H, W, 3), and the rest of its examples."""
-    return np.stack([example.pop("picture") for example in examples]), list(examples)
+def _load(source: Source, read: PictureReader, index: int) -> tuple[np.ndarray, _Example]:
+    """An example's picture, uint8 (H, W, 3), and the rest of it."""
+    try:
+        fields = dict(source[int(index)])
+        return read(fields.pop("image"), False), (int(index), fields, None)
+    except BadExample as error:
+        black = np.zeros((read.size, read.size, read.channels), np.uint8)
+        return black, (int(index), {}, str(error))
+
+
+def _together(examples: Sequence[tuple[np.ndarray, _Example]]) -> tuple[np.ndarray, list[_Example]]:
+    pictures, rest = zip(*examples, strict=True)
+    return np.stack(pictures), list(rest)
 
 
 def _encoded(
-    source: Source, autoencoder: Autoencoder, plan: Plan, shards: list[int], options: Options
-) -> Generator[tuple[dict[str, Any], np.ndarray]]:
-    """What `_Loader` gives of the examples of some shards, in order, and their moments."""
+    source: Source, autoencoder: Autoencoder, plan: Plan, shards: list[range], options: Options
+) -> Generator[tuple[_Example, np.ndarray]]:
+    """The examples of some shards in order, and their moments."""
+    if not shards:
+        return
     mesh = create_mesh(jax.local_devices())
     batch_size = -(-options.batch_size // mesh.size) * mesh.size
     encode = _make_encode_fn(autoencoder, plan, batch_size, mesh)
-    load = _Loader(source, PictureReader(plan.image_size, 3, plan.exif_rotation))
-    indices = np.concatenate([np.asarray(plan.shard_range(s)) for s in shards] or [np.arange(0)])
-    if not len(indices):
-        return
-    dataset = grain.MapDataset.source(indices).map(load).batch(batch_size, batch_fn=_together)
+    load = functools.partial(_load, source, PictureReader(plan.image_size, 3, plan.exif_rotation))
+    dataset = grain.MapDataset.source(np.concatenate(shards)).map(load)
+    dataset = dataset.batch(batch_size, batch_fn=_together)
     with contextlib.closing(iter(read_ahead(dataset, options.num_workers))) as batches:
         # The next batch is on its way to the devices while the last one is taken apart.
         ahead = None
@@ -233,7 +225,7 @@ def _encoded(
                 yield from zip(behind[0], np.asarray(behind[1]), strict=False)  # padded
 
 
-def _make_encode_fn(autoencoder: Autoencoder, plan: Plan, batch_size: int, mesh: Mesh):
+def _make_encode_fn(autoencoder: Autoencoder, plan: Plan, batch_size: int, mesh: jax.sharding.Mesh):
     """The function uint8 (n, H, W, 3) -> moments (batch_size, orientations, h, w, 2C).
 
     n may be smaller than batch_size: every call has one size on the devices and compiles once.

@@ -26,29 +26,28 @@ class PreparedLatents:
     source[i] is {"image": moments (orientations, h, w, 2 * channels) in the stored dtype, "label"}
     and what else its record has; `manifest.fields` tells what all have.
 
+    Args:
+      path: the folder, local or gs://.
+      cache_dir: where the shards of a gs:// folder are copied to, if they are not there yet.
+
     Attributes:
       manifest: what the folder says of itself.
       image_shape: (h, w, 2 * channels) of one orientation's moments.
+
+    Raises:
+      UsageError: unfinished, damaged, missing, or gs:// without cache_dir.
     """
 
     kind = "moments"
 
     def __init__(self, path: str, *, cache_dir: str | None = None):
-        """Opens a folder.
-
-        Args:
-          path: the folder, local or gs://.
-          cache_dir: where the shards of a gs:// folder are copied to, if they are not there yet.
-
-        Raises:
-          UsageError: unfinished, damaged, missing, or gs:// without cache_dir.
-        """
-        self.path = path
-        self._folder = epath.Path(path)
+        self.path, self._folder = path, epath.Path(path)
         self.manifest = read_manifest(self._folder)
         if is_remote(path):
             self._folder = _cached(self._folder, self.manifest, cache_dir)
-        _check_sizes(self._folder, self.manifest.shards)
+        for shard in self.manifest.shards:
+            if not _is_there(file := self._folder / shard.file, shard):
+                raise _damaged(file, f"has not the {shard.bytes} bytes that its manifest says")
         plan = self.manifest.plan
         self.class_names = list(plan.class_names)
         self.skipped: dict[str, str] = {}  # those of the manifest are no examples any more
@@ -65,32 +64,39 @@ class PreparedLatents:
         Raises:
           UsageError: see above, or it does not fit the config.
         """
-        if config.path is None:
+        path = config.path
+        if path is None:
             raise UsageError("data.path is not set: give a folder made by dico_jax.prepare latents")
-        with within(f"data.path={config.path}: "):
-            source = cls(config.path, cache_dir=config.cache_dir)
-        plan = source.manifest.plan
-        if plan.image_size != config.image_size:
-            raise wrong_path(
-                config.path,
-                f"prepared for config.data.image_size={plan.image_size}, not {config.image_size}",
-            )
-        if config.horizontal_flip and plan.shape[0] == 1:
-            raise wrong_path(
-                config.path,
-                "prepared without mirrored pictures: use config.data.horizontal_flip=False, or "
-                "prepare them",
-            )
+        with within(f"data.path={path}: "):
+            source = cls(path, cache_dir=config.cache_dir)
+        size, orientations = source.manifest.plan.image_size, source.manifest.plan.shape[0]
+        if size != config.image_size:
+            said = f"prepared for config.data.image_size={size}, not {config.image_size}"
+            raise wrong_path(path, said)
+        if config.horizontal_flip and orientations == 1:
+            fix = "use config.data.horizontal_flip=False, or prepare them"
+            raise wrong_path(path, f"prepared without mirrored pictures: {fix}")
         return source
 
     def check_checksums(self, process_index: int = 0, process_count: int = 1) -> None:
         """Compares this process's part of the shards with their checksums.
 
         Raises:
-          UsageError: naming the shard that differs.
+          UsageError: naming the first shard that differs.
         """
-        with within(f"data.path={self.path}: "):
-            check_checksums(self._folder, self.manifest.shards[process_index::process_count])
+        shards = self.manifest.shards[process_index::process_count]
+        bar = tqdm.tqdm(
+            total=sum(shard.bytes for shard in shards), unit="B", unit_scale=True, delay=2,
+            desc="checksums", dynamic_ncols=True,
+        )  # fmt: skip
+        with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            digests = pool.map(lambda shard: file_sha256(self._folder / shard.file), shards)
+            for shard, digest in zip(shards, digests, strict=True):
+                if digest != shard.sha256:
+                    pool.shutdown(cancel_futures=True)
+                    said = f"has a wrong checksum ({digest[:12]} instead of {shard.sha256[:12]})"
+                    raise _damaged(self._folder / shard.file, said)
+                bar.update(shard.bytes)
 
     def __len__(self):
         return len(self._records)
@@ -98,8 +104,7 @@ class PreparedLatents:
     def __getitem__(self, index):
         moments, _, fields = unpack_record(self._records[index])
         plan = self.manifest.plan
-        image = np.frombuffer(moments, DTYPES[plan.dtype]).reshape(plan.shape)
-        return fields | {"image": image}
+        return fields | {"image": np.frombuffer(moments, DTYPES[plan.dtype]).reshape(plan.shape)}
 
     def example_id(self, index) -> str:
         """The id that the example had in the source."""
@@ -107,6 +112,15 @@ class PreparedLatents:
 
     def __repr__(self):
         return f"PreparedLatents({self.path!r})"
+
+
+def _is_there(file: epath.Path, shard: Shard) -> bool:
+    return file.exists() and file.stat().length == shard.bytes
+
+
+def _damaged(file: epath.Path, said: str) -> UsageError:
+    fix = "copy it again, or delete it and run the same dico_jax.prepare again"
+    return UsageError(f"{file} {said}: {fix}")
 
 
 def _cached(folder: epath.Path, manifest: Manifest, cache_dir: str | None) -> epath.Path:
@@ -120,77 +134,37 @@ def _cached(folder: epath.Path, manifest: Manifest, cache_dir: str | None) -> ep
     local.mkdir(parents=True, exist_ok=True)
     for shard in tqdm.tqdm(manifest.shards, desc=f"copying to {local}", dynamic_ncols=True):
         target = local / shard.file
-        if not target.exists() or target.stat().length != shard.bytes:
+        if not _is_there(target, shard):
             temporary = local / f".{shard.file}.{os.getpid()}"
             (folder / shard.file).copy(temporary, overwrite=True)
             temporary.replace(target)
     return local
 
 
-def _check_sizes(folder: epath.Path, shards: list[Shard]) -> None:
-    for shard in shards:
-        file = folder / shard.file
-        try:
-            size = file.stat().length
-        except OSError as error:
-            raise UsageError(f"{file} of the manifest cannot be read: {error}") from error
-        if size != shard.bytes:
-            raise UsageError(
-                f"{file} has {size} bytes, its manifest says {shard.bytes}: copy it again, or "
-                "delete it and run the same dico_jax.prepare again"
-            )
-
-
-def check_checksums(folder: epath.Path, shards: list[Shard]) -> None:
-    """Reads the shards and compares them with their checksums, with a progress bar.
-
-    Raises:
-      UsageError: naming the first shard that is missing or differs.
-    """
-    _check_sizes(folder, shards)
-    bar = tqdm.tqdm(
-        total=sum(shard.bytes for shard in shards), unit="B", unit_scale=True, desc="checksums",
-        dynamic_ncols=True, delay=2,
-    )  # fmt: skip
-    with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(lambda shard: file_sha256(folder / shard.file), shards)
-        for shard, digest in zip(shards, digests, strict=True):
-            if digest != shard.sha256:
-                pool.shutdown(cancel_futures=True)
-                raise UsageError(
-                    f"{folder / shard.file} has a wrong checksum ({digest[:12]} instead of "
-                    f"{shard.sha256[:12]}): copy it again, or delete it and run the same "
-                    "dico_jax.prepare again"
-                )
-            bar.update(shard.bytes)
-
-
-def verify(folder: epath.Path) -> Manifest:
+def verify(path: str) -> Manifest:
     """Checks everything in a folder: files, checksums, and every record.
 
     Raises:
       UsageError: naming the first thing that is wrong.
     """
-    manifest = read_manifest(folder)
-    check_checksums(folder, manifest.shards)
-    source = PreparedLatents(os.fspath(folder))
+    source = PreparedLatents(path)
+    source.check_checksums()
     for index in tqdm.tqdm(range(len(source)), unit="image", desc="records", dynamic_ncols=True):
         if reason := _wrong_record(source, index):
-            raise UsageError(f"{folder}: record {index} {reason}")
-    return manifest
+            raise UsageError(f"{path}: record {index} {reason}")
+    return source.manifest
 
 
 def _wrong_record(source: PreparedLatents, index: int) -> str | None:
-    """What is wrong with a record, if anything is."""
     try:
         example = source[index]
     except (ValueError, KeyError, TypeError) as error:
         return f"cannot be read: {error}"
     if missing := source.manifest.fields - example.keys():
         return f"has no {', '.join(sorted(missing))}"
-    count = len(source.class_names)
-    if "label" in example and not 0 <= example["label"] < count:
-        return f"has label {example['label']}, but there are {count} classes"
+    label, count = example.get("label", 0), len(source.class_names)
+    if not 0 <= label < count:
+        return f"has label {label}, but there are {count} classes"
     if not np.isfinite(example["image"].astype(np.float32)).all():
         return "holds values that are not finite"
     return None

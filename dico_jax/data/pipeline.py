@@ -7,6 +7,7 @@ state; the number of processes, and of the workers that read for them, may chang
 the next.
 """
 
+import functools
 import os
 import signal
 import time
@@ -45,42 +46,36 @@ def read_label(example: dict[str, Any]) -> dict[str, np.ndarray]:
     return {"label": np.asarray(example["label"], np.int32)}
 
 
-class ExampleLoader:
-    """Loads the example of an index; in place of a bad one, the next good one of the source.
+def _load(
+    source: Source,
+    read: Reader,
+    read_condition: ConditionReader,
+    horizontal_flip: bool,
+    max_bad_fraction: float,
+    index: int,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """An element of a batch; in place of a bad example, the next good one of the source.
 
     What takes a bad one's place depends on the source alone, so every process agrees.
     """
-
-    def __init__(
-        self,
-        source: Source,
-        read: Reader,
-        read_condition: ConditionReader,
-        horizontal_flip: bool,
-        max_bad_fraction: float,
-    ):
-        self._source, self._read, self._read_condition = source, read, read_condition
-        self._flip, self._max_bad_fraction = horizontal_flip, max_bad_fraction
-
-    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """An element of a batch, see `training_batches`."""
-        mirrored = self._flip and rng.random() < 0.5
-        bad: dict[str, str] = {}
-        count = len(self._source)
-        while len(bad) <= self._max_bad_fraction * count:
-            position = (int(index) + len(bad)) % count
-            try:
-                example = self._source[position]
-                return {
-                    "image": self._read(example["image"], mirrored),
-                    "condition": self._read_condition(example),
-                    "index": np.int32(position),
-                    "mirrored": np.bool_(mirrored),
-                    "skipped": np.int32(len(bad)),
-                }
-            except BadExample as error:
-                bad[self._source.example_id(position)] = str(error)
-        raise too_many_bad(bad, count, self._max_bad_fraction)
+    mirrored = horizontal_flip and rng.random() < 0.5
+    bad: dict[str, str] = {}
+    count = len(source)
+    while len(bad) <= max_bad_fraction * count:
+        position = (int(index) + len(bad)) % count
+        try:
+            example = source[position]
+            return {
+                "image": read(example["image"], mirrored),
+                "condition": read_condition(example),
+                "index": np.int32(position),
+                "mirrored": np.bool_(mirrored),
+                "skipped": np.int32(len(bad)),
+            }
+        except BadExample as error:
+            bad[source.example_id(position)] = str(error)
+    raise too_many_bad(bad, count, max_bad_fraction)
 
 
 def training_batches(
@@ -115,20 +110,18 @@ def training_batches(
       "condition": {name: (n, ...)}, "index": int32 (n,) in the source, "mirrored": bool (n,),
       "skipped": int32 (n,), how many examples just before this one in the source were bad}.
     """
-    load = ExampleLoader(source, read, read_condition, horizontal_flip, max_bad_fraction)
+    load = functools.partial(_load, source, read, read_condition, horizontal_flip, max_bad_fraction)
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle()
     dataset = dataset.repeat(_ENDLESS // len(source) + 1).random_map(load)
     dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
     # A start by position, not by a saved state of Grain: that one depends on the workers.
-    dataset = dataset[start_step:]
-    return read_ahead(dataset, num_workers)
+    return read_ahead(dataset[start_step:], num_workers)
 
 
 def read_ahead(dataset: grain.MapDataset, num_workers: int) -> grain.IterDataset:
     """Reads batches in threads of this process, or in worker processes, in their order."""
     if num_workers == 0:
-        # A thread reads a batch: as many as cores.
-        threads = min(os.cpu_count() or 1, 16)
+        threads = min(os.cpu_count() or 1, 16)  # each reads a batch
         return dataset.to_iter_dataset(grain.ReadOptions(threads, threads + _BATCHES_AHEAD))
     if not flags.FLAGS.is_parsed():  # Grain's workers read flags, also where there are none
         flags.FLAGS.mark_as_parsed()
@@ -146,22 +139,19 @@ def _ignore_sigterm(worker: int, num_workers: int) -> None:
 class DeviceBatches:
     """An iterator of batches on the devices, put there by a thread ahead of their use.
 
-    A batch has "image", "condition", "index" and "mirrored", see `training_batches`. Use as a
-    context manager, which ends workers and threads.
+    Batches are those of `training_batches` without "skipped". Use it as a context manager, which
+    ends workers and threads.
+
+    Args:
+      batches: see `training_batches`.
+      put: makes global arrays of a tree of this process's NumPy arrays.
+      log: takes note of bad examples.
 
     Attributes:
       waited: seconds that the newest batch was waited for.
     """
 
     def __init__(self, batches: grain.IterDataset, put: Callable[[Any], Any], log: BadExampleLog):
-        """Starts reading.
-
-        Args:
-          batches: see `training_batches`.
-          put: makes global arrays of a tree of this process's NumPy arrays.
-          log: takes note of bad examples.
-        """
-
         def to_devices(batch: dict) -> tuple[Any, np.ndarray, np.ndarray]:
             index, skipped = batch["index"], batch.pop("skipped")
             return put(batch), index, skipped
