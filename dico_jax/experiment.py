@@ -11,12 +11,11 @@ from ml_collections import ConfigDict
 
 from dico_jax.autoencoders import Autoencoder, create_autoencoder
 from dico_jax.config import DEFAULTS, check_at_least, config_errors
-from dico_jax.data.arrays import ArraySource
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.latents import PreparedLatents
 from dico_jax.data.pictures import BadExample, PictureReader
 from dico_jax.data.pipeline import Reader, read_orientation
-from dico_jax.data.sources import Source, create_source
+from dico_jax.data.sources import ArraySource, Source, create_source
 from dico_jax.diffusion import Objective, SamplingOptions, create_objective
 from dico_jax.errors import UsageError, within
 from dico_jax.models import create_model, model_options

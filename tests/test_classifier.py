@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from dico_jax.data.arrays import DigitsSource
 from dico_jax.data.pictures import PictureReader
+from dico_jax.data.sources import DigitsSource
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.classifier import load_classifier, train_classifier
 from dico_jax.evaluation.features import make_feature_fn

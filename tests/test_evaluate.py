@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dico_jax.data.arrays import DigitsSource
 from dico_jax.data.pictures import PictureReader
+from dico_jax.data.sources import DigitsSource
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import evaluator
 from dico_jax.evaluation.classifier import train_classifier

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dico_jax.data.arrays import ArraySource, DigitsSource
 from dico_jax.data.image_sets import FolderImages, SourceImages
 from dico_jax.data.pictures import PictureReader
+from dico_jax.data.sources import ArraySource, DigitsSource
 from dico_jax.errors import UsageError
 
 RNG = np.random.default_rng(0)
@@ -65,9 +65,9 @@ def test_folders_that_are_refused(folder, tmp_path):
     (folder / "notes.txt").unlink()
     (folder / "more").rmdir()
     write(folder / "000004.png", PICTURES[4, :4])
-    refused("000004.png has 4x5 RGB pixels, the first picture has 6x5 RGB pixels: all must have")
+    refused(r"000004.png is \(4, 5, 3\) pixels, the first picture \(6, 5, 3\): all must have")
     write(folder / "000004.png", PICTURES[4, :, :, 0])
-    refused("000004.png has 6x5 grey pixels, the first picture has 6x5 RGB pixels")
+    refused(r"000004.png is \(6, 5, 1\) pixels, the first picture \(6, 5, 3\)")
     (folder / "000004.png").write_bytes(b"no picture")
     refused("--samples: .*000004.png cannot be read: no picture in a format that Pillow reads")
     empty = tmp_path / "empty"

@@ -3,14 +3,15 @@
 import concurrent.futures
 import io
 import struct
-import warnings
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from dico_jax.data.pictures import MAX_PIXELS, BadExample, load_picture, picture_suffixes
+from dico_jax.data.pictures import MAX_PIXELS, BadExample, PictureReader, picture_suffixes
 from tests import golden
 from tests.real_data import IMAGENET, requires_data
 
@@ -18,7 +19,7 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def load(data, size=8, channels=3, exif_rotation=False):
-    return load_picture(data, size=size, channels=channels, exif_rotation=exif_rotation)
+    return PictureReader(size, channels, exif_rotation)(data)
 
 
 def encode(image, kind, **options):
@@ -237,14 +238,14 @@ BAD = {
     "PDF": (encode(halves(RED, BLUE), "PDF"), "no picture in a format"),
     "bomb": (
         png(20000, 20000, 8, 2, [b""]),
-        f"20000x20000 pixels are too many: the limit is {MAX_PIXELS}",
+        rf"Image size \(400000000 pixels\) exceeds limit of {MAX_PIXELS} pixels",
     ),
-    "wide bomb": (png(2**31 - 1, 1, 8, 0, [b""]), "2147483647x1 pixels are too many"),
+    "wide bomb": (png(2**31 - 1, 1, 8, 0, [b""]), "2147483647 pixels.* exceeds limit"),
     "text bomb": (
         png(1, 1, 8, 0, [b"\0"], chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 26)))),
         "Decompressed data too large|too large",
     ),
-    "too narrow": (encode(Image.new("L", (1, 60000)), "PNG"), "1x60000 pixels are too narrow"),
+    "too narrow": (encode(Image.new("L", (1, 60000)), "PNG"), "1x60000 pixels are .* too narrow"),
 }
 
 
@@ -257,17 +258,24 @@ def test_bad_pictures_tell_why(name):
     assert "0x7" not in str(caught.value)  # an address would differ at every visit
 
 
-def test_no_warnings_reach_the_user():
+def test_no_warnings_reach_the_user(tmp_path):
     """Pillow would warn of the first's size, and of the others' data."""
     large = png(10000, 10000, 8, 0, [b""])
     odd_exif = encode(photo_like(60, 40), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with pytest.raises(BadExample, match="truncated"):
-            load(large)
-        load(odd_exif, exif_rotation=True)
-        load(palette(bytes([128, 255])))
-    assert caught == []
+    code = (
+        "from dico_jax.data.pictures import BadExample, PictureReader\n"
+        "import contextlib, pathlib, sys\n"
+        "for file in sys.argv[1:]:\n"
+        "    with contextlib.suppress(BadExample):\n"
+        "        PictureReader(8, 3, True)(pathlib.Path(file).read_bytes())\n"
+    )
+    files = []
+    for i, data in enumerate((large, odd_exif, palette(bytes([128, 255])))):
+        files.append(tmp_path / str(i))
+        files[i].write_bytes(data)
+    command = [sys.executable, "-W", "default", "-c", code, *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_pixels_are_taken_as_they_are():

@@ -15,7 +15,7 @@ from dico_jax.data import latent_folder, latents
 from dico_jax.data.latent_folder import read_manifest
 from dico_jax.data.latent_preparation import Options, prepare_latents
 from dico_jax.data.latents import PreparedLatents, verify
-from dico_jax.data.pictures import load_picture
+from dico_jax.data.pictures import PictureReader
 from dico_jax.errors import UsageError
 from tests.test_encoding import encode
 
@@ -314,11 +314,9 @@ def test_buckets_need_a_local_folder_and_are_copied_there(copy, tmp_path):
     assert (cache / SHARD).read_bytes() == (copy / SHARD).read_bytes()
 
 
-def test_load_picture_is_what_noise_relies_on():
+def test_a_reader_does_what_noise_relies_on():
     image = Noise().images[0]
-    np.testing.assert_array_equal(
-        load_picture(image, size=SIZE, channels=3, exif_rotation=False), image
-    )
+    np.testing.assert_array_equal(PictureReader(SIZE, 3)(image), image)
 
 
 def test_further_fields_are_kept(tmp_path):

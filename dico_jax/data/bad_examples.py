@@ -9,21 +9,18 @@ import numpy as np
 from dico_jax.data.pictures import BadExample
 from dico_jax.errors import UsageError
 
-MAX_BAD_FIELD = "config.data.max_bad_fraction"
-
+_FIELD = "config.data.max_bad_fraction"
 _LISTED = 10
 
 
 def too_many_bad(
-    bad: Mapping[str, str], num_examples: int, max_bad_fraction: float, field: str = MAX_BAD_FIELD
+    bad: Mapping[str, str], num_examples: int, fraction: float, field: str = _FIELD
 ) -> UsageError:
     """The error that stops for bad examples (id to reason); `field` is what sets the fraction."""
     listed = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[:_LISTED])
     more = f"; and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
-    return UsageError(
-        f"{field}={max_bad_fraction}: {len(bad)} of {num_examples} examples cannot "
-        f"be read ({listed}{more}): mend or remove them, or allow more"
-    )
+    what = f": {len(bad)} of {num_examples} examples cannot be read ({listed}{more})"
+    return UsageError(field, fraction, f"{what}: mend or remove them, or allow more")
 
 
 class BadExampleLog:
@@ -41,31 +38,23 @@ class BadExampleLog:
 
         Args:
           source: the examples.
-          read: their reader, which raises BadExample.
-          max_bad_fraction: of all examples; more is an error.
+          read, read_condition: their readers, which raise BadExample, see `data.pipeline`.
+          max_bad_fraction: of all examples; more is a UsageError, from here and `add_skipped`.
           file: made when there is something to write; None keeps no file.
-          read_condition: the other reader of the examples, which may raise BadExample, too.
-
-        Raises:
-          UsageError: there are already too many.
         """
-        self._source, self._read, self._fraction = source, read, max_bad_fraction
-        self._read_condition = read_condition
-        self._file = file
+        self._source, self._fraction, self._file = source, max_bad_fraction, file
+        self._read, self._read_condition = read, read_condition
         self.bad: dict[str, str] = {}
         if file is not None and file.exists():
-            lines = [line for line in file.read_text().split("\n")[:-1] if line.endswith("}")]
-            self.bad = {entry["id"]: entry["reason"] for entry in map(json.loads, lines)}
+            lines = file.read_text().split("\n")[:-1]
+            entries = [json.loads(line) for line in lines if line.endswith("}")]
+            self.bad = {entry["id"]: entry["reason"] for entry in entries}
         for name, reason in source.skipped.items():
             self._note(name, reason)
         self._check()
 
     def add_skipped(self, index: np.ndarray, skipped: np.ndarray) -> None:
-        """Notes the `skipped[i]` examples before example `index[i]`, for every i of a batch.
-
-        Raises:
-          UsageError: now there are too many.
-        """
+        """Notes the `skipped[i]` examples before example `index[i]`, for every i of a batch."""
         for at in np.flatnonzero(skipped):
             for back in range(1, int(skipped[at]) + 1):
                 self._examine(int(index[at] - back) % len(self._source))
@@ -74,22 +63,20 @@ class BadExampleLog:
     def _examine(self, index: int) -> None:
         """Reads an example once more, here, for the reason."""
         name = self._source.example_id(index)
-        if name in self.bad:
-            return
-        try:
-            example = self._source[index]
-            self._read(example["image"], False)
-            self._read_condition(example)
-        except BadExample as error:
-            self._note(name, str(error))
+        if name not in self.bad:
+            try:
+                example = self._source[index]
+                self._read(example["image"], False)
+                self._read_condition(example)
+            except BadExample as error:
+                self._note(name, str(error))
 
     def _note(self, name: str, reason: str) -> None:
-        if name in self.bad:
-            return
-        self.bad[name] = reason
-        if self._file is not None:
-            with self._file.open("a") as stream:
-                stream.write(json.dumps({"id": name, "reason": reason}) + "\n")
+        if name not in self.bad:
+            self.bad[name] = reason
+            if self._file is not None:
+                with self._file.open("a") as stream:
+                    stream.write(json.dumps({"id": name, "reason": reason}) + "\n")
 
     def _check(self) -> None:
         total = len(self._source) + len(self._source.skipped)

@@ -13,26 +13,12 @@ from etils import epath
 from dico_jax.data.pictures import BadExample, one_line, picture_suffixes
 from dico_jax.errors import UsageError
 
-_REMOTE = ("gs://", "s3://")
-
 # Larger than a file of MAX_PIXELS, even without compression (0.7 GB).
 MAX_FILE_BYTES = 1 << 30
 
-_REASONS = {
-    FileNotFoundError: "{} does not exist",
-    PermissionError: "no permission to read {}",
-    NotADirectoryError: "{} is not a folder",
-}
-
 
 class Listing(NamedTuple):
-    """The names in a folder, without those that are hidden, in no order.
-
-    Attributes:
-      folders: of folders.
-      files: of files.
-      others: of what is neither: broken links, sockets, devices.
-    """
+    """The names in a folder that are not hidden, in no order; `others` are broken links, pipes."""
 
     folders: list[str]
     files: list[str]
@@ -41,7 +27,7 @@ class Listing(NamedTuple):
 
 def is_remote(path: str) -> bool:
     """Whether a path is in a bucket."""
-    return path.startswith(_REMOTE)
+    return path.startswith(("gs://", "s3://"))
 
 
 def wrong_path(path: str, what: str) -> UsageError:
@@ -50,26 +36,14 @@ def wrong_path(path: str, what: str) -> UsageError:
 
 
 def required_path(path: str | None, what: str, *, local: str = "") -> str:
-    """`data.path`, with "~" expanded.
-
-    Args:
-      path: as it is set.
-      what: what there should be.
-      local: what there is, in words, if it cannot be read in a bucket.
-
-    Raises:
-      UsageError: it is not set, or cannot be read.
-    """
+    """`data.path`, which is to be `what`, and `local` if buckets cannot have it; "~" expanded."""
     if not path:
         raise UsageError(f"data.path is not set: give {what}")
     if "://" in path and not is_remote(path):
         raise wrong_path(path, "only local and gs:// paths can be read")
     if local and is_remote(path):
-        raise wrong_path(
-            path,
-            f"{local} cannot be read in a bucket: copy them to a local disk, or mount the bucket "
-            "(gcsfuse)",
-        )
+        fix = "copy them to a local disk, or mount the bucket (gcsfuse)"
+        raise wrong_path(path, f"{local} cannot be read in a bucket: {fix}")
     return os.path.expanduser(path)
 
 
@@ -85,22 +59,18 @@ def printable(name: str) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a name is one that file managers and archivers leave behind, or starts with a dot."""
-    return name in ("Thumbs.db", "desktop.ini", "__MACOSX") or (
-        name.startswith(".") and name not in (".", "..")
-    )
+    if name.startswith("."):
+        return name not in (".", "..")
+    return name in ("Thumbs.db", "desktop.ini", "__MACOSX")
 
 
 def is_picture_name(name: str) -> bool:
     """Whether a name has the suffix of a picture."""
-    return os.path.splitext(name)[1].lower() in picture_suffixes()
+    return name[name.rfind(".") :].lower() in picture_suffixes()
 
 
 def list_folder(path: str) -> Listing:
-    """What is in a folder.
-
-    Raises:
-      OSError: it cannot be listed.
-    """
+    """What is in a folder; an OSError if it cannot be listed."""
     listing = Listing([], [], [])
     if is_remote(path):
         # The first step of a walk tells files and folders apart in one request.
@@ -123,25 +93,15 @@ def _fail(error: OSError) -> None:
 
 
 def open_file(path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-    """A file to read bytes from, in a with statement.
-
-    Raises:
-      OSError: it cannot be opened.
-    """
+    """A file to read bytes from, in a with statement."""
     return epath.Path(path).open("rb") if is_remote(path) else open(path, "rb")
 
 
 def read_picture_file(path: str) -> bytes:
-    """The content of the file of an example.
-
-    Raises:
-      BadExample: this one file is gone, may not be read, or is too large for a picture.
-      OSError: the disk or the network fails.
-    """
+    """The content of a file; BadExample if it is gone, may not be read or is too large."""
     try:
         with open_file(path) as file:
-            file.seek(0, os.SEEK_END)
-            if file.tell() > MAX_FILE_BYTES:
+            if file.seek(0, os.SEEK_END) > MAX_FILE_BYTES:
                 raise BadExample(f"the file is larger than {MAX_FILE_BYTES} bytes")
             file.seek(0)
             return file.read()  # with a limit here, Python would allocate as much
@@ -157,20 +117,8 @@ def path_errors(path: str) -> Iterator[None]:
     """
     try:
         yield
-    except UsageError:
-        raise
     except Exception as error:
-        if not isinstance(error, OSError) and not is_remote(path):
+        if isinstance(error, UsageError) or not (isinstance(error, OSError) or is_remote(path)):
             raise
-        raise wrong_path(path, _reason(error, path)) from error
-
-
-def _reason(error: Exception, path: str) -> str:
-    if isinstance(error, ImportError):
-        return "gs:// needs gcsfs: pip install 'dico_jax[gcs]'"
-    for kind, reason in _REASONS.items():
-        if isinstance(error, kind):
-            named = isinstance(error.filename, str | bytes)
-            name = os.fsdecode(error.filename) if named else path
-            return reason.format("it" if name == path else name)
-    return f"it cannot be read: {one_line(error)}"
+        fix = ": pip install 'dico_jax[gcs]'" if isinstance(error, ImportError) else ""
+        raise wrong_path(path, f"{type(error).__name__}: {one_line(error)}{fix}") from error

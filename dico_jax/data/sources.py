@@ -1,25 +1,27 @@
-"""Sources of training examples by name; docs/data.md describes each for its users."""
+"""Sources of training examples by name, and those of arrays; docs/data.md is for their users."""
 
 import importlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
+
+from dico_jax.data.paths import path_errors, required_path, wrong_path
+from dico_jax.data.pictures import one_line
 from dico_jax.errors import UsageError
 
 
 class Source(Protocol):
-    """An indexed sequence of examples.
+    """An indexed sequence of examples, which is read by threads and pickled into worker processes.
 
-    Sources pickle in little space, because worker processes get them, and may be read by several
-    threads at once. Their repr tells what they read and is the same in every process.
+    Its repr tells what it reads and is the same in every process.
 
     Attributes:
       kind: what the images are: "pictures", "latents" (float, scaled) or "moments" (of the
         autoencoder's posterior). The latter two also have `image_shape`, the (H, W, C) of one
         orientation.
       class_names: one name per class, in the order of the labels.
-      skipped: id to reason, of what was found among the examples when listing them but is none,
-        such as files of another kind.
+      skipped: id to reason, of what was found among the examples but is none.
     """
 
     kind: str
@@ -47,41 +49,110 @@ class Source(Protocol):
         ...
 
 
-def _in_module(module: str, create: Callable[[Any, Any], Source]) -> Callable[[Any], Source]:
-    """A row of `SOURCES`: what `create` makes of the module, imported when needed, and a config."""
-
-    def open_source(config) -> Source:
-        try:
-            found = importlib.import_module(f"dico_jax.data.{module}")
-        except ImportError as error:
-            raise UsageError(
-                f"data.source={config.source!r} needs tensorflow-datasets and array_record "
-                f"({error}): pip install tensorflow-datasets array_record"
-            ) from error
-        return create(found, config)
-
-    return open_source
+_FILES = ("examples.npy", "labels.npy")
 
 
+class _Arrays:
+    """Examples in two arrays, whose ids are their positions."""
+
+    def _take(self, examples: np.ndarray, labels: np.ndarray) -> None:
+        self._examples, self._labels = examples, labels
+        self.kind = "pictures" if examples.dtype == np.uint8 else "latents"
+        self.image_shape = examples.shape[-3:]
+        self.class_names = [str(i) for i in range(int(labels.max()) + 1)]
+        self.skipped: dict[str, str] = {}
+
+    def __len__(self):
+        return len(self._labels)
+
+    def __getitem__(self, index) -> dict[str, Any]:
+        return {"image": np.asarray(self._examples[index]), "label": int(self._labels[index])}
+
+    def example_id(self, index) -> str:
+        """The position of an example."""
+        return str(range(len(self))[index])
+
+
+class DigitsSource(_Arrays):
+    """scikit-learn's 1,797 pictures of digits: uint8 (8, 8, 1), ink 255, ten classes."""
+
+    def __init__(self):
+        from sklearn import datasets
+
+        digits = datasets.load_digits()
+        pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+        self._take(pixels, digits.target.astype(np.int32))
+
+    def __repr__(self):
+        return "DigitsSource()"
+
+
+class ArraySource(_Arrays):
+    """Two NumPy files in a folder, memory-mapped: `examples.npy` and `labels.npy`.
+
+    `examples.npy` is (N, H, W, 1 or 3), uint8 pixels; or (N, H, W, C), scaled float latents; or
+    (N, 2, H, W, C), where the second latents of each pair are those of the mirrored picture
+    (latents cannot be mirrored afterwards). `labels.npy` is (N,) integers from 0.
+    """
+
+    def __init__(self, path: str | None):
+        what = "the folder of examples.npy and labels.npy"
+        self.path = required_path(path, what, local="NumPy files")
+        with path_errors(self.path):
+            try:
+                examples, labels = (np.load(f"{self.path}/{n}", mmap_mode="r") for n in _FILES)
+            except ValueError as error:
+                what = f"examples.npy or labels.npy is no NumPy array: {one_line(error)}"
+                raise wrong_path(self.path, what) from error
+        if reason := _wrong_arrays(examples, labels):
+            raise wrong_path(self.path, reason)
+        self._take(examples, labels)
+
+    def __reduce__(self):
+        return ArraySource, (self.path,)
+
+    def __repr__(self):
+        return f"ArraySource({self.path!r})"
+
+
+def _wrong_arrays(examples: np.ndarray, labels: np.ndarray) -> str | None:
+    """What is wrong with the arrays of a source, if anything is."""
+    shape, dtype = examples.shape, examples.dtype
+    is_pixels = dtype == np.uint8 and len(shape) == 4 and shape[-1] in (1, 3)
+    is_latents = dtype.kind == "f" and (len(shape) == 4 or (len(shape) == 5 and shape[1] == 2))
+    if not is_pixels and not is_latents:
+        wanted = "uint8 (N, H, W, 1 or 3), or float (N, H, W, C) or, mirrored too, (N, 2, H, W, C)"
+        return f"examples.npy is {dtype} {shape}, but must be {wanted}"
+    if labels.shape != shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
+        wanted = f"integers ({shape[0]},), one per example, at least one"
+        return f"labels.npy is {labels.dtype} {labels.shape}, but must be {wanted}"
+    return f"labels.npy has {labels.min()}: count from 0" if labels.min() < 0 else None
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"dico_jax.data.{name}")
+
+
+# What opens each, by `config.data`; modules are imported when they are needed.
 SOURCES: dict[str, Callable[[Any], Source]] = {
-    "latents": _in_module("latents", lambda m, c: m.PreparedLatents.from_config(c)),
-    "folder": _in_module("class_files", lambda m, c: m.FolderSource(c.path)),
-    "zip": _in_module("zips", lambda m, c: m.ZipSource(c.path)),
-    "tfds": _in_module("tfds_source", lambda m, c: m.TfdsSource(c.name, c.path, c.split)),
-    "array_record": _in_module("array_records", lambda m, c: m.ArrayRecordSource(c.path)),
-    "arrays": _in_module("arrays", lambda m, c: m.ArraySource(c.path)),
-    "digits": _in_module("arrays", lambda m, c: m.DigitsSource()),
+    "latents": lambda c: _module("latents").PreparedLatents.from_config(c),
+    "folder": lambda c: _module("class_files").FolderSource(c.path),
+    "zip": lambda c: _module("class_files").ZipSource(c.path),
+    "tfds": lambda c: _module("records").TfdsSource(c.name, c.path, c.split),
+    "array_record": lambda c: _module("records").ArrayRecordSource(c.path),
+    "arrays": lambda c: ArraySource(c.path),
+    "digits": lambda c: DigitsSource(),
 }
 
 
 def create_source(config) -> Source:
-    """The source of `config.data`.
-
-    Raises:
-      UsageError: an unknown name, or what the source itself refuses.
-    """
-    if config.source not in SOURCES:
-        raise UsageError(
-            f"data.source={config.source!r} is unknown: use one of {', '.join(SOURCES)}"
-        )
-    return SOURCES[config.source](config)
+    """The source of `config.data`; a UsageError if it is unknown, or what it refuses itself."""
+    name = config.source
+    if name not in SOURCES:
+        raise UsageError("data.source", name, f"is unknown: use one of {', '.join(SOURCES)}")
+    try:
+        return SOURCES[name](config)
+    except ImportError as error:
+        packages = "scikit-learn" if name == "digits" else "tensorflow-datasets array_record"
+        fix = f"needs {packages} ({one_line(error)}): pip install {packages}"
+        raise UsageError("data.source", name, fix) from error
