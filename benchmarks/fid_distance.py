@@ -19,9 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dico_jax.evaluation.distances import frechet_distance
-from dico_jax.evaluation.moments import Moments
-from dico_jax.evaluation.precision_recall import precision_recall
+from dico_jax.evaluation.distances import frechet_distance, precision_recall
+from dico_jax.evaluation.summaries import Moments
 
 BAR_SECONDS = 10
 PARTS = ("moments", "frechet", "scipy", "precision_recall")

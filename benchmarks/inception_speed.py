@@ -60,8 +60,8 @@ def jax_features(folder: pathlib.Path, batch_size: int) -> Callable[[np.ndarray]
     """The features of pictures, as `dico_jax.evaluate` makes them."""
     import flax
 
-    from dico_jax.evaluation.features import make_feature_fn
     from dico_jax.evaluation.inception_weights import InceptionFeatures
+    from dico_jax.evaluation.networks import make_feature_fn
     from dico_jax.ops.cpu import use_all_cores
     from dico_jax.parallel.mesh import create_mesh
 

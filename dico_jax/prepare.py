@@ -177,7 +177,7 @@ def _reference() -> None:
 
 
 def _classifier() -> None:
-    from dico_jax.evaluation.classifier import train_classifier
+    from dico_jax.evaluation.networks import train_classifier
     from dico_jax.files import result_path
 
     out = result_path(_FLAGS.out, ".npz")

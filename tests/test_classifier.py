@@ -10,9 +10,8 @@ import pytest
 from dico_jax.data.pictures import PictureReader
 from dico_jax.data.sources import DigitsSource
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.classifier import load_classifier, train_classifier
-from dico_jax.evaluation.features import make_feature_fn
-from dico_jax.evaluation.moments import Moments
+from dico_jax.evaluation.networks import load_classifier, make_feature_fn, train_classifier
+from dico_jax.evaluation.summaries import Moments
 from dico_jax.parallel.mesh import create_mesh
 
 

@@ -10,8 +10,8 @@ from dico_jax.data.pictures import PictureReader
 from dico_jax.data.sources import DigitsSource
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import evaluator
-from dico_jax.evaluation.classifier import train_classifier
 from dico_jax.evaluation.measure import Options, evaluate_files, prepare_reference
+from dico_jax.evaluation.networks import train_classifier
 from dico_jax.evaluation.statistics import open_reference
 from dico_jax.evaluation.sweep import parse_sweep
 from tests.commands import assert_refused, call, call_together
@@ -145,7 +145,7 @@ def test_references_keep_the_statistics_of_their_files(folder, tmp_path):
     features = {"features": str(folder / "classifier.npz"), "inception": None, "batch_size": 8}
     with np.load(folder / "images.npz") as images:
         np.savez(path, mu=mean, sigma=covariance, arr_0=images["arr_0"])
-    with pytest.raises(UsageError, match="has statistics of the feature network 'inception'"):
+    with pytest.raises(UsageError, match="was measured with another feature network: inception"):
         prepare_reference(str(path), None, str(out), **features)
     with np.load(folder / "ref.npz") as ours:
         about = {k: v for k, v in ours.items() if k not in ("mu", "sigma", "pool_features")}

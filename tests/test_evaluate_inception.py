@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dico_jax.evaluation.evaluator import create_evaluator
-from dico_jax.evaluation.features import FeatureSummary, make_feature_fn
 from dico_jax.evaluation.inception_weights import load_inception
+from dico_jax.evaluation.networks import make_feature_fn
 from dico_jax.parallel.mesh import create_mesh
 from tests import golden
 from tests.commands import call
@@ -75,9 +75,7 @@ def test_from_a_file_of_pytorch_fid(network, features, tmp_path, numbers):
     np.testing.assert_array_equal(evaluator.reference.mean, pool.mean(0))
     np.testing.assert_array_equal(evaluator.reference.covariance, np.cov(pool, rowvar=False))
     if numbers:
-        summary = FeatureSummary(network, evaluator.keeps_features)
-        summary.add(features[1])
-        found = evaluator.numbers(summary)
+        found = evaluator.measure(lambda start: [SAMPLES], {"count": 12})["metrics"]
         assert set(found) == {"fid", "inception_score", "inception_score_std"}
         assert found["fid"] == pytest.approx(distances(features)["fid"], rel=1e-6)
 

@@ -12,7 +12,7 @@ from dico_jax.autoencoders.weights import Weights
 from dico_jax.config import DEFAULTS
 from dico_jax.diffusion import SamplingOptions, create_diffusion
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.classifier import class_agreement, mean_pairwise_distance
+from dico_jax.evaluation.networks import class_agreement, mean_pairwise_distance
 from dico_jax.models import create_model
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.parallel.sharding import state_sharding

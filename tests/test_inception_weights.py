@@ -353,7 +353,7 @@ def test_no_network(folders, monkeypatch):
 
 def test_a_cache_that_cannot_be_written(folders, released):
     folders[0].write_text("a file")
-    with pytest.raises(UsageError, match="^DICO_JAX_CACHE: the folder .* cannot be made: "):
+    with pytest.raises(UsageError, match="^--inception is not given, and .*cache"):
         load_inception(None)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.moments import Moments
+from dico_jax.evaluation.summaries import Moments
 from tests.golden import distance, load, requires_golden
 
 WIDTH = 37
@@ -120,9 +120,9 @@ def test_rows_that_are_not_finite_are_named_and_nothing_is_added():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (np.zeros((4, WIDTH + 1)), "features have 38 numbers a row, and 37 are expected"),
-        (np.zeros(WIDTH), r"features of shape \(37,\) are not \(N, D\)"),
-        (np.zeros((4, WIDTH), int), "features of dtype int64 are no floating-point numbers"),
+        (np.zeros((4, WIDTH + 1)), r"features are float64\[4, 38\]: .*\(N, 37\) are expected"),
+        (np.zeros(WIDTH), r"features are float64\[37\]: "),
+        (np.zeros((4, WIDTH), int), "features are int64.*: floating-point numbers"),
     ],
 )
 def test_rows_that_do_not_fit(rows, message):
@@ -138,7 +138,5 @@ def test_too_few_rows_and_other_widths():
     assert np.array_equal(moments.mean, np.ones(WIDTH))
     with pytest.raises(UsageError, match="1 rows of features are too few"):
         _ = moments.covariance
-    with pytest.raises(UsageError, match="5 numbers a row, and 37 are expected"):
+    with pytest.raises(UsageError, match=r"\[1, 5\]: .*\(N, 37\) are expected"):
         moments.merge(Moments(5))
-    with pytest.raises(UsageError, match="width=0"):
-        Moments(0)

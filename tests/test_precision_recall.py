@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.evaluation import precision_recall as module
-from dico_jax.evaluation.precision_recall import (
+from dico_jax.evaluation import distances as module
+from dico_jax.evaluation.distances import (
     DISTANCES,
     manifold_members,
     manifold_radii,
@@ -106,7 +106,6 @@ def some_rows(kind, rng, count):
 def test_near_decisions_are_the_exact_ones(kind, monkeypatch):
     monkeypatch.setattr(module, "_TILE", 64)
     monkeypatch.setattr(module, "_HOST_ROWS", 50)
-    monkeypatch.setattr(module, "_HOST_COLUMNS", 60)
     rng = np.random.default_rng(0)
     x, y = some_rows(kind, rng, 150), some_rows(kind, rng, 170)
     y[:20] = x[:20]
@@ -193,13 +192,13 @@ def test_float32_where_float16_would_overflow():
 
 def test_what_cannot_be_compared():
     features = np.random.default_rng(0).standard_normal((4, 3))
-    with pytest.raises(UsageError, match="3 rows of features have no neighbour k=3: give at least"):
+    with pytest.raises(UsageError, match="k=3 must be at least 1, and less than the 3 rows"):
         precision_recall(features[:3], features)
     with pytest.raises(UsageError, match="k=0 must be at least 1"):
         precision_recall(features, features, k=0)
     with pytest.raises(UsageError, match="distances='fast' must be one of exact, adm_float16"):
         precision_recall(features, features, distances="fast")
-    with pytest.raises(UsageError, match="of 2 numbers and reference features of 3"):
+    with pytest.raises(UsageError, match=r"reference features are float64\[4, 3\]: .*\(N, 2\)"):
         precision_recall(features[:, :2], features)
     bad = features.copy()
     bad[2] = np.nan

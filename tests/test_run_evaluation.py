@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.evaluation import classifier
+from dico_jax.evaluation import networks
 from dico_jax.evaluation.statistics import Statistics, open_reference
 from dico_jax.training.loop import train
 from tests.test_training import tiny_config
@@ -14,8 +14,8 @@ from tests.test_training import tiny_config
 
 @pytest.fixture(autouse=True)
 def _short_training(monkeypatch):
-    monkeypatch.setattr(classifier, "_MIN_STEPS", 2)
-    monkeypatch.setattr(classifier, "_EPOCHS", 0)
+    monkeypatch.setattr(networks, "_MIN_STEPS", 2)
+    monkeypatch.setattr(networks, "_EPOCHS", 0)
 
 
 def config(**fields):
@@ -53,7 +53,7 @@ def test_a_curve_that_goes_on_after_an_interruption(tmp_path, monkeypatch):
     assert statistics.count == 1797
 
     files[0].unlink()
-    monkeypatch.setattr(classifier, "_MIN_STEPS", 3)  # then it is another classifier
+    monkeypatch.setattr(networks, "_MIN_STEPS", 3)  # then it is another classifier
     with pytest.raises(UsageError, match=r"reference.npz was measured with other weights"):
         train(config(), str(tmp_path / "parts"))
 

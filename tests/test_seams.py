@@ -22,7 +22,7 @@ from dico_jax.diffusion import (
     sample_loop,
 )
 from dico_jax.errors import UsageError
-from dico_jax.evaluation import classifier
+from dico_jax.evaluation import networks
 from dico_jax.experiment import experiment_from_config, reader_from_config
 from dico_jax.models import MODELS, create_model
 from dico_jax.models.denoiser import Denoiser
@@ -191,9 +191,9 @@ def lines(workdir):
 
 
 def test_it_trains_resumes_samples_and_is_evaluated(tmp_path, monkeypatch, two_devices):
-    monkeypatch.setattr(classifier, "_MIN_STEPS", 2)
-    monkeypatch.setattr(classifier, "_EPOCHS", 0)
-    trained = classifier.train_classifier(
+    monkeypatch.setattr(networks, "_MIN_STEPS", 2)
+    monkeypatch.setattr(networks, "_EPOCHS", 0)
+    trained = networks.train_classifier(
         create_source(digits.get_config().data), lambda image, mirrored: image
     )
     trained.save(tmp_path / "features.npz")

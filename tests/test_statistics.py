@@ -178,8 +178,11 @@ def test_files_that_are_no_npz(tmp_path):
     refused(tmp_path / "one.npy", "is no npz file")
     with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    refused(tmp_path / "other.npz", "holds no arrays: a reference has mu and sigma")
-    refused(write(tmp_path / "others.npz", x=np.zeros(3)), "holds x: a reference has mu and sigma")
+    refused(tmp_path / "other.npz", "holds readme.txt, and no mu: a reference has mu and sigma")
+    refused(
+        write(tmp_path / "others.npz", x=np.zeros(3)),
+        "holds x, and no mu: a reference",
+    )
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -224,11 +227,11 @@ def test_an_array_shorter_than_its_header_says(tmp_path):
         header = {"descr": "|u1", "fortran_order": False, "shape": (5, 4, 4, 3)}
         np.lib.format.write_array_header_1_0(entry, header)
         entry.write(bytes(100))
-    refused(path, r"arr_0 has 100 bytes, and uint8\[5, 4, 4, 3\] has 240: the file is damaged")
+    refused(path, r"arr_0 of shape \(5, 4, 4, 3\) has 100 bytes")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("mu.npy", b"no array")
         archive.writestr("sigma.npy", b"")
-    refused(path, "cannot be read .*damaged")
+    refused(path, "mu is no array")
 
 
 class Trap:
@@ -242,7 +245,7 @@ def test_nothing_is_ever_unpickled(tmp_path, monkeypatch):
     for name in ("mu", "arr_0", "pool_features", "dico_jax"):
         arrays = (adm_arrays() if name != "arr_0" else {}) | {name: trap}
         path = write(tmp_path / f"{name}.npz", **arrays)
-        refused(path, f"{name} is an object array, which may run code")
+        refused(path, r"Object arrays cannot be loaded|is object\[1\]|no description")
     path = tmp_path / "pickle.npz"
     path.write_bytes(pickle.dumps(Trap()))
     refused(path, "is no npz file")
@@ -258,11 +261,11 @@ def test_nothing_is_ever_unpickled(tmp_path, monkeypatch):
         (pictures().astype(np.int64), r"int64.* in \[0, 255\] \(save round\(x\) as uint8\)"),
         (pictures() * 3.0, r"float64.* from 0 to 765: uint8 images"),
         (pictures() > 3, r"bool\[10, 8, 12, 3\]: uint8 images from 0 to 255 are expected"),
-        (pictures(shape=(3, 8, 8)), r"uint8\[10, 3, 8, 8\], which is NCHW: NHWC is expected"),
-        (pictures(shape=(8, 8, 4)), r"\[10, 8, 8, 4\]: 1 or 3 channels are expected"),
+        (pictures(shape=(3, 8, 8)), r"uint8\[10, 3, 8, 8\], which is NCHW: NHWC"),
+        (pictures(shape=(8, 8, 4)), r"\[10, 8, 8, 4\]: NHWC with 1 or 3 channels"),
         (pictures(shape=(8, 8)), r"uint8\[10, 8, 8\]: images \(N, H, W, C\) are expected"),
-        (pictures(0), "there is no image in it"),
-        (np.asfortranarray(pictures()), "in Fortran order, which cannot be read image by image"),
+        (pictures(0), r"uint8\[0, 8, 12, 3\]: images"),
+        (np.asfortranarray(pictures()), "in Fortran order, and no C order"),
     ],
 )
 def test_arrays_that_are_no_images(tmp_path, images, message):
@@ -274,19 +277,19 @@ def test_arrays_that_are_no_images(tmp_path, images, message):
     [
         (
             {"sigma": np.eye(WIDTH + 1)},
-            r"mu and sigma: a covariance of shape \(7, 7\) does not fit",
+            r"mu and sigma: .* a covariance of shape \(7, 7\) are not",
         ),
-        ({"sigma": np.ones((WIDTH, 2))}, r"shape \(6, 2\), and must be square"),
+        ({"sigma": np.ones((WIDTH, 2))}, r"shape \(6, 2\) are not \(D,\) and \(D, D\)"),
         ({"sigma": np.triu(np.ones((WIDTH, WIDTH)))}, "mu and sigma: the covariance is not symm"),
         ({"mu": np.full(WIDTH, np.nan)}, "6 of 6 numbers of the mean are NaN or infinite"),
-        ({"mu": np.zeros(WIDTH, int)}, "mu is of dtype int64: floating-point numbers are expected"),
-        ({"mu": np.zeros((1, WIDTH))}, r"the mean has shape \(1, 6\)"),
-        ({"sigma_s": np.eye(WIDTH)}, "mu_s and sigma_s: a covariance"),
-        ({"mu": None}, "holds sigma but no mu: statistics need both"),
-        ({"sigma_s": None}, "holds mu_s but no sigma_s"),
+        ({"mu": np.zeros(WIDTH, int)}, "mu is no array of floating-point numbers"),
+        ({"mu": np.zeros((1, WIDTH))}, r"a mean of shape \(1, 6\)"),
+        ({"sigma_s": np.eye(WIDTH)}, "mu_s and sigma_s: a mean of shape"),
+        ({"mu": None}, "holds sigma, mu_s, sigma_s, and no mu: "),
+        ({"sigma_s": None}, "holds mu, sigma, mu_s, and no sigma_s"),
         (
             {"pool_features": np.zeros((5, 3))},
-            "pool_features have 3 numbers a row, and 6",
+            r"pool_features are float64\[5, 3\]: .*\(N, 6\)",
         ),
         ({"pool_features": np.full((5, WIDTH), np.inf)}, "5 of 5 rows of .*pool_features are NaN"),
         ({"dico_jax": np.array("{}")}, "dico_jax is no description of statistics that this"),

@@ -1,16 +1,33 @@
-"""Distances between the features of two sets: FID and sFID (Frechet's), and KID (a kernel's).
+"""Distances of features, samples first: FID and sFID (Frechet's), KID, precision and recall."""
 
-The samples come first, the reference second, here as everywhere.
-"""
+import functools
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.moments import check_rows, check_same_width
+from dico_jax.evaluation.statistics import check_moments, check_rows
 
-# Of a matrix that was stored in float16. What is further off is no covariance.
-_ASYMMETRY = 1e-4
-_NEGATIVE = 1e-3
+DISTANCES = ("exact", "adm_float16")  # of precision and recall
+
+_NEGATIVE = 1e-3  # of eigenvalues beside the largest, for moments stored in float16
+_TILE = 2000  # rows of either set that the device has at a time
+_SPARE = 8  # candidates beyond k that are kept of every row
+_UNIT32, _UNIT64 = 2.0**-24, 2.0**-53  # largest relative error of one rounding
+_HALF_MAX = float(np.finfo(np.float16).max)
+_PAIRS_BYTES = 32 << 20
+_HOST_ROWS = 128
+
+
+def _check_both(samples: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
+    samples = check_rows(samples, "sample features")
+    return samples, check_rows(reference, "reference features", width=samples.shape[1])
+
+
+# Frechet's.
 
 
 def frechet_distance(
@@ -29,66 +46,23 @@ def frechet_distance(
       sample_mean, reference_mean: (D,).
       sample_covariance, reference_covariance: (D, D), symmetric.
 
-    Returns:
-      The squared distance, at least 0; the same either way round.
-
     Raises:
       UsageError: shapes that do not fit, NaN or infinite values, or a matrix that is no covariance.
     """
     mean1, covariance1 = check_moments(sample_mean, sample_covariance, "the samples")
     mean2, covariance2 = check_moments(reference_mean, reference_covariance, "the reference")
     if len(mean1) != len(mean2):
-        raise UsageError(
-            f"means of {len(mean1)} and {len(mean2)} numbers cannot be compared: take both from "
-            "one feature network"
-        )
+        raise UsageError(f"means of {len(mean1)} and {len(mean2)} numbers cannot be compared")
     root, other = _root_of_one(covariance1, covariance2)
     product = root.T @ other @ root
-    products = np.linalg.eigvalsh((product + product.T) / 2)
-    products = _without_negative(products, "the product of the covariances")
+    eigenvalues = _without_negative(np.linalg.eigvalsh((product + product.T) / 2))
     delta = mean1 - mean2
     traces = np.trace(covariance1) + np.trace(covariance2)
-    return max(0.0, float(delta @ delta + traces - 2 * np.sum(np.sqrt(products))))
-
-
-def check_moments(
-    mean: np.ndarray, covariance: np.ndarray, what: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """A mean (D,) and a covariance (D, D) in float64.
-
-    Raises:
-      UsageError: starting with `what`: other shapes, NaN or infinite values, not symmetric.
-    """
-    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
-    if mean.ndim != 1 or not mean.size:
-        raise UsageError(f"{what}: the mean has shape {mean.shape}, and must have one axis")
-    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
-        raise UsageError(f"{what}: the covariance has shape {covariance.shape}, and must be square")
-    if len(covariance) != len(mean):
-        raise UsageError(
-            f"{what}: a covariance of shape {covariance.shape} does not fit a mean of {len(mean)} "
-            "numbers: they must come from the same features"
-        )
-    for name, array in (("mean", mean), ("covariance", covariance)):
-        bad = np.count_nonzero(~np.isfinite(array))
-        if bad:
-            raise UsageError(
-                f"{what}: {bad} of {array.size} numbers of the {name} are NaN or infinite: "
-                "compute them again, from finite features"
-            )
-    off = np.max(np.abs(covariance - covariance.T))
-    if off > _ASYMMETRY * np.max(np.abs(covariance)):
-        raise UsageError(
-            f"{what}: the covariance is not symmetric (by up to {off:.2g}): compute it again"
-        )
-    return mean, covariance
+    return max(0.0, float(delta @ delta + traces - 2 * np.sum(np.sqrt(eigenvalues))))
 
 
 def rank_warning(count: int, width: int) -> str | None:
-    """A warning for a covariance of `count` rows of `width` numbers that lacks full rank, or None.
-
-    The distance can be computed then, but it is biased, and far from what more samples give.
-    """
+    """A warning where `count` rows of `width` numbers have no covariance of full rank, or None."""
     if count > width:
         return None
     return (
@@ -100,8 +74,7 @@ def rank_warning(count: int, width: int) -> str | None:
 def _root_of_one(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """R with R R^T one of the two covariances, and the other one.
 
-    Cholesky's factor, which takes a twentieth of the time of an eigendecomposition, where one of
-    them has full rank.
+    Cholesky's factor, where there is one, takes a twentieth of the time of eigenvectors.
     """
     for matrix, other in ((first, second), (second, first)):
         try:
@@ -109,17 +82,20 @@ def _root_of_one(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.
         except np.linalg.LinAlgError:
             continue
     values, vectors = np.linalg.eigh(first)
-    return vectors * np.sqrt(_without_negative(values, "the covariance of the samples")), second
+    return vectors * np.sqrt(_without_negative(values)), second
 
 
-def _without_negative(eigenvalues: np.ndarray, what: str) -> np.ndarray:
+def _without_negative(eigenvalues: np.ndarray) -> np.ndarray:
     lowest, peak = float(eigenvalues.min()), float(np.abs(eigenvalues).max())
     if lowest < -_NEGATIVE * peak:
         raise UsageError(
-            f"{what} has the eigenvalue {lowest:.3g} (the largest is {peak:.3g}), which no "
-            "covariance has: compute the statistics again"
+            f"an eigenvalue is {lowest:.3g} (the largest is {peak:.3g}), which no covariance has: "
+            "compute the statistics again"
         )
     return np.maximum(eigenvalues, 0.0)
+
+
+# A kernel's.
 
 
 def kernel_distance(
@@ -136,32 +112,24 @@ def kernel_distance(
     then rows of the reference, by `numpy.random.RandomState(seed)`, as torch-fidelity draws them.
 
     Args:
-      sample_features: (N, D) of any floating dtype.
-      reference_features: (M, D).
+      sample_features, reference_features: (N, D) and (M, D) of any floating dtype.
       num_subsets: how many subsets.
       subset_size: rows of each that a subset has, at least 2.
       seed: of the subsets.
 
     Returns:
-      The mean and the standard deviation (divided by their number) over the subsets. The mean may
-      be below 0.
+      The mean, which may be below 0, and the standard deviation over the subsets.
 
     Raises:
       UsageError: subsets that do not fit, features of two widths, NaN or infinite ones.
     """
-    samples = check_rows(sample_features, "sample features")
-    reference = check_rows(reference_features, "reference features")
-    check_same_width(samples, reference)
+    samples, reference = _check_both(sample_features, reference_features)
     if num_subsets < 1:
-        raise UsageError(f"num_subsets={num_subsets} must be at least 1")
+        raise UsageError("num_subsets", num_subsets, "must be at least 1")
     fewest = min(len(samples), len(reference))
     if not 2 <= subset_size <= fewest:
-        raise UsageError(
-            f"subset_size={subset_size} does not fit {len(samples)} samples and {len(reference)} "
-            f"reference features: it must be in 2 to {fewest}"
-        )
-    random = np.random.RandomState(seed)
-    values = []
+        raise UsageError("subset_size", subset_size, f"does not fit: it must be in 2 to {fewest}")
+    random, values = np.random.RandomState(seed), []
     for _ in range(num_subsets):
         rows = samples[random.choice(len(samples), subset_size, replace=False)]
         others = reference[random.choice(len(reference), subset_size, replace=False)]
@@ -179,3 +147,254 @@ def squared_discrepancy(x: np.ndarray, y: np.ndarray) -> float:
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+# Precision and recall. Radii and members are one question: of every row the k-th least score over
+# the rows of the other set: the squared distance less the radius of those. Float32 on the device
+# gives bounds, and what they leave open is computed in float64 on the host.
+
+
+def precision_recall(
+    sample_features: Any, reference_features: Any, k: int = 3, distances: str = "exact"
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991) of samples (N, D)
+    against a reference (M, D), of any floating dtype.
+
+    The manifold of a set is the union of balls around its points, each up to the k-th nearest other
+    point, edge included. Precision is the share of samples inside the manifold of the reference,
+    recall the share of the reference inside that of the samples.
+
+    "exact" decides as exact distances of the features would. "adm_float16" rounds as the published
+    evaluator of ADM does: features, norms, products and their sums to float16, or to float32 where
+    float16 cannot hold them. Recall differs by up to about 0.005, so name which one a figure is.
+
+    Raises:
+      UsageError: fewer than k + 1 rows, features of two widths, NaN or infinite ones, an unknown
+        kind of distances.
+    """
+    ours, theirs = manifold_members(sample_features, reference_features, k, distances)
+    return float(ours.mean()), float(theirs.mean())
+
+
+def manifold_members(
+    sample_features: Any, reference_features: Any, k: int = 3, distances: str = "exact"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which samples lie inside the manifold of the reference, bool (N,), and the reverse, (M,).
+
+    Arguments and errors are those of `precision_recall`.
+    """
+    both = _check_both(sample_features, reference_features)
+    ours, theirs = (_Rows(x, manifold_radii(x, k, distances)) for x in both)
+    of_samples, of_reference = _least(ours, theirs, 1, distances)
+    return of_samples <= 0, of_reference <= 0
+
+
+def manifold_radii(features: np.ndarray, k: int = 3, distances: str = "exact") -> np.ndarray:
+    """The squared distance of every row to its k-th nearest other row, float64 (N,).
+
+    "adm_float16" takes entry k of a row's sorted distances, as the published evaluator does, for
+    which the row itself need not be the nearest after rounding. Errors: see `precision_recall`.
+    """
+    features = check_rows(features, "features")
+    if distances not in DISTANCES:
+        raise UsageError("distances", distances, f"must be one of {', '.join(DISTANCES)}")
+    if not 1 <= k < len(features):
+        raise UsageError("k", k, f"must be at least 1, and less than the {len(features)} rows")
+    rows = _Rows(features, np.zeros(len(features)))
+    return _least(rows, rows, k, distances)[0]
+
+
+class _Rows(NamedTuple):
+    features: np.ndarray  # (N, D)
+    radii: np.ndarray  # float64 (N,), squared
+
+
+class _Tile(NamedTuple):
+    """Rows for the device, float32, filled up to one size by rows that are near to nothing."""
+
+    rows: np.ndarray  # (T, D)
+    squares: np.ndarray  # (T,), squared norms: lower bounds, where there is rounding
+    radii: np.ndarray  # (T,)
+    start: Any  # number of the first row
+
+
+def _least(a: _Rows, b: _Rows, k: int, distances: str) -> tuple[np.ndarray, np.ndarray]:
+    """The k-th least score of every row of a over those of b, float64 (N,), and of b over a, (M,).
+
+    Where b is a, a row does not meet itself; else only the signs are sure to be exact.
+    """
+    same = b is a
+    if distances == "adm_float16":
+        peaks = [float(np.max(_squares(x.features.astype(np.float32)))) for x in (a, b)]
+        half = 2.1 * sum(peaks) < _HALF_MAX  # else float16 would overflow
+        tiles = _tiles(a, 0, 0, half)
+        others = tiles if same else _tiles(b, 0, 0, half)
+        of_a, of_b = _sweep(tiles, others, k + same, half=half, skip_own=False)
+        return of_a[0][: len(a.radii), -1], of_b[0][: len(b.radii), -1]
+    # What float32 makes wrong in a squared distance at most, as a multiple of the two rows' squared
+    # norms, whatever the order of sums (Higham, Accuracy and Stability of Numerical Algorithms,
+    # 3.1). Twice that, for products of bfloat16 parts (TPU).
+    rounding = 2 * (a.features.shape[1] + 16) * _UNIT32
+    centre = np.mean([x.features.mean(axis=0, dtype=np.float64) for x in (a, b)], axis=0)
+    tiles = _tiles(a, centre, rounding)
+    others = tiles if same else _tiles(b, centre, rounding)
+    of_a, of_b = _sweep(tiles, others, k + _SPARE, half=False, skip_own=same)
+    exact = _decided(of_a, rounding, a, tiles, b, others, k)
+    return exact, exact if same else _decided(of_b, rounding, b, others, a, tiles, k)
+
+
+def _tiles(given: _Rows, centre: Any, rounding: float, half: bool = False) -> list[_Tile]:
+    """Less `centre`, so that float32 loses little; `half`: rounded to float16."""
+    size, tiles = min(_TILE, len(given.features)), []
+    for start in range(0, len(given.features), size):
+        rows = given.features[start : start + size]
+        if rounding:
+            rows = rows.astype(np.float64) - centre
+        rows = rows.astype(np.float16 if half else np.float32).astype(np.float32)
+        squares = _half_sums((rows * rows).astype(np.float16)) if half else _squares(rows)
+        if not np.isfinite(squares.astype(np.float32)).all():
+            raise UsageError("features are too large for float32: scale both sets")
+        fill = 0, size - len(rows)
+        tiles.append(
+            _Tile(
+                np.pad(rows, (fill, (0, 0))),
+                np.pad((squares * (1 - rounding)).astype(np.float32), fill, constant_values=np.inf),
+                np.pad(given.radii[start : start + size] * (1 + rounding), fill).astype(np.float32),
+                np.int32(start),
+            )
+        )
+    return tiles
+
+
+def _squares(rows: np.ndarray) -> np.ndarray:
+    return np.einsum("nd,nd->n", rows, rows, dtype=np.float64)
+
+
+def _half_sums(values: np.ndarray) -> np.ndarray:
+    """Sums of float16 rows (N, D), in float16, in TensorFlow's order on a CPU, which is Eigen's.
+
+    Halves where a row has more than 1,600 numbers, else four sums of packets of eight numbers.
+    """
+    width = values.shape[1]
+    if width > 1600:
+        middle = 8 * -(-width // 16)
+        return _half_sums(values[:, :middle]) + _half_sums(values[:, middle:])
+    filled = np.pad(values, ((0, 0), (0, -width % 32)))
+    packets = sum(filled.reshape(len(values), -1, 4, 8).swapaxes(0, 1))
+    lanes = packets[:, 0] + packets[:, 1] + packets[:, 2] + packets[:, 3]
+    return lanes.astype(np.float32).sum(axis=1).astype(np.float16)
+
+
+def _sweep(a: list[_Tile], b: list[_Tile], keep: int, **how: bool) -> Any:
+    """The `keep` least scores of every row of a over the rows of b, and the other way round.
+
+    Both are float64 (N, keep) in rising order, infinite where there are fewer, with the other
+    side's rows, int (N, keep).
+    """
+
+    def nothing(tiles):
+        shape = len(tiles[0].rows), keep
+        return [(jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32))] * len(tiles)
+
+    best_a = nothing(a)
+    best_b = best_a if b is a else nothing(b)
+    for i, tile in enumerate(a):
+        rows = jax.device_put(tile)
+        for j in range(i if b is a else 0, len(b)):
+            best_a[i], other = _met(best_a[i], best_b[j], rows, b[j], **how)
+            if b is not a or i != j:
+                best_b[j] = other
+    return _joined(best_a), _joined(best_b)
+
+
+def _joined(best: list[tuple[jax.Array, jax.Array]]) -> tuple[np.ndarray, np.ndarray]:
+    scores, columns = map(np.concatenate, zip(*jax.device_get(best), strict=True))
+    return scores.astype(np.float64), columns
+
+
+@functools.partial(jax.jit, static_argnames=("half", "skip_own"))
+def _met(best_rows, best_columns, rows: _Tile, columns: _Tile, *, half, skip_own):
+    """The least scores of both tiles, after they have met."""
+    contracted = ((1,), (1,)), ((), ())
+    products = lax.dot_general(rows.rows, columns.rows, contracted, precision=lax.Precision.HIGHEST)
+    return (
+        _merged(best_rows, products, rows, columns, half, skip_own),
+        _merged(best_columns, products.T, columns, rows, half, skip_own),
+    )
+
+
+def _merged(best, products, rows: _Tile, columns: _Tile, half, skip_own):
+    distances = (rows.squares[:, None] + columns.squares[None]) - 2 * products
+    if half:
+        distances = _half_distances(products, rows.squares, columns.squares)
+    scores = jnp.maximum(distances, 0) - columns.radii[None]
+    if skip_own:
+        ours, theirs = (tile.start + jnp.arange(len(tile.radii)) for tile in (rows, columns))
+        scores = jnp.where(ours[:, None] == theirs[None], jnp.inf, scores)
+    keep = best[0].shape[1]
+    negative, places = lax.top_k(-jnp.concatenate([best[0], scores], axis=1), keep)
+    older = jnp.take_along_axis(best[1], jnp.minimum(places, keep - 1), axis=1)
+    return -negative, jnp.where(places < keep, older, columns.start + places - keep)
+
+
+def _half_distances(products, row_squares, column_squares):
+    """`reduce_precision`, because XLA leaves out casts to float16 and back."""
+    half = functools.partial(lax.reduce_precision, exponent_bits=5, mantissa_bits=10)
+    return half(half(row_squares[:, None] - half(2 * half(products))) + column_squares[None])
+
+
+def _decided(found, rounding: float, a: _Rows, a_tiles, b: _Rows, b_tiles, k: int) -> np.ndarray:
+    """The exact k-th least score of every row of a, from its least lower bounds."""
+    lower, columns = (x[: len(a.radii)] for x in found)
+    squares, others, radii = (
+        np.concatenate([tile[field] for tile in tiles]).astype(np.float64)
+        for tiles, field in ((a_tiles, 1), (b_tiles, 1), (b_tiles, 2))
+    )
+    sizes = squares[: len(lower), None] + (others + radii)[columns]
+    upper = lower + 2.1 * rounding * sizes
+    scores = _settled(lower, upper, columns, np.arange(len(lower)), a, b, k)
+    is_open = scores > lower[:, -1]  # rows that were not kept have at least this bound
+    if b is not a:
+        is_open &= (scores > 0) & (lower[:, -1] <= 0)
+    if is_open.any():
+        _settle_on_host(scores, np.flatnonzero(is_open), a, b, k)
+    return scores
+
+
+def _settled(lower, upper, columns, rows, a: _Rows, b: _Rows, k: int) -> np.ndarray:
+    """The k-th least score, by differences, of `rows` of a over their `columns` (R, C) in b.
+
+    Bounds (R, C) tell which ones need not be computed.
+    """
+    limit = np.partition(upper, k - 1, axis=1)[:, k - 1]
+    chosen = np.nonzero(lower <= limit[:, None])
+    exact = np.full(lower.shape, np.inf)
+    exact[chosen] = _from_differences(a, rows[chosen[0]], b, columns[chosen])
+    return np.partition(exact, k - 1, axis=1)[:, k - 1]
+
+
+def _from_differences(a: _Rows, rows: np.ndarray, b: _Rows, columns: np.ndarray) -> np.ndarray:
+    """Scores of pairs of rows, float64."""
+    result = np.empty(len(rows))
+    step = max(1, _PAIRS_BYTES // (8 * a.features.shape[1]))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        difference = a.features[rows[part]].astype(np.float64) - b.features[columns[part]]
+        result[part] = _squares(difference)
+    return result - b.radii[columns]
+
+
+def _settle_on_host(scores: np.ndarray, rows: np.ndarray, a: _Rows, b: _Rows, k: int) -> None:
+    """Corrects the scores of `rows` by all of b: products in float64 give the bounds."""
+    rounding = 2 * (a.features.shape[1] + 16) * _UNIT64
+    centre = b.features.mean(axis=0, dtype=np.float64)
+    others, columns = b.features - centre, np.arange(len(b.radii))
+    for start in range(0, len(rows), _HOST_ROWS):
+        part = rows[start : start + _HOST_ROWS]
+        moved = a.features[part] - centre
+        sums = _squares(moved)[:, None] + _squares(others)
+        found, margins = sums - 2 * moved @ others.T - b.radii, rounding * (sums + b.radii)
+        if b is a:
+            found[np.arange(len(part)), part] = np.inf
+        every = np.broadcast_to(columns, found.shape)
+        scores[part] = _settled(found - margins, found + margins, every, part, a, b, k)

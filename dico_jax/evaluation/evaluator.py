@@ -1,8 +1,9 @@
-"""Sets of images against a reference: which network, which metrics, and the numbers."""
+"""Sets of images against a reference: what is opened and checked, and the numbers."""
 
 import dataclasses
+import datetime
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,41 +13,29 @@ from jax.sharding import Mesh
 
 from dico_jax.data.image_sets import FolderImages, ImageSet
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.classifier import load_classifier
-from dico_jax.evaluation.distances import frechet_distance, kernel_distance, rank_warning
-from dico_jax.evaluation.features import FeatureFn, FeatureNetwork, FeatureSummary, make_feature_fn
-from dico_jax.evaluation.precision_recall import precision_recall
+from dico_jax.evaluation.distances import (
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    rank_warning,
+)
+from dico_jax.evaluation.networks import (
+    FeatureFn,
+    FeatureNetwork,
+    load_classifier,
+    make_feature_fn,
+)
 from dico_jax.evaluation.statistics import NpzImages, Statistics, file_digest, open_reference
+from dico_jax.evaluation.summaries import FeatureSummary
+from dico_jax.files import library_versions
 
-# For these, every image's features are kept: 8 kB each of Inception's.
-_OF_ALL_FEATURES = ("precision_recall", "kid")
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000
 _NEIGHBOURS = 3
 _SAVE_EVERY = 5000  # images between two notes of what is known so far
+METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid")
+_OF_ALL_FEATURES = METRICS[3:]  # every image's features are kept for these: 8 kB of Inception's
 
-Batches = Callable[[int], Iterator[np.ndarray]]
-
-
-def create_network(features: str, inception: str | None, flag: str = "--") -> FeatureNetwork:
-    """The network that makes the features, with its weights.
-
-    Args:
-      features: "inception", or the file of a classifier.
-      inception: file of Inception's weights; looked for, then downloaded, if None.
-      flag: what messages put before the names of these arguments.
-
-    Raises:
-      UsageError: its weights cannot be had.
-    """
-    if features == "inception":
-        # A late import: most who name a classifier have no need of it.
-        from dico_jax.evaluation.inception_weights import load_inception
-
-        return load_inception(inception, flag=f"{flag}inception")
-    if inception is not None:
-        fix = f"is for {flag}features=inception, not for {features!r}"
-        raise UsageError(f"{flag}inception={inception} {fix}")
-    return load_classifier(features)
+Batches = Callable[[int], Iterator[np.ndarray]]  # the images from one on, uint8 (N, H, W, C)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +56,6 @@ class Evaluator:
     metrics: tuple[str, ...]
     path: str
 
-    @property
-    def keeps_features(self) -> bool:
-        """Whether the features of every image are kept."""
-        return bool(set(self.metrics) & set(_OF_ALL_FEATURES))
-
     def about(self, samples: dict[str, Any]) -> dict[str, Any]:
         """What a result for these samples says of its origin."""
         reference = self.reference
@@ -87,50 +71,59 @@ class Evaluator:
             "features": {"name": self.network.name, "sha256": self.network.digest},
         }
 
-    def summary(
+    def measure(
         self,
         batches: Batches,
-        count: int,
+        samples: dict[str, Any],
         partial: pathlib.Path | None = None,
-        about: dict[str, Any] | None = None,
         *,
         progress: bool = True,
-    ) -> FeatureSummary:
-        """Of `count` images.
+    ) -> dict[str, Any]:
+        """The result for images of which `samples` tells, their "count" above all.
 
-        Args:
-          batches: the images from one on, uint8 (N, H, W, C).
-          count: how many there are.
-          partial: a file for what is known on the way; if it is there, this goes on from it.
-          about: what the file is of.
-          progress: show a bar.
+        `partial` is a file for what is known on the way; if it is there, this goes on from it.
         """
-        summary = FeatureSummary(self.network, self.keeps_features)
-        about = (about or {}) | {"keeps_features": self.keeps_features}
+        keep = bool(set(self.metrics) & set(_OF_ALL_FEATURES))
+        summary, about = FeatureSummary(self.network, keep), self.about(samples)
+        noted_about = about | {"keeps_features": keep}
         if partial is not None and partial.exists():
-            summary.load(partial, about)
+            summary.load(partial, noted_about)
         noted = summary.count
-        for images in _shown(batches, noted, count, None, progress):
+        for images in _shown(batches, noted, samples["count"], None, progress):
             summary.add(self.features(images))
             is_first = jax.process_index() == 0
             if partial is not None and is_first and summary.count - noted >= _SAVE_EVERY:
-                summary.save(partial, about)
+                summary.save(partial, noted_about)
                 noted = summary.count
-        return summary
+        ranked = bool({"fid", "sfid"} & set(self.metrics))
+        rank = rank_warning(summary.count, self.network.width) if ranked else None
+        return {
+            "metrics": _numbers(summary, self.reference, self.metrics),
+            **about,
+            "warnings": [text for text in (self.network.warning, rank) if text],
+            "versions": library_versions(),
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
 
-    def numbers(self, summary: FeatureSummary) -> dict[str, float]:
-        """The metrics of a set of images."""
-        found: dict[str, float] = {}
-        for name in self.metrics:
-            found |= _COMPUTE[name](summary, self.reference)
-        return found
 
-    def warnings(self, summary: FeatureSummary) -> list[str]:
-        """What makes the numbers less than they seem."""
-        found = [self.network.warning]
-        if {"fid", "sfid"} & set(self.metrics):
-            found.append(rank_warning(summary.count, self.network.width))
-        return [text for text in found if text]
+def create_network(features: str, inception: str | None, flag: str = "--") -> FeatureNetwork:
+    """The network that makes the features, with its weights.
+
+    Args:
+      features: "inception", or the file of a classifier.
+      inception: file of Inception's weights; looked for, then downloaded, if None.
+      flag: what messages put before the names of these arguments.
+    """
+    if features == "inception":
+        # A late import: most who name a classifier have no need of it.
+        from dico_jax.evaluation.inception_weights import load_inception
+
+        return load_inception(inception, flag=f"{flag}inception")
+    if inception is not None:
+        fix = f"is for {flag}features=inception, not for {features!r}"
+        raise UsageError(f"{flag}inception={inception} {fix}")
+    return load_classifier(features)
 
 
 def create_evaluator(
@@ -158,44 +151,67 @@ def create_evaluator(
     features, name = make_feature_fn(network, batch_size, mesh), f"{flag}={reference}"
     is_file = pathlib.Path(reference).is_file()
     found = open_reference(reference) if is_file else open_images(reference, flag)
-    statistics = found if isinstance(found, Statistics) else None
     images = found.images if isinstance(found, Statistics) else found
     if images is not None:
         images.name = name
-    if statistics is None:
-        assert images is not None
-        statistics = measure_images(images, network, features, batch_size)
-        digest = file_digest(reference) if is_file else ""
-        statistics = dataclasses.replace(statistics, digest=digest)
-    _check_network(statistics, network, name)
-    chosen = choose_metrics(metrics, statistics, name, images is not None)
-    evaluator = Evaluator(network, features, statistics, chosen, reference)
-    if evaluator.keeps_features and statistics.pool_features is None:
-        assert images is not None
+    if not isinstance(found, Statistics):
+        found = measure_images(found, network, features, batch_size)
+        found = dataclasses.replace(found, digest=file_digest(reference) if is_file else "")
+    _check_network(found, network, name)
+    chosen = choose_metrics(metrics, found, name, images is not None)
+    if images is not None and found.pool_features is None and set(chosen) & set(_OF_ALL_FEATURES):
         measured = measure_images(images, network, features, batch_size)
-        statistics = dataclasses.replace(statistics, pool_features=measured.pool_features)
-        return dataclasses.replace(evaluator, reference=statistics)
-    return evaluator
+        found = dataclasses.replace(found, pool_features=measured.pool_features)
+    return Evaluator(network, features, found, chosen, reference)
 
 
 def _check_network(statistics: Statistics, network: FeatureNetwork, name: str) -> None:
     """Raises UsageError, naming the file `name`, for statistics of another network."""
-    if statistics.features != network.name:
-        raise UsageError(
-            f"{name} has statistics of the feature network {statistics.features!r}, and "
-            f"{network.name!r} is used: take statistics of the same network"
-        )
-    if len(statistics.mean) != network.width:
-        raise UsageError(
-            f"{name} has statistics of {len(statistics.mean)} features, and the feature network "
-            f"has {network.width}: take statistics of the same network"
-        )
-    made_with = statistics.info.get("network_sha256", network.digest)
-    if made_with != network.digest:
-        raise UsageError(
-            f"{name} was measured with other weights of the {network.name} network "
-            f"({made_with[:8]}, these are {network.digest[:8]}): measure it again"
-        )
+    digest = statistics.info.get("network_sha256", network.digest)
+    for what, theirs, ours in (
+        ("another feature network", statistics.features, network.name),
+        ("another number of features", len(statistics.mean), network.width),
+        (f"other weights of the {network.name} network", digest, network.digest),
+    ):
+        if theirs != ours:
+            raise UsageError(f"{name} was measured with {what}: {theirs}, and {ours} is used")
+
+
+def open_images(path: str, flag: str) -> ImageSet:
+    """A folder of pictures, or an .npz file with arr_0."""
+    check_there(path, flag)
+    is_file = pathlib.Path(path).is_file()
+    return NpzImages(path, f"{flag}={path}") if is_file else FolderImages(path, flag)
+
+
+def check_there(path: str, flag: str) -> None:
+    if "://" not in path and not pathlib.Path(path).exists():
+        raise UsageError(f"{flag}={path}: no such folder or file")
+
+
+def check_metrics(names: Sequence[str], flag: str) -> None:
+    if unknown := set(names) - set(METRICS):
+        fix = f"is unknown: use some of {', '.join(METRICS)}"
+        raise UsageError(f"{flag}metrics: {min(unknown)!r} {fix}")
+
+
+def choose_metrics(
+    wanted: Sequence[str] | None, reference: Statistics, name: str, has_images: bool
+) -> tuple[str, ...]:
+    """The metrics to compute: those wanted, or all that the reference called `name` allows."""
+    lacking = {}
+    if reference.spatial_mean is None:
+        lacking["sfid"] = "spatial statistics"
+    if reference.pool_features is None and not has_images:
+        lacking |= dict.fromkeys(_OF_ALL_FEATURES, "images or features of each")
+    if wanted is None:
+        return tuple(metric for metric in METRICS if metric not in lacking)
+    check_metrics(wanted, "--")
+    for metric in wanted:
+        if metric in lacking:
+            fix = f"cannot be had of {name}, which has no {lacking[metric]}"
+            raise UsageError(f"--metrics: {metric} {fix}")
+    return tuple(metric for metric in METRICS if metric in wanted)
 
 
 def measure_images(
@@ -223,95 +239,23 @@ def _shown(
             bar.update(len(images))
 
 
-def open_images(path: str, flag: str) -> ImageSet:
-    """A folder of pictures, or an .npz file with arr_0.
-
-    Raises:
-      UsageError: it is something else.
-    """
-    check_there(path, flag)
-    if pathlib.Path(path).is_file():
-        return NpzImages(path, f"{flag}={path}")
-    return FolderImages(path, flag)
-
-
-def check_there(path: str, flag: str) -> None:
-    """Raises UsageError for a local folder or file that is not there."""
-    if "://" not in path and not pathlib.Path(path).exists():
-        raise UsageError(f"{flag}={path}: no such folder or file")
-
-
-def choose_metrics(
-    wanted: Sequence[str] | None, reference: Statistics, name: str, has_images: bool = False
-) -> tuple[str, ...]:
-    """The metrics to compute: those wanted, or all that a reference allows.
-
-    Args:
-      wanted: names of `METRICS`; None for all.
-      reference: what is known of it.
-      name: of the reference, for messages.
-      has_images: whether features of all its images can still be had.
-
-    Raises:
-      UsageError: an unknown name, or one that the reference does not allow.
-    """
-    lacking = {}
-    if reference.spatial_mean is None:
-        lacking["sfid"] = "spatial statistics"
-    if reference.pool_features is None and not has_images:
-        lacking |= dict.fromkeys(_OF_ALL_FEATURES, "images or features of each")
-    if wanted is None:
-        return tuple(metric for metric in METRICS if metric not in lacking)
-    for metric in wanted:
-        if metric not in METRICS:
-            raise UsageError(f"--metrics: {metric!r} is unknown: use some of {','.join(METRICS)}")
-        if metric in lacking:
-            raise UsageError(
-                f"--metrics: {metric} cannot be had of {name}, which has no {lacking[metric]}"
-            )
-    return tuple(metric for metric in METRICS if metric in wanted)
-
-
-# The numbers.
-
-
-def _fid(ours: FeatureSummary, theirs: Statistics) -> dict[str, float]:
-    moments = ours.pool.mean, ours.pool.covariance
-    return {"fid": frechet_distance(*moments, theirs.mean, theirs.covariance)}
-
-
-def _sfid(ours: Any, theirs: Any) -> dict[str, float]:
-    moments = ours.spatial.mean, ours.spatial.covariance
-    return {"sfid": frechet_distance(*moments, theirs.spatial_mean, theirs.spatial_covariance)}
-
-
-def _inception_score(ours: FeatureSummary, _: Statistics) -> dict[str, float]:
-    return dict(zip(("inception_score", "inception_score_std"), ours.score.result(), strict=True))
-
-
-def _precision_recall(ours: Any, theirs: Any) -> dict[str, float]:
-    """Exact ones, and those of the published evaluator's float16 distances."""
+def _numbers(ours: Any, theirs: Any, metrics: Collection[str]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for suffix, distances in (("", "exact"), ("_adm_float16", "adm_float16")):
-        names = f"precision{suffix}", f"recall{suffix}"
-        values = precision_recall(
-            ours.pool_features, theirs.pool_features, k=_NEIGHBOURS, distances=distances
-        )
-        found |= dict(zip(names, values, strict=True))
+    if "fid" in metrics:
+        moments = ours.pool.mean, ours.pool.covariance
+        found["fid"] = frechet_distance(*moments, theirs.mean, theirs.covariance)
+    if "sfid" in metrics:
+        moments = ours.spatial.mean, ours.spatial.covariance
+        others = theirs.spatial_mean, theirs.spatial_covariance
+        found["sfid"] = frechet_distance(*moments, *others)
+    if "inception_score" in metrics:
+        found["inception_score"], found["inception_score_std"] = ours.score.result()
+    features = ours.pool_features, theirs.pool_features
+    if "precision_recall" in metrics:
+        for suffix, kind in (("", "exact"), ("_adm_float16", "adm_float16")):
+            values = precision_recall(*features, _NEIGHBOURS, kind)
+            found[f"precision{suffix}"], found[f"recall{suffix}"] = values
+    if "kid" in metrics:
+        size = min(_KID_SUBSET_SIZE, *map(len, features))
+        found["kid"], found["kid_std"] = kernel_distance(*features, _KID_SUBSETS, size)
     return found
-
-
-def _kid(ours: Any, theirs: Any) -> dict[str, float]:
-    size = min(_KID_SUBSET_SIZE, len(ours.pool_features), len(theirs.pool_features))
-    values = kernel_distance(ours.pool_features, theirs.pool_features, _KID_SUBSETS, size)
-    return dict(zip(("kid", "kid_std"), values, strict=True))
-
-
-_COMPUTE: dict[str, Callable[[FeatureSummary, Statistics], dict[str, float]]] = {
-    "fid": _fid,
-    "sfid": _sfid,
-    "inception_score": _inception_score,
-    "precision_recall": _precision_recall,
-    "kid": _kid,
-}
-METRICS = tuple(_COMPUTE)

@@ -1,7 +1,6 @@
 """Who asks for numbers: the commands, of files or of a checkpoint's samples, and a training run."""
 
 import dataclasses
-import datetime
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -16,11 +15,10 @@ from dico_jax.data.image_sets import SourceImages
 from dico_jax.data.pictures import PictureReader
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.classifier import load_classifier, train_classifier
 from dico_jax.evaluation.evaluator import (
-    METRICS,
     Batches,
     Evaluator,
+    check_metrics,
     check_there,
     choose_metrics,
     create_evaluator,
@@ -28,14 +26,17 @@ from dico_jax.evaluation.evaluator import (
     measure_images,
     open_images,
 )
-from dico_jax.evaluation.features import FeatureNetwork, make_feature_fn
+from dico_jax.evaluation.networks import (
+    FeatureNetwork,
+    load_classifier,
+    make_feature_fn,
+    train_classifier,
+)
 from dico_jax.evaluation.statistics import save_statistics
-from dico_jax.files import library_versions, result_path, write_json
+from dico_jax.files import result_path, write_json
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 
-_CLASSIFIER_FILE = "classifier.npz"
-_REFERENCE_FILE = "reference.npz"
 _MAX_OWN_PICTURES = 50_000
 
 
@@ -44,14 +45,7 @@ _MAX_OWN_PICTURES = 50_000
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How images are measured.
-
-    Attributes:
-      features: "inception", or the file of a classifier.
-      inception: file of Inception's weights; looked for, then downloaded, if None.
-      metrics: names of `dico_jax.evaluation.evaluator.METRICS`; all that can be had if None.
-      batch_size: images at a time.
-    """
+    """How images are measured, see `create_network` and `create_evaluator`."""
 
     features: str = "inception"
     inception: str | None = None
@@ -62,10 +56,8 @@ class Options:
         """See `create_evaluator`; on all devices."""
         check_there(reference, flag)  # before weights are loaded
         network = create_network(self.features, self.inception)
-        size, mesh = self.batch_size, create_mesh()
-        return create_evaluator(
-            network, reference, self.metrics, batch_size=size, mesh=mesh, flag=flag
-        )
+        how: Any = {"batch_size": self.batch_size, "mesh": create_mesh(), "flag": flag}
+        return create_evaluator(network, reference, self.metrics, **how)
 
 
 def evaluate_files(
@@ -98,14 +90,12 @@ def evaluate_files(
     count = len(images) if num_samples is None else num_samples
     if count > len(images):
         raise UsageError("--num_samples", num_samples, f": {images.name} has {len(images)} images")
-    samples = {"images": images.name, "count": count}
+    about = {"images": images.name, "count": count}
 
     def batches(start: int) -> Iterator[np.ndarray]:
         return images.batches(options.batch_size, start, count)
 
-    result = measure(evaluator, batches, samples, file)
-    _finish(result, file)
-    return result
+    return _finish(evaluator, batches, about, file)
 
 
 def evaluate_checkpoint(
@@ -118,7 +108,7 @@ def evaluate_checkpoint(
     classes: str = "all",
     **sampler_options,
 ) -> dict[str, Any]:
-    """Measures samples of a checkpoint, which are never written, and ends as `evaluate_files`.
+    """Measures samples of a checkpoint, which are never written; else as `evaluate_files`.
 
     Args:
       ckpt: workdir of a run, or a converted checkpoint.
@@ -126,28 +116,16 @@ def evaluate_checkpoint(
       num_samples: how many.
       classes: see `CheckpointSampler.conditions`.
       **sampler_options: of `CheckpointSampler`.
-
-    Raises:
-      UsageError: something cannot be read or does not fit.
     """
     file = None if out is None else result_path(out, ".json")
     samples = CheckpointSamples(CheckpointSampler(ckpt, **sampler_options), num_samples, classes)
-    result = measure(options.evaluator(reference), samples, samples.about, file)
-    _finish(result, file)
-    return result
+    return _finish(options.evaluator(reference), samples, samples.about, file)
 
 
 class CheckpointSamples:
     """Samples of a checkpoint; called with the number of the first one, gives batches of them."""
 
     def __init__(self, sampler: CheckpointSampler, count: int, classes: str):
-        """Chooses conditions.
-
-        Args:
-          sampler: makes them.
-          count: how many.
-          classes: see `CheckpointSampler.conditions`.
-        """
         self.sampler, self._count, self._classes = sampler, count, classes
         self._conditions = sampler.conditions(count, classes)
 
@@ -180,14 +158,10 @@ def prepare_reference(
       path: a folder or an .npz file of pictures that are taken as they are.
       source: in place of them, the examples of a source, how they are read, and how many at most.
       out: a new .npz file.
-      features, inception: see `create_network`.
-      batch_size: pictures at a time.
+      features, inception, batch_size: see `Options`.
 
     Returns:
       What was done, in a line.
-
-    Raises:
-      UsageError: something cannot be read or does not fit.
     """
     file = result_path(out, ".npz")
     if source is None:
@@ -203,35 +177,11 @@ def prepare_reference(
     if statistics.digest:
         made_of = {"path": path, "sha256": statistics.digest}
         statistics = dataclasses.replace(statistics, info=statistics.info | {"made_of": made_of})
-    save_statistics(str(file), statistics)
+    save_statistics(file, statistics)
     return f"{file} is written: {len(measured):,} pictures, features: {statistics.features}"
 
 
 # Results.
-
-
-def measure(
-    evaluator: Evaluator, batches: Batches, samples: dict[str, Any], out: pathlib.Path | None
-) -> dict[str, Any]:
-    """The result for a set of images.
-
-    Args:
-      evaluator: measures.
-      batches: see `Evaluator.summary`.
-      samples: what the images are, with their "count".
-      out: where the result is going to be written; beside it lies what is known on the way.
-    """
-    about = evaluator.about(samples)
-    partial = None if out is None else partial_file(out)
-    summary = evaluator.summary(batches, samples["count"], partial, about)
-    return {
-        "metrics": evaluator.numbers(summary),
-        **about,
-        "warnings": evaluator.warnings(summary),
-        "versions": library_versions(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
 
 
 def partial_file(out: pathlib.Path) -> pathlib.Path:
@@ -239,23 +189,25 @@ def partial_file(out: pathlib.Path) -> pathlib.Path:
     return out.with_name(f"{out.name}.partial.npz")
 
 
-def _finish(result: dict[str, Any], file: pathlib.Path | None) -> None:
-    if jax.process_index() != 0:
-        return
-    print(table(result))
-    if file is not None:
-        write_json(file, result)
-        partial_file(file).unlink(missing_ok=True)
+def _finish(
+    evaluator: Evaluator, batches: Batches, about: dict[str, Any], file: pathlib.Path | None
+) -> dict[str, Any]:
+    result = evaluator.measure(batches, about, file and partial_file(file))
+    if jax.process_index() == 0:
+        print(table(result))
+        if file is not None:
+            write_json(file, result)
+            partial_file(file).unlink(missing_ok=True)
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
     """A result as lines of text."""
     samples, reference, features = (result[k] for k in ("samples", "reference", "features"))
-    count = reference["count"]
+    count = f" ({reference['count']:,} images)" if reference["count"] else ""
     lines = [
-        f"{samples['count']:,} images against {reference['path']}"
-        f"{f' ({count:,} images)' if count else ''}, features: {features['name']} "
-        f"({features['sha256'][:8]})"
+        f"{samples['count']:,} images against {reference['path']}{count}, features: "
+        f"{features['name']} ({features['sha256'][:8]})"
     ]
     width = max(map(len, result["metrics"]))
     lines += [f"  {name:<{width}}  {value:.6g}" for name, value in result["metrics"].items()]
@@ -276,29 +228,22 @@ class RunEvaluation:
         conditions: Callable[[np.ndarray], Any],
         mesh: Mesh,
     ):
-        """Loads what is there already.
+        """Loads what is there already; UsageError, naming the field, where that cannot work.
 
-        Args:
-          config: of the run.
-          source, read: its examples.
-          conditions: from the indices of samples (N,) to what the network is told of them.
-          mesh: the devices.
-
-        Raises:
-          UsageError: naming the field, its value and the fix.
+        `source` and `read` give the run's examples; `conditions` makes, of the indices of samples
+        (N,), what the network is told of them.
         """
-        self._options, self._mesh = config.eval, mesh
-        self._batch_size = config.sampling.batch_size
-        self._source, self._read, self._conditions = source, read, conditions
+        self._options, self._conditions = config.eval, conditions
+        self._source, self._read = source, read
+        self._how: Any = {"batch_size": config.sampling.batch_size, "mesh": mesh}
         self._network: FeatureNetwork | None = None
         self._evaluator: Evaluator | None = None
         if not self._options.every_steps:
             return
         self._check()
         if self._options.features != "classifier":
-            self._network = create_network(
-                self._options.features, self._options.inception, "config.eval."
-            )
+            files = self._options.features, self._options.inception
+            self._network = create_network(*files, "config.eval.")
             if self._options.reference is not None:
                 self._evaluator = self._against(self._network, self._options.reference)
 
@@ -306,18 +251,14 @@ class RunEvaluation:
         options, source = self._options, self._source
         if options.num_samples < 2:
             raise UsageError("config.eval.num_samples", options.num_samples, "must be at least 2")
-        if unknown := set(options.metrics) - set(METRICS):
-            fix = f"is unknown: use some of {', '.join(METRICS)}"
-            raise UsageError(f"config.eval.metrics: {min(unknown)!r} {fix}")
-        if source.kind == "pictures":
-            return
+        check_metrics(options.metrics, "config.eval.")
         lacks = f"config.data.source has {source.kind}, not pictures: give"
-        if options.features == "classifier":
+        if source.kind != "pictures" and options.features == "classifier":
             raise UsageError(
                 f"config.eval.features='classifier' is trained on pictures, but {lacks} the file "
                 "of a classifier, or 'inception'"
             )
-        if options.reference is None:
+        if source.kind != "pictures" and options.reference is None:
             raise UsageError(f"config.eval.reference is not set, and {lacks} an .npz of statistics")
 
     def is_due(self, step: int, last_step: int) -> bool:
@@ -332,42 +273,37 @@ class RunEvaluation:
         """
         if not self._options.every_steps or self._evaluator is not None:
             return
-        network = self._network or self._classifier(workdir / _CLASSIFIER_FILE)
-        own = workdir / _REFERENCE_FILE
+        network = self._network or self._classifier(workdir / "classifier.npz")
+        own, metrics = workdir / "reference.npz", self._options.metrics or None
         if self._options.reference is not None or own.exists():
             self._evaluator = self._against(network, self._options.reference or str(own))
             return
-        features = make_feature_fn(network, self._batch_size, self._mesh)
+        features = make_feature_fn(network, **self._how)
         images = SourceImages(self._source, self._read, _MAX_OWN_PICTURES)
-        statistics = measure_images(images, network, features, self._batch_size)
+        found = measure_images(images, network, features, self._how["batch_size"])
         if jax.process_index() == 0:
-            save_statistics(own, statistics)
-        chosen = choose_metrics(self._options.metrics or None, statistics, str(own))
-        self._evaluator = Evaluator(network, features, statistics, chosen, str(own))
+            save_statistics(own, found)
+        chosen = choose_metrics(metrics, found, str(own), False)
+        self._evaluator = Evaluator(network, features, found, chosen, str(own))
 
     def __call__(self, samples: Callable[[Any, int], Iterator[np.ndarray]]) -> dict[str, float]:
         """The numbers, by "FEATURES/METRIC".
 
-        Args:
-          samples: function from the conditions of all samples, and the first one to make, to
-            batches.
+        `samples` makes, of the conditions of all and the first one to make, batches.
         """
         evaluator, count = self._evaluator, self._options.num_samples
         assert evaluator is not None, "open() comes first"
         conditions = self._conditions(np.arange(count))
-        summary = evaluator.summary(lambda start: samples(conditions, start), count, progress=False)
-        numbers = evaluator.numbers(summary)
-        return {f"{evaluator.network.name}/{name}": value for name, value in numbers.items()}
+        result = evaluator.measure(
+            lambda start: samples(conditions, start), {"count": count}, progress=False
+        )
+        return {
+            f"{evaluator.network.name}/{key}": value for key, value in result["metrics"].items()
+        }
 
     def _against(self, network: FeatureNetwork, reference: str) -> Evaluator:
-        return create_evaluator(
-            network,
-            reference,
-            self._options.metrics or None,
-            batch_size=self._batch_size,
-            mesh=self._mesh,
-            flag="config.eval.reference",
-        )
+        metrics, flag = self._options.metrics or None, "config.eval.reference"
+        return create_evaluator(network, reference, metrics, **self._how, flag=flag)
 
     def _classifier(self, file: pathlib.Path) -> FeatureNetwork:
         if file.exists():

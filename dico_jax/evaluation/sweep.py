@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.measure import CheckpointSamples, Options, measure, partial_file
+from dico_jax.evaluation.measure import CheckpointSamples, Options, partial_file
 from dico_jax.files import write_json
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 
@@ -36,9 +36,6 @@ def sweep_guidance(
         lies beside it.
       scales: see `parse_sweep`.
 
-    Returns:
-      The results.
-
     Raises:
       UsageError: something cannot be read or does not fit.
     """
@@ -55,7 +52,7 @@ def sweep_guidance(
             raise UsageError("--out", out, "is of another sweep: give another name")
         if scale not in map(_scale_of, results):
             part = file.with_name(f"{file.stem}-{scale}.json")
-            results.append(measure(evaluator, samples, samples.about, part))
+            results.append(evaluator.measure(samples, samples.about, partial_file(part)))
             if jax.process_index() == 0:
                 write_json(file, {"sweep": results})
             partial_file(part).unlink(missing_ok=True)
@@ -67,11 +64,7 @@ def sweep_guidance(
 
 
 def parse_sweep(text: str) -> tuple[float, ...]:
-    """The numbers from A to B by steps of C, both ends included, of "A:B:C".
-
-    Raises:
-      UsageError: something else, or no numbers at all.
-    """
+    """The numbers from A to B by steps of C, both ends included, of "A:B:C"; or UsageError."""
     try:
         first, last, step = (decimal.Decimal(part) for part in text.split(":"))
         if not (first >= 0 and step > 0 and last >= first):
@@ -83,12 +76,7 @@ def parse_sweep(text: str) -> tuple[float, ...]:
 
 
 def plot_sweep(file: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
-    """Writes FID, sFID and Inception Score by guidance scale, as far as they are there.
-
-    Args:
-      file: .png, .pdf or .svg.
-      results: by rising guidance scale.
-    """
+    """Plots FID, sFID and Inception Score, as far as they are there, of results by rising scale."""
     from matplotlib.figure import Figure
 
     scales = [_scale_of(result) for result in results]

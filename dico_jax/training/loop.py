@@ -17,7 +17,7 @@ from dico_jax.checkpoints.checkpointer import Checkpointer
 from dico_jax.checkpoints.snapshots import EmaSnapshots
 from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import config_to_dict
-from dico_jax.evaluation.classifier import ClassAgreement
+from dico_jax.evaluation.networks import ClassAgreement
 from dico_jax.files import new_file
 from dico_jax.training.logging import open_logger
 from dico_jax.training.nan_policy import NanWatch

@@ -19,8 +19,8 @@ from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.pipeline import DeviceBatches, training_batches
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.classifier import ClassAgreement, class_agreement, require_sklearn
 from dico_jax.evaluation.measure import RunEvaluation
+from dico_jax.evaluation.networks import ClassAgreement, class_agreement, require_sklearn
 from dico_jax.experiment import (
     Experiment,
     check_training,

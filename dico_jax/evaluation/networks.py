@@ -1,25 +1,24 @@
-"""What judges small labelled sets of pictures, where Inception's features mean nothing.
+"""Networks whose features are compared, how they run, and the judges of small labelled sets.
 
-A small network, trained on the pictures themselves, stands in for Inception: distances in its
-features compare runs on one set with one another, and with nothing else. It is kept in a file,
-because every training gives other features.
+Where Inception's features mean nothing, a small network, trained on the pictures themselves, stands
+in for it: distances in its features compare runs on one set with one another, and with nothing
+else. It is kept in a file, because every training gives other features.
 
-Class agreement and spread need no file. Class agreement: the share of generated images that a
-support vector classifier fitted on the real ones takes for the class they were asked for; in a
-tenth of a second, so that every run on a small set can end with it. Spread: the mean distance
-between two generated images of a class over that of two real ones, which falls towards 0 when a
-class collapses.
+Class agreement and spread need no file, and a tenth of a second: the share of generated images that
+a support vector classifier fitted on the real ones takes for the class they were asked for; and the
+mean distance between two generated images of a class over that of two real ones, which falls
+towards 0 when a class collapses.
 """
 
+import abc
 import dataclasses
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -28,12 +27,13 @@ import numpy as np
 import optax
 import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from dico_jax.data.pipeline import read_label, training_batches
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.features import FeatureNetwork, Features
 from dico_jax.files import new_file
+from dico_jax.parallel.mesh import batch_sharding, from_same, num_batch_shards, replicated
 
 FEATURES_WIDTH = 64
 _WIDTHS = (32, 64, 128)
@@ -44,6 +44,76 @@ _HELD_OUT = 10  # one of so many examples
 _FORMAT = "dico_jax classifier 1"
 
 Reader = Callable[[Any, bool], np.ndarray]
+
+
+class Features(NamedTuple):
+    """What a network makes of images, float32."""
+
+    pool: Any  # (N, D), what FID, KID, precision and recall compare
+    spatial: Any  # (N, S), what sFID compares; None where a network has none
+    logits: Any  # (N, classes), what the Inception Score is made of
+
+
+class FeatureNetwork(abc.ABC):
+    """A network for features.
+
+    Attributes:
+      name: always given with the numbers: distances in different features do not compare.
+      digest: SHA-256 of the weights.
+      width: numbers in the pooled features.
+      spatial_width: numbers in the spatial features; 0 for none.
+      num_classes: number of logits.
+      cpu_batch_size: images at a time on one core that are fastest.
+      warning: what makes its numbers less than they seem, or None.
+      params: a tree of arrays.
+    """
+
+    name: str
+    digest: str
+    width: int
+    spatial_width: int = 0
+    num_classes: int
+    cpu_batch_size: int = 64
+    warning: str | None = None
+    params: Any
+
+    @abc.abstractmethod
+    def check_images(self, shape: tuple[int, int, int], name: str) -> None:
+        """Raises UsageError, with the name of the images, where it cannot take (H, W, C)."""
+
+    @abc.abstractmethod
+    def apply(self, params: Any, images: jax.Array) -> Features:
+        """The features of uint8 images (N, H, W, C); to be run under jit."""
+
+
+FeatureFn = Callable[[np.ndarray], Features]
+
+
+def make_feature_fn(network: FeatureNetwork, batch_size: int, mesh: Mesh) -> FeatureFn:
+    """The function from uint8 images (N, H, W, C), N at most batch_size, to their features.
+
+    Batches are filled up to one size, a multiple of the mesh's, so that there is one compilation,
+    and split over the mesh; on CPUs they go through in parts. With several processes every one
+    gives the same images and gets all features.
+    """
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    shards = num_batch_shards(mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        batch_size = min(batch_size, network.cpu_batch_size * shards)
+    size = -(-batch_size // shards) * shards
+    compiled = jax.jit(network.apply, in_shardings=(whole, split), out_shardings=whole)
+    params = jax.device_put(network.params, whole)
+
+    def part(images: np.ndarray) -> Features:
+        padded = np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)))
+        found = compiled(params, from_same(padded, split))
+        return jax.tree.map(lambda x: np.asarray(x)[: len(images)], found)
+
+    def features(images: np.ndarray) -> Features:
+        parts = [part(images[first : first + size]) for first in range(0, len(images), size)]
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+    return features
 
 
 class ConvClassifier(nn.Module):
@@ -66,19 +136,15 @@ class ConvClassifier(nn.Module):
 class Classifier(FeatureNetwork):
     """A trained classifier.
 
-    Attributes:
-      image_shape: (H, W, C) of the pictures it takes.
-      class_names: of its classes.
-      info: how it was made: the pictures, steps, and its accuracy on those it has not seen.
+    `info` says how it was made: the pictures, steps, and its accuracy on those it has not seen.
     """
 
-    name = "classifier"
-    width = FEATURES_WIDTH
+    name, width = "classifier", FEATURES_WIDTH
 
     def __init__(
         self,
         params: Any,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, ...],
         class_names: Sequence[str],
         info: dict[str, Any],
     ):
@@ -92,10 +158,8 @@ class Classifier(FeatureNetwork):
     def check_images(self, shape, name):
         """See `FeatureNetwork`: it takes the shape that it was trained on."""
         if tuple(shape) != self.image_shape:
-            raise UsageError(
-                f"{name} has images of shape {tuple(shape)}, but this classifier was trained on "
-                f"{self.image_shape}"
-            )
+            fix = f"but this classifier was trained on {self.image_shape}"
+            raise UsageError(f"{name} has images of shape {tuple(shape)}, {fix}")
 
     def apply(self, params, images):
         """See `FeatureNetwork`."""
@@ -111,18 +175,12 @@ class Classifier(FeatureNetwork):
             "info": self.info,
         }
         arrays: Any = {k: np.asarray(v) for k, v in flatten_dict(self.params, sep="/").items()}
-        buffer = io.BytesIO()  # a file that is replaced must be written in one go
-        np.savez(buffer, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
         with new_file(path) as stream:
-            stream.write(buffer.getvalue())
+            np.savez(stream, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
 
 
 def load_classifier(path: str | os.PathLike) -> Classifier:
-    """Reads what `Classifier.save` has written.
-
-    Raises:
-      UsageError: it cannot be read, or is something else.
-    """
+    """Reads what `Classifier.save` has written; UsageError where it is something else."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
