@@ -24,8 +24,8 @@ from PIL import Image
 
 from dico_jax.autoencoders.registry import Autoencoder, make_latents_fn
 from dico_jax.data.bad_examples import BadExampleLog
-from dico_jax.data.latent_folder import Plan, shard_writer, write_manifest
-from dico_jax.data.latents import PreparedLatents
+from dico_jax.data.latent_preparation import write_manifest, write_shard
+from dico_jax.data.latents import Plan, PreparedLatents
 from dico_jax.data.pictures import PictureReader
 from dico_jax.data.pipeline import DeviceBatches, read_label, read_orientation, training_batches
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, to_global
@@ -42,10 +42,11 @@ def write_latents(folder: str, num_examples: int = 8192) -> PreparedLatents:
     plan = Plan("random", "", num_examples, _SIZE, False, "sd_vae", "", (2, 32, 32, 8), "float16",
                 4096, tuple(map(str, range(1000))))  # fmt: skip
     rng = np.random.default_rng(0)
-    for shard in range(plan.num_shards):
-        with shard_writer(epath.Path(folder), plan, shard) as writer:
-            for index in plan.shard_range(shard):
-                writer.add(rng.normal(size=plan.shape), {"label": index % 1000}, f"example/{index}")
+    for shard, part in enumerate(plan.shards):
+        examples = (
+            ((f"example/{i}", {"label": i % 1000}, None), rng.normal(size=plan.shape)) for i in part
+        )
+        write_shard(epath.Path(folder), plan, shard, examples, {})
     write_manifest(epath.Path(folder), plan, {})
     return PreparedLatents(folder)
 

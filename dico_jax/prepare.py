@@ -32,23 +32,25 @@ from absl import flags
 from dico_jax import cli
 from dico_jax.errors import UsageError
 
-_FIELDS = {  # flag: the field of a config whose default it has, and what it says
+# Flags with the defaults of fields of a config: the field, what the flag says, bounds.
+_FIELDS: dict[str, tuple[Any, ...]] = {
     "path": ("data.path", "Folder or file of the source; of tfds its data_dir."),
     "name": ("data.name", "tfds: the dataset, such as imagenet2012:5.1.0."),
     "split": ("data.split", "tfds: the split."),
-    "image_size": ("data.image_size", "Side of the cropped pictures in pixels."),
+    "image_size": ("data.image_size", "Side of the cropped pictures in pixels.", 1),
     "exif_rotation": (
         "data.exif_rotation",
         "Turn pictures as their EXIF data say: for cameras' pictures, not for ImageNet.",
     ),
-    "num_workers": ("data.num_workers", "Processes that read pictures; 0 for threads."),
+    "num_workers": ("data.num_workers", "Processes that read pictures; 0 for threads.", 0),
     "max_bad_fraction": (
         "data.max_bad_fraction",
         "Pictures that cannot be read are skipped and listed; more than this fraction is an error.",
+        0, 1,
     ),
     "vae": ("autoencoder.path", "Weights of the autoencoder: a file, or hf://OWNER/REPO/FILE."),
     "vae_dtype": ("autoencoder.dtype", "float32, or bfloat16 on accelerators."),
-}
+}  # fmt: skip
 _OF_SOURCE = "source path name split image_size exif_rotation"
 # Per action, the flags that it needs, and those that it may have.
 _ACTIONS = {
@@ -69,28 +71,25 @@ def _define_flags() -> None:
     kinds: dict[type, Any] = {
         bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float,
     }  # fmt: skip
-    for flag, (field, text) in _FIELDS.items():
+    for flag, (field, text, *bounds) in _FIELDS.items():
         written = re.findall(rf"^    config\.{field} = (.*)", fields, re.MULTILINE)[0]
         default = None if "placeholder" in written else ast.literal_eval(written)
-        kinds.get(type(default), flags.DEFINE_string)(flag, default, text)
+        kinds.get(type(default), flags.DEFINE_string)(flag, default, text, *bounds)
     string, integer = flags.DEFINE_string, flags.DEFINE_integer
     string("out", None, "latents: folder, local or gs://; others: a new .npz file.")
     string("source", None, "folder, zip, tfds, array_record, arrays or digits.")
     flags.DEFINE_bool("mirrored", True, "Encode mirrored pictures too.")
-    string("dtype", "float16", "Of the stored numbers: float16 or bfloat16.")
-    integer("batch_size", 32, "Pictures at a time, over all devices.")
-    integer("shard_size", 4096, "Examples per shard.")
-    integer("process_index", 0, "Which of the machines this one is.")
-    integer("process_count", 1, "Machines that share the work.")
+    flags.DEFINE_enum("dtype", "float16", ["float16", "bfloat16"], "Of the stored numbers.")
+    integer("batch_size", 32, "Pictures at a time, over all devices.", 1)
+    integer("shard_size", 4096, "Examples per shard.", 1)
+    integer("process_index", 0, "Which of the machines this one is.", 0)
+    integer("process_count", 1, "Machines that share the work.", 1)
     flags.DEFINE_bool("verify", False, "Check checksums and every record.")
     string("features", "inception", "reference: inception, or the file of a classifier.")
-    text = "Weights of the Inception network [the cache, then the public release]."
-    string("inception", None, text)
+    string("inception", None, "Weights of the Inception network [the cache, then the release].")
     flags.DEFINE_enum("channels", "3", ["1", "3"], "Of the pictures: 1 for grey.")
-    text = "reference: at most so many examples, spread evenly."
-    integer("limit", None, text, lower_bound=2)
-    text = "classifier: it trains for ten epochs, but at most so long."
-    integer("max_steps", 4000, text, lower_bound=1)
+    integer("limit", None, "reference: at most so many examples, spread evenly.", 2)
+    integer("max_steps", 4000, "classifier: at most so long, or for ten epochs.", 1)
 
 
 _define_flags()
@@ -114,7 +113,7 @@ def _with_flags(message: str) -> str:
     from dico_jax.config import DEFAULTS
 
     flag_of = {f"data.{name}": name for name in DEFAULTS["data"]}
-    flag_of |= {field: flag for flag, (field, _) in _FIELDS.items()}
+    flag_of |= {row[0]: flag for flag, row in _FIELDS.items()}
     pattern = "|".join(map(re.escape, sorted(flag_of, key=len, reverse=True)))
     return re.sub(
         rf"(?<![\w/.-])(?:config\.)?({pattern})\b", lambda m: f"--{flag_of[m[1]]}", message
@@ -125,17 +124,19 @@ def _with_flags(message: str) -> str:
 
 
 def _latents() -> None:
-    out = _FLAGS.out
+    out, index, count = _FLAGS.out, _FLAGS.process_index, _FLAGS.process_count
     if _FLAGS.source is None and not _FLAGS.verify:
         raise UsageError("--source is missing; --verify checks what was prepared")
+    if index >= count:
+        raise UsageError("--process_index", index, f"must be below --process_count={count}")
     if _FLAGS.source is not None:
         _prepare_latents(out)
     if _FLAGS.verify:
         from dico_jax.data.latents import verify
 
         manifest = verify(out)
-        count, shards = manifest.num_examples, len(manifest.shards)
-        print(f"{out}: {count:,} examples in {shards} shards, all as they should be")
+        found = f"{manifest.num_examples:,} examples in {len(manifest.shards)} shards"
+        print(f"{out}: {found}, all as they should be")
 
 
 def _prepare_latents(out: str) -> None:
@@ -216,10 +217,7 @@ def _source():
 def _reader():
     from dico_jax.data.pictures import PictureReader
 
-    size = _FLAGS.image_size
-    if size < 1:
-        raise UsageError("--image_size", size, "must be at least 1")
-    return PictureReader(size, int(_FLAGS.channels), _FLAGS.exif_rotation)
+    return PictureReader(_FLAGS.image_size, int(_FLAGS.channels), _FLAGS.exif_rotation)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,12 @@ def test_the_documented_size_of_latents(latents):
         (("latents", "--out=OUT", "--verify"), ["OUT does not exist"]),
         (("latents", "--out=OUT", "--source=digits", "--vae=/none"), ["--vae=/none"]),
         (("latents", "--out=OUT", "--source=digits", "--dtype=int8"), ["--dtype=int8"]),
+        (("latents", "--out=OUT", "--source=digits", "--batch_size=0"), ["--batch_size=0"]),
+        (("latents", "--out=OUT", "--source=digits", "--max_bad_fraction=2"), ["bad_fraction=2"]),
+        (
+            ("latents", "--out=OUT", "--source=digits", "--process_index=2", "--process_count=2"),
+            ["--process_index=2 must be below --process_count=2"],
+        ),
     ],
 )
 def test_wrong_calls_of_prepare(args, parts, tmp_path):

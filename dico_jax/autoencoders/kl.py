@@ -39,11 +39,10 @@ class KLConfig:
         groups = self.norm_num_groups
         for width in self.block_out_channels:
             if groups < 1 or width % groups:
-                raise UsageError(
-                    f"norm_num_groups={groups} does not divide the {width} channels of a level"
-                )
+                fix = f"does not divide the {width} channels of a level"
+                raise UsageError("norm_num_groups", groups, fix)
         if not 0 < self.scaling_factor < float("inf"):
-            raise UsageError(f"scaling_factor={self.scaling_factor} must be above 0")
+            raise UsageError("scaling_factor", self.scaling_factor, "must be above 0")
 
     @property
     def downsampling(self) -> int:
@@ -51,48 +50,49 @@ class KLConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def _group_norm(groups: int, dtype, name: str) -> nn.GroupNorm:
-    """GroupNorm whose statistics are float32 or better, from centred values."""
-    return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
-
-
 class ModuleList(nn.Module):
     """Modules under the names "0", "1", ..., as in PyTorch's class of that name."""
 
     @nn.compact
     def __call__(self, i, x, kind, *args, **kwargs):
-        """What number `i`, a module of that kind, makes of x."""
         return kind(*args, **kwargs, name=str(i))(x)
 
 
-class ResnetBlock(nn.Module):
+class Part(nn.Module):
+    """What the parts of the network share."""
+
+    config: KLConfig
+    dtype: jnp.dtype
+
+    def norm(self, name: str) -> nn.GroupNorm:
+        """GroupNorm whose statistics are float32 or better, from centred values."""
+        groups, dtype = self.config.norm_num_groups, self.dtype
+        return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class ResnetBlock(Part):
     """Two times GroupNorm, SiLU, 3x3 convolution, added to the (widened) input."""
 
     width: int
-    groups: int
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x):
         h = x
         for i in ("1", "2"):
-            h = nn.silu(_group_norm(self.groups, self.dtype, f"norm{i}")(h))
+            h = nn.silu(self.norm(f"norm{i}")(h))
             h = Conv3x3(self.width, self.dtype, name=f"conv{i}")(h)
         if x.shape[-1] != self.width:
             x = nn.Dense(self.width, dtype=self.dtype, name="conv_shortcut")(x)
         return x + h
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Self-attention over all positions with one head, added to the input."""
-
-    groups: int
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x):
         n, height, width, c = x.shape
-        h = _group_norm(self.groups, self.dtype, "group_norm")(x).reshape(n, height * width, c)
+        h = self.norm("group_norm")(x).reshape(n, height * width, c)
         q, k, v = (nn.Dense(c, dtype=self.dtype, name=f"to_{i}")(h) for i in "qkv")
         wide = accumulation_dtype(self.dtype)
         scores = jnp.einsum("nqc,nkc->nqk", q, k, preferred_element_type=wide)
@@ -102,10 +102,9 @@ class Attention(nn.Module):
         return x + h.reshape(x.shape)
 
 
-class Resample(nn.Module):
+class Resample(Part):
     """Changes the size: half of it, with zeros at the bottom and right only, or twice as large."""
 
-    dtype: jnp.dtype
     down: bool
 
     @nn.compact
@@ -119,64 +118,53 @@ class Resample(nn.Module):
         return Conv3x3(c, self.dtype, name="conv")(x)
 
 
-class Level(nn.Module):
-    """Residual blocks of one width at one size, and what comes with them.
-
-    Attention, after the first block, is in the middle alone; a change of size, at the end, is named
-    "downsamplers" or "upsamplers".
-    """
+class Level(Part):
+    """Residual blocks of one width at one size; in the middle attention after the first of them."""
 
     width: int
     depth: int
-    groups: int
-    dtype: jnp.dtype
-    resample: str | None = None
+    resample: str | None = None  # the change of size at the end: "downsamplers" or "upsamplers"
     attention: bool = False
 
     @nn.compact
     def __call__(self, x):
-        resnets = ModuleList(name="resnets")
+        shared, resnets = (self.config, self.dtype), ModuleList(name="resnets")
         for i in range(self.depth):
-            x = resnets(i, x, ResnetBlock, self.width, self.groups, self.dtype)
+            x = resnets(i, x, ResnetBlock, *shared, self.width)
             if self.attention and i == 0:
-                x = ModuleList(name="attentions")(0, x, Attention, self.groups, self.dtype)
+                x = ModuleList(name="attentions")(0, x, Attention, *shared)
         if self.resample:
             down = self.resample == "downsamplers"
-            x = ModuleList(name=self.resample)(0, x, Resample, self.dtype, down)
+            x = ModuleList(name=self.resample)(0, x, Resample, *shared, down)
         return x
 
 
-class Half(nn.Module):
+class Half(Part):
     """The encoder: pictures (N, H, W, 3) to (N, h, w, 2C), which quant_conv makes moments of.
 
     Or the decoder: latents (N, h, w, C), after post_quant_conv, to pictures.
     """
 
-    config: KLConfig
-    dtype: jnp.dtype
     decodes: bool
 
     @nn.compact
     def __call__(self, x):
-        config, dtype, groups = self.config, self.dtype, self.config.norm_num_groups
+        config, shared = self.config, (self.config, self.dtype)
         widths, depth = config.block_out_channels, config.layers_per_block
         channels, names = 2 * config.latent_channels, ("down_blocks", "downsamplers")
+        middle = Level(*shared, widths[-1], 2, attention=True, name="mid_block")
         if self.decodes:
             widths, depth = widths[::-1], depth + 1
             channels, names = config.out_channels, ("up_blocks", "upsamplers")
-        x = Conv3x3(widths[0], dtype, name="conv_in")(x)
+        x = Conv3x3(widths[0], self.dtype, name="conv_in")(x)
+        x = middle(x) if self.decodes else x
         levels = ModuleList(name=names[0])
-        width = config.block_out_channels[-1]
-        middle = Level(width, 2, groups, dtype, attention=True, name="mid_block")
-        if self.decodes:
-            x = middle(x)
         for i, width in enumerate(widths):
-            resample = names[1] if i < len(widths) - 1 else None
-            x = levels(i, x, Level, width, depth, groups, dtype, resample)
-        if not self.decodes:
-            x = middle(x)
-        x = nn.silu(_group_norm(groups, dtype, "conv_norm_out")(x))
-        return Conv3x3(channels, dtype, name="conv_out")(x)
+            resample = names[1] if i + 1 < len(widths) else None
+            x = levels(i, x, Level, *shared, width, depth, resample)
+        x = x if self.decodes else middle(x)
+        x = nn.silu(self.norm("conv_norm_out")(x))
+        return Conv3x3(channels, self.dtype, name="conv_out")(x)
 
 
 class AutoencoderKL(nn.Module):
@@ -204,10 +192,8 @@ class AutoencoderKL(nn.Module):
     def encode(self, pictures):
         """Pictures (N, H, W, 3) in [-1, 1] to moments (N, h, w, 2C).
 
-        Moments are the posterior's mean, then its log variance, clamped to [-30, 20].
-
-        Raises:
-          UsageError: height or width do not divide by `config.downsampling`.
+        Moments are the posterior's mean, then its log variance, clamped to [-30, 20]. Height and
+        width must divide by `config.downsampling`, or UsageError is raised.
         """
         height, width = pictures.shape[1:3]
         step = self.config.downsampling
@@ -225,8 +211,7 @@ class AutoencoderKL(nn.Module):
 
     def __call__(self, pictures):
         """Pictures through both halves, by way of the posterior's mean."""
-        mean, _ = jnp.split(self.encode(pictures), 2, axis=-1)
-        return self.decode(mean)
+        return self.decode(jnp.split(self.encode(pictures), 2, axis=-1)[0])
 
 
 @functools.cache
@@ -243,17 +228,16 @@ MIN_TILE = 8  # latent positions a side; statistics over fewer change the colour
 
 
 def cut(length: int, tile_size: int, downsampling: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first latent positions of K tiles of a side, (K,), and how much their pixels count.
+    """The first positions (K,) of a side's tiles, and weights (K, pixels of a tile), float32.
 
-    Tiles overlap by a quarter, the last one is at the edge, transitions are linear. The weights,
-    float32 (K, pixels of a tile), of every pixel add up to 1.
+    Tiles overlap by a quarter, the last one is at the edge; a pixel's weights add up to 1.
     """
     size = min(tile_size, length)
     overlap = size // 4
     inner = np.arange(0, length - size, size - overlap)
     starts = np.append(inner, length - size).astype(np.int32)
-    rising = (np.arange(size * downsampling) + 0.5) / (overlap * downsampling or 1)
-    rising = np.minimum(1, rising)
+    ramp = (np.arange(size * downsampling) + 0.5) / (overlap * downsampling or 1)
+    rising = np.minimum(1, ramp)
     weights = np.ones((len(starts), size * downsampling))
     weights[1:] *= rising  # the picture's own edges have no transition
     weights[:-1] *= rising[::-1]
@@ -265,22 +249,16 @@ def cut(length: int, tile_size: int, downsampling: int) -> tuple[np.ndarray, np.
 def decode_in_tiles(
     decode: Callable[[jax.Array], Any], latents: jax.Array, tile_size: int, downsampling: int
 ) -> jax.Array:
-    """`decode(latents)`, pictures (N, H, W, 3), tile after tile in the memory of one tile.
+    """`decode(latents)`, (N, h, w, C) to (N, H, W, 3), in the memory of one tile after the other.
 
     Colours differ a little where a tile does not cover all: GroupNorm and attention see one tile.
-
-    Args:
-      decode: latents (N, h, w, C) to pictures (N, h * downsampling, w * downsampling, 3).
-      latents: (N, h, w, C).
-      tile_size: latent positions a side, at least `MIN_TILE`; 0 for no tiles.
-      downsampling: pixels per latent position.
+    Its side is `tile_size` latent positions (0: no tiles), each `downsampling` pixels wide.
     """
     n, height, width, channels = latents.shape
     if not tile_size or max(height, width) <= tile_size:
         return decode(latents)
-    (tops, rows), (lefts, columns) = (
-        cut(length, tile_size, downsampling) for length in (height, width)
-    )
+    tops, rows = cut(height, tile_size, downsampling)
+    lefts, columns = cut(width, tile_size, downsampling)
     tile_shape = (n, min(tile_size, height), min(tile_size, width), channels)
     tile = jax.eval_shape(decode, jax.ShapeDtypeStruct(tile_shape, latents.dtype))
     i, j = (index.ravel() for index in np.indices((len(tops), len(lefts))))

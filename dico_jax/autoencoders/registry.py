@@ -18,8 +18,7 @@ from dico_jax.errors import UsageError
 from dico_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 from dico_jax.pytorch.hub import is_remote
 
-# A linear fit of RGB to the four scaled latents of Stable Diffusion's autoencoder, as several
-# user interfaces preview them.
+# A linear fit of RGB to the scaled latents, as several user interfaces preview them.
 _PREVIEW = (
     (0.298, 0.207, 0.208),
     (0.187, 0.286, 0.173),
@@ -27,19 +26,16 @@ _PREVIEW = (
     (-0.184, -0.271, -0.473),
 )
 # How errors about files that are not on this machine end.
-WAYS_OUT = (
-    "; give a local file, or autoencoder.name='latent_preview' for small false-colour pictures"
-)
+WAYS_OUT = "; give a local file, or autoencoder.name='latent_preview' for false-colour pictures"
 _STREAM = 0x1A7E475  # sets the draws of `make_latents_fn` apart from a run's other keys
 _ENCODED_AT_ONCE = 8  # pictures per device: the encoder's activations are large
 
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
-    """How pictures become latents and latents pictures.
+    """How pictures become scaled latents, those of the diffusion model, and these pictures.
 
-    `encode` and `decode` both speak scaled latents, those of the diffusion model. Functions take
-    the parameters as an argument, so that a jitted function can, too: closed over, they would
+    Functions take the parameters as an argument: closed over by a jitted function, they would
     become constants of the compiled program.
 
     Attributes:
@@ -51,7 +47,7 @@ class Autoencoder:
       encode_moments: (params, pictures (N, H, W, 3) in [-1, 1]) to float32 (N, h, w, 2C): the
         posterior's mean, then its clamped log variance, unscaled; None where there is no encoder.
       scaling_factor: latents are multiplied by it for the diffusion model.
-      load: reads the weights, or raises UsageError; called once, when they are first asked for.
+      load: reads the weights when they are first asked for, or raises UsageError.
     """
 
     name: str
@@ -70,7 +66,7 @@ class Autoencoder:
 
     @functools.cached_property
     def weights(self) -> Weights:
-        """The parameters, NumPy arrays, and digests of both halves, read when first asked for."""
+        """The parameters, NumPy arrays, and digests of both halves."""
         return self.load()
 
     params = property(operator.attrgetter("weights.params"))
@@ -144,29 +140,21 @@ AUTOENCODERS: dict[str, Callable[[Any], Autoencoder]] = {
     "identity": _identity,
     "latent_preview": _latent_preview,
 }
-_CHOICES = {
-    "autoencoder.name": tuple(AUTOENCODERS),
-    "autoencoder.dtype": ("float32", "bfloat16"),
-    "data.latent_sampling": ("sample", "mean", "fixed"),
-}
 
 
-def _check_choice(field: str, value: str) -> None:
-    if value not in _CHOICES[field]:
-        raise UsageError(field, value, f"is unknown: use one of {', '.join(_CHOICES[field])}")
+def _check_choice(field: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise UsageError(field, value, f"is unknown: use one of {', '.join(choices)}")
 
 
 def create_autoencoder(config) -> Autoencoder:
     """The autoencoder that `config.autoencoder` (name, path, dtype, tile_size) describes.
 
-    Names and shapes in its file are checked here; weights are read when they are first asked for,
-    and those of the released autoencoders are fetched then.
-
-    Raises:
-      UsageError: a wrong field, or a file that is none or not readable.
+    Names and shapes in its file are checked here, or UsageError is raised; weights are read when
+    they are first asked for, and those of the released autoencoders are fetched then.
     """
-    _check_choice("autoencoder.name", config.name)
-    _check_choice("autoencoder.dtype", config.dtype)
+    _check_choice("autoencoder.name", config.name, *AUTOENCODERS)
+    _check_choice("autoencoder.dtype", config.dtype, "float32", "bfloat16")
     if config.tile_size != 0 and config.tile_size < MIN_TILE:
         fix = f"must be at least {MIN_TILE}, or 0 for none"
         raise UsageError("autoencoder.tile_size", config.tile_size, fix)
@@ -215,7 +203,7 @@ def make_latents_fn(
       seed: decides the draws.
       mesh: batches are split over it.
     """
-    _check_choice("data.latent_sampling", latent_sampling)
+    _check_choice("data.latent_sampling", latent_sampling, "sample", "mean", "fixed")
     split, whole = batch_sharding(mesh), replicated(mesh)
     encode = autoencoder.encode_moments if kind == "pictures" else None
 

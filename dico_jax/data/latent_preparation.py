@@ -6,28 +6,33 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Generator, Sequence
+import os
+import tempfile
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import tqdm
+from array_record.python import array_record_module
 from etils import epath
 
 from dico_jax.autoencoders.registry import Autoencoder, encode_in_parts, to_model_range
 from dico_jax.data.bad_examples import too_many_bad
-from dico_jax.data.latent_folder import (
+from dico_jax.data.latents import (
+    ARRAY,
     DTYPES,
     Manifest,
     Plan,
-    claim_folder,
+    Shard,
+    file_sha256,
     finished_shards,
-    remove_leftovers,
-    shard_writer,
-    write_manifest,
+    read_plan,
 )
+from dico_jax.data.paths import is_remote
 from dico_jax.data.pictures import BadExample, PictureReader
 from dico_jax.data.pipeline import read_ahead
 from dico_jax.data.sources import Source
@@ -40,53 +45,25 @@ _DIGEST_IDS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How latents are prepared.
+    """How latents are prepared."""
 
-    Attributes:
-      image_size: side of the pictures in pixels, after the centre crop.
-      exif_rotation: whether to turn pictures as their EXIF data say.
-      mirrored: encode the mirrored picture too, which training with horizontal flips needs.
-      dtype: of the moments, a name of `DTYPES`.
-      shard_size: examples per shard. A shard that is not finished is made anew after a kill.
-      batch_size: pictures at a time over all devices; rounded up to a multiple of them.
-      max_bad_fraction: of all examples; more bad ones are an error.
-      num_workers: processes that read and decode; 0 for threads.
-      process_index, process_count: which shards are this process's.
-    """
-
-    image_size: int = 256
-    exif_rotation: bool = False
-    mirrored: bool = True
-    dtype: str = "float16"
-    shard_size: int = 4096
-    batch_size: int = 32
-    max_bad_fraction: float = 0.001
-    num_workers: int = 0
-    process_index: int = 0
+    image_size: int = 256  # side in pixels, after the centre crop
+    exif_rotation: bool = False  # turn pictures as their EXIF data say
+    mirrored: bool = True  # the mirrored picture too, which training with horizontal flips needs
+    dtype: str = "float16"  # of the moments, a name of `DTYPES`
+    shard_size: int = 4096  # examples; a shard that is not finished is made anew after a kill
+    batch_size: int = 32  # pictures at a time, rounded up to a multiple of the devices
+    max_bad_fraction: float = 0.001  # of all examples; more bad ones are an error
+    num_workers: int = 0  # processes that read and decode; 0 for threads
+    process_index: int = 0  # whose shards are to be made
     process_count: int = 1
-
-    def __post_init__(self):
-        for field in ("image_size", "shard_size", "batch_size", "process_count"):
-            self._require(field, getattr(self, field) >= 1, "at least 1")
-        self._require("num_workers", self.num_workers >= 0, "at least 0")
-        self._require("max_bad_fraction", 0 <= self.max_bad_fraction <= 1, "in [0, 1]")
-        self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
-        last = self.process_count - 1
-        wanted = f"in 0 to {last}, as --process_count={self.process_count}"
-        self._require("process_index", 0 <= self.process_index <= last, wanted)
-
-    def _require(self, field: str, right: bool, wanted: str) -> None:
-        if not right:
-            raise UsageError(f"--{field}", getattr(self, field), f"must be {wanted}")
 
 
 def source_digest(source: Source) -> str:
-    """The sha256 of a source's class names, its size and the ids of examples spread over it.
-
-    Not of all ids, because some sources have them in their records.
-    """
+    """The sha256 of a source's class names, its size and the ids of examples spread over it."""
     count = len(source)
     digest = hashlib.sha256(json.dumps([list(source.class_names), count]).encode())
+    # Not of all ids, because some sources have them in their records.
     for index in np.unique(np.linspace(0, count - 1, _DIGEST_IDS).round().astype(int)):
         digest.update(source.example_id(int(index)).encode() + b"\n")
     return digest.hexdigest()
@@ -101,17 +78,13 @@ def _field_names(source: Source) -> tuple[str, ...]:
 
 
 def make_plan(source: Source, autoencoder: Autoencoder, options: Options) -> Plan:
-    """What is going to be made.
-
-    Raises:
-      UsageError: the source has no pictures, or their size does not fit the autoencoder.
-    """
+    """What is going to be made; a UsageError where source and autoencoder do not fit."""
     size, step = options.image_size, autoencoder.downsampling
     if source.kind != "pictures":
         raise UsageError(f"--source: {source!r} has {source.kind}, not pictures to encode")
     if autoencoder.encoder_digest is None or autoencoder.channels is None:
         raise UsageError(f"--vae: {autoencoder.name!r} has no encoder")
-    if size % step:
+    if size < 1 or size % step:
         raise UsageError("--image_size", size, f"must be a multiple of {step}")
     return Plan(
         source=repr(source),
@@ -129,53 +102,148 @@ def make_plan(source: Source, autoencoder: Autoencoder, options: Options) -> Pla
     )
 
 
+def _write_json(file: epath.Path, values: dict[str, Any]) -> None:
+    # Not `files.write_json`: processes on several machines may write the same file at once.
+    temporary = file.parent / f".{file.name}.{os.getpid()}"
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    temporary.replace(file)
+
+
+def claim_folder(folder: epath.Path, plan: Plan) -> None:
+    """Makes the folder of a plan; a UsageError where there is something else than this plan."""
+    new = dataclasses.asdict(plan)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (found := read_plan(folder)) is not None:
+            old = dataclasses.asdict(found)
+            said = "; ".join(
+                f"{key} was {json.dumps(old[key]):.60}, is {json.dumps(new[key]):.60}"
+                for key in new
+                if old[key] != new[key]
+            )
+            if said:
+                raise UsageError(
+                    f"--out={folder} holds latents that were made in another way ({said}): "
+                    "give another folder"
+                )
+        elif any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise UsageError(f"--out={folder} is not empty and has no plan.json: give a new folder")
+        else:
+            _write_json(folder / "plan.json", new)
+    except OSError as error:
+        raise UsageError(f"--out={folder} cannot be written: {error}") from error
+
+
+# Of an example: its id, its fields but the image, and why it is bad or None.
+_Example = tuple[str, dict[str, Any], str | None]
+
+
+def write_shard(
+    folder: epath.Path,
+    plan: Plan,
+    shard: int,
+    examples: Iterable[tuple[_Example, np.ndarray]],
+    bad: Mapping[str, str],
+    process_index: int = 0,
+) -> None:
+    """Writes a shard of examples and their moments; it appears when it is complete.
+
+    `bad` is what more could not be read, id to reason.
+    """
+    remote, target = is_remote(str(folder)), folder / plan.shard_file(shard)
+    all_bad, fields = dict(bad), list[set[str]]()
+    with tempfile.TemporaryDirectory(
+        prefix=f".writing-{process_index}-", dir=None if remote else os.fspath(folder)
+    ) as scratch:
+        file = epath.Path(scratch) / target.name
+        # One record a group: a record is read without the ones around it. Noise does not compress.
+        writer = array_record_module.ArrayRecordWriter(os.fspath(file), "group_size:1,uncompressed")
+        for (example_id, others, reason), moments in examples:
+            if reason is not None:
+                all_bad[example_id] = reason
+                continue
+            assert moments.shape == plan.shape
+            fields.append(set(others))
+            writer.write(_record(example_id, moments.astype(DTYPES[plan.dtype]), dict(others)))
+        writer.close()
+        common = tuple(sorted(set.intersection(*fields))) if fields else ()
+        size, digest = file.stat().length, file_sha256(file)
+        done = Shard(target.name, len(fields), size, digest, all_bad, common)
+        if remote:
+            file.copy(target, overwrite=True)
+        else:
+            file.replace(target)
+    _write_json(target.with_suffix(".json"), dataclasses.asdict(done))
+
+
+def _record(example_id: str, moments: np.ndarray, fields: dict[str, Any]) -> bytes:
+    label = {"label": fields.pop("label")} if "label" in fields else {}
+    record = {"moments": moments.tobytes(), **label, "id": example_id}
+    record |= {"fields": fields} if fields else {}
+    try:
+        return msgpack.packb(record, default=_pack_array)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"{example_id} has a field that cannot be kept: {error}") from error
+
+
+def _pack_array(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"a {type(value).__name__}")
+    if value.dtype.hasobject:
+        return value.tolist()
+    dtype = value.dtype.name if value.dtype.kind == "V" else value.dtype.str  # V: such as bfloat16
+    return msgpack.ExtType(ARRAY, msgpack.packb((dtype, value.shape, value.tobytes())))
+
+
+def write_manifest(folder: epath.Path, plan: Plan, versions: dict[str, str]) -> Manifest | None:
+    """Writes manifest.json, with the libraries' versions, if all shards are complete."""
+    shards = list(finished_shards(folder, plan, range(len(plan.shards))).values())
+    if len(shards) < len(plan.shards):
+        return None
+    values = {"plan": dataclasses.asdict(plan), "shards": list(map(dataclasses.asdict, shards))}
+    _write_json(folder / "manifest.json", values | {"versions": versions})
+    return Manifest(plan, shards)
+
+
 def prepare_latents(
     source: Source, autoencoder: Autoencoder, out: str, options: Options
 ) -> Manifest | None:
-    """Encodes this process's shards that are not there yet; the last process writes the manifest.
+    """Encodes this process's shards of a source of pictures that are not there yet.
 
-    Args:
-      source: pictures.
-      autoencoder: with an encoder.
-      out: the folder, local or gs://; see `dico_jax.data.latent_folder`.
-      options: how.
-
-    Returns:
-      The manifest, or None while other processes are still at work.
-
-    Raises:
-      UsageError: something does not fit, the folder belongs to another plan, or too many bad
-        examples. Finished shards stay.
+    Returns the manifest of the folder `out`, local or gs://, which the last process writes, or None
+    while others are still at work. UsageErrors tell what does not fit, that the folder is of
+    another plan, or that too many examples are bad; finished shards stay.
     """
     plan, folder = make_plan(source, autoencoder, options), epath.Path(out)
     claim_folder(folder, plan)
-    remove_leftovers(folder, options.process_index)
-    mine = range(plan.num_shards)[options.process_index :: options.process_count]
+    for path in folder.glob(f".writing-{options.process_index}-*"):
+        path.rmtree()  # what was left half written by a kill
+    mine = range(len(plan.shards))[options.process_index :: options.process_count]
     finished = finished_shards(folder, plan, mine)
-    todo = [plan.shard_range(shard) for shard in mine if shard not in finished]
+    todo = [shard for shard in mine if shard not in finished]
     bad = dict(source.skipped)
     for done in finished.values():
         bad |= done.bad
     _check_bad(bad, source, options)
-    total, left = sum(len(plan.shard_range(shard)) for shard in mine), sum(map(len, todo))
-    with (
-        contextlib.closing(_encoded(source, autoencoder, plan, todo, options)) as examples,
-        tqdm.tqdm(total=total, initial=total - left, unit="image", dynamic_ncols=True) as bar,
-    ):
-        for indices in todo:
-            shard = indices.start // plan.shard_size
-            with shard_writer(folder, plan, shard, options.process_index) as writer:
-                if shard == 0:
-                    writer.add_bad(source.skipped)
-                for (index, fields, reason), moments in itertools.islice(examples, len(indices)):
-                    name = source.example_id(index)
-                    if reason is None:
-                        writer.add(moments, fields, name)
-                    else:
-                        writer.add_bad({name: reason})
-                        bad[name] = reason
-                        _check_bad(bad, source, options)
-                    bar.update()
+    indices = [index for shard in todo for index in plan.shards[shard]]
+    total = sum(len(plan.shards[shard]) for shard in mine)
+
+    def noted(item):
+        example_id, _, reason = item[0]
+        if reason is not None:
+            bad[example_id] = reason
+            _check_bad(bad, source, options)
+        return item
+
+    with contextlib.closing(_encoded(source, autoencoder, plan, indices, options)) as encoded:
+        progress = {"total": total, "initial": total - len(indices), "unit": "image"}
+        stream = map(noted, tqdm.tqdm(encoded, dynamic_ncols=True, **progress))
+        for shard in todo:
+            examples = itertools.islice(stream, len(plan.shards[shard]))
+            skipped = source.skipped if shard == 0 else {}
+            write_shard(folder, plan, shard, examples, skipped, options.process_index)
     return write_manifest(folder, plan, library_versions())
 
 
@@ -185,65 +253,49 @@ def _check_bad(bad: dict[str, str], source: Source, options: Options) -> None:
         raise too_many_bad(bad, total, options.max_bad_fraction, "--max_bad_fraction")
 
 
-# Of an example: its index, its fields but the image, why it is bad or None.
-_Example = tuple[int, dict[str, Any], str | None]
-
-
 def _load(source: Source, read: PictureReader, index: int) -> tuple[np.ndarray, _Example]:
     """An example's picture, uint8 (H, W, 3), and the rest of it."""
+    example_id = source.example_id(int(index))
     try:
         fields = dict(source[int(index)])
-        return read(fields.pop("image"), False), (int(index), fields, None)
+        return read(fields.pop("image"), False), (example_id, fields, None)
     except BadExample as error:
         black = np.zeros((read.size, read.size, read.channels), np.uint8)
-        return black, (int(index), {}, str(error))
+        return black, (example_id, {}, str(error))
 
 
-def _together(examples: Sequence[tuple[np.ndarray, _Example]]) -> tuple[np.ndarray, list[_Example]]:
-    pictures, rest = zip(*examples, strict=True)
-    return np.stack(pictures), list(rest)
+def _together(loaded) -> tuple[np.ndarray, list[_Example]]:
+    pictures, examples = zip(*loaded, strict=True)
+    return np.stack(pictures), list(examples)
 
 
 def _encoded(
-    source: Source, autoencoder: Autoencoder, plan: Plan, shards: list[range], options: Options
+    source: Source, autoencoder: Autoencoder, plan: Plan, indices: list[int], options: Options
 ) -> Generator[tuple[_Example, np.ndarray]]:
-    """The examples of some shards in order, and their moments."""
-    if not shards:
-        return
+    """Some examples in their order, and their moments (orientations, h, w, 2C)."""
     mesh = create_mesh(jax.local_devices())
     batch_size = -(-options.batch_size // mesh.size) * mesh.size
-    encode = _make_encode_fn(autoencoder, plan, batch_size, mesh)
-    load = functools.partial(_load, source, PictureReader(plan.image_size, 3, plan.exif_rotation))
-    dataset = grain.MapDataset.source(np.concatenate(shards)).map(load)
-    dataset = dataset.batch(batch_size, batch_fn=_together)
-    with contextlib.closing(iter(read_ahead(dataset, options.num_workers))) as batches:
-        # The next batch is on its way to the devices while the last one is taken apart.
-        ahead = None
-        for batch in itertools.chain(batches, [None]):
-            behind, ahead = ahead, batch and (batch[1], encode(batch[0]))
-            if behind is not None:
-                yield from zip(behind[0], np.asarray(behind[1]), strict=False)  # padded
+    encode, split = encode_in_parts(autoencoder.encode_moments, mesh), batch_sharding(mesh)
 
-
-def _make_encode_fn(autoencoder: Autoencoder, plan: Plan, batch_size: int, mesh: jax.sharding.Mesh):
-    """The function uint8 (n, H, W, 3) -> moments (batch_size, orientations, h, w, 2C).
-
-    n may be smaller than batch_size: every call has one size on the devices and compiles once.
-    """
-    encode = encode_in_parts(autoencoder.encode_moments, mesh)
-    dtype, split, whole = DTYPES[plan.dtype], batch_sharding(mesh), replicated(mesh)
-
-    def moments(params, pictures):
+    def encode_both(params, pictures):
         x = to_model_range(pictures)
         orientations = [x, x[:, :, ::-1]][: plan.shape[0]]
-        return jnp.stack([encode(params, x) for x in orientations], axis=1).astype(dtype)
+        stacked = jnp.stack([encode(params, x) for x in orientations], axis=1)
+        return stacked.astype(DTYPES[plan.dtype])
 
-    compiled = jax.jit(moments, in_shardings=(whole, split), out_shardings=split)
-    params = jax.device_put(autoencoder.params, whole)
+    jitted = jax.jit(encode_both, in_shardings=(replicated(mesh), split), out_shardings=split)
+    params = jax.device_put(autoencoder.params, replicated(mesh))
+    load = functools.partial(_load, source, PictureReader(plan.image_size, 3, plan.exif_rotation))
+    dataset = grain.MapDataset.source(np.asarray(indices)).map(load)
+    dataset = dataset.batch(batch_size, batch_fn=_together)
 
-    def padded(pictures):
-        missing = batch_size - len(pictures)
-        full = np.pad(pictures, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        return compiled(params, to_global(full, split))
+    def launched():
+        for pictures, examples in batches:
+            missing = batch_size - len(pictures)  # all of one size, so that it compiles once
+            full = np.pad(pictures, ((0, missing), (0, 0), (0, 0), (0, 0)))
+            yield examples, jitted(params, to_global(full, split))
 
-    return padded
+    with contextlib.closing(iter(read_ahead(dataset, options.num_workers))) as batches:
+        # The next batch is on its way to the devices while one is taken apart.
+        for (examples, moments), _ in itertools.pairwise(itertools.chain(launched(), [None])):
+            yield from zip(examples, np.asarray(moments), strict=False)

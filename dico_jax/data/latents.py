@@ -1,23 +1,159 @@
-"""Prepared latents as a source, and checks of their folders, which `latent_folder` describes."""
+"""Folders of latents prepared ahead of training, as a source; docs/data.md lists their files.
+
+A record is msgpack: {"moments": bytes, "label": int, "id": str, "fields": {...}}, the last with
+what else the example had. The bytes are float16 or bfloat16 of shape (orientations, h, w,
+2 * channels): mean, then log variance of the autoencoder's posterior, not scaled, of the picture
+and (with two orientations) of the mirrored picture.
+"""
 
 import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
 import os
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
+import ml_dtypes
+import msgpack
 import numpy as np
 import tqdm
 from array_record.python import array_record_data_source
 from etils import epath
 
-from dico_jax.data.latent_folder import (
-    DTYPES,
-    Manifest,
-    Shard,
-    file_sha256,
-    read_manifest,
-    unpack_record,
-)
-from dico_jax.data.paths import is_remote, wrong_path
+from dico_jax.data.paths import is_remote
 from dico_jax.errors import UsageError, within
+
+FORMAT = "dico_jax latents 1"
+DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+ARRAY = 1  # msgpack's code for an array: msgpack of its dtype, shape and bytes
+
+_FIRST_FIELDS = ("label",)  # all that the first folders kept, which do not tell
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a folder of latents is made; two calls that differ in it cannot share a folder."""
+
+    source: str  # what the examples came from, in words
+    source_digest: str  # tells another list of examples
+    num_examples: int  # bad ones included
+    image_size: int
+    exif_rotation: bool
+    autoencoder: str
+    encoder_digest: str
+    shape: tuple[int, int, int, int]  # (orientations, h, w, 2 * channels) of an example
+    dtype: str  # a name of `DTYPES`
+    shard_size: int
+    class_names: tuple[str, ...]
+    fields: tuple[str, ...] = _FIRST_FIELDS  # of the first good example, besides its image
+    format: str = FORMAT
+
+    def __post_init__(self):
+        if self.format != FORMAT:
+            raise ValueError(f"its format is {self.format!r}, not {FORMAT!r}")
+
+    @functools.cached_property
+    def shards(self) -> list[range]:
+        """The source's examples in every shard."""
+        examples, size = range(self.num_examples), self.shard_size
+        return [examples[start : start + size] for start in examples[::size]]
+
+    def shard_file(self, shard: int) -> str:
+        """The name of a shard's file."""
+        return f"latents-{shard:05d}-of-{len(self.shards):05d}.array_record"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A complete shard."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+    bad: dict[str, str]  # id to reason, of the examples that are missing in it
+    fields: tuple[str, ...] = _FIRST_FIELDS  # what all of its examples have besides their images
+
+
+class Manifest(NamedTuple):
+    """What manifest.json says: the plan and its shards in order."""
+
+    plan: Plan
+    shards: list[Shard]
+
+    @property
+    def num_examples(self) -> int:
+        return sum(shard.count for shard in self.shards)
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """Id to reason, of all examples that could not be read."""
+        return {key: reason for shard in self.shards for key, reason in shard.bad.items()}
+
+    @property
+    def fields(self) -> set[str]:
+        """What all examples have besides their images."""
+        return set.intersection(*(set(shard.fields) for shard in self.shards if shard.count))
+
+
+def _from_json(kind: type, values: Any) -> Any:
+    names = [field.name for field in dataclasses.fields(kind) if field.name in values]
+    lists = {name: tuple(values[name]) for name in names if isinstance(values[name], list)}
+    return kind(**{name: values[name] for name in names} | lists)
+
+
+def _read_json(file: epath.Path, make: Callable[[Any], Any]) -> Any:
+    """What `make` makes of the values in a file."""
+    try:
+        return make(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error
+    except (TypeError, KeyError) as error:
+        raise UsageError(f"{file} does not describe latents of format {FORMAT!r}") from error
+
+
+def read_plan(folder: epath.Path) -> Plan | None:
+    """The plan of a folder, if it has one."""
+    file = folder / "plan.json"
+    return _read_json(file, functools.partial(_from_json, Plan)) if file.exists() else None
+
+
+def finished_shards(folder: epath.Path, plan: Plan, which: Iterable[int]) -> dict[int, Shard]:
+    """Those of some shards that are complete: a shard's JSON file appears when it is."""
+    found = {}
+    for shard in which:
+        file = folder / plan.shard_file(shard)
+        told = file.with_suffix(".json")
+        if file.exists() and told.exists():
+            found[shard] = _read_json(told, functools.partial(_from_json, Shard))
+    return found
+
+
+def read_manifest(folder: epath.Path) -> Manifest:
+    """The manifest of a folder; a UsageError if it is not there, not finished, or damaged."""
+
+    def manifest(values):
+        shards = [_from_json(Shard, shard) for shard in values["shards"]]
+        return Manifest(_from_json(Plan, values["plan"]), shards)
+
+    file = folder / "manifest.json"
+    if not folder.exists():
+        raise UsageError(f"{folder} does not exist")
+    if file.exists():
+        return _read_json(file, manifest)
+    if (plan := read_plan(folder)) is None:
+        raise UsageError(f"{folder} has no manifest.json: give a folder made by dico_jax.prepare")
+    count = len(plan.shards)
+    done = f"{len(finished_shards(folder, plan, range(count)))} of {count} shards"
+    raise UsageError(f"{folder} is not finished ({done}): run the same dico_jax.prepare again")
+
+
+def file_sha256(file: epath.Path) -> str:
+    """The checksum of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class PreparedLatents:
@@ -27,15 +163,8 @@ class PreparedLatents:
     and what else its record has; `manifest.fields` tells what all have.
 
     Args:
-      path: the folder, local or gs://.
+      path: the folder, local or gs://, or UsageError where it is missing, unfinished or damaged.
       cache_dir: where the shards of a gs:// folder are copied to, if they are not there yet.
-
-    Attributes:
-      manifest: what the folder says of itself.
-      image_shape: (h, w, 2 * channels) of one orientation's moments.
-
-    Raises:
-      UsageError: unfinished, damaged, missing, or gs:// without cache_dir.
     """
 
     kind = "moments"
@@ -43,47 +172,40 @@ class PreparedLatents:
     def __init__(self, path: str, *, cache_dir: str | None = None):
         self.path, self._folder = path, epath.Path(path)
         self.manifest = read_manifest(self._folder)
+        plan, shards = self.manifest.plan, self.manifest.shards
         if is_remote(path):
-            self._folder = _cached(self._folder, self.manifest, cache_dir)
-        for shard in self.manifest.shards:
-            if not _is_there(file := self._folder / shard.file, shard):
-                raise _damaged(file, f"has not the {shard.bytes} bytes that its manifest says")
-        plan = self.manifest.plan
+            self._folder = _cached(self._folder, shards, cache_dir)
+        for shard in shards:
+            if not _is_there(self._folder, shard):
+                said = f"has not the {shard.bytes} bytes that its manifest says"
+                raise _damaged(self._folder, shard, said)
         self.class_names = list(plan.class_names)
         self.skipped: dict[str, str] = {}  # those of the manifest are no examples any more
-        self.image_shape = plan.shape[1:]
-        files = [f"{self._folder / s.file}[0:{s.count}]" for s in self.manifest.shards if s.count]
+        self.image_shape = plan.shape[1:]  # of one orientation's moments
+        files = [f"{self._folder / shard.file}[0:{shard.count}]" for shard in shards if shard.count]
         if not files:
             raise UsageError(f"{path} has no examples")
         self._records = array_record_data_source.ArrayRecordDataSource(files)
 
     @classmethod
     def from_config(cls, config) -> "PreparedLatents":
-        """The source of `config.data`.
-
-        Raises:
-          UsageError: see above, or it does not fit the config.
-        """
+        """The source of `config.data`; a UsageError if it does not fit the config."""
         path = config.path
         if path is None:
             raise UsageError("data.path is not set: give a folder made by dico_jax.prepare latents")
         with within(f"data.path={path}: "):
             source = cls(path, cache_dir=config.cache_dir)
-        size, orientations = source.manifest.plan.image_size, source.manifest.plan.shape[0]
-        if size != config.image_size:
-            said = f"prepared for config.data.image_size={size}, not {config.image_size}"
-            raise wrong_path(path, said)
-        if config.horizontal_flip and orientations == 1:
-            fix = "use config.data.horizontal_flip=False, or prepare them"
-            raise wrong_path(path, f"prepared without mirrored pictures: {fix}")
+            plan, size = source.manifest.plan, config.image_size
+            if plan.image_size != size:
+                said = f"prepared for config.data.image_size={plan.image_size}, not {size}"
+                raise UsageError(said)
+            if config.horizontal_flip and plan.shape[0] == 1:
+                fix = "use config.data.horizontal_flip=False, or prepare them"
+                raise UsageError(f"prepared without mirrored pictures: {fix}")
         return source
 
     def check_checksums(self, process_index: int = 0, process_count: int = 1) -> None:
-        """Compares this process's part of the shards with their checksums.
-
-        Raises:
-          UsageError: naming the first shard that differs.
-        """
+        """Compares this process's part of the shards with their checksums, or raises UsageError."""
         shards = self.manifest.shards[process_index::process_count]
         bar = tqdm.tqdm(
             total=sum(shard.bytes for shard in shards), unit="B", unit_scale=True, delay=2,
@@ -95,35 +217,46 @@ class PreparedLatents:
                 if digest != shard.sha256:
                     pool.shutdown(cancel_futures=True)
                     said = f"has a wrong checksum ({digest[:12]} instead of {shard.sha256[:12]})"
-                    raise _damaged(self._folder / shard.file, said)
+                    raise _damaged(self._folder, shard, said)
                 bar.update(shard.bytes)
 
     def __len__(self):
         return len(self._records)
 
+    def _record(self, index) -> dict[str, Any]:
+        data = self._records[index]
+        return msgpack.unpackb(data, ext_hook=_unpack_array, strict_map_key=False)
+
     def __getitem__(self, index):
-        moments, _, fields = unpack_record(self._records[index])
-        plan = self.manifest.plan
-        return fields | {"image": np.frombuffer(moments, DTYPES[plan.dtype]).reshape(plan.shape)}
+        record, plan = self._record(index), self.manifest.plan
+        image = np.frombuffer(record.pop("moments"), DTYPES[plan.dtype]).reshape(plan.shape)
+        del record["id"]
+        return record.pop("fields", {}) | record | {"image": image}
 
     def example_id(self, index) -> str:
         """The id that the example had in the source."""
-        return unpack_record(self._records[index])[1]
+        return self._record(index)["id"]
 
     def __repr__(self):
         return f"PreparedLatents({self.path!r})"
 
 
-def _is_there(file: epath.Path, shard: Shard) -> bool:
+def _unpack_array(code: int, data: bytes) -> np.ndarray:
+    dtype, shape, content = msgpack.unpackb(data)
+    return np.frombuffer(content, np.dtype(dtype)).reshape(shape)
+
+
+def _is_there(folder: epath.Path, shard: Shard) -> bool:
+    file = folder / shard.file
     return file.exists() and file.stat().length == shard.bytes
 
 
-def _damaged(file: epath.Path, said: str) -> UsageError:
+def _damaged(folder: epath.Path, shard: Shard, said: str) -> UsageError:
     fix = "copy it again, or delete it and run the same dico_jax.prepare again"
-    return UsageError(f"{file} {said}: {fix}")
+    return UsageError(f"{folder / shard.file} {said}: {fix}")
 
 
-def _cached(folder: epath.Path, manifest: Manifest, cache_dir: str | None) -> epath.Path:
+def _cached(folder: epath.Path, shards: list[Shard], cache_dir: str | None) -> epath.Path:
     """The local copy of a remote folder's shards; copies what is missing."""
     if cache_dir is None:
         raise UsageError(
@@ -132,39 +265,32 @@ def _cached(folder: epath.Path, manifest: Manifest, cache_dir: str | None) -> ep
         )
     local = epath.Path(cache_dir)
     local.mkdir(parents=True, exist_ok=True)
-    for shard in tqdm.tqdm(manifest.shards, desc=f"copying to {local}", dynamic_ncols=True):
-        target = local / shard.file
-        if not _is_there(target, shard):
+    for shard in tqdm.tqdm(shards, desc=f"copying to {local}", dynamic_ncols=True):
+        if not _is_there(local, shard):
             temporary = local / f".{shard.file}.{os.getpid()}"
             (folder / shard.file).copy(temporary, overwrite=True)
-            temporary.replace(target)
+            temporary.replace(local / shard.file)
     return local
 
 
 def verify(path: str) -> Manifest:
-    """Checks everything in a folder: files, checksums, and every record.
-
-    Raises:
-      UsageError: naming the first thing that is wrong.
-    """
+    """Checks everything in a folder: files, checksums, and every record, or raises UsageError."""
     source = PreparedLatents(path)
     source.check_checksums()
+    fields, classes = source.manifest.fields, len(source.class_names)
     for index in tqdm.tqdm(range(len(source)), unit="image", desc="records", dynamic_ncols=True):
-        if reason := _wrong_record(source, index):
-            raise UsageError(f"{path}: record {index} {reason}")
+        wrong = None
+        try:
+            example = source[index]
+            label, image = example.get("label", 0), example["image"].astype(np.float32)
+            if missing := fields - example.keys():
+                wrong = f"has no {', '.join(sorted(missing))}"
+            elif not 0 <= label < classes:
+                wrong = f"has label {label}, but there are {classes} classes"
+            elif not np.isfinite(image).all():
+                wrong = "holds values that are not finite"
+        except (ValueError, KeyError, TypeError) as error:
+            wrong = f"cannot be read: {error}"
+        if wrong:
+            raise UsageError(f"{path}: record {index} {wrong}")
     return source.manifest
-
-
-def _wrong_record(source: PreparedLatents, index: int) -> str | None:
-    try:
-        example = source[index]
-    except (ValueError, KeyError, TypeError) as error:
-        return f"cannot be read: {error}"
-    if missing := source.manifest.fields - example.keys():
-        return f"has no {', '.join(sorted(missing))}"
-    label, count = example.get("label", 0), len(source.class_names)
-    if not 0 <= label < count:
-        return f"has label {label}, but there are {count} classes"
-    if not np.isfinite(example["image"].astype(np.float32)).all():
-        return "holds values that are not finite"
-    return None

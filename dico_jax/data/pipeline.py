@@ -1,13 +1,11 @@
 """From a source to batches, on Grain, in an order that is a function of (seed, step).
 
 Every epoch is shuffled anew. Batch k of the run is made of the k-th `batch_size` examples of the
-endless shuffled sequence, in this order, whatever the number of processes: process h of H reads the
-h-th part of its rows. So the position of a run is its step, and a checkpoint needs no other data
-state; the number of processes, and of the workers that read for them, may change from one start to
-the next.
+endless shuffled sequence, in this order; process h of H reads the h-th part of its rows. So the
+position of a run is its step, and a checkpoint needs no other data state, whatever the number of
+processes and of the workers that read for them.
 """
 
-import functools
 import os
 import signal
 import time
@@ -32,11 +30,8 @@ _BATCHES_AHEAD = 2  # of every worker, and on the devices
 
 
 def read_orientation(image: np.ndarray, mirrored: bool) -> np.ndarray:
-    """Latents or moments (h, w, C), or (1 or 2, h, w, C) orientations: the one that is asked for.
-
-    Latents of one picture alone are mirrored themselves, which is right for pixels only.
-    """
-    if image.ndim == 3:
+    """Latents or moments (h, w, C), or of (1 or 2, h, w, C) orientations the one asked for."""
+    if image.ndim == 3:  # mirrored itself, which is right for pixels only
         return image[:, ::-1] if mirrored else image
     return image[int(mirrored)]
 
@@ -44,38 +39,6 @@ def read_orientation(image: np.ndarray, mirrored: bool) -> np.ndarray:
 def read_label(example: dict[str, Any]) -> dict[str, np.ndarray]:
     """The class of an example as a condition: {"label": int32 ()}."""
     return {"label": np.asarray(example["label"], np.int32)}
-
-
-def _load(
-    source: Source,
-    read: Reader,
-    read_condition: ConditionReader,
-    horizontal_flip: bool,
-    max_bad_fraction: float,
-    index: int,
-    rng: np.random.Generator,
-) -> dict[str, Any]:
-    """An element of a batch; in place of a bad example, the next good one of the source.
-
-    What takes a bad one's place depends on the source alone, so every process agrees.
-    """
-    mirrored = horizontal_flip and rng.random() < 0.5
-    bad: dict[str, str] = {}
-    count = len(source)
-    while len(bad) <= max_bad_fraction * count:
-        position = (int(index) + len(bad)) % count
-        try:
-            example = source[position]
-            return {
-                "image": read(example["image"], mirrored),
-                "condition": read_condition(example),
-                "index": np.int32(position),
-                "mirrored": np.bool_(mirrored),
-                "skipped": np.int32(len(bad)),
-            }
-        except BadExample as error:
-            bad[source.example_id(position)] = str(error)
-    raise too_many_bad(bad, count, max_bad_fraction)
 
 
 def training_batches(
@@ -110,9 +73,29 @@ def training_batches(
       "condition": {name: (n, ...)}, "index": int32 (n,) in the source, "mirrored": bool (n,),
       "skipped": int32 (n,), how many examples just before this one in the source were bad}.
     """
-    load = functools.partial(_load, source, read, read_condition, horizontal_flip, max_bad_fraction)
-    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle()
-    dataset = dataset.repeat(_ENDLESS // len(source) + 1).random_map(load)
+    count = len(source)
+
+    def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
+        # What takes a bad one's place depends on the source alone, so every process agrees.
+        mirrored = horizontal_flip and rng.random() < 0.5
+        bad: dict[str, str] = {}
+        while len(bad) <= max_bad_fraction * count:
+            position = (int(index) + len(bad)) % count
+            try:
+                example = source[position]
+                return {
+                    "image": read(example["image"], mirrored),
+                    "condition": read_condition(example),
+                    "index": np.int32(position),
+                    "mirrored": np.bool_(mirrored),
+                    "skipped": np.int32(len(bad)),
+                }
+            except BadExample as error:
+                bad[source.example_id(position)] = str(error)
+        raise too_many_bad(bad, count, max_bad_fraction)
+
+    dataset = grain.MapDataset.range(count).seed(seed).shuffle()
+    dataset = dataset.repeat(_ENDLESS // count + 1).random_map(load)
     dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
     # A start by position, not by a saved state of Grain: that one depends on the workers.
     return read_ahead(dataset[start_step:], num_workers)
@@ -137,18 +120,14 @@ def _ignore_sigterm(worker: int, num_workers: int) -> None:
 
 
 class DeviceBatches:
-    """An iterator of batches on the devices, put there by a thread ahead of their use.
+    """Batches of `training_batches`, put on the devices by a thread ahead of their use.
 
-    Batches are those of `training_batches` without "skipped". Use it as a context manager, which
-    ends workers and threads.
+    Use it as a context manager, which ends workers and threads.
 
     Args:
       batches: see `training_batches`.
       put: makes global arrays of a tree of this process's NumPy arrays.
-      log: takes note of bad examples.
-
-    Attributes:
-      waited: seconds that the newest batch was waited for.
+      log: takes note of what was "skipped", which batches on the devices do not tell.
     """
 
     def __init__(self, batches: grain.IterDataset, put: Callable[[Any], Any], log: BadExampleLog):
@@ -160,7 +139,7 @@ class DeviceBatches:
             batches.map(to_devices), prefetch_buffer_size=_BATCHES_AHEAD
         )
         self._iterator, self._log = iter(ahead), log
-        self.waited = 0.0
+        self.waited = 0.0  # seconds, for the newest batch
 
     def __iter__(self):
         return self
