@@ -32,25 +32,20 @@ from absl import flags
 from dico_jax import cli
 from dico_jax.errors import UsageError
 
-# Flags with the defaults of fields of a config: the field, what the flag says, bounds.
-_FIELDS: dict[str, tuple[Any, ...]] = {
-    "path": ("data.path", "Folder or file of the source; of tfds its data_dir."),
-    "name": ("data.name", "tfds: the dataset, such as imagenet2012:5.1.0."),
-    "split": ("data.split", "tfds: the split."),
-    "image_size": ("data.image_size", "Side of the cropped pictures in pixels.", 1),
-    "exif_rotation": (
-        "data.exif_rotation",
-        "Turn pictures as their EXIF data say: for cameras' pictures, not for ImageNet.",
-    ),
-    "num_workers": ("data.num_workers", "Processes that read pictures; 0 for threads.", 0),
-    "max_bad_fraction": (
-        "data.max_bad_fraction",
-        "Pictures that cannot be read are skipped and listed; more than this fraction is an error.",
-        0, 1,
-    ),
-    "vae": ("autoencoder.path", "Weights of the autoencoder: a file, or hf://OWNER/REPO/FILE."),
-    "vae_dtype": ("autoencoder.dtype", "float32, or bfloat16 on accelerators."),
-}  # fmt: skip
+# Flags with the defaults of a config: what they say, bounds.
+_OF_CONFIG: dict[str, tuple[Any, ...]] = {
+    "path": ("Folder or file of the source; of tfds its data_dir.",),
+    "name": ("tfds: the dataset, such as imagenet2012:5.1.0.",),
+    "split": ("tfds: the split.",),
+    "image_size": ("Side of the cropped pictures in pixels.", 1),
+    "exif_rotation": ("Turn pictures as EXIF data say: for cameras' pictures, not for ImageNet.",),
+    "num_workers": ("Processes that read pictures; 0 for threads.", 0),
+    "max_bad_fraction": ("Pictures that may be unreadable: they are skipped and listed.", 0, 1),
+    "vae": ("Weights of the autoencoder: a file, or hf://OWNER/REPO/FILE.",),
+    "vae_dtype": ("float32, or bfloat16 on accelerators.",),
+}
+# Their fields, where these are no fields of config.data of the same name.
+_FIELDS = {"vae": "autoencoder.path", "vae_dtype": "autoencoder.dtype"}
 _OF_SOURCE = "source path name split image_size exif_rotation"
 # Per action, the flags that it needs, and those that it may have.
 _ACTIONS = {
@@ -67,14 +62,15 @@ _FLAGS = flags.FLAGS
 
 def _define_flags() -> None:
     # The file is read, not run: --help answers before ml_collections is imported.
-    fields = (pathlib.Path(__file__).parent / "configs" / "default.py").read_text()
+    text = (pathlib.Path(__file__).parent / "configs" / "default.py").read_text()
+    written = dict(re.findall(r"^    config\.(\w+\.\w+) = (.*)", text, re.MULTILINE))
     kinds: dict[type, Any] = {
         bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float,
     }  # fmt: skip
-    for flag, (field, text, *bounds) in _FIELDS.items():
-        written = re.findall(rf"^    config\.{field} = (.*)", fields, re.MULTILINE)[0]
-        default = None if "placeholder" in written else ast.literal_eval(written)
-        kinds.get(type(default), flags.DEFINE_string)(flag, default, text, *bounds)
+    for flag, row in _OF_CONFIG.items():
+        value = written[_FIELDS.get(flag, f"data.{flag}")]
+        default = None if "placeholder" in value else ast.literal_eval(value)
+        kinds.get(type(default), flags.DEFINE_string)(flag, default, *row)
     string, integer = flags.DEFINE_string, flags.DEFINE_integer
     string("out", None, "latents: folder, local or gs://; others: a new .npz file.")
     string("source", None, "folder, zip, tfds, array_record, arrays or digits.")
@@ -113,7 +109,7 @@ def _with_flags(message: str) -> str:
     from dico_jax.config import DEFAULTS
 
     flag_of = {f"data.{name}": name for name in DEFAULTS["data"]}
-    flag_of |= {row[0]: flag for flag, row in _FIELDS.items()}
+    flag_of |= {field: flag for flag, field in _FIELDS.items()}
     pattern = "|".join(map(re.escape, sorted(flag_of, key=len, reverse=True)))
     return re.sub(
         rf"(?<![\w/.-])(?:config\.)?({pattern})\b", lambda m: f"--{flag_of[m[1]]}", message

@@ -86,7 +86,9 @@ def _latent_preview(config) -> Autoencoder:
         matrix = jnp.asarray(_PREVIEW, latents.dtype)
         return jnp.einsum("nhwc,cd->nhwd", latents, matrix, precision="highest")
 
-    return _of_sizes("latent_preview", KLConfig(), decode=decode)
+    sizes = KLConfig()
+    side, factor = sizes.downsampling, sizes.scaling_factor
+    return Autoencoder("latent_preview", side, sizes.latent_channels, decode, None, factor)
 
 
 def _sd_vae(config) -> Autoencoder:
@@ -115,12 +117,8 @@ def _sd_vae(config) -> Autoencoder:
                 raise UsageError(f"it has {file.config}, and {sizes} was expected")
             return file.read()
 
-    return _of_sizes("sd_vae", sizes, decode=decode, encode_moments=encode_moments, load=load)
-
-
-def _of_sizes(name: str, sizes: KLConfig, **functions) -> Autoencoder:
     side, channels, factor = sizes.downsampling, sizes.latent_channels, sizes.scaling_factor
-    return Autoencoder(name, side, channels, scaling_factor=factor, **functions)
+    return Autoencoder("sd_vae", side, channels, decode, encode_moments, factor, load)
 
 
 @contextlib.contextmanager
@@ -176,10 +174,8 @@ def to_model_range(image):
 def posterior_latents(moments, noise, scaling_factor: float):
     """Scaled latents, float32: (mean + exp(log variance / 2) * noise) * scaling_factor.
 
-    Args:
-      moments: (N, h, w, 2C), see `Autoencoder.encode_moments`; NumPy or JAX.
-      noise: (N, h, w, C), standard normal; None for the posterior's mean.
-      scaling_factor: see `Autoencoder`.
+    Moments are (N, h, w, 2C), NumPy or JAX, see `Autoencoder`; noise (N, h, w, C), standard normal,
+    or None for the mean.
     """
     xp = np if isinstance(moments, np.ndarray) else jnp
     mean, log_variance = xp.split(moments.astype(xp.float32), 2, axis=-1)
@@ -193,15 +189,11 @@ def make_latents_fn(
 ) -> Callable[[dict[str, Any], Any], dict[str, jax.Array]]:
     """The jitted function (batch, step) -> {"x": float32 scaled latents, "condition"}.
 
-    Args:
-      kind: of the source, and so of the batch's "image": "pictures", uint8 (N, H, W, C), which are
-        encoded, or without an encoder become [-1, 1]; "moments", (N, h, w, 2C), as prepared ahead;
-        or "latents", (N, h, w, C), scaled already. The batch's "condition" is passed on.
-      autoencoder: of the latents.
-      latent_sampling: what is taken of a posterior: "sample" draws by (seed, step), "fixed" by
-        (seed, the batch's "index" and "mirrored", both (N,)), "mean" does not draw.
-      seed: decides the draws.
-      mesh: batches are split over it.
+    A batch's "condition" is passed on; its "image" is, by the kind of its source, "pictures", uint8
+    (N, H, W, C), which are encoded (in [-1, 1] they are the latents where there is no encoder);
+    "moments", (N, h, w, 2C), as prepared ahead; or "latents", (N, h, w, C), scaled already. What
+    `latent_sampling` takes of a posterior: "sample" draws by (seed, step), "fixed" by (seed, the
+    batch's "index" and "mirrored", both (N,)), "mean" does not draw. The mesh splits batches.
     """
     _check_choice("data.latent_sampling", latent_sampling, "sample", "mean", "fixed")
     split, whole = batch_sharding(mesh), replicated(mesh)

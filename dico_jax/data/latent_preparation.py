@@ -111,23 +111,17 @@ def _write_json(file: epath.Path, values: dict[str, Any]) -> None:
 
 def claim_folder(folder: epath.Path, plan: Plan) -> None:
     """Makes the folder of a plan; a UsageError where there is something else than this plan."""
-    new = dataclasses.asdict(plan)
+    new, fix = dataclasses.asdict(plan), "give another folder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (found := read_plan(folder)) is not None:
             old = dataclasses.asdict(found)
-            said = "; ".join(
-                f"{key} was {json.dumps(old[key]):.60}, is {json.dumps(new[key]):.60}"
-                for key in new
-                if old[key] != new[key]
-            )
+            pairs = ((key, json.dumps(old[key]), json.dumps(new[key])) for key in new)
+            said = "; ".join(f"{key} was {a:.60}, is {b:.60}" for key, a, b in pairs if a != b)
             if said:
-                raise UsageError(
-                    f"--out={folder} holds latents that were made in another way ({said}): "
-                    "give another folder"
-                )
+                raise UsageError(f"--out={folder} has latents made otherwise ({said}): {fix}")
         elif any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise UsageError(f"--out={folder} is not empty and has no plan.json: give a new folder")
+            raise UsageError(f"--out={folder} is not empty and has no plan.json: {fix}")
         else:
             _write_json(folder / "plan.json", new)
     except OSError as error:

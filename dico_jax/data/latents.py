@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -99,15 +99,18 @@ class Manifest(NamedTuple):
 
 
 def _from_json(kind: type, values: Any) -> Any:
-    names = [field.name for field in dataclasses.fields(kind) if field.name in values]
-    lists = {name: tuple(values[name]) for name in names if isinstance(values[name], list)}
-    return kind(**{name: values[name] for name in names} | lists)
+    known = {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
-def _read_json(file: epath.Path, make: Callable[[Any], Any]) -> Any:
-    """What `make` makes of the values in a file."""
+def _read(file: epath.Path, kind: type) -> Any:
+    """The `Plan`, `Shard` or `Manifest` in a JSON file."""
     try:
-        return make(json.loads(file.read_text()))
+        values = json.loads(file.read_text())
+        if kind is not Manifest:
+            return _from_json(kind, values)
+        shards = [_from_json(Shard, shard) for shard in values["shards"]]
+        return Manifest(_from_json(Plan, values["plan"]), shards)
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
     except (TypeError, KeyError) as error:
@@ -117,32 +120,23 @@ def _read_json(file: epath.Path, make: Callable[[Any], Any]) -> Any:
 def read_plan(folder: epath.Path) -> Plan | None:
     """The plan of a folder, if it has one."""
     file = folder / "plan.json"
-    return _read_json(file, functools.partial(_from_json, Plan)) if file.exists() else None
+    return _read(file, Plan) if file.exists() else None
 
 
 def finished_shards(folder: epath.Path, plan: Plan, which: Iterable[int]) -> dict[int, Shard]:
     """Those of some shards that are complete: a shard's JSON file appears when it is."""
-    found = {}
-    for shard in which:
-        file = folder / plan.shard_file(shard)
-        told = file.with_suffix(".json")
-        if file.exists() and told.exists():
-            found[shard] = _read_json(told, functools.partial(_from_json, Shard))
-    return found
+    files = {shard: folder / plan.shard_file(shard) for shard in which}
+    told = {shard: file.with_suffix(".json") for shard, file in files.items() if file.exists()}
+    return {shard: _read(file, Shard) for shard, file in told.items() if file.exists()}
 
 
 def read_manifest(folder: epath.Path) -> Manifest:
     """The manifest of a folder; a UsageError if it is not there, not finished, or damaged."""
-
-    def manifest(values):
-        shards = [_from_json(Shard, shard) for shard in values["shards"]]
-        return Manifest(_from_json(Plan, values["plan"]), shards)
-
     file = folder / "manifest.json"
     if not folder.exists():
         raise UsageError(f"{folder} does not exist")
     if file.exists():
-        return _read_json(file, manifest)
+        return _read(file, Manifest)
     if (plan := read_plan(folder)) is None:
         raise UsageError(f"{folder} has no manifest.json: give a folder made by dico_jax.prepare")
     count = len(plan.shards)
@@ -259,10 +253,8 @@ def _damaged(folder: epath.Path, shard: Shard, said: str) -> UsageError:
 def _cached(folder: epath.Path, shards: list[Shard], cache_dir: str | None) -> epath.Path:
     """The local copy of a remote folder's shards; copies what is missing."""
     if cache_dir is None:
-        raise UsageError(
-            "ArrayRecord files cannot be read in a bucket: set config.data.cache_dir to a local "
-            "folder to copy them into, or mount the bucket"
-        )
+        fix = "set config.data.cache_dir to a local folder to copy them into, or mount the bucket"
+        raise UsageError(f"ArrayRecord files cannot be read in a bucket: {fix}")
     local = epath.Path(cache_dir)
     local.mkdir(parents=True, exist_ok=True)
     for shard in tqdm.tqdm(shards, desc=f"copying to {local}", dynamic_ncols=True):
@@ -277,20 +269,17 @@ def verify(path: str) -> Manifest:
     """Checks everything in a folder: files, checksums, and every record, or raises UsageError."""
     source = PreparedLatents(path)
     source.check_checksums()
-    fields, classes = source.manifest.fields, len(source.class_names)
+    fields, classes = source.manifest.fields, range(len(source.class_names))
     for index in tqdm.tqdm(range(len(source)), unit="image", desc="records", dynamic_ncols=True):
-        wrong = None
         try:
             example = source[index]
-            label, image = example.get("label", 0), example["image"].astype(np.float32)
-            if missing := fields - example.keys():
-                wrong = f"has no {', '.join(sorted(missing))}"
-            elif not 0 <= label < classes:
-                wrong = f"has label {label}, but there are {classes} classes"
-            elif not np.isfinite(image).all():
-                wrong = "holds values that are not finite"
-        except (ValueError, KeyError, TypeError) as error:
-            wrong = f"cannot be read: {error}"
-        if wrong:
-            raise UsageError(f"{path}: record {index} {wrong}")
+            finite = np.isfinite(example["image"].astype(np.float32)).all()
+            right = fields <= example.keys() and example.get("label", 0) in classes and finite
+        except (ValueError, KeyError, TypeError):
+            right = False
+        if not right:
+            said = (
+                "cannot be read, lacks a field, is of no class or holds numbers that are not finite"
+            )
+            raise UsageError(f"{path}: record {index} {said}")
     return source.manifest
