@@ -239,7 +239,7 @@ def start(folder: pathlib.Path, task: str, options: argparse.Namespace) -> list[
 def summarise(times: dict[tuple[str, str], float], options: argparse.Namespace) -> dict:
     """Images per second, ratios and utilisation, printed and returned."""
     from dico_jax import create_model
-    from dico_jax.models.flops import forward_flops, training_flops
+    from dico_jax.models import forward_flops, training_flops
 
     side = options.image_size // LATENT_STEP
     counts = {"forward": forward_flops, "gradient": training_flops}

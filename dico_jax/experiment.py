@@ -18,9 +18,8 @@ from dico_jax.data.pipeline import Reader, read_orientation
 from dico_jax.data.sources import ArraySource, Source, create_source
 from dico_jax.diffusion import Objective, SamplingOptions, create_objective
 from dico_jax.errors import UsageError, within
-from dico_jax.models import create_model, model_options
+from dico_jax.models import create_model, find_model, model_options
 from dico_jax.models.denoiser import Denoiser
-from dico_jax.models.registry import find_model
 
 
 @dataclasses.dataclass(frozen=True)

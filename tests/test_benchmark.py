@@ -15,10 +15,9 @@ from dico_jax.benchmarking import ceiling, compiled, model_table, programs, repo
 from dico_jax.benchmarking.timing import Times, measure
 from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config, sampling_from_config
-from dico_jax.models import MODELS, abstract_params, create_model
+from dico_jax.models import MODELS, abstract_params, create_model, forward_macs
 from dico_jax.models.dico import DiCo
 from dico_jax.models.dit import DiT
-from dico_jax.models.flops import forward_macs
 from dico_jax.ops import conv
 from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.sampling.generate import make_generate_fn

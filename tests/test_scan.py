@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dico_jax.models import abstract_params, create_model
+from dico_jax.models.block_stacks import Stage
 from dico_jax.models.dico import DiCoBlock
 from dico_jax.models.dit import DiTBlock
-from dico_jax.models.layers import Stage
 from tests import golden
 
 FAMILIES = ["DiCo", "DiT"]

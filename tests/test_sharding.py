@@ -17,8 +17,12 @@ from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import UsageError
 from dico_jax.experiment import model_from_config
 from dico_jax.models import abstract_params, count_parameters, create_model
-from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
-from dico_jax.models.gathering import whole_where_used
+from dico_jax.models.block_stacks import (
+    stack_blocks,
+    stack_shardings,
+    unstack_blocks,
+    whole_where_used,
+)
 from dico_jax.ops import cpu
 from dico_jax.ops.cpu import use_all_cores
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, data_shard, replicated, to_global

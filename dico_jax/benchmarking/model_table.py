@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import jax
 
 from dico_jax.errors import UsageError
-from dico_jax.models import MODELS, abstract_params, create_model
+from dico_jax.models import MODELS, abstract_params, create_model, forward_macs
 from dico_jax.models.denoiser import Denoiser
-from dico_jax.models.flops import forward_macs
 
 # Of Stable Diffusion's autoencoder, whose latents the published networks see.
 _DOWNSAMPLING, _CHANNELS = 8, 4

@@ -14,10 +14,15 @@ from ml_collections import ConfigDict
 from dico_jax.benchmarking.compiled import Compiled, compile_ahead
 from dico_jax.checkpoints.state import TrainState, abstract_state, initializer
 from dico_jax.experiment import experiment_from_config, sampling_from_config
-from dico_jax.models import abstract_params, count_parameters
+from dico_jax.models import (
+    abstract_params,
+    count_parameters,
+    forward_flops,
+    forward_macs,
+    training_flops,
+)
 from dico_jax.models.block_stacks import STACK, map_stacks
 from dico_jax.models.denoiser import Denoiser
-from dico_jax.models.flops import forward_flops, forward_macs, training_flops
 from dico_jax.parallel.mesh import batch_sharding, replicated
 from dico_jax.sampling.generate import make_latents_fn
 from dico_jax.training.optimizer import create_optimizer

@@ -1,11 +1,149 @@
-"""The networks: the DiCo family and, as its baseline, the DiT family."""
+"""The networks: the DiCo family and, as its baseline, the DiT family, by name, and their sizes."""
 
-from dico_jax.models.registry import (
-    MODELS,
-    abstract_params,
-    count_parameters,
-    create_model,
-    model_options,
-)
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-__all__ = ["MODELS", "abstract_params", "count_parameters", "create_model", "model_options"]
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dico_jax.errors import UsageError
+from dico_jax.models.denoiser import Denoiser
+from dico_jax.models.dico import DiCo
+from dico_jax.models.dit import DiT
+from dico_jax.ops.plain import check_float64
+
+# Paper table 1 (DiCo-H: table 5) and the DiT paper's table 1.
+_DICO = {
+    "DiCo-S": {"hidden_size": 128, "depth": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
+    "DiCo-B": {"hidden_size": 256, "depth": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
+    "DiCo-L": {"hidden_size": 352, "depth": (9, 8, 9, 8, 9), "mlp_ratio": 2.0},
+    "DiCo-XL": {"hidden_size": 416, "depth": (9, 9, 10, 9, 9), "mlp_ratio": 2.0},
+    "DiCo-H": {"hidden_size": 416, "depth": (14, 12, 10, 12, 14), "mlp_ratio": 4.0},
+}
+_DIT = {
+    "DiT-S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "DiT-B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "DiT-L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "DiT-XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
+
+# A network is a class and a row: name, class, and the options that the name stands for.
+MODELS: dict[str, tuple[type[Denoiser], Mapping[str, Any]]] = {
+    **{name: (DiCo, sizes) for name, sizes in _DICO.items()},
+    **{
+        f"{name}/{patch}": (DiT, {**sizes, "patch_size": patch})
+        for name, sizes in _DIT.items()
+        for patch in (2, 4, 8)
+    },
+    "DiCo": (DiCo, {}),
+    "DiT": (DiT, {}),
+}
+
+_DTYPES = ("float32", "bfloat16", "float64")
+
+
+def find_model(name: str) -> tuple[type[Denoiser], Mapping[str, Any]]:
+    """The class of model `name`, and the sizes that the name stands for; or UsageError."""
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4) or list(MODELS)
+        raise UsageError("model.name", name, f"is unknown: use {' or '.join(map(repr, close))}")
+    return MODELS[name]
+
+
+def model_options(name: str) -> dict[str, Any]:
+    """The options of model `name` with their defaults: sizes, in_channels, dtype, ..."""
+    cls, sizes = find_model(name)
+    fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
+    return {name: fields[name] for name in fields if name not in ("parent", "name")} | dict(sizes)
+
+
+def create_model(name: str, **options) -> Denoiser:
+    """A network by name: "DiCo-S" to "DiCo-H", "DiT-S/2" to "DiT-XL/8", "DiCo" or "DiT".
+
+    Args:
+      name: a key of `MODELS`.
+      **options: attributes of `DiCo` or `DiT`. The sizes of a published model are fixed: give
+        hidden_size, depth, mlp_ratio (DiT: num_heads, patch_size) with the names "DiCo" and "DiT".
+        `dtype` is "float32" (default), "bfloat16" or "float64" (which needs jax_enable_x64).
+
+    Returns:
+      A linen module, see `Denoiser`. UsageError for what no network can have.
+    """
+    known = model_options(name)
+    cls, sizes = MODELS[name]
+    for option, value in options.items():
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+            fix = f": model {name!r} has no such option; {hint}"
+            raise UsageError(f"model.{option}", value, fix)
+        if value != sizes.get(option, value):
+            fix = f"contradicts model.name={name!r}, which has {sizes[option]!r}: use "
+            own = f"model.name={cls.__name__!r} for sizes of your own"
+            raise UsageError(f"model.{option}", value, fix + own)
+    merged = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+    merged["dtype"] = _parse_dtype(options.get("dtype", "float32"))
+    return cls(**{**sizes, **merged})
+
+
+def _parse_dtype(dtype) -> jnp.dtype:
+    name = getattr(dtype, "__name__", getattr(dtype, "name", dtype))
+    if name not in _DTYPES:
+        raise UsageError("model.dtype", dtype, f"is unknown: use one of {', '.join(_DTYPES)}")
+    check_float64("model.dtype", name)
+    return jnp.dtype(name)
+
+
+def count_parameters(model: Denoiser) -> int:
+    """The number of trainable parameters; DiT's fixed position table, a constant, is not one."""
+    return sum(x.size for x in jax.tree.leaves(abstract_params(model)))
+
+
+def abstract_params(model: Denoiser) -> Any:
+    """The parameter tree of `model` as `jax.ShapeDtypeStruct`s, without computing anything."""
+    inputs = model.example_inputs()  # a key made inside starts no device
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))["params"]
+
+
+def forward_macs(model: Denoiser, latent_shape: Sequence[int]) -> int | None:
+    """Multiply-adds of one forward pass of one example (H, W, C); None where there is no formula.
+
+    Those of convolutions (depthwise ones as well), linear layers and the two products of attention:
+    what the papers' figures consist of, up to normalisation and pooling.
+    """
+    model.check_input(latent_shape)
+    return model.macs(latent_shape[0] * latent_shape[1])
+
+
+def forward_flops(model: Denoiser, latent_shape: Sequence[int]) -> int:
+    """Floating-point operations of a forward pass of one example: two for every multiply-add.
+
+    Without a formula, XLA's count of the program before it is optimised, element by element too.
+    """
+    macs = forward_macs(model, latent_shape)
+    return _xla_count(model, latent_shape) if macs is None else 2 * macs
+
+
+def training_flops(model: Denoiser, latent_shape: Sequence[int]) -> int:
+    """As `forward_flops`, in a training step: the backward pass has two products to each forward.
+
+    What is computed again to save memory does not count, nor do optimizer and autoencoder.
+    """
+    macs = forward_macs(model, latent_shape)
+    return _xla_count(model, latent_shape, backward=True) if macs is None else 3 * 2 * macs
+
+
+def _xla_count(model, latent_shape, backward=False):
+    model = model.clone(scan_blocks=False, remat="none")  # blocks in a loop would count once
+    _, t, condition = model.example_inputs()
+
+    def total(params, x):
+        return model.apply({"params": params}, x, t, condition).sum()
+
+    program = jax.jit(jax.value_and_grad(total) if backward else total)
+    lowered = program.lower(abstract_params(model), np.zeros((1, *latent_shape), np.float32))
+    costs: Any = lowered.cost_analysis()
+    return int(costs["flops"])

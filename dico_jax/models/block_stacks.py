@@ -1,59 +1,108 @@
-"""Parameters of equal blocks as one array each, for a loop over the blocks.
+"""Equal blocks, one by one or as one loop, and how their parameters lie and come to them.
 
-Blocks lie apart in parameters as everybody sees them, {"latent": {"0": block, "1": block}}: in
-checkpoints, for optimizers of one's own, in sampling. While a run trains with `scan_blocks`, its
-state has {"latent": {"stack": blocks}} instead, where every array has a new first axis, so that
-neither the network nor the optimizer has an operation per block.
+Blocks lie apart in parameters as everybody sees them, {"latent": {"0": block, "1": block}}. While a
+run trains with `scan_blocks`, its state has {"latent": {"stack": blocks}} instead, where every
+array has a new first axis, so that neither network nor optimizer has an operation per block.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from dico_jax.parallel.mesh import BATCH_AXES
 
 STACK = "stack"
 
+# Of each block the backward pass computes again: nothing, everything, or all but matrix products.
+# Products of two activations (attention) are computed again too: their results are the largest.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Stage(nn.Module):
+    """`depth` equal blocks one after the other, named "0", "1", ..., made by `block(name=...)`.
+
+    A block maps (x, c) to the next x, and has nothing but parameters, which it uses in `dtype`.
+    With `scan` one `jax.lax.scan` runs all, so that the program is as large, and compiles as fast,
+    as that of one block. However they run, their parameters lie apart ("0/conv1/kernel") and start
+    as they do one by one; with `scan` stacked ones are taken, too. What blocks compute inside can
+    be captured only with `scan` off and `remat` (a key of `REMAT_POLICIES`) "none".
+    """
+
+    depth: int
+    block: Callable[..., nn.Module]
+    dtype: jnp.dtype
+    scan: bool = False
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x, c):
+        names = [str(i) for i in range(self.depth)]
+        if self.is_initializing() or not (self.scan or self.remat != "none"):
+            for name in names:
+                x = self.block(name=name)(x, c)
+            return x
+        params, run = self.variables["params"], self._pure_block()
+        if self.scan:
+            stacked = self._stacked(params, names)
+            return jax.lax.scan(lambda x, block: (run(block, x, c), None), x, stacked)[0]
+        for name in names:
+            x = run(params[name], x, c)
+        return x
+
+    def _stacked(self, params, names):
+        """The parameters of all blocks in one tree, cast first, so that what is copied is small."""
+        if STACK in params:
+            return jax.tree.map(lambda leaf: leaf.astype(self.dtype), params[STACK])
+        blocks = (params[name] for name in names)
+        return jax.tree.map(lambda *b: jnp.stack([x.astype(self.dtype) for x in b]), *blocks)
+
+    def _pure_block(self):
+        """A block as a function (params, x, c) to the next x."""
+
+        def run(params, x, c):
+            return self.block(parent=None).apply({"params": params}, x, c)
+
+        if self.remat == "none":
+            return run
+        # A scan keeps the two passes apart by itself: barriers against merging them only cost.
+        policy = REMAT_POLICIES[self.remat]
+        return jax.checkpoint(run, policy=policy, prevent_cse=not self.scan)
+
 
 def map_stacks(function: Callable[..., Any], tree: Any, stages: Sequence[str]) -> Any:
-    """Joins the blocks of all parameters in a tree, leaf by leaf.
+    """Joins the blocks of all `stages` in a tree that has parameters inside, such as a state.
 
-    Args:
-      function: makes one leaf of the leaves of all blocks of a stage.
-      tree: anything that has parameter trees inside, such as an optimizer's state.
-      stages: names of the subtrees with blocks, see `Denoiser.stages`; none joins nothing.
+    `function` makes one leaf of the leaves of all blocks of a stage; no stages, no change.
     """
 
     def is_parameters(node):
         return isinstance(node, dict) and bool(stages) and set(stages) <= node.keys()
 
-    def joined(node):
+    def joined(stage):
+        return {STACK: jax.tree.map(function, *(stage[str(i)] for i in range(len(stage))))}
+
+    def join_all(node):
         if not is_parameters(node):
             return node
-        return {
-            name: {STACK: _joined(function, part)} if name in stages else part
-            for name, part in node.items()
-        }
+        return {name: joined(part) if name in stages else part for name, part in node.items()}
 
-    return jax.tree.map(joined, tree, is_leaf=is_parameters)
-
-
-def _joined(function: Callable[..., Any], stage: dict[str, Any]) -> Any:
-    return jax.tree.map(function, *(stage[str(i)] for i in range(len(stage))))
+    return jax.tree.map(join_all, tree, is_leaf=is_parameters)
 
 
 def stack_blocks(tree: Any, stages: Sequence[str], consume: bool = False) -> Any:
-    """A tree of arrays whose blocks lie apart, as one with stacks.
-
-    Args:
-      tree, stages: see `map_stacks`.
-      consume: delete the arrays that are stacked, one after the other, to save their memory.
-    """
+    """Blocks that lie apart as stacks; with `consume` each array is deleted once it is stacked."""
 
     def stack(*leaves):
-        stacked = _stack_as(_stacked_sharding(leaves[0].sharding))(*leaves)
+        stacked = jax.jit(_stack, out_shardings=_of_stack(leaves[0].sharding))(*leaves)
         for leaf in leaves if consume else ():
             leaf.delete()
         return stacked
@@ -63,11 +112,11 @@ def stack_blocks(tree: Any, stages: Sequence[str], consume: bool = False) -> Any
 
 def stack_shardings(tree: Any, stages: Sequence[str]) -> Any:
     """The shardings of a tree with stacks: every block lies on the devices as the first one did."""
-    return map_stacks(lambda first, *_: _stacked_sharding(first), tree, stages)
+    return map_stacks(lambda first, *_: _of_stack(first), tree, stages)
 
 
 def unstack_blocks(tree: Any) -> Any:
-    """A tree of arrays with stacks, as one whose blocks lie apart."""
+    """What `stack_blocks` has joined, apart again."""
 
     def is_stack(node):
         return isinstance(node, dict) and node.keys() == {STACK}
@@ -76,36 +125,74 @@ def unstack_blocks(tree: Any) -> Any:
         if not is_stack(node):
             return node
         leaves, structure = jax.tree.flatten(node[STACK])
-        blocks = zip(*map(_unstack, leaves), strict=True)
+        blocks = zip(*map(_unstacked, leaves), strict=True)
         return {str(i): jax.tree.unflatten(structure, b) for i, b in enumerate(blocks)}
 
     return jax.tree.map(apart, tree, is_leaf=is_stack)
 
 
-def _unstack(leaf: jax.Array) -> tuple[jax.Array, ...]:
-    return _unstack_as(_block_sharding(leaf.sharding))(leaf)
+# A small program for every shape and sharding, which JAX keeps, not a large one for all parameters.
 
 
-# One small program for every shape and sharding, instead of a large one for all parameters.
+def _stack(*leaves):
+    return jnp.stack(leaves)
 
 
-@functools.lru_cache
-def _stack_as(sharding: Any) -> Callable[..., jax.Array]:
-    return jax.jit(lambda *leaves: jnp.stack(leaves), out_shardings=sharding)
+def _unstacked(leaf):
+    place = _with_axes(leaf.sharding, lambda axes: axes[1:])
+    return jax.jit(jnp.unstack, out_shardings=place)(leaf)
 
 
-@functools.lru_cache
-def _unstack_as(sharding: Any) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
-    return jax.jit(jnp.unstack, out_shardings=sharding)
+def _of_stack(place):
+    return _with_axes(place, lambda axes: (None, *axes))
 
 
-def _stacked_sharding(sharding: Any) -> Any:
-    if not isinstance(sharding, NamedSharding):  # a single device
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+def _with_axes(place, change):
+    if not isinstance(place, NamedSharding):  # a single device
+        return place
+    return NamedSharding(place.mesh, PartitionSpec(*change(place.spec)))
 
 
-def _block_sharding(sharding: Any) -> Any:
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+class _Shared(nn.Partitioned):
+    """A parameter that lies as `names` says, and comes whole along the batch's axes."""
+
+    dtype: Any = struct.field(default=None, pytree_node=False)  # in which it is used, if known
+
+    def unbox(self, apply_constraint=True):
+        value = self.value if self.dtype is None else self.value.astype(self.dtype)
+        whole = tuple(None if axis in BATCH_AXES else axis for axis in self.names)
+        for names in (self.names, whole):  # the first, so that it travels in the dtype of its use
+            value = nn.Partitioned(value, names, self.mesh).unbox()
+        return value
+
+
+def whole_where_used(params: Any, model: Any, sharding: Any) -> Any:
+    """Parameters for `model.apply`, each whole along the batch's axes for the module that reads it.
+
+    Every device keeps its part of a parameter and gets the others where a module asks for it: in a
+    loop over blocks one block at a time, with `remat` once more in the backward pass. Gradients
+    with respect to `params` are what they would be without this, and what "tensor" splits stays so.
+
+    So inside a network "data" and "fsdp" split nothing but the batch, both and in this order, and
+    the partitioner never has to bring two orders of the same devices together. XLA's gets that
+    wrong in silence (seen with jax 0.10 to 0.12): with x split as (("data", "fsdp"), "tensor") and
+    a kernel as ("tensor", "fsdp"), x @ kernel split as x is has its rows in the order of ("fsdp",
+    "data") where the kernel is the larger one, data > 1 and fsdp = tensor > 1.
+
+    Blocks lie apart or as stacks; `sharding` is a tree like `params`, or one for all of them.
+    """
+    if isinstance(sharding, Sharding):
+        sharding = jax.tree.map(lambda _: sharding, params)
+    for name in model.stacked_stages:  # one loop over blocks cannot treat them differently
+        if STACK not in sharding[name]:
+            sharding = sharding | {name: dict.fromkeys(sharding[name], sharding[name]["0"])}
+
+    def box(path, leaf, place):
+        if not isinstance(place, NamedSharding) or not set(BATCH_AXES) & set(place.spec):
+            return leaf
+        stacked = jax.tree_util.DictKey(STACK) in path  # a module sees one block of it
+        axes = tuple(place.spec)[1:] if stacked else tuple(place.spec)
+        dtype = model.dtype if path[0].key in model.stages else None
+        return _Shared(leaf, axes, cast(Mesh, place.mesh), dtype)
+
+    return jax.tree_util.tree_map_with_path(box, params, sharding)

@@ -1,6 +1,7 @@
-"""What every network of this package has: its arguments, its condition, the shape of its output."""
+"""What every network has: its arguments, its condition, the shape of its output."""
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dico_jax.errors import UsageError
-from dico_jax.models.layers import REMAT_POLICIES
+from dico_jax.models.block_stacks import REMAT_POLICIES
+from dico_jax.models.layers import LabelEmbedder
 from dico_jax.ops.plain import accumulation_dtype, plain_ops
 
 Condition = Any  # a tree (dict) of arrays with the examples first
@@ -27,8 +29,8 @@ class Denoiser(nn.Module):
     It returns (N, H, W, out_channels) in float32 or better: the prediction, then, with learn_sigma,
     the variance interpolation. It raises UsageError where H or W do not divide.
 
-    A network is a class with a method `forward` that takes these arguments, and `zero_condition`,
-    and a row in `dico_jax.models.registry.MODELS`; the rest has defaults.
+    A network has a method `forward` that takes these arguments, `zero_condition`, and a row in
+    `dico_jax.models.MODELS`; the rest has defaults.
 
     Attributes:
       in_channels: channels of the input, 4 for Stable Diffusion latents.
@@ -49,29 +51,30 @@ class Denoiser(nn.Module):
     remat: str = "none"
     plain_ops: bool = False
 
-    stages: ClassVar[
-        tuple[str, ...]
-    ] = ()  # names of the parts whose parameters are those of equal blocks
+    stages: ClassVar[tuple[str, ...]] = ()  # parts whose parameters are those of equal blocks
     size_divisor = 1  # what height and width of the input must divide by
     condition_tables: ClassVar[tuple[str, ...]] = ()  # parts with a row per value of the condition
     condition_dropout = 0.0  # the probability with which training replaces a condition by the null
 
     def __post_init__(self):
-        self.check_positive("in_channels")
-        if self.remat not in REMAT_POLICIES:
-            fix = f"is unknown: use one of {', '.join(REMAT_POLICIES)}"
-            raise UsageError("model.remat", self.remat, fix)
+        for field, good, fix in self.checks():
+            if not good:
+                raise UsageError(f"model.{field}", getattr(self, field), fix)
         super().__post_init__()
 
-    def check_positive(self, *fields: str) -> None:
-        """Raises UsageError for a field below 1."""
-        for field in fields:
-            if getattr(self, field) < 1:
-                raise UsageError(f"model.{field}", getattr(self, field), "must be at least 1")
+    def checks(self) -> Iterator[tuple[str, bool, str]]:
+        """Per check of an option its name, whether its value is right, and what else to use."""
+        yield from self.check_positive("in_channels")
+        known = f"is unknown: use one of {', '.join(REMAT_POLICIES)}"
+        yield "remat", self.remat in REMAT_POLICIES, known
+
+    def check_positive(self, *fields: str):
+        """Checks of `checks` that fields are 1 or more."""
+        return ((field, getattr(self, field) > 0, "must be at least 1") for field in fields)
 
     def __call__(self, x, t, condition):
         """The network's output, see above."""
-        self.check_input(x)
+        self.check_input(x.shape)
         with plain_ops(self.plain_ops):
             return self.forward(x, t, self.as_condition(condition))
 
@@ -79,22 +82,36 @@ class Denoiser(nn.Module):
         """What a network computes."""
         raise NotImplementedError
 
-    def check_input(self, x) -> None:
-        """Raises UsageError where height or width of x (N, H, W, C) do not divide."""
-        height, width = x.shape[1:3]
+    def macs(self, positions: int) -> int | None:
+        """Multiply-adds of one example with so many positions (H * W); None for no formula."""
+        return None
+
+    def check_input(self, shape: Sequence[int]) -> None:
+        """Raises UsageError where height or width of (..., H, W, C) do not divide."""
+        height, width = shape[-3:-1]
         if height % self.size_divisor or width % self.size_divisor or not height * width:
-            raise UsageError(
-                f"input of {height}x{width} positions: both must be multiples of "
-                f"{self.size_divisor}, which the network shrinks them by"
-            )
+            fix = f"multiples of {self.size_divisor}, which the network shrinks them by"
+            raise UsageError(f"input of {height}x{width} positions: both must be {fix}")
+
+    @property
+    def stacked_stages(self) -> tuple[str, ...]:
+        """The `stages` that run as loops, for `dico_jax.models.block_stacks`."""
+        return self.stages if self.scan_blocks else ()
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def wide_dtype(self) -> jnp.dtype:
+        """The dtype of the conditioning vectors and of the output: float32 or better."""
+        return accumulation_dtype(self.dtype)
 
     # What the network is told.
 
     def example_inputs(self, n: int = 1, side: int | None = None) -> tuple[Any, Any, Condition]:
-        """Zeros as arguments of a call, in NumPy: n inputs of side x side positions.
-
-        They make parameters, and say which fields a condition has, with dtypes and shapes.
-        """
+        """Zeros as arguments of a call, in NumPy: n inputs of side x side positions."""
         side = side or self.size_divisor
         x = np.zeros((n, side, side, self.in_channels), np.float32)
         return x, np.zeros(n, np.float32), self.zero_condition(n)
@@ -112,24 +129,15 @@ class Denoiser(nn.Module):
         return None
 
     def read_condition(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The condition of one example of a source, without a batch axis.
-
-        Raises:
-          UsageError: the example lacks a field, or has it in another shape.
-        """
+        """The condition of one example of a source, without a batch axis; or UsageError."""
         condition = {}
         for name, zeros in self.zero_condition(1).items():
+            told = f"{type(self).__name__} is told {name!r} of every example"
             if name not in example:
-                raise UsageError(
-                    f"{type(self).__name__} is told {name!r} of every example, and these have "
-                    f"{', '.join(example)}"
-                )
-            condition[name] = np.asarray(example[name], zeros.dtype)
-            if condition[name].shape != zeros.shape[1:]:
-                raise UsageError(
-                    f"{type(self).__name__} is told {name!r} of shape {zeros.shape[1:]} of every "
-                    f"example, and one has {condition[name].shape}"
-                )
+                raise UsageError(f"{told}, and these have {', '.join(example)}")
+            value = condition[name] = np.asarray(example[name], zeros.dtype)
+            if value.shape != (shape := zeros.shape[1:]):
+                raise UsageError(f"{told}, of shape {shape}, and one has {value.shape}")
         return condition
 
     @classmethod
@@ -158,30 +166,111 @@ class Denoiser(nn.Module):
     def parse_conditions(
         self, text: str, num_images: int, seed: int, class_names: Sequence[str] = ()
     ) -> Condition:
-        """The conditions of all images, (num_images, ...), that the flag --classes asks for.
-
-        Raises:
-          UsageError: there is no such class, or the network is not told classes.
-        """
+        """The conditions of all images, (num_images, ...), that the flag --classes asks for."""
         raise UsageError("--classes", text, f": {type(self).__name__} is not told classes")
 
     def named_arrays(self, conditions: Condition) -> dict[str, np.ndarray]:
         """Conditions as the arrays of an .npz file of images, by name."""
         return dict(conditions)
 
-    # Sizes.
+
+class ClassConditional(Denoiser):
+    """Base of networks whose condition is {"label": int32 (N,)}, or the labels (N,) alone.
+
+    Labels are 0..num_classes - 1, or `null_class`; all that is known of them is here.
+
+    Attributes:
+      num_classes: number of classes.
+      class_dropout_prob: probability of dropping the label in training; 0 for no null class.
+    """
+
+    num_classes: int = 1000
+    class_dropout_prob: float = 0.1
+
+    condition_tables = ("y_embedder",)
+
+    def checks(self):
+        yield from super().checks()
+        yield from self.check_positive("num_classes")
+        fix = "must be in [0, 1): the published models use 0.1"
+        yield "class_dropout_prob", 0 <= self.class_dropout_prob < 1, fix
+
+    def embed_labels(self, condition: Condition, tables: tuple[tuple[str, int], ...]):
+        """A vector (N, width) of the labels from every table (name, width)."""
+        rows = self.num_classes + (self.class_dropout_prob > 0)
+        embed = LabelEmbedder(rows, tables, self.wide_dtype, name="y_embedder")
+        return embed(condition["label"])
 
     @property
-    def stacked_stages(self) -> tuple[str, ...]:
-        """The `stages` that run as loops, for `dico_jax.models.block_stacks`."""
-        return self.stages if self.scan_blocks else ()
+    def null_class(self) -> int | None:
+        """The label that stands for no label, or None for a model trained without one."""
+        return self.num_classes if self.class_dropout_prob > 0 else None
 
     @property
-    def out_channels(self) -> int:
-        """Channels of the output."""
-        return self.in_channels * (2 if self.learn_sigma else 1)
+    def condition_dropout(self) -> float:  # type: ignore[override]
+        return self.class_dropout_prob
 
-    @property
-    def wide_dtype(self) -> jnp.dtype:
-        """The dtype of the conditioning vectors and of the output: float32 or better."""
-        return accumulation_dtype(self.dtype)
+    def as_condition(self, condition):
+        labels = condition["label"] if isinstance(condition, Mapping) else condition
+        return {"label": labels.astype(np.int32)}
+
+    def zero_condition(self, n):
+        return {"label": np.zeros(n, np.int32)}
+
+    def null_condition(self, n):
+        null = self.null_class
+        return None if null is None else {"label": np.full(n, null, np.int32)}
+
+    @classmethod
+    def complete_options(cls, options, source):
+        known = options.get("num_classes") is not None
+        return options if known else options | {"num_classes": len(source.class_names)}
+
+    def check_source(self, source):
+        if (found := len(source.class_names)) > self.num_classes:
+            fix = f"is too few for {source!r}: use {found}"
+            raise UsageError("model.num_classes", self.num_classes, fix)
+
+    def default_conditions(self, indices, source):
+        """Every class in turn."""
+        return {"label": np.asarray(indices % self.num_classes, np.int32)}
+
+    def grid_conditions(self, rows, source):
+        """Classes spread over all, in at most `rows` rows, and their names."""
+        spread = np.linspace(0, self.num_classes - 1, min(rows, self.num_classes)).round()
+        conditions = {"label": spread.astype(np.int32)}
+        return conditions, self.describe_conditions(conditions, source.class_names)
+
+    def describe_conditions(self, conditions, class_names):
+        """The names of classes, or their numbers where they have none."""
+        labels = [int(label) for label in self.as_condition(conditions)["label"]]
+        return [class_names[k] if k < len(class_names) else str(k) for k in labels]
+
+    def parse_conditions(self, text, num_images, seed, class_names=()):
+        """Labels, int32 (num_images,), of "all" (every class in turn), "random" or a list.
+
+        A list has numbers or names of classes with commas between, taken in turn. Random label i
+        depends on the seed and i alone.
+        """
+        if text == "random":
+            # Philox's stream can be cut anywhere: more images leave the first as they were.
+            generator = np.random.Generator(np.random.Philox(seed))
+            return {"label": generator.integers(0, self.num_classes, num_images).astype(np.int32)}
+        numbers: Iterable[int] = range(self.num_classes)
+        if text != "all":
+            numbers = (self._number(part.strip(), text, class_names) for part in text.split(","))
+        return {"label": np.resize(np.array([*numbers], np.int32), num_images)}
+
+    def _number(self, part: str, text: str, class_names: Sequence[str]) -> int:
+        if part.isdecimal() and int(part) < self.num_classes:
+            return int(part)
+        if part in class_names:
+            return list(class_names).index(part)
+        close = difflib.get_close_matches(part, class_names, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        fix = f": the model has no class {part}, use 0 to {self.num_classes - 1}, names, "
+        raise UsageError("--classes", text, f"{fix}'all' or 'random'{hint}")
+
+    def named_arrays(self, conditions):
+        """Labels under the name that ADM's evaluator reads, int64."""
+        return {"arr_1": np.asarray(self.as_condition(conditions)["label"], np.int64)}

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dico_jax.errors import UsageError
-from dico_jax.models.block_stacks import STACK
 from dico_jax.ops.conv import conv3x3, conv_gelu_mean
+from dico_jax.ops.cpu import stored
 from dico_jax.ops.linear import gated_linear, linear, linear_gelu
-from dico_jax.ops.pointwise import add_vector
+from dico_jax.ops.pointwise import add_vector, norm_modulate
 
 xavier_uniform = nn.initializers.xavier_uniform()
 normal_002 = nn.initializers.normal(0.02)
@@ -28,28 +27,10 @@ zeros = nn.initializers.zeros_init()
 
 NUM_TIME_FEATURES = 256
 
-# Of each block the backward pass computes again: nothing, everything, or all but matrix products.
-# Products of two activations (attention) are computed again too: their results are the largest.
-REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "blocks": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-def check_feed_forward(width: int, mlp_ratio: float) -> None:
-    """Raises UsageError for a feed-forward of no channels."""
-    if int(mlp_ratio * width) < 1:
-        raise UsageError("model.mlp_ratio", mlp_ratio, "leaves the feed-forward no channels")
-
 
 def linear_xavier_uniform(key, shape, dtype=jnp.float32):
-    """Xavier-uniform of a kernel (..., out) with the fans of a linear layer from prod(...) to out.
-
-    The reference initialises its input convolution and patch embedding so.
-    """
-    fan_in, fan_out = math.prod(shape[:-1]), shape[-1]
-    bound = math.sqrt(6.0 / (fan_in + fan_out))
+    """Xavier-uniform of a kernel (..., out), as of a linear layer from prod(...) to out."""
+    bound = math.sqrt(6.0 / (math.prod(shape[:-1]) + shape[-1]))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -80,11 +61,17 @@ def time_features(t, dtype=jnp.float32):
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def weighted(module, x, kernel_shape, kernel_init=xavier_uniform):
+    """X, the module's kernel and its bias (kernel_shape[-1],), in the module's dtype."""
+    kernel = module.param("kernel", kernel_init, kernel_shape, jnp.float32)
+    bias = module.param("bias", zeros, kernel_shape[-1:], jnp.float32)
+    return nn.dtypes.promote_dtype(x, kernel, bias, dtype=module.dtype)
+
+
 class Dense(nn.Module):
     """A linear layer over channels, or a 1x1 convolution; kernel (C, features).
 
-    As flax's, but for the gradients (`dico_jax.ops.linear`). Results go through the exact GELU if
-    `with_gelu`; with a gate (N, features), they are multiplied by it.
+    Then the exact GELU if `with_gelu`, or, with a gate (N, features), times the gate.
     """
 
     features: int
@@ -94,30 +81,35 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x, gate=None):
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", zeros, (self.features,), jnp.float32)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        args = weighted(self, x, (x.shape[-1], self.features), self.kernel_init)
         if gate is not None:
-            return gated_linear(x, kernel, bias, gate)
-        return (linear_gelu if self.with_gelu else linear)(x, kernel, bias)
+            return gated_linear(*args, gate)
+        return (linear_gelu if self.with_gelu else linear)(*args)
 
 
-class Modulation(nn.Module):
-    """Linear(SiLU(c)), zero at initialisation: c (N, W) to `num` vectors of (N, width)."""
+def modulation(module, num, width, c):
+    """Linear(SiLU(c)), zero at initialisation: c (N, W) to `num` vectors (N, width)."""
+    dense = functools.partial(Dense, num * width, module.dtype, kernel_init=zeros)
+    return jnp.split(Named("1", dense, name="adaLN_modulation")(jax.nn.silu(c)), num, axis=-1)
 
-    num: int
-    width: int
+
+class FinalLayer(nn.Module):
+    """LayerNorm, modulation and `layer`, made by `layer(kernel_init=zeros, name=inner)`."""
+
+    inner: str
+    layer: Callable[..., nn.Module]
     dtype: jnp.dtype
+    store_input: bool = False  # else XLA for CPU computes DiCo's last feed-forward twice
 
     @nn.compact
-    def __call__(self, c):
-        dense = Dense(self.num * self.width, self.dtype, kernel_init=zeros, name="1")
-        return dense(jax.nn.silu(c))
+    def __call__(self, x, c):
+        shift, scale = modulation(self, 2, x.shape[-1], c)
+        h = norm_modulate(stored(x) if self.store_input else x, shift, scale)
+        return self.layer(kernel_init=zeros, name=self.inner)(h)
 
 
 class TimestepMLP(nn.Module):
-    """Linear, SiLU, Linear of the time features."""
+    """Linear, SiLU, Linear of the time features (N, 256)."""
 
     width: int
     dtype: jnp.dtype
@@ -128,15 +120,10 @@ class TimestepMLP(nn.Module):
         return Dense(self.width, self.dtype, kernel_init=normal_002, name="2")(jax.nn.silu(h))
 
 
-class TimestepEmbedder(nn.Module):
+def embed_times(t, width, dtype, name):
     """Timesteps (N,) to vectors (N, width) of `dtype` (float32 or better)."""
-
-    width: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, t):
-        return TimestepMLP(self.width, self.dtype, name="mlp")(time_features(t, self.dtype))
+    mlp = functools.partial(TimestepMLP, width, dtype)
+    return Named("mlp", mlp, name=name)(time_features(t, dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -148,10 +135,8 @@ class LabelEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, y):
-        embed = functools.partial(
-            nn.Embed, self.num_rows, embedding_init=normal_002, dtype=self.dtype
-        )
-        return [embed(width, name=name)(y) for name, width in self.tables]
+        embed = functools.partial(nn.Embed, self.num_rows, dtype=self.dtype)
+        return [embed(width, embedding_init=normal_002, name=n)(y) for n, width in self.tables]
 
 
 class Conv3x3(nn.Module):
@@ -175,81 +160,21 @@ class Conv3x3(nn.Module):
 
 
 class DepthwiseConvGelu(nn.Module):
-    """GELU of a 3x3 depthwise convolution, and its mean over positions, as `conv_gelu_mean`.
-
-    Its kernel is (3, 3, 1, C), with Xavier fans 9 and 9C.
-    """
+    """GELU of a 3x3 depthwise convolution and its mean over positions; kernel (3, 3, 1, C)."""
 
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x):
-        width = x.shape[-1]
-        kernel = self.param("kernel", xavier_uniform, (3, 3, 1, width), jnp.float32)
-        bias = self.param("bias", zeros, (width,), jnp.float32)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return conv_gelu_mean(x, kernel, bias)
+        return conv_gelu_mean(*weighted(self, x, (3, 3, 1, x.shape[-1])))
 
 
-class Stage(nn.Module):
-    """`depth` equal blocks one after the other, named "0", "1", ..., made by `block(name=...)`.
+class Named(nn.Module):
+    """A layer, made by `layer(name=...)`, one level deeper in the parameters, at `inner`."""
 
-    However the blocks run, their parameters lie apart ("0/conv1/kernel") and start as they do one
-    by one. With `scan` they may also be given as `dico_jax.models.block_stacks` joins them, which
-    saves stacking them here. What blocks compute inside can be captured only with `scan` off and
-    `remat` "none".
-
-    Attributes:
-      depth: number of blocks.
-      block: makes a block, which maps (x, c) to the next x and has nothing but parameters.
-      dtype: the dtype in which the blocks use all their parameters.
-      scan: whether one `jax.lax.scan` runs the blocks, so that the program is as large, and
-        compiles as fast, as that of one block.
-      remat: what the backward pass computes again, a key of `REMAT_POLICIES`.
-    """
-
-    depth: int
-    block: Callable[..., nn.Module]
-    dtype: jnp.dtype
-    scan: bool = False
-    remat: str = "none"
+    inner: str
+    layer: Callable[..., nn.Module]
 
     @nn.compact
-    def __call__(self, x, c):
-        if self.is_initializing() or not (self.scan or self.remat != "none"):
-            for i in range(self.depth):
-                x = self.block(name=str(i))(x, c)
-            return x
-        params, run = self.variables["params"], self._pure_block()
-        if not self.scan:
-            for i in range(self.depth):
-                x = run(params[str(i)], x, c)
-            return x
-        stacked = self._stacked(params)
-        return jax.lax.scan(lambda x, block_params: (run(block_params, x, c), None), x, stacked)[0]
-
-    def _stacked(self, params):
-        """The parameters of all blocks in one tree, in the dtype they are used in."""
-        if STACK in params:
-            return jax.tree.map(lambda leaf: leaf.astype(self.dtype), params[STACK])
-        return stack_trees([params[str(i)] for i in range(self.depth)], self.dtype)
-
-    def _pure_block(self):
-        """A block as a function (params, x, c) to the next x."""
-
-        def run(params, x, c):
-            return self.block(parent=None).apply({"params": params}, x, c)
-
-        if self.remat == "none":
-            return run
-        # A scan keeps the two passes apart by itself: barriers against merging them only cost.
-        policy = REMAT_POLICIES[self.remat]
-        return jax.checkpoint(run, policy=policy, prevent_cse=not self.scan)
-
-
-def stack_trees(trees, dtype):
-    """Equal trees as one with a new first axis; cast first, so that what is copied is small.
-
-    A new axis leaves every leaf's sharding as it is, which joining along an old one would not.
-    """
-    return jax.tree.map(lambda *leaves: jnp.stack([x.astype(dtype) for x in leaves]), *trees)
+    def __call__(self, x):
+        return self.layer(name=self.inner)(x)

@@ -23,7 +23,7 @@ from dico_jax.diffusion import (
     step_noise,
 )
 from dico_jax.errors import UsageError
-from dico_jax.models.gathering import whole_where_used
+from dico_jax.models.block_stacks import whole_where_used
 from dico_jax.parallel.mesh import batch_sharding, from_same, replicated
 
 GenerateFn = Callable[[Any, np.ndarray, Any], jax.Array]

@@ -8,9 +8,8 @@ from ml_collections import ConfigDict
 
 from dico_jax.errors import UsageError
 from dico_jax.experiment import model_from_config
-from dico_jax.models import count_parameters
+from dico_jax.models import count_parameters, training_flops
 from dico_jax.models.denoiser import Denoiser
-from dico_jax.models.flops import training_flops
 from dico_jax.ops.cpu import copies_fit
 from dico_jax.parallel.mesh import mesh_fits
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from dico_jax.checkpoints.averages import update_ema, update_width_emas
 from dico_jax.checkpoints.state import TrainState, run_keys
 from dico_jax.diffusion import Objective
-from dico_jax.models.gathering import whole_where_used
+from dico_jax.models.block_stacks import whole_where_used
 from dico_jax.parallel.mesh import batch_sharding, replicated
 from dico_jax.training.nan_policy import attempt_key, is_finite, keep_if
 from dico_jax.training.step_metrics import quarter_losses
