@@ -5,8 +5,8 @@ r"""Seconds to trace and to compile the training step, by depth, with and withou
 Compiles the step of a DiCo at two depths for one CPU device, each in a process of its own: that of
 the published model, and that of DiCo-H. Nothing but the depth differs. Nothing is computed and no
 parameter is made. The bar: with `scan_blocks` the deeper one takes less than 1.3 times as long. The
-processor's time is printed beside the time that passed; where the second is much longer, the
-machine was busy with something else.
+processor's time for both is printed, too; where what passed is much longer, the machine was busy
+with something else.
 
 Parts: "step" is the training step, "gradient" the network's gradient alone, "init" the fresh state.
 Initialisation makes the blocks one by one, so that init keeps a part that grows with the depth.
@@ -32,8 +32,9 @@ def compile_part(options: dict, what: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from dico_jax.benchmarking.programs import train_function
-    from dico_jax.benchmarking.runner import Options, make_config
+    from dico_jax.benchmarking import Options
+    from dico_jax.benchmarking.programs import compile_ahead, memory_gb, plan_train
+    from dico_jax.benchmarking.runner import make_config
     from dico_jax.checkpoints.state import initializer
     from dico_jax.experiment import experiment_from_config
     from dico_jax.parallel.mesh import create_mesh
@@ -43,7 +44,7 @@ def compile_part(options: dict, what: str) -> dict[str, float]:
     config.model.update(options)
     experiment = experiment_from_config(config)
     model, shape = experiment.model, experiment.latent_shape
-    function, args = train_function(config, create_mesh(jax.devices()[:1]))
+    function, *args, _ = plan_train(config, create_mesh(jax.devices()[:1]))
     if what == "gradient":
 
         def loss(params, batch):
@@ -52,21 +53,17 @@ def compile_part(options: dict, what: str) -> dict[str, float]:
             return jnp.square(out).mean()
 
         state, batch = args
-        function, args = jax.jit(jax.grad(loss)), (state.params, batch)
+        function, args = jax.jit(jax.grad(loss)), [state.params, batch]
     elif what == "init":
         init = initializer(model, create_optimizer(config.optimizer, 1), shape)
-        function, args = jax.jit(init), (jax.eval_shape(lambda: jax.random.key(0)),)
-    times = [time.monotonic()]
-    lowered = function.lower(*args)
-    times.append(time.monotonic())
+        function, args = jax.jit(init), [jax.eval_shape(lambda: jax.random.key(0))]
     processor = time.process_time()
-    compiled = lowered.compile()
-    times.append(time.monotonic())
+    found = compile_ahead(function, *args)
     return {
-        "trace": times[1] - times[0],
-        "compile": times[2] - times[1],
+        "trace": found.trace_seconds,
+        "compile": found.compile_seconds,
         "processor": time.process_time() - processor,
-        "temporary_gb": compiled.memory_analysis().temp_size_in_bytes / 1e9,
+        "temporary_gb": memory_gb(found)["temporaries"],
     }
 
 
@@ -105,7 +102,7 @@ def main() -> None:
             print(
                 f"{args.model} {what}, depth {name} {tuple(options['depth'])}, "
                 f"scan_blocks={scan}, remat={args.remat}: trace {found['trace']:.1f} s, compile "
-                f"{found['compile']:.1f} s (processor {found['processor']:.1f} s), "
+                f"{found['compile']:.1f} s (both: processor {found['processor']:.1f} s), "
                 f"temporary memory {found['temporary_gb']:.1f} GB",
                 flush=True,
             )

@@ -16,20 +16,14 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from ml_collections import ConfigDict
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from dico_jax.benchmarking import Options
+from dico_jax.benchmarking.programs import draw, plan_train
+from dico_jax.benchmarking.runner import make_config
 from dico_jax.checkpoints.checkpointer import Checkpointer
-from dico_jax.checkpoints.state import create_state, initializer
-from dico_jax.config import DEFAULTS
-from dico_jax.diffusion import create_diffusion
-from dico_jax.models import create_model
 from dico_jax.parallel.mesh import create_mesh, replicated
-from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.step import StepOptions, make_train_step
 
 
 def main():
@@ -41,15 +35,10 @@ def main():
     parser.add_argument("--saves", type=int, default=4)
     args = parser.parse_args()
 
-    mesh, model = create_mesh(jax.devices()[:1]), create_model(args.model)
-    optimizer = create_optimizer(ConfigDict(DEFAULTS["optimizer"]), 1000)
-    state = create_state(initializer(model, optimizer, (32, 32, 4)), 0, replicated(mesh))
-    step = make_train_step(model, create_diffusion(), optimizer, mesh=mesh, options=StepOptions())
-    rng = np.random.default_rng(0)
-    batch = {
-        "x": jnp.asarray(rng.normal(size=(args.batch_size, 32, 32, 4)), jnp.float32),
-        "condition": {"label": jnp.zeros(args.batch_size, jnp.int32)},
-    }
+    mesh = create_mesh(jax.devices()[:1])
+    config = make_config(Options("train", batch_size=args.batch_size), args.model)
+    step, abstract, batch, _ = plan_train(config, mesh)
+    state = draw(abstract, replicated(mesh))
 
     def steps(state, count):
         start = time.perf_counter()

@@ -115,30 +115,21 @@ def compile_forward(options: dict, batch: int, side: int, topology: str, train: 
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
 
-    from dico_jax.models import abstract_params, create_model
+    from dico_jax.benchmarking import Options
+    from dico_jax.benchmarking.programs import plan_forward
+    from dico_jax.benchmarking.runner import make_config
+    from dico_jax.parallel.mesh import create_mesh
 
-    model = create_model("DiCo", dtype=jnp.dtype("bfloat16"), **options)
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    sharding = SingleDeviceSharding(device)
-    params = abstract_params(model)
-    shape = (batch, side, side, model.in_channels)
-    args = (
-        params,
-        jax.ShapeDtypeStruct(shape, jnp.float32),
-        jax.ShapeDtypeStruct((batch,), jnp.float32),
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
-    )
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+    config = make_config(Options("forward", image_size=8 * side, batch_size=batch), "DiCo")
+    config.model.update(options, dtype="bfloat16")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    function, *args, _ = plan_forward(config, create_mesh(devices[:1]))
 
-    def forward(params, x, t, y):
-        return model.apply({"params": params}, x, t, y)
+    def gradient(params, arrays):
+        return jax.grad(lambda p: jnp.square(function(p, arrays)).mean())(params)
 
-    def gradient(params, x, t, y):
-        return jax.grad(lambda p: jnp.square(forward(p, x, t, y)).mean())(params)
-
-    return jax.jit(gradient if train else forward).lower(*args).compile()
+    return (jax.jit(gradient) if train else function).lower(*args).compile()
 
 
 def main() -> None:

@@ -12,47 +12,38 @@ docs/benchmark.md explains the numbers.
 """
 
 import dataclasses
-import pathlib
+import re
 import sys
 from typing import Any
 
 from absl import flags
 
 from dico_jax import cli
+from dico_jax.benchmarking import Options
 from dico_jax.errors import UsageError
 
-flags.DEFINE_string("model", "DiCo-S", "Name of the model, such as DiCo-XL or DiT-XL/2.")
-flags.DEFINE_list(
-    "compare", [], "Further models with commas between, measured in turn with the first."
-)
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Side of the images in pixels.")
-flags.DEFINE_integer("batch_size", 8, "Images per run, over all devices.")
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations.")
-flags.DEFINE_integer("num_classes", 1000, "Classes of the model.", lower_bound=1)
-flags.DEFINE_bool("scan_blocks", False, "Run equal blocks as one loop.")
-flags.DEFINE_string("remat", "none", "train: what is computed again: none, blocks, dots.")
-flags.DEFINE_integer("steps", 250, "sample: sampling steps.", lower_bound=1)
-flags.DEFINE_float("cfg_scale", 1.4, "sample: guidance scale, 1 for none.")
-flags.DEFINE_integer("warmup", 2, "Runs that do not count.", lower_bound=0)
-flags.DEFINE_integer("repeats", 10, "Runs that count, at least.", lower_bound=1)
-flags.DEFINE_float("seconds", 5.0, "Runs go on for so long.", lower_bound=0)
-flags.DEFINE_integer("devices", None, "Use the first so many devices [all].")
-flags.DEFINE_enum(
-    "matmul_precision", "default", ["default", "high", "highest"],
-    "Of float32 products; default is TF32 on recent NVIDIA GPUs and bfloat16 on TPUs.",
-)  # fmt: skip
-_CEILING = flags.DEFINE_bool("ceiling", True, "Measure matrix products, for the utilisation.")
-_CEILING_SIZES = flags.DEFINE_list(
-    "ceiling_sizes", None, "Sides of their matrices, with commas between [by the platform]."
-)
+_DEFINE: dict[type, Any] = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+    tuple: flags.DEFINE_list,
+}
+
+
+def _define(field: dataclasses.Field[Any]) -> flags.FlagHolder:
+    default: Any = field.default
+    if values := field.metadata.get("values"):
+        return flags.DEFINE_enum(field.name, default, values, field.metadata["help"])
+    return _DEFINE[type(default)](field.name, default, field.metadata["help"])
+
+
+_OPTIONS = {field.name: _define(field) for field in dataclasses.fields(Options)[1:]}
 _OUT = flags.DEFINE_string("out", None, "New JSON file for the result and how it was made.")
 _CPU_TUNING = cli.define_cpu_tuning()
 flags.adopt_module_key_flags(cli)  # so that --help shows it
 
-_MEASURED = (
-    "model compare batch_size dtype num_classes scan_blocks warmup repeats seconds devices "
-    "matmul_precision ceiling ceiling_sizes image_size out"
-)
+_MEASURED = " ".join(_OPTIONS.keys() - {"remat", "steps", "cfg_scale"} | {"out"})
 # Per action, the flags that it needs, and those that it may have.
 _ACTIONS = {
     "forward": ("", _MEASURED),
@@ -64,83 +55,56 @@ _ACTIONS = {
 
 def main(action: str | None) -> None:
     """Parses flags, measures, prints and writes."""
+    from dico_jax.files import result_path, write_json
+
     cli.check_action("benchmark", action, _ACTIONS)
     assert action is not None
     cli.check_flags(action, _ACTIONS)
-    sizes = _ceiling_sizes()
-    file = _out()
-    if action == "table":
-        _table(file)
-    else:
-        _measure(action, sizes, file)
+    options: dict[str, Any] = {name: flag.value for name, flag in _OPTIONS.items()}
+    options |= {"compare": tuple(options["compare"]), "ceiling_sizes": _ceiling_sizes()}
+    file = None if _OUT.value is None else result_path(_OUT.value, ".json")
+    result = _table() if action == "table" else _measure(Options(action, **options))
+    if file is not None:
+        # `cli.take_action` has taken the action out.
+        write_json(file, result | {"argv": ["dico_jax.benchmark", action, *sys.argv[1:]]})
 
 
 # Late imports: --help answers before JAX is imported.
 
 
-def _measure(action: str, sizes: tuple[int, ...] | None, file: pathlib.Path | None) -> None:
+def _measure(options: Options) -> dict[str, Any]:
     import jax
 
     from dico_jax.ops.cpu import use_all_cores
     from dico_jax.parallel.mesh import mesh_fits
 
-    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in flags.FLAGS}
     if _CPU_TUNING.value:
-        use_all_cores(keep_memory=True, fits=lambda count: mesh_fits(count, values["batch_size"]))
+        use_all_cores(keep_memory=True, fits=lambda count: mesh_fits(count, options.batch_size))
     from dico_jax.benchmarking.report import result_text
-    from dico_jax.benchmarking.runner import Options, run_benchmark
+    from dico_jax.benchmarking.runner import run_benchmark
 
     jax.config.update("jax_enable_compilation_cache", False)  # what is measured is compilation
-    values |= {"action": action, "num_devices": values["devices"], "ceiling_sizes": sizes}
-    values["compare"] = tuple(values["compare"])
-    options = Options(**{field.name: values[field.name] for field in dataclasses.fields(Options)})
     result = run_benchmark(options, report=lambda text: print(f"{text} ...", flush=True))
     print(result_text(result))
-    if file is not None:
-        _write(file, result, action)
+    return result
 
 
-def _table(file: pathlib.Path | None) -> None:
-    from dico_jax.benchmarking.model_table import SOURCES, model_table, table_text
+def _table() -> dict[str, Any]:
+    from dico_jax.benchmarking.report import SOURCES, about, model_table, table_text
 
-    rows = model_table(_IMAGE_SIZE.value)
+    image_size = _OPTIONS["image_size"].value
+    rows = model_table(image_size)
     print(table_text(rows))
     print("published:", "; ".join(SOURCES.values()))
-    if file is not None:
-        from dico_jax.benchmarking.report import about
-
-        result = {"action": "table", "settings": {"image_size": _IMAGE_SIZE.value}, "models": rows}
-        _write(file, result | about(), "table")
+    return {"action": "table", "settings": {"image_size": image_size}, "models": rows, **about()}
 
 
-def _write(file: pathlib.Path, result: dict, action: str) -> None:
-    from dico_jax.files import write_json
-
-    # `cli.take_action` has taken the action out.
-    write_json(file, result | {"argv": ["dico_jax.benchmark", action, *sys.argv[1:]]})
-
-
-def _out() -> pathlib.Path | None:
-    from dico_jax.files import result_path
-
-    return None if _OUT.value is None else result_path(_OUT.value, ".json")
-
-
-def _ceiling_sizes() -> tuple[int, ...] | None:
-    if not _CEILING.value:
-        if _CEILING_SIZES.value:
-            raise UsageError("--ceiling_sizes has no effect with --noceiling: leave one out")
-        return ()
-    if not _CEILING_SIZES.value:
-        return None
-    try:
-        sizes = tuple(map(int, _CEILING_SIZES.value))
-    except ValueError:
-        sizes = (0,)
-    if min(sizes) < 1:
-        text = ",".join(_CEILING_SIZES.value)
+def _ceiling_sizes() -> tuple[int, ...]:
+    sizes = _OPTIONS["ceiling_sizes"].value
+    if not all(re.fullmatch(r"[1-9]\d*", size) for size in sizes):
+        text = ",".join(sizes)
         raise UsageError(f"--ceiling_sizes={text}: give numbers from 1 on, such as 2048,4096")
-    return sizes
+    return tuple(map(int, sizes))
 
 
 if __name__ == "__main__":

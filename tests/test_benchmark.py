@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from dico_jax.autoencoders import Autoencoder
-from dico_jax.benchmarking import ceiling, compiled, model_table, programs, report, runner
-from dico_jax.benchmarking.timing import Times, measure
+from dico_jax.benchmarking import Options, programs, report, runner
 from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config, sampling_from_config
 from dico_jax.models import MODELS, abstract_params, create_model, forward_macs
@@ -40,14 +39,14 @@ def _tiny_models(monkeypatch):
 
 def options(action, **changes):
     quick = {"model": "tiny-DiT", "image_size": SIZE, "batch_size": 4, "num_classes": 10}
-    quick |= {"warmup": 1, "repeats": 3, "seconds": 0.0, "num_devices": 2, "ceiling_sizes": (16,)}
-    return runner.Options(action, **(quick | changes))
+    quick |= {"warmup": 1, "repeats": 3, "seconds": 0.0, "devices": 2, "ceiling_sizes": (16,)}
+    return Options(action, **(quick | changes))
 
 
 def make_program(action, num_devices=2, **changes):
     config = runner.make_config(options(action, **changes), changes.get("model", "tiny-DiT"))
     mesh = create_mesh(jax.devices()[:num_devices])
-    return programs.ACTIONS[action](config, mesh), config, mesh
+    return programs.make_program(action, config, mesh), config, mesh
 
 
 # Timing.
@@ -69,16 +68,16 @@ def fake_functions(durations):
 
 def test_functions_are_measured_in_turn():
     clock, functions, calls = fake_functions({"a": 2.0, "b": 0.5})
-    times = measure(functions, warmup=1, repeats=3, seconds=0.0, clock=clock)
+    times = runner.measure(functions, warmup=1, repeats=3, seconds=0.0, clock=clock)
     assert calls == ["a", "b"] * 4
-    assert times == {"a": Times((2.0,) * 3), "b": Times((0.5,) * 3)}
+    assert times == {"a": [2.0] * 3, "b": [0.5] * 3}
     # Rounds of 2.5 s until 6 s have passed, and no fewer than `repeats`.
-    assert len(measure(functions, 0, 1, seconds=6.0, clock=clock)["b"].seconds) == 3
-    assert len(measure(functions, 0, 7, seconds=6.0, clock=clock)["b"].seconds) == 7
+    assert len(runner.measure(functions, 0, 1, seconds=6.0, clock=clock)["b"]) == 3
+    assert len(runner.measure(functions, 0, 7, seconds=6.0, clock=clock)["b"]) == 7
 
 
 def test_summaries_of_times():
-    summary = Times((5.0, 1.0, 2.0, 3.0, 4.0)).to_dict()
+    summary = runner.summary([5.0, 1.0, 2.0, 3.0, 4.0])
     assert summary.pop("times_seconds") == [5.0, 1.0, 2.0, 3.0, 4.0]
     assert summary == {
         "median_seconds": 3.0,
@@ -117,12 +116,10 @@ def test_counted_flops_agree_with_xla(name, sizes, side, monkeypatch):
     model = create_model(name, num_classes=10, **sizes)
     x = jax.ShapeDtypeStruct((2, side, side, 4), jnp.float32)
     t = jax.ShapeDtypeStruct((2,), jnp.int32)
-    found = compiled.compile_ahead(
-        jax.jit(lambda params, x, t, y: model.apply({"params": params}, x, t, y)),
-        (abstract_params(model), x, t, t),
-    )
+    function = jax.jit(lambda params, x, t, y: model.apply({"params": params}, x, t, y))
+    found = programs.compile_ahead(function, abstract_params(model), x, t, t)
     macs = forward_macs(model, (side, side, 4))
-    counts = compiled.xla_counts(found, 1)
+    counts = programs.xla_counts(found, 1)
     ratio = counts["flops_per_run_by_xla"] / (2 * 2 * macs)
     # XLA's count has operations element by element besides; at these widths they are few.
     lowest = 1 - padding_macs(256, side) / macs if name == "DiCo" else 1
@@ -133,34 +130,28 @@ def test_counted_flops_agree_with_xla(name, sizes, side, monkeypatch):
     assert found.compile_seconds > 0
 
 
+def no_counts(why):
+    counts = dict.fromkeys(["flops_per_run_by_xla", "bytes_accessed_per_run_by_xla"])
+    return counts | {"no_flops_by_xla_because": why}
+
+
 def test_flops_are_summed_over_devices_and_loops_have_none():
     flops = [
-        compiled.xla_counts(make_program("forward", count)[0].compiled, count)[
-            "flops_per_run_by_xla"
-        ]
-        for count in (1, 2)
+        programs.xla_counts(make_program("forward", n)[0].compiled, n)["flops_per_run_by_xla"]
+        for n in (1, 2)
     ]
     assert flops[1] == pytest.approx(flops[0], rel=0.05)
-    looped = compiled.compile_ahead(
-        jax.jit(lambda x: jax.lax.map(jax.jit(lambda v: v @ v), x)), (jnp.zeros((9, 4, 4)),)
+    looped = programs.compile_ahead(
+        jax.jit(lambda x: jax.lax.map(jax.jit(lambda v: v @ v), x)), jnp.zeros((9, 4, 4))
     )
-    counts = compiled.xla_counts(looped, 1)
-    assert counts == {
-        "flops_per_run_by_xla": None,
-        "bytes_accessed_per_run_by_xla": None,
-        "no_flops_by_xla_because": compiled.LOOPS_NOTE,
-    }
+    assert programs.xla_counts(looped, 1) == no_counts(programs.LOOPS_NOTE)
 
 
 def test_what_xla_does_not_say_is_null():
     silent = types.SimpleNamespace(cost_analysis=lambda: None, memory_analysis=lambda: None)
-    program = compiled.Compiled(silent, 0.0, 0.0, has_loops=False)
-    assert compiled.xla_counts(program, 2) == {
-        "flops_per_run_by_xla": None,
-        "bytes_accessed_per_run_by_xla": None,
-        "no_flops_by_xla_because": compiled.NO_COUNT_NOTE,
-    }
-    assert compiled.memory_gb(program) is None
+    program = programs.Compiled(silent, 0.0, 0.0, has_loops=False)
+    assert programs.xla_counts(program, 2) == no_counts(programs.NO_COUNT_NOTE)
+    assert programs.memory_gb(program) is None
 
 
 # Programs.
@@ -168,9 +159,7 @@ def test_what_xla_does_not_say_is_null():
 
 def test_random_parameters_are_nowhere_zero():
     model = create_model("tiny-DiT", num_classes=10)
-    params = programs.draw_params(
-        abstract_params(model), replicated(create_mesh(jax.devices()[:2]))
-    )
+    params = programs.draw(abstract_params(model), replicated(create_mesh(jax.devices()[:2])))
     for path, leaf in jax.tree.leaves_with_path(params):
         assert np.all(np.asarray(leaf)), path
         assert leaf.sharding.num_devices == 2
@@ -186,10 +175,10 @@ def test_training_goes_from_state_to_state():
     assert second["finite"]
     assert first["param_norm"] != second["param_norm"]
     model = experiment_from_config(config).model
-    assert program.work.flops == 4 * 3 * 2 * forward_macs(model, (4, 4, 4))
+    assert program.flops == 4 * 3 * 2 * forward_macs(model, (4, 4, 4))
     assert program.compiled.has_loops
     # The new state takes the place of the old one.
-    memory = compiled.memory_gb(program.compiled)
+    memory = programs.memory_gb(program.compiled)
     assert memory["outputs_not_in_place"] < 0.01 * memory["outputs"]
 
 
@@ -206,7 +195,7 @@ def test_latents_are_those_of_the_sampler():
         sampling,
         mesh,
     )
-    params = programs.draw_params(abstract_params(experiment.model), replicated(mesh))
+    params = programs.draw(abstract_params(experiment.model), replicated(mesh))
     indices = np.arange(4, dtype=np.int32)
     images = np.asarray(generate(params, indices, indices)).astype(int)
     latents = np.asarray(program.run())
@@ -214,13 +203,16 @@ def test_latents_are_those_of_the_sampler():
     assert images.std() > 20
     assert np.abs(images - expected).max() <= 1
     # Guidance has two passes per step.
-    assert program.work.flops == 4 * 3 * 2 * 2 * program.work.macs_per_image
-    assert programs.passes_per_step(1.0) == 1
+    assert program.flops == 4 * 3 * 2 * 2 * forward_macs(experiment.model, (4, 4, 4))
+    plan = programs.plan_sample(
+        runner.make_config(options("sample", cfg_scale=1), "tiny-DiT"), mesh
+    )
+    assert plan.flops == 4 * 250 * 2 * forward_macs(experiment.model, (4, 4, 4))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scan_blocks", [False, True])
-@pytest.mark.parametrize("action", programs.ACTIONS)
+@pytest.mark.parametrize("action", programs.PLANS)
 def test_every_program_of_dico_runs(action, scan_blocks):
     changes = {"model": "tiny-DiCo", "scan_blocks": scan_blocks, "dtype": "bfloat16", "steps": 2}
     result = runner.run_benchmark(options(action, **changes))
@@ -229,13 +221,12 @@ def test_every_program_of_dico_runs(action, scan_blocks):
 
 
 def test_ceiling_is_the_best_product():
-    found = ceiling.measure_ceiling(create_mesh(jax.devices()[:2]), "bfloat16", (8, 16), 0.0)
-    speeds = [2 * size**3 / times.median for size, times in found.times.items()]
-    assert found.flops_per_second == max(speeds)
-    assert [len(times.seconds) for times in found.times.values()] == [5, 5]
-    written = found.to_dict()
-    assert [row["size"] for row in written["sizes"]] == [8, 16]
-    assert written["dtype"] == "bfloat16"
+    found = runner.measure_ceiling(create_mesh(jax.devices()[:2]), "bfloat16", (8, 16), 0.0)
+    speeds = [2 * row["size"] ** 3 / row["median_seconds"] for row in found["sizes"]]
+    assert found["flops_per_second_per_device"] == max(speeds)
+    assert [len(row["times_seconds"]) for row in found["sizes"]] == [5, 5]
+    assert [row["size"] for row in found["sizes"]] == [8, 16]
+    assert found["dtype"] == "bfloat16"
 
 
 # Results.
@@ -273,17 +264,17 @@ def test_result_of_two_models():
 
 def test_maker_peaks_count_per_device(monkeypatch):
     monkeypatch.setattr(runner, "peak_flops", lambda kind: 1e12)
-    found = runner._Measured(None, programs.Work(1, 1, 8 * 10**12), Times((2.0,)))
-    assert runner._utilisation(found, 8, None, 1e12) == {
-        "mfu_of_ceiling": None,
-        "mfu_of_maker_peak": 0.5,
-    }
+    result = runner.run_benchmark(options("forward", ceiling=False, ceiling_sizes=()))
+    row = result["models"][0]
+    assert row["mfu_of_ceiling"] is None
+    assert row["mfu_of_maker_peak"] == row["flops_per_second"] / 2 / 1e12
+    assert "maker's peak: 1 TFLOP/s per device" in report.result_text(result)
 
 
 def test_numbers_that_are_not_finite_are_refused():
-    programs.check_finite({"a": jnp.ones(3), "n": jnp.arange(2)}, "x")
+    runner.check_finite({"a": jnp.ones(3), "n": jnp.arange(2)}, "x")
     with pytest.raises(FloatingPointError, match="DiT: the result has numbers"):
-        programs.check_finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.nan])}, "DiT")
+        runner.check_finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.nan])}, "DiT")
 
 
 @pytest.mark.parametrize("where", ["compiling", "running"])
@@ -302,10 +293,10 @@ def test_lack_of_memory_is_one_line(monkeypatch, where, error, said):
     def fail(*args):
         raise error
 
-    def program(config, mesh):
+    def program(action, config, mesh):
         return programs.Program(None, None, fail) if where == "running" else fail()
 
-    monkeypatch.setitem(programs.ACTIONS, "train", program)
+    monkeypatch.setattr(runner, "make_program", program)
     with pytest.raises(UsageError) as raised:
         runner.run_benchmark(options("train"))
     assert str(raised.value) == (
@@ -336,9 +327,9 @@ def test_table_has_the_counts_of_the_published_code():
             trainable = counts.get("parameters_trainable", counts["parameters"])
             assert rows[name]["parameters"] == trainable
             if "published" in counts and size == 256:
-                paper = model_table.PUBLISHED[name]
-                assert paper.parameters == f"{counts['published']['parameters_M']:.1f}M"
-                assert paper.macs[256] == f"{counts['published']['macs_G']:.2f}G"
+                parameters, macs = report.PUBLISHED[name]
+                assert parameters == f"{counts['published']['parameters_M']:.1f}M"
+                assert macs[256] == f"{counts['published']['macs_G']:.2f}G"
 
 
 _TABLES = {}
@@ -348,7 +339,7 @@ def table(size):
     if size not in _TABLES:
         for name in TINY:
             MODELS.pop(name, None)
-        _TABLES[size] = model_table.model_table(size)
+        _TABLES[size] = report.model_table(size)
     return _TABLES[size]
 
 
@@ -371,12 +362,12 @@ def test_papers_and_counts_agree():
 
 def test_documentation_has_the_table():
     text = (ROOT / "docs" / "benchmark.md").read_text()
-    assert model_table.table_text(table(256)) in text
+    assert report.table_text(table(256)) in text
 
 
 def test_documentation_names_every_field_of_a_result():
     text = (ROOT / "docs" / "benchmark.md").read_text()
-    result = runner.run_benchmark(options("forward", num_devices=1, repeats=1))
+    result = runner.run_benchmark(options("forward", devices=1, repeats=1))
     for name in {*result, *result["models"][0], *result["ceiling"], *result["devices"]}:
         assert f"`{name}`" in text, name
 
@@ -405,7 +396,7 @@ def test_table_by_command(tmp_path):
     out = tmp_path / "table.json"
     done = call("dico_jax.benchmark", "table", "--image_size=512", f"--out={out}")
     assert done.returncode == 0, done.stderr
-    assert model_table.table_text(table(512)) in done.stdout
+    assert report.table_text(table(512)) in done.stdout
     assert json.loads(out.read_text())["models"] == table(512)
 
 

@@ -1,108 +1,178 @@
-"""Results of benchmarks as text and as JSON."""
+"""Results of benchmarks as text, and the table of all published networks."""
 
 import datetime
-import functools
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
+from dico_jax.errors import UsageError
 from dico_jax.files import library_versions
+from dico_jax.models import MODELS, abstract_params, create_model, forward_macs
+
+_DOWNSAMPLING = 8  # of Stable Diffusion's autoencoder, whose latents the published networks see
+SOURCES = {
+    "DiCo": "DiCo, arXiv 2505.11196, and the README of its release",
+    "DiT": "DiT, arXiv 2212.09748, table 1 (patches of 4), and the README of its release (XL/2)",
+}
+# What papers say, as it is written there: parameters, and by the side of the images multiply-adds,
+# which the papers call FLOPs.
+PUBLISHED: dict[str, tuple[str | None, dict[int, str]]] = {
+    "DiCo-S": ("33.1M", {256: "4.25G"}),
+    "DiCo-B": ("130.0M", {256: "16.88G"}),
+    "DiCo-L": ("463.9M", {256: "60.24G"}),
+    "DiCo-XL": ("701.2M", {256: "87.30G"}),
+    "DiCo-H": ("1B", {}),
+    "DiT-S/4": (None, {256: "1.4G"}),
+    "DiT-B/4": (None, {256: "5.6G"}),
+    "DiT-L/4": (None, {256: "19.7G"}),
+    "DiT-XL/4": (None, {256: "29.1G"}),
+    "DiT-XL/2": (None, {256: "119G", 512: "525G"}),
+}
 
 
 def about() -> dict[str, Any]:
     """How a result was made: versions and the date."""
-    versions = library_versions() | {
-        "jaxlib": importlib.metadata.version("jaxlib"),
-        "python": platform.python_version(),
-    }
+    jaxlib, python = importlib.metadata.version("jaxlib"), platform.python_version()
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    versions = library_versions() | {"jaxlib": jaxlib, "python": python}
     return {"versions": versions, "date_utc": date}
 
 
 def result_text(result: Mapping[str, Any]) -> str:
     """A result as lines of text: a column per model, then what holds for all."""
-    settings, devices = result["settings"], result["devices"]
+    settings, devices, models = result["settings"], result["devices"], result["models"]
     head = (
-        f"{result['action']}, {settings['image_size']}x{settings['image_size']} pixels, batch "
-        f"{settings['batch_size']}, {settings['dtype']} (matmul precision "
-        f"{settings['matmul_precision']})"
+        "{action}, {image_size}x{image_size} pixels, batch {batch_size}, {dtype} (matmul precision "
+        "{matmul_precision})"
     )
-    if result["action"] == "sample":
-        head += f", {settings['steps']} steps, guidance scale {settings['cfg_scale']}"
-    head += f", on {devices['count']} x {devices['kind']}"
-    columns = [_column(model) for model in result["models"]]
-    lines = [head, *_aligned(columns)]
-    for model in result["models"]:
-        if model["no_flops_by_xla_because"]:
-            lines.append(f"{model['model']}: no FLOPs by XLA: {model['no_flops_by_xla_because']}")
+    head += ", {steps} steps, guidance scale {cfg_scale}" * ("steps" in settings)
+    columns = [_column(model) for model in models]
+    table = _padded(zip(columns[0], *(column.values() for column in columns), strict=True))
+    lines = [(head + ", on {count} x {kind}").format(**result | settings | devices)]
+    lines += [f"  {label}  {'   '.join(cells)}" for label, *cells in table]
+    lines += [
+        f"{model['model']}: no FLOPs by XLA: {model['no_flops_by_xla_because']}"
+        for model in models
+        if model["no_flops_by_xla_because"]
+    ]
     lines += [
         f"{row['model']} is {row['times_as_fast']:.2f} times as fast as {row['compared_with']}"
         for row in result["comparison"]
     ]
-    ceiling, peak = result["ceiling"], result["maker_peak_bfloat16_flops_per_second_per_device"]
-    if ceiling is not None:
-        best = ceiling["flops_per_second_per_device"]
+    if ceiling := result["ceiling"]:
+        best = _giga(ceiling["flops_per_second_per_device"])
         sizes = ", ".join(str(found["size"]) for found in ceiling["sizes"])
-        lines.append(
-            f"ceiling: {_giga(best)}FLOP/s per device, products of {ceiling['dtype']} matrices of "
-            f"{sizes}"
-        )
-    if peak is not None:
+        matrices = f"products of {ceiling['dtype']} matrices of {sizes}"
+        lines.append(f"ceiling: {best}FLOP/s per device, {matrices}")
+    if peak := result["maker_peak_bfloat16_flops_per_second_per_device"]:
         lines.append(f"maker's peak: {_giga(peak)}FLOP/s per device in bfloat16")
-    memory = result["peak_memory_gb_of_a_device"]
-    if memory is not None:
+    if memory := result["peak_memory_gb_of_a_device"]:
         lines.append(f"peak memory of a device, all of the above: {memory:.2f} GB")
     return "\n".join(lines)
 
 
 def _column(model: Mapping[str, Any]) -> dict[str, str]:
-    def optional(value, text):
-        return "-" if value is None else text(value)
-
-    percent = functools.partial(optional, text=lambda value: f"{value:.1%}")
+    median, p10, p90 = (
+        f"{1e3 * model[f'{name}_seconds']:.4g} ms" for name in ("median", "p10", "p90")
+    )
+    read = model["bytes_accessed_per_run_by_xla"]
     column = {
         "model": model["model"],
         "parameters": f"{model['parameters']:,}",
-        "multiply-adds per image": optional(model["multiply_adds_per_image"], _giga),
+        "multiply-adds per image": _giga(model["multiply_adds_per_image"]),
         "trace, compile": f"{model['trace_seconds']:.1f} s, {model['compile_seconds']:.1f} s",
         "runs": str(len(model["times_seconds"])),
-        "median time": _milliseconds(model["median_seconds"]),
-        "10% to 90%": f"{_milliseconds(model['p10_seconds'])} to "
-        f"{_milliseconds(model['p90_seconds'])}",
+        "median time": median,
+        "10% to 90%": f"{p10} to {p90}",
         "images per second": f"{model['images_per_second']:.4g}",
         "FLOPs per run": _giga(model["flops_per_run"]),
-        "FLOPs per run by XLA": optional(
-            model["flops_per_run_by_xla"],
-            lambda value: f"{_giga(value)} (x {model['flops_by_xla_over_flops']:.3f})",
-        ),
-        "bytes accessed by XLA": optional(
-            model["bytes_accessed_per_run_by_xla"], lambda value: f"{value / 1e9:.3g} GB"
-        ),
+        "FLOPs per run by XLA": _giga(model["flops_per_run_by_xla"])
+        + _optional(" (x {:.3f})", model["flops_by_xla_over_flops"], ""),
+        "bytes accessed by XLA": _optional("{:.3g} GB", read and read / 1e9),
         "FLOP/s": _giga(model["flops_per_second"]),
-        "MFU of the ceiling": percent(model["mfu_of_ceiling"]),
-        "MFU of the maker's peak": percent(model["mfu_of_maker_peak"]),
+        "MFU of the ceiling": _optional("{:.1%}", model["mfu_of_ceiling"]),
+        "MFU of the maker's peak": _optional("{:.1%}", model["mfu_of_maker_peak"]),
     }
-    memory = model["memory_gb_per_device"]
+    memory = model["memory_gb_per_device"] or {}
     for name in ("arguments", "outputs_not_in_place", "temporaries"):
         label = f"{name.replace('_', ' ')} per device"
-        column[label] = optional(memory, lambda m, n=name: f"{m[n]:.3f} GB")
+        column[label] = _optional("{:.3f} GB", memory.get(name))
     return column
 
 
-def _giga(number: float) -> str:
+def _optional(text: str, value: float | None, without: str = "-") -> str:
+    return without if value is None else text.format(value)
+
+
+def _giga(number: float | None) -> str:
+    if number is None:
+        return "-"
     return f"{number / 1e12:.4g} T" if number >= 1e12 else f"{number / 1e9:.4g} G"
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.4g} ms"
+def _padded(rows: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Cells as wide as their column, those of the first to the left."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
 
 
-def _aligned(columns: Iterable[Mapping[str, str]]) -> Iterator[str]:
-    columns = list(columns)
-    labels = list(columns[0])
-    width = max(map(len, labels))
-    widths = [max(map(len, column.values())) for column in columns]
-    for label in labels:
-        cells = [column[label].rjust(w) for column, w in zip(columns, widths, strict=True)]
-        yield f"  {label:<{width}}  {'   '.join(cells)}"
+def model_table(image_size: int) -> list[dict[str, Any]]:
+    """A row per published network, from sizes alone, as docs/benchmark.md describes them."""
+    models = {name: create_model(name) for name, (_, sizes) in MODELS.items() if sizes}
+    step = _DOWNSAMPLING * max(model.size_divisor for model in models.values())
+    if image_size < step or image_size % step:
+        below = image_size // step * step
+        choices = " or ".join(str(size) for size in (below, below + step) if size > 0)
+        fix = f"must be a multiple of {step}, which the latents of all models divide by"
+        raise UsageError(f"--image_size={image_size} {fix}: use {choices}")
+    side = image_size // _DOWNSAMPLING
+    none: tuple[str | None, dict[int, str]] = (None, {})
+    return [
+        {
+            "model": name,
+            "parameters": _count_parameters(model),
+            "multiply_adds_per_image": forward_macs(model, (side, side, model.in_channels)),
+            "published_parameters": PUBLISHED.get(name, none)[0],
+            "published_multiply_adds_per_image": PUBLISHED.get(name, none)[1].get(image_size),
+            "source": SOURCES[type(model).__name__] if name in PUBLISHED else None,
+        }
+        for name, model in models.items()
+    ]
+
+
+def _count_parameters(model: Any) -> int:
+    """As `count_parameters`, of a network with one block per stage: equal blocks are not traced."""
+    depths = (model.depth,) if isinstance(model.depth, int) else model.depth
+    one = 1 if isinstance(model.depth, int) else (1,) * len(depths)
+    params = abstract_params(model.clone(depth=one))
+
+    def size(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    blocks = zip(model.stages, depths, strict=True)
+    return size(params) + sum((depth - 1) * size(params[stage]) for stage, depth in blocks)
+
+
+def table_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows of `model_table` as a table of Markdown, columns under each other."""
+    head, *cells = _padded(
+        [
+            ("model", "parameters", "published", "multiply-adds", "published"),
+            *(
+                (
+                    row["model"],
+                    f"{row['parameters']:,}",
+                    row["published_parameters"] or "",
+                    f"{row['multiply_adds_per_image'] / 1e9:.2f}G",
+                    row["published_multiply_adds_per_image"] or "",
+                )
+                for row in rows
+            ),
+        ]
+    )
+    rule = ["-" * len(head[0]), *("-" * (len(cell) - 1) + ":" for cell in head[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *cells))

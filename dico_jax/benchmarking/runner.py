@@ -2,87 +2,77 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from dico_jax.benchmarking.ceiling import Ceiling, measure_ceiling
-from dico_jax.benchmarking.compiled import Compiled, memory_gb, xla_counts
-from dico_jax.benchmarking.programs import ACTIONS, Program, Work, check_finite
+from dico_jax.benchmarking import Options
+from dico_jax.benchmarking.programs import Program, make_program, memory_gb, xla_counts
 from dico_jax.benchmarking.report import about
-from dico_jax.benchmarking.timing import Times, measure
 from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config, sampling_from_config
+from dico_jax.models import count_parameters, forward_macs
 from dico_jax.parallel.mesh import check_batch_size, create_mesh, num_batch_shards
 from dico_jax.training.speed import peak_flops, peak_memory_gb
 
-PRECISIONS = ("default", "high", "highest")
-# Flags in place of the fields of a config that errors name.
-_FLAGS = {
-    "data.image_size": "--image_size",
-    "data.batch_size": "--batch_size",
-    "model.num_classes": "--num_classes",
-    "model.remat": "--remat",
-    "model.dtype": "--dtype",
-    "sampling.num_steps": "--steps",
-    "sampling.cfg_scale": "--cfg_scale",
-}
+# Sides of the square matrices of the ceiling.
+_CEILING_SIZES = {"cpu": (1024, 2048, 4096), "gpu": (4096, 8192, 16384), "tpu": (4096, 8192)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is measured, and how.
+def measure(
+    functions: Mapping[str, Callable[[], object]],
+    warmup: int = 2,
+    repeats: int = 10,
+    seconds: float = 5.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Times functions in rounds: each runs once in every round, one after the other.
 
-    Attributes:
-      action: a key of `ACTIONS`.
-      model: name of a network, a key of `dico_jax.models.MODELS`.
-      compare: names of further networks, measured in turn with the first.
-      image_size: side of the images in pixels; latents are smaller by 8.
-      batch_size: images per run over all devices.
-      dtype: of activations, "float32" or "bfloat16".
-      scan_blocks, remat, num_classes: see `config.model` in configs/default.py.
-      steps, cfg_scale: of "sample", see `config.sampling`.
-      warmup: runs that do not count.
-      repeats: the least number of runs that count.
-      seconds: runs go on for so long.
-      num_devices: the first so many devices; all if None.
-      ceiling_sizes: sides of the matrices that the ceiling is measured with; () for no ceiling,
-        None for sizes that suit the platform.
-      matmul_precision: of float32 products, one of `PRECISIONS`.
+    So a change of the machine's speed meets all of them. A function that starts work on a device
+    waits for it. After `warmup` rounds that do not count there are `repeats`, and more until so
+    many seconds have passed. Returns the seconds of each run, in order, by the functions' names.
     """
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    start, rounds = clock(), 0
+    while rounds < max(repeats, 1) or clock() - start < seconds:
+        for name, function in functions.items():
+            before = clock()
+            function()
+            times[name].append(clock() - before)
+        rounds += 1
+    return times
 
-    action: str
-    model: str = "DiCo-S"
-    compare: tuple[str, ...] = ()
-    image_size: int = 256
-    batch_size: int = 8
-    dtype: str = "float32"
-    scan_blocks: bool = False
-    remat: str = "none"
-    num_classes: int = 1000
-    steps: int = 250
-    cfg_scale: float = 1.4
-    warmup: int = 2
-    repeats: int = 10
-    seconds: float = 5.0
-    num_devices: int | None = None
-    ceiling_sizes: tuple[int, ...] | None = None
-    matmul_precision: str = "default"
+
+def summary(times: Sequence[float]) -> dict[str, Any]:
+    """The seconds of a function's runs for JSON, with the unit in the names."""
+    p10, p90 = map(float, np.percentile(times, (10, 90)))
+    return {
+        "median_seconds": statistics.median(times),
+        "p10_seconds": p10,
+        "p90_seconds": p90,
+        "min_seconds": min(times),
+        "max_seconds": max(times),
+        "times_seconds": list(times),
+    }
 
 
 def run_benchmark(
     options: Options, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Measures.
-
-    Args:
-      options: what, and how.
-      report: is told what is being done.
+    """Measures; `report` is told what is being done.
 
     Returns:
       The result as docs/benchmark.md describes it, ready for JSON.
@@ -91,48 +81,53 @@ def run_benchmark(
       UsageError: naming the flag, its value and the fix; also where memory does not suffice.
       FloatingPointError: a program computes numbers that are not finite.
     """
-    mesh = create_mesh(_devices(options.num_devices))
+    if options.ceiling_sizes and not options.ceiling:
+        raise UsageError("--ceiling_sizes has no effect with --noceiling: leave one out")
+    devices, names = jax.devices(), (options.model, *options.compare)
+    if not 0 <= options.devices <= (count := len(devices)):
+        raise UsageError(f"--devices={options.devices}: there are {count}, use 1 to {count}")
+    if again := next((name for name in options.compare if names.count(name) > 1), None):
+        raise UsageError(f"--compare={again} is measured already: name another model")
+    mesh = create_mesh(devices[: options.devices or None])
     check_batch_size(options.batch_size, num_batch_shards(mesh), "--batch_size")
-    configs = {name: make_config(options, name) for name in _names(options)}
-    for config in configs.values():  # all of them before the first is compiled
-        with _errors(config, options):
+    configs = {name: make_config(options, name) for name in names}
+    for name, config in configs.items():  # all of them before the first is compiled
+        with _errors(options, name):
             experiment_from_config(config)
             sampling_from_config(config)
     with jax.default_matmul_precision(options.matmul_precision):
-        measured = _measure(options, configs, mesh, report)
+        rows = _measured(options, configs, mesh, report)
         memory = peak_memory_gb(mesh.devices.flat)  # without the ceiling's matrices
         ceiling = None
-        if options.ceiling_sizes != ():
+        if options.ceiling:
             report("measuring the ceiling")
             with _memory_errors("--ceiling_sizes: {} for these matrices; use smaller ones"):
                 ceiling = measure_ceiling(mesh, options.dtype, options.ceiling_sizes)
     peaks = {peak_flops(device.device_kind) for device in mesh.devices.flat}
     peak = peaks.pop() if len(peaks) == 1 else None
-    first = measured[options.model].times.median
+    for row in rows:
+        of_one = row["flops_per_second"] / mesh.size
+        row["mfu_of_ceiling"] = ceiling and of_one / ceiling["flops_per_second_per_device"]
+        row["mfu_of_maker_peak"] = peak and of_one / peak
+    device, first = mesh.devices.flat[0], rows[0]["median_seconds"]
+    idle = {"action", "devices", *(() if options.action == "sample" else ("steps", "cfg_scale"))}
+    settings = dataclasses.asdict(options)
     return {
         "action": options.action,
-        "settings": _settings(options),
-        "models": [
-            {
-                "model": name,
-                **_speed(found, options.batch_size),
-                **_utilisation(found, mesh.size, ceiling, peak),
-                **_compilation(found, mesh.size),
-            }
-            for name, found in measured.items()
-        ],
+        "settings": {name: settings[name] for name in settings if name not in idle},
+        "models": rows,
         "comparison": [
             {
                 "model": options.model,
-                "compared_with": name,
-                "times_as_fast": measured[name].times.median / first,
+                "compared_with": row["model"],
+                "times_as_fast": row["median_seconds"] / first,
             }
-            for name in options.compare
+            for row in rows[1:]
         ],
-        "ceiling": None if ceiling is None else ceiling.to_dict(),
+        "ceiling": ceiling,
         "maker_peak_bfloat16_flops_per_second_per_device": peak,
         "peak_memory_gb_of_a_device": memory,
-        "devices": _about_devices(mesh),
+        "devices": {"platform": device.platform, "kind": device.device_kind, "count": mesh.size},
         **about(),
     }
 
@@ -140,13 +135,9 @@ def run_benchmark(
 def make_config(options: Options, name: str) -> ConfigDict:
     """The config of a run that trains or samples network `name` as the options say."""
     config = ConfigDict(DEFAULTS)
-    config.model.update(
-        name=name,
-        dtype=options.dtype,
-        scan_blocks=options.scan_blocks,
-        remat=options.remat,
-        num_classes=options.num_classes,
-    )
+    for field in ("dtype", "scan_blocks", "remat", "num_classes"):
+        config.model[field] = getattr(options, field)
+    config.model.name = name
     config.data.update(image_size=options.image_size, batch_size=options.batch_size)
     config.sampling.update(num_steps=options.steps, cfg_scale=options.cfg_scale)
     # Decides the shape of latents alone: nothing is encoded or decoded.
@@ -154,63 +145,72 @@ def make_config(options: Options, name: str) -> ConfigDict:
     return config
 
 
-def _names(options: Options) -> tuple[str, ...]:
-    names = (options.model, *options.compare)
-    for name in options.compare:
-        if names.count(name) > 1:
-            raise UsageError(f"--compare={name} is measured already: name another model")
-    return names
-
-
-def _devices(count: int | None) -> list[jax.Device]:
-    devices = jax.devices()
-    if count is not None and not 1 <= count <= len(devices):
-        raise UsageError(f"--devices={count}: there are {len(devices)}, use 1 to {len(devices)}")
-    return devices[:count]
-
-
-class _Measured(NamedTuple):
-    compiled: Compiled
-    work: Work
-    times: Times
-
-
-def _measure(
+def _measured(
     options: Options, configs: Mapping[str, ConfigDict], mesh: Mesh, report: Callable[[str], None]
-) -> dict[str, _Measured]:
-    """All programs in turn; nothing of them is left on the devices."""
+) -> list[dict[str, Any]]:
+    """The figures of all programs, run in turn; nothing of them is left on the devices."""
     programs: dict[str, Program] = {}
     for name, config in configs.items():
         report(f"compiling {options.action} of {name}")
-        with _errors(config, options):
-            programs[name] = ACTIONS[options.action](config, mesh)
+        with _errors(options, name):
+            programs[name] = make_program(options.action, config, mesh)
             check_finite(programs[name].run(), name)
+
+    def run(name):
+        with _errors(options, name):
+            return programs[name].run()
+
     report("measuring")
-    runs = {
-        name: _with_errors(program.run, configs[name], options)
-        for name, program in programs.items()
-    }
+    runs = {name: functools.partial(run, name) for name in programs}
     times = measure(runs, options.warmup, options.repeats, options.seconds)
+    return [
+        {"model": name, **_figures(programs[name], config, times[name], mesh.size)}
+        for name, config in configs.items()
+    ]
+
+
+def _figures(program: Program, config: ConfigDict, times: Sequence[float], num_devices: int):
+    experiment, median = experiment_from_config(config), statistics.median(times)
+    size, counts = config.data.batch_size, xla_counts(program.compiled, num_devices)
+    flops = counts["flops_per_run_by_xla"]
     return {
-        name: _Measured(program.compiled, program.work, times[name])
-        for name, program in programs.items()
+        "parameters": count_parameters(experiment.model),
+        "multiply_adds_per_image": forward_macs(experiment.model, experiment.latent_shape),
+        "flops_per_run": program.flops,
+        "images_per_run": size,
+        "images_per_second": size / median,
+        "flops_per_second": program.flops / median,
+        **summary(times),
+        "trace_seconds": program.compiled.trace_seconds,
+        "compile_seconds": program.compiled.compile_seconds,
+        **counts,
+        "flops_by_xla_over_flops": flops and flops / program.flops,
+        "memory_gb_per_device": memory_gb(program.compiled),
     }
+
+
+def check_finite(outputs: Any, name: str) -> None:
+    """Raises FloatingPointError where a number of a tree of arrays is not finite."""
+    if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(outputs)):
+        raise FloatingPointError(f"{name}: the result has numbers that are not finite")
 
 
 @contextlib.contextmanager
-def _errors(config: ConfigDict, options: Options) -> Iterator[None]:
+def _errors(options: Options, name: str) -> Iterator[None]:
     """Names flags instead of fields, and makes one line of a lack of memory."""
-    name, size = config.model.name, options.batch_size
+    size = options.batch_size
     smaller = f"--batch_size={size // 2}" if size > 1 else "a smaller --image_size"
     others = "--dtype=bfloat16, more devices" + ", --remat=blocks" * (options.action == "train")
+    flags = {"name": "model" if name == options.model else "compare", "num_steps": "steps"}
     try:
         with _memory_errors(
             f"--batch_size={size}: {{}} for {name} in {options.dtype}; use {smaller}, or {others}"
         ):
             yield
     except UsageError as error:
-        flag = "--model" if name == options.model else "--compare"
-        raise UsageError(_with_flags(str(error), {**_FLAGS, "model.name": flag})) from error
+        field = r"(?<![\w.])(?:config\.)?(?:model|data|sampling)\.(\w+)(?=\W)"
+        text = re.sub(field, lambda found: f"--{flags.get(found[1], found[1])}", str(error))
+        raise UsageError(text) from error
 
 
 @contextlib.contextmanager
@@ -228,64 +228,43 @@ def _memory_errors(message: str) -> Iterator[None]:
         raise UsageError(f"{text} ({said})") from error
 
 
-def _with_flags(message: str, names: Mapping[str, str]) -> str:
-    pattern = "|".join(map(re.escape, names))
-    return re.sub(
-        rf"(?<![\w.])(?:config\.)?({pattern})(?=\W)", lambda match: names[match[1]], message
-    )
+def measure_ceiling(
+    mesh: Mesh, dtype: str, sizes: Sequence[int] = (), seconds: float = 1.0
+) -> dict[str, Any]:
+    """What the devices can do at best: products of square matrices, on all devices at a time.
+
+    Products follow one another, each of the result of the one before. The best of the sizes'
+    medians counts; no sizes are those that suit the platform.
+    """
+    platform = mesh.devices.flat[0].platform
+    products = 1 if platform == "cpu" else 8  # per run, so that starting a run does not count
+    rows = []
+    # One size after the other: matrices of all sizes at once would only need memory.
+    for size in sizes or _CEILING_SIZES.get(platform, _CEILING_SIZES["gpu"]):
+        run = {"": _product(mesh, dtype, size, products)}
+        found = summary(measure(run, warmup=1, repeats=5, seconds=seconds)[""])
+        flops = 2 * size**3 * products / found["median_seconds"]
+        rows.append({"size": size, "flops_per_second_per_device": flops, **found})
+    best = max(row["flops_per_second_per_device"] for row in rows)
+    about = {"flops_per_second_per_device": best, "dtype": dtype, "products_per_run": products}
+    return about | {"sizes": rows}
 
 
-def _with_errors(run: Callable[[], Any], config: ConfigDict, options: Options) -> Callable[[], Any]:
-    def running():
-        with _errors(config, options):
-            return run()
+def _product(mesh: Mesh, dtype: str, size: int, products: int) -> Callable[[], Any]:
+    split = PartitionSpec(mesh.axis_names)
 
-    return running
+    def multiply(a, b):
+        for _ in range(products):
+            a = a @ b
+        return a
 
+    def draw(key):
+        key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
+        # b keeps the size of numbers: products of products neither overflow nor vanish.
+        a, b = (jax.random.normal(k, (size, size)) for k in jax.random.split(key))
+        return a.astype(dtype), (b / jnp.sqrt(size)).astype(dtype)
 
-def _settings(options: Options) -> dict[str, Any]:
-    """The options that have an effect."""
-    settings = dataclasses.asdict(options)
-    del settings["action"], settings["num_devices"]
-    if options.action != "sample":
-        del settings["steps"], settings["cfg_scale"]
-    return settings
-
-
-def _speed(found: _Measured, batch_size: int) -> dict[str, Any]:
-    return {
-        "parameters": found.work.parameters,
-        "multiply_adds_per_image": found.work.macs_per_image,
-        "flops_per_run": found.work.flops,
-        "images_per_run": batch_size,
-        "images_per_second": batch_size / found.times.median,
-        "flops_per_second": found.work.flops / found.times.median,
-        **found.times.to_dict(),
-    }
-
-
-def _utilisation(
-    found: _Measured, num_devices: int, ceiling: Ceiling | None, peak: float | None
-) -> dict[str, float | None]:
-    of_one = found.work.flops / found.times.median / num_devices
-    return {
-        "mfu_of_ceiling": None if ceiling is None else of_one / ceiling.flops_per_second,
-        "mfu_of_maker_peak": None if peak is None else of_one / peak,
-    }
-
-
-def _compilation(found: _Measured, num_devices: int) -> dict[str, Any]:
-    xla = xla_counts(found.compiled, num_devices)
-    flops = xla["flops_per_run_by_xla"]
-    return {
-        "trace_seconds": found.compiled.trace_seconds,
-        "compile_seconds": found.compiled.compile_seconds,
-        **xla,
-        "flops_by_xla_over_flops": None if flops is None else flops / found.work.flops,
-        "memory_gb_per_device": memory_gb(found.compiled),
-    }
-
-
-def _about_devices(mesh: Mesh) -> dict[str, Any]:
-    device = mesh.devices.flat[0]
-    return {"platform": device.platform, "kind": device.device_kind, "count": mesh.size}
+    shared = functools.partial(jax.shard_map, mesh=mesh, out_specs=split)
+    a, b = jax.jit(shared(draw, in_specs=PartitionSpec()))(jax.random.key(0, impl="rbg"))
+    product = jax.jit(shared(multiply, in_specs=split))
+    return lambda: jax.block_until_ready(product(a, b))

@@ -9,23 +9,15 @@ import jax.numpy as jnp
 from dico_jax.errors import UsageError
 from dico_jax.ops.plain import accumulation_dtype, wants_plain
 
+# "xla" is two products with the (N, heads, T, T) weights between them in memory, "cudnn" cuDNN's
+# flash attention, which never stores them, and "auto" the second where it can be had.
 Implementation = Literal["auto", "xla", "cudnn"]
 
 
 def self_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: Implementation = "auto"
 ) -> jax.Array:
-    """Softmax of q k / sqrt(head), over the keys, times v; every token sees every token.
-
-    Args:
-      q, k, v: (N, T, heads, head) of one floating dtype, as is the result.
-      implementation: "xla" (two products with the (N, heads, T, T) weights between them in memory),
-        "cudnn" (cuDNN's flash attention, which never stores them), or "auto", which is "cudnn"
-        where that can be had and "xla" elsewhere.
-
-    Raises:
-      UsageError: q's dtype, its shape or the platform lacks the implementation.
-    """
+    """Softmax of q k / sqrt(head) over the keys, times v, all (N, T, heads, head)."""
     missing = _cudnn_lacks(q.dtype, q.shape[-1])
     if implementation == "cudnn" and missing:
         raise UsageError(f'model.attention="cudnn" needs {missing}: use "auto"')

@@ -1,8 +1,7 @@
 """3x3 convolutions: the dense one, and the depthwise one that mixes positions in a DiCo block.
 
 XLA lowers grouped convolutions poorly (jax-ml/jax#23713, openxla/xla#34273): the depthwise one is a
-sum of nine shifted products, with its gradient written by hand. The derived one pads and adds nine
-full arrays for the input and reduces nine strided products for the kernel.
+sum of nine shifted products. The gradient that JAX derives of it pads and adds nine full arrays.
 """
 
 import jax
@@ -34,7 +33,10 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if min(height, width) < 3 or 9 * channels <= features:
         return _neighbours(x, TAPS) @ kernel.reshape(-1, features)
     if 9 * features <= channels:
-        return _scattered(x, kernel)
+        # What every position gives to its neighbours, those of one neighbour side by side.
+        flat = kernel.transpose(2, 0, 1, 3).reshape(channels, 9 * features)
+        given = jnp.matmul(x, flat, preferred_element_type=accumulation_dtype(x.dtype))
+        return _sum_of_given(given).astype(x.dtype)
     if winograd_pays(x, kernel):
         return lax.platform_dependent(x, kernel, cpu=winograd_conv3x3, default=_convolved)
     return _convolved(x, kernel)
@@ -45,24 +47,17 @@ def _convolved(x, kernel):
     return direct_conv3x3(x, kernel)
 
 
+@_convolved.gradient(lambda x, kernel: (direct_conv3x3(x, kernel), (x, kernel)))
 def _convolved_bwd(residuals, dy):
     x, kernel = residuals
     dkernel = direct_kernel_gradient(x, kernel, dy)
-    if dy.size < kernel.shape[-1] ** 2:  # fewer positions than channels
-        return _few_positions_gradient(dy, kernel), dkernel
-    (dx,) = jax.vjp(lambda x: direct_conv3x3(x, kernel), x)[1](dy)
-    return dx, dkernel
-
-
-def _few_positions_gradient(dy, kernel):
-    """Gradient of a convolution's input: XLA for CPU takes longer to transpose the kernel."""
-    wide = accumulation_dtype(dy.dtype)
-    taps = kernel.reshape(-1, kernel.shape[-1])
+    features, wide = kernel.shape[-1], accumulation_dtype(dy.dtype)
+    if dy.size >= features**2:
+        return jax.vjp(lambda x: direct_conv3x3(x, kernel), x)[1](dy)[0], dkernel
+    # Fewer positions than channels: XLA for CPU would take longer to transpose the kernel.
+    taps = kernel.reshape(-1, features)
     taken = lax.dot_general(dy, taps, (((3,), (1,)), ((), ())), preferred_element_type=wide)
-    return _shifted_sum(taken, TAPS[::-1]).astype(dy.dtype)
-
-
-_convolved.defvjp(lambda x, kernel: (direct_conv3x3(x, kernel), (x, kernel)), _convolved_bwd)
+    return _shifted_sum(taken, TAPS[::-1]).astype(dy.dtype), dkernel
 
 
 def _neighbours(x, taps):
@@ -75,24 +70,14 @@ def _shifted(padded, taps):
     return (padded[:, i : i + height, j : j + width] for i, j in taps)
 
 
-def _scattered(x, kernel):
-    channels, features = kernel.shape[2:]
-    # What every position gives to its neighbours, those of one neighbour side by side.
-    flat = kernel.transpose(2, 0, 1, 3).reshape(channels, 9 * features)
-    given = jnp.matmul(x, flat, preferred_element_type=accumulation_dtype(x.dtype))
-    return _sum_of_given(given).astype(x.dtype)
-
-
 @Operation
 def _sum_of_given(given):
     return _shifted_sum(given, TAPS)
 
 
+@_sum_of_given.gradient(lambda given: (_sum_of_given(given), None))
 def _sum_of_given_bwd(_, dy):
     return (apart(lambda dy: _neighbours(dy, TAPS[::-1]), dy),)
-
-
-_sum_of_given.defvjp(lambda given: (_sum_of_given(given), None), _sum_of_given_bwd)
 
 
 def _shifted_sum(parts, taps):
@@ -136,23 +121,21 @@ def _depthwise_gradients(sums, x, kernel, dy):
     # The transpose of a zero-padded convolution is the convolution by the rotated kernel.
     dx = _sum_of_taps(padded, kernel[::-1, ::-1]).astype(x.dtype)
 
-    def along(shifted):
-        return sums.over_positions(lambda dy, x: widened(dy) * widened(x), shifted, x)
+    def product(dy, x):
+        return widened(dy) * widened(x)
 
     # The kernel's gradient shifts dy as well: shifted copies of x would be shared with the forward
     # pass, and kept until here.
-    taps = [along(shifted) for shifted in list(_shifted(padded, TAPS[::-1]))]
+    taps = [sums.over_positions(product, part, x) for part in [*_shifted(padded, TAPS[::-1])]]
     return dx, jnp.stack(taps, 1), sums.over_positions(widened, dy)
 
 
+@depthwise_conv3x3.gradient(_depthwise_fwd)
 def _depthwise_bwd(residuals, dy):
     x, kernel = residuals
     dx, taps, total = with_sums(_depthwise_gradients, x, kernel, dy)
     dkernel = taps.sum(0).reshape(kernel.shape).astype(kernel.dtype)
     return dx, dkernel, total.sum(0).astype(dy.dtype)
-
-
-depthwise_conv3x3.defvjp(_depthwise_fwd, _depthwise_bwd)
 
 
 def conv_gelu_mean(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:

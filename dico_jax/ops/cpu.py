@@ -34,7 +34,7 @@ def apart(function: Function, *operands: jax.Array, on_cpu: Function | None = No
     """The arrays function(*operands), each computed once on CPU, from operands computed once.
 
     A sum over the batch does not belong into it: devices that split the batch would have to wait
-    for each other inside. `on_cpu` is computed on CPU in its place, with the same results.
+    for each other inside. `on_cpu` takes its place on CPU, with the same results.
     """
     if sum(x.size for x in operands) < LARGE:
         return function(*operands)
@@ -95,21 +95,17 @@ def _part_sum(f, arrays, axis, parts):
 
 
 def stored(x: jax.Array) -> jax.Array:
-    """X itself, where XLA for CPU ends what it gives to its library or takes from it.
-
-    Rounding x to the precision that it has does that, and costs nothing elsewhere; an optimization
-    barrier is dropped before.
-    """
+    """X, rounded to the precision it has: XLA for CPU ends there what it gives to its library."""
     kind = jnp.finfo(x.dtype)
     return lax.reduce_precision(x, kind.nexp, kind.nmant)
 
 
 # Winograd's F(2x2, 3x3): a tile of 2x2 results needs 4x4 inputs. With the matrices of Lavin and
 # Gray (arXiv 1509.09308, section 4.1) it is A' [(G g G') * (B' d B)] A, for kernel g and inputs d;
-# the product * of all tiles and channels is 16 matrix products. The matrices have no entry but 0,
-# 1, -1 and 1/2: in float32 results differ from those of a sum of 9 products by 1e-6 of their peak.
+# the product * of all tiles and channels is 16 matrix products. In float32 results differ from
+# those of a sum of 9 products by 1e-6 of their peak.
 
-# The matrices of inputs, kernels and results; for gradients, their transposes.
+# B', G and A'; for gradients, their transposes.
 _INPUT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 _KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 _RESULT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
@@ -138,17 +134,13 @@ def _winograd_fwd(x, kernel):
     return _joined(apart(_of_products, *products)), (x, kernel, kernels)
 
 
+@winograd_conv3x3.gradient(_winograd_fwd, primal=lambda *args: _winograd_fwd(*args)[0])
 def _winograd_bwd(residuals, dy):
     x, kernel, kernels = residuals
     turned = [kernels[k] for k in _TURNED]
     tiles = dy.size // (4 * dy.shape[-1])
     gradient = _few_tiles_gradient if tiles <= dy.shape[-1] else _input_gradient
     return gradient(dy, turned), _kernel_gradient(x, kernel, dy)
-
-
-winograd_conv3x3.defvjp(
-    _winograd_fwd, _winograd_bwd, primal=lambda x, kernel: _winograd_fwd(x, kernel)[0]
-)
 
 
 def _transformed(matrix, parts):
@@ -174,10 +166,9 @@ def _of_products(*products):
 
 def _inputs(x):
     """The 4x4 inputs of every tile, transformed: 16 times (N, H/2, W/2, C)."""
-    _, height, width, _ = x.shape
+    four, (_, height, width, _) = range(4), x.shape
 
     def of_inputs(padded):
-        four = range(4)
         parts = [[padded[:, i : i + height : 2, j : j + width : 2] for j in four] for i in four]
         return _transformed(_INPUT, parts)
 
@@ -235,12 +226,9 @@ def use_all_cores(
     """Makes devices of the cores where there is no accelerator; call it before JAX is used.
 
     Operations that XLA splits over threads leave cores idle between them; images that are split
-    over devices do not. At most 8, because every device has its own copy of the weights. A number
-    of devices that XLA_FLAGS or JAX_NUM_CPU_DEVICES names stays.
-
-    Args:
-      keep_memory: where JAX will run on CPU, have glibc's malloc keep memory from run to run.
-      fits: whether so many devices can be used; the most that can are, one if none can.
+    over devices do not. At most 8, because every device has its own copy of the weights, and as
+    many as fit. A number that XLA_FLAGS or JAX_NUM_CPU_DEVICES names stays. With `keep_memory`
+    glibc's malloc keeps memory from run to run, where JAX will run on CPU.
     """
     named = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not named and jax.config.values["jax_num_cpu_devices"] == -1:
@@ -267,10 +255,8 @@ def _cpu_only() -> bool:
 def _keep_freed_memory() -> None:
     """Makes glibc's malloc keep what a run frees for the next one, in pages of 2 MB.
 
-    XLA takes the memory of all activations anew for every run. The kernel would clear every page
-    of it again, which takes a quarter of a training step's time and a tenth of a forward pass's.
-    Strided reads miss fewer of the large pages. They are named while malloc has them, which touches
-    none; the heap keeps their addresses.
+    XLA takes the memory of all activations anew for every run, and the kernel would clear it again:
+    a quarter of a training step's time. Pages are named while malloc has them, which touches none.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return

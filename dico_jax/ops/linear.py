@@ -18,20 +18,14 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     return x @ kernel + bias
 
 
-def _linear_fwd(x, kernel, bias):
-    # Not `linear` itself, which would hide the product from a policy of what is kept.
-    return x @ kernel + bias, (x, kernel)
-
-
+# Not `linear` itself forward, which would hide the product from a policy of what is kept.
+@linear.gradient(lambda x, kernel, bias: (x @ kernel + bias, (x, kernel)))
 def _linear_bwd(residuals, dy):
     x, kernel = residuals
     dy = dy.astype(x.dtype)
     total = with_sums(lambda sums, dy: sums.over_positions(widened, dy), dy)
     dbias = total.sum(0).astype(kernel.dtype)
     return _input_gradient(dy, kernel), _kernel_gradient(x, dy), dbias
-
-
-linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 @Operation
@@ -45,6 +39,7 @@ def _gated_linear_fwd(x, kernel, bias, gate):
     return multiply_vector.plain(product + bias, gate), (x, kernel, bias, gate, product)
 
 
+@gated_linear.gradient(_gated_linear_fwd)
 def _gated_linear_bwd(residuals, dy):
     x, kernel, bias, gate, product = residuals
     total, along = with_sums(_gate_sums, dy, product)
@@ -60,9 +55,6 @@ def _gate_sums(sums, dy, product):
     return sums.over_positions(widened, dy), sums.over_positions(
         lambda dy, product: widened(dy) * widened(product), dy, product
     )
-
-
-gated_linear.defvjp(_gated_linear_fwd, _gated_linear_bwd)
 
 
 @Operation
@@ -88,6 +80,7 @@ def _linear_gelu_fwd(x, kernel, bias):
     return y, (x, kernel, bias, product, y)
 
 
+@linear_gelu.gradient(_linear_gelu_fwd, primal=_linear_gelu)
 def _linear_gelu_bwd(residuals, dy):
     x, kernel, bias, product, y = residuals
 
@@ -97,9 +90,6 @@ def _linear_gelu_bwd(residuals, dy):
     operands = product, bias, y, dy.astype(x.dtype)
     dy = apart(slope(times_slope), *operands, on_cpu=slope(times_slope_by_quotient))
     return _linear_bwd((x, kernel), dy)
-
-
-linear_gelu.defvjp(_linear_gelu_fwd, _linear_gelu_bwd, primal=_linear_gelu)
 
 
 def _input_gradient(dy, kernel):

@@ -41,17 +41,20 @@ class Operation:
     """
 
     def __init__(self, plain: Callable[..., Any]):
-        """The function as it is, until `defvjp` gives it its gradient."""
         functools.update_wrapper(self, plain)
         self.plain = self._special = plain
 
-    def defvjp(self, forward: Callable, backward: Callable, primal: Callable | None = None) -> None:
-        """Gives it a gradient as `jax.custom_vjp` takes it; `primal` runs where none is taken."""
-        self._special = jax.custom_vjp(primal or self.plain)
-        self._special.defvjp(forward, backward)
+    def gradient(self, forward: Callable, primal: Callable | None = None) -> Callable:
+        """Decorates its backward pass, as for `jax.custom_vjp`; `primal` runs without gradients."""
+
+        def define(backward):
+            self._special = jax.custom_vjp(primal or self.plain)
+            self._special.defvjp(forward, backward)
+            return backward
+
+        return define
 
     def __call__(self, *args: jax.Array, **named: jax.Array) -> Any:
-        """The function's results."""
         return (self.plain if wants_plain() else self._special)(*args, **named)
 
 

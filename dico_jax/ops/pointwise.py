@@ -30,11 +30,9 @@ def _gelu_fwd(x):
     return y, (x, y)
 
 
+@gelu.gradient(_gelu_fwd)
 def _gelu_bwd(residuals, dy):
     return (apart(times_slope, *residuals, dy, on_cpu=times_slope_by_quotient),)
-
-
-gelu.defvjp(_gelu_fwd, _gelu_bwd)
 
 
 def times_slope(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
@@ -66,17 +64,11 @@ def add_vector(x: jax.Array, vector: jax.Array) -> jax.Array:
     return x + over_positions(vector, x)
 
 
-def _add_fwd(x, vector):
-    return add_vector(x, vector), (jnp.zeros(0, x.dtype), vector)
-
-
+@add_vector.gradient(lambda x, vector: (add_vector(x, vector), (jnp.zeros(0, x.dtype), vector)))
 def _add_bwd(residuals, dy):
     like_x, vector = residuals
     total = with_sums(lambda sums, dy: sums.over_positions(widened, dy), dy)
     return dy.astype(like_x.dtype), _as_vector(total, vector)
-
-
-add_vector.defvjp(_add_fwd, _add_bwd)
 
 
 def _as_vector(sums, vector):
@@ -90,10 +82,7 @@ def multiply_vector(x: jax.Array, vector: jax.Array) -> jax.Array:
     return x * over_positions(vector, x)
 
 
-def _multiply_fwd(x, vector):
-    return apart(multiply_vector.plain, x, vector), (x, vector)
-
-
+@multiply_vector.gradient(lambda *args: (apart(multiply_vector.plain, *args), args))
 def _multiply_bwd(residuals, dy):
     x, vector = residuals
 
@@ -102,9 +91,6 @@ def _multiply_bwd(residuals, dy):
 
     dx = multiply_vector.plain(dy, vector).astype(x.dtype)
     return dx, _as_vector(with_sums(along, dy, x), vector)
-
-
-multiply_vector.defvjp(_multiply_fwd, _multiply_bwd)
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
@@ -159,10 +145,8 @@ def _norm_fwd(x, shift, scale):
     return y, (x, mean, rstd, shift, scale)
 
 
+@norm_modulate.gradient(_norm_fwd)
 def _norm_bwd(residuals, dy):
     x, mean, rstd, shift, scale = residuals
     gradients = with_sums(_norm_backward, x, mean, rstd, scale, dy)
     return tuple(g.astype(a.dtype) for g, a in zip(gradients, (x, shift, scale), strict=True))
-
-
-norm_modulate.defvjp(_norm_fwd, _norm_bwd)
