@@ -132,12 +132,13 @@ class Denoiser(nn.Module):
         """The condition of one example of a source, without a batch axis; or UsageError."""
         condition = {}
         for name, zeros in self.zero_condition(1).items():
-            told = f"{type(self).__name__} is told {name!r} of every example"
+            told, shape = f"{type(self).__name__} is told {name!r}", zeros.shape[1:]
             if name not in example:
-                raise UsageError(f"{told}, and these have {', '.join(example)}")
+                raise UsageError(f"{told} of every example, and these have {', '.join(example)}")
             value = condition[name] = np.asarray(example[name], zeros.dtype)
-            if value.shape != (shape := zeros.shape[1:]):
-                raise UsageError(f"{told}, of shape {shape}, and one has {value.shape}")
+            if value.shape != shape:
+                told += f" of shape {shape}"
+                raise UsageError(f"{told} of every example, and one has {value.shape}")
         return condition
 
     @classmethod
