@@ -126,34 +126,32 @@ def _latents() -> None:
     if index >= count:
         raise UsageError("--process_index", index, f"must be below --process_count={count}")
     if _FLAGS.source is not None:
-        _prepare_latents(out)
+        print(_prepared(out))
     if _FLAGS.verify:
         from dico_jax.data.latents import verify
 
-        manifest = verify(out)
-        found = f"{manifest.num_examples:,} examples in {len(manifest.shards)} shards"
-        print(f"{out}: {found}, all as they should be")
+        print(f"{out}: {_said(verify(out))}, all as they should be")
 
 
-def _prepare_latents(out: str) -> None:
+def _prepared(out: str) -> str:
     _use_all_cores()
     from dico_jax.autoencoders import create_autoencoder
     from dico_jax.data.latent_preparation import Options, prepare_latents
 
     options = Options(**_chosen(*(field.name for field in dataclasses.fields(Options))))
     source = _source()
-    vae = _section("autoencoder", path=_FLAGS.vae, dtype=_FLAGS.vae_dtype)
+    vae = create_autoencoder(_section("autoencoder", path=_FLAGS.vae, dtype=_FLAGS.vae_dtype))
     start = time.monotonic()
-    manifest = prepare_latents(source, create_autoencoder(vae), out, options)
+    manifest = prepare_latents(source, vae, out, options)
     if manifest is None:
-        print(f"this process's shards are in {out}; others are still at work")
-        return
-    size = sum(shard.bytes for shard in manifest.shards)
-    print(
-        f"{manifest.num_examples:,} examples in {len(manifest.shards)} shards, {size / 1e9:.3f} GB,"
-        f" {len(manifest.bad)} bad ones skipped (manifest.json lists them), are in {out}; "
-        f"{time.monotonic() - start:.0f} s"
-    )
+        return f"this process's shards are in {out}; others are still at work"
+    size, seconds = sum(shard.bytes for shard in manifest.shards), time.monotonic() - start
+    bad = f"{len(manifest.bad)} bad ones skipped (manifest.json lists them)"
+    return f"{_said(manifest)}, {size / 1e9:.3f} GB, {bad}, are in {out}; {seconds:.0f} s"
+
+
+def _said(manifest) -> str:
+    return f"{manifest.num_examples:,} examples in {len(manifest.shards)} shards"
 
 
 def _reference() -> None:

@@ -55,12 +55,6 @@ def latents(example, kind, latent_sampling="sample", step=0, seed=0, devices=1, 
     return np.asarray(out["x"])
 
 
-def test_to_model_range():
-    found = to_model_range(jnp.array([0, 127, 255], jnp.uint8))
-    np.testing.assert_allclose(found, [-1, 127 / 127.5 - 1, 1], atol=1e-7)
-    assert to_model_range(jnp.ones(2, jnp.float16)).dtype == jnp.float32
-
-
 def test_pictures_and_their_prepared_moments_give_the_same_latents():
     moments = np.asarray(encode(AUTOENCODER.params, to_model_range(PICTURES)))
     for sampling in ("sample", "mean", "fixed"):
@@ -118,15 +112,9 @@ def test_latents_and_pixels_pass_through():
     ready = np.random.default_rng(1).normal(size=(N, 4, 4, 3)).astype(np.float32)
     np.testing.assert_array_equal(latents(ready, "latents"), ready)
     pixels = Autoencoder("identity", 1, None, decode=lambda params, latents: latents)
-    fn = make_latents_fn(
-        "pictures", pixels, latent_sampling="sample", seed=0, mesh=create_mesh(jax.devices()[:1])
-    )
-    batch = {
-        "image": PICTURES,
-        "condition": {"label": LABELS},
-        "index": LABELS,
-        "mirrored": LABELS > 3,
-    }
+    mesh = create_mesh(jax.devices()[:1])
+    fn = make_latents_fn("pictures", pixels, latent_sampling="sample", seed=0, mesh=mesh)
+    batch = {"image": PICTURES, "condition": LABELS, "index": LABELS, "mirrored": LABELS > 3}
     np.testing.assert_allclose(fn(batch, 0)["x"], PICTURES / 127.5 - 1, atol=1e-6)
 
 

@@ -48,11 +48,9 @@ class SomeBad:
         return image
 
 
-def batches(source=None, read=read_orientation, start_step=0, **kwargs):
+def batches(source=None, read=read_orientation, **kwargs):
     kwargs = {"batch_size": 8, "seed": 0, **kwargs}
-    return iter(
-        training_batches(source or Numbers(), read, read_label, start_step=start_step, **kwargs)
-    )
+    return iter(training_batches(source or Numbers(), read, read_label, **kwargs))
 
 
 def labels_of(num_batches, *args, **kwargs):
@@ -79,10 +77,8 @@ def test_ids_of_three_epochs_for_any_number_of_processes_and_from_any_batch():
     assert len(source) == 60
 
     def ids(count, index, start_step=0):
-        iterator = batches(
-            source, read, start_step, process_index=index, process_count=count,
-            horizontal_flip=True,
-        )  # fmt: skip
+        part = {"start_step": start_step, "process_index": index, "process_count": count}
+        iterator = batches(source, read, horizontal_flip=True, **part)
         found = [next(iterator) for _ in range(start_step, 23)]
         return [[source.example_id(i) for i in batch["index"]] for batch in found], found
 
@@ -116,12 +112,8 @@ def test_a_batch():
     batch = next(batches(horizontal_flip=True, batch_size=64, seed=3))
     assert batch["image"].shape == (64, 2, 2, 1)
     assert batch["image"].dtype == np.float32
-    assert (
-        batch["condition"]["label"].dtype
-        == batch["index"].dtype
-        == batch["skipped"].dtype
-        == np.int32
-    )
+    integers = batch["condition"]["label"], batch["index"], batch["skipped"]
+    assert {array.dtype for array in integers} == {np.dtype(np.int32)}
     assert 16 < batch["mirrored"].sum() < 48
     assert not batch["skipped"].any()
     np.testing.assert_array_equal(batch["condition"]["label"], batch["index"])
@@ -148,12 +140,9 @@ def test_the_next_good_example_takes_the_place_of_a_bad_one(tmp_path):
     expected = plain.copy()
     for instead, of in ((5, 3), (5, 4), (0, 19)):
         expected[plain == of] = instead
-    stream = DeviceBatches(
-        training_batches(source, read, read_label, batch_size=8, seed=0, max_bad_fraction=0.2),
-        lambda batch: batch,
-        log,
-    )
-    with stream as iterator:
+    kwargs = {"batch_size": 8, "seed": 0, "max_bad_fraction": 0.2}
+    stream = training_batches(source, read, read_label, **kwargs)
+    with DeviceBatches(stream, lambda batch: batch, log) as iterator:
         found = [next(iterator)["condition"]["label"] for _ in range(5)]
     np.testing.assert_array_equal(found, expected)
     lines = [json.loads(line) for line in file.read_text().splitlines()]

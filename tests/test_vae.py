@@ -60,18 +60,14 @@ def call(name, dtype, method, x):
     return out, golden.flat_outputs(state["intermediates"])
 
 
-CASES = [
-    pytest.param(
-        name, size, dtype,
-        # The widths of "sd" are in test_shapes_of_the_released_network too, and float64 is strict.
-        marks=pytest.mark.slow
-        if name == "sd" or (dtype == "float32" and size != "32x32")
-        else (),
-    )
-    for name, sizes in (("small", ("32x32", "64x64", "24x40")), ("sd", ("32x32", "64x64")))
-    for size in sizes
-    for dtype in ("float32", "float64")
-]  # fmt: skip
+def case(name, size, dtype):
+    # The widths of "sd" are in test_shapes_of_the_released_network too, and float64 is strict.
+    slow = name == "sd" or (dtype == "float32" and size != "32x32")
+    return pytest.param(name, size, dtype, marks=[pytest.mark.slow] * slow)
+
+
+SIZES = {"small": ("32x32", "64x64", "24x40"), "sd": ("32x32", "64x64")}
+CASES = [case(n, size, d) for n in SIZES for size in SIZES[n] for d in ("float32", "float64")]
 
 
 @golden.requires_golden

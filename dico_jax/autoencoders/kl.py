@@ -1,8 +1,7 @@
 """Stable Diffusion's autoencoder, which diffusers calls AutoencoderKL.
 
-A picture becomes the means and log variances of a Gaussian per latent position; a latent becomes a
-picture. Modules carry the names of diffusers' modules, positions in lists included, so that a
-parameter path joined with dots is a state dict's key (see `dico_jax.pytorch.key_maps`).
+Modules carry the names of diffusers' modules, positions in lists included, so that a parameter path
+joined with dots is a state dict's key (see `dico_jax.pytorch.key_maps`).
 """
 
 import dataclasses
@@ -18,8 +17,6 @@ import numpy as np
 from dico_jax.errors import UsageError
 from dico_jax.models.layers import Conv3x3
 from dico_jax.ops.plain import accumulation_dtype
-
-LOG_VARIANCE_RANGE = (-30.0, 20.0)  # what it is clamped to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,14 +170,10 @@ class AutoencoderKL(nn.Module):
     `decode` needs the parameters of the decoder alone, `encode` those of the encoder. Latents are
     unscaled here. Parameters are float32; statistics, the attention's softmax and what is returned
     are float32 or better.
-
-    Attributes:
-      config: the sizes.
-      dtype: of activations: float32, bfloat16, or float64 (which needs jax_enable_x64).
     """
 
     config: KLConfig = KLConfig()
-    dtype: jnp.dtype = jnp.dtype("float32")
+    dtype: jnp.dtype = jnp.dtype("float32")  # of activations, or bfloat16, or float64
 
     def setup(self):
         latents = self.config.latent_channels
@@ -190,10 +183,10 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Dense(latents, dtype=self.dtype)
 
     def encode(self, pictures):
-        """Pictures (N, H, W, 3) in [-1, 1] to moments (N, h, w, 2C).
+        """Pictures (N, H, W, 3) in [-1, 1] to moments (N, h, w, 2C) of the posterior.
 
-        Moments are the posterior's mean, then its log variance, clamped to [-30, 20]. Height and
-        width must divide by `config.downsampling`, or UsageError is raised.
+        Moments are its mean, then its log variance, clamped to [-30, 20]. A UsageError is raised
+        where height or width do not divide by `config.downsampling`.
         """
         height, width = pictures.shape[1:3]
         step = self.config.downsampling
@@ -202,7 +195,7 @@ class AutoencoderKL(nn.Module):
             raise UsageError(f"pictures of {height}x{width}: {fix}")
         moments = self.quant_conv(self.encoder(pictures.astype(self.dtype)))
         mean, log_variance = jnp.split(moments.astype(accumulation_dtype(self.dtype)), 2, axis=-1)
-        return jnp.concatenate([mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)], axis=-1)
+        return jnp.concatenate([mean, jnp.clip(log_variance, -30.0, 20.0)], axis=-1)
 
     def decode(self, latents):
         """Latents (N, h, w, C) to pictures (N, H, W, 3), of which [-1, 1] is shown."""

@@ -61,7 +61,6 @@ class Plan:
         return [examples[start : start + size] for start in examples[::size]]
 
     def shard_file(self, shard: int) -> str:
-        """The name of a shard's file."""
         return f"latents-{shard:05d}-of-{len(self.shards):05d}.array_record"
 
 
@@ -88,13 +87,11 @@ class Manifest(NamedTuple):
         return sum(shard.count for shard in self.shards)
 
     @property
-    def bad(self) -> dict[str, str]:
-        """Id to reason, of all examples that could not be read."""
+    def bad(self) -> dict[str, str]:  # as in a `Shard`
         return {key: reason for shard in self.shards for key, reason in shard.bad.items()}
 
     @property
-    def fields(self) -> set[str]:
-        """What all examples have besides their images."""
+    def fields(self) -> set[str]:  # as in a `Shard`
         return set.intersection(*(set(shard.fields) for shard in self.shards if shard.count))
 
 
@@ -145,7 +142,6 @@ def read_manifest(folder: epath.Path) -> Manifest:
 
 
 def file_sha256(file: epath.Path) -> str:
-    """The checksum of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

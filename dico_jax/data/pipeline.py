@@ -6,10 +6,11 @@ position of a run is its step, and a checkpoint needs no other data state, whate
 processes and of the workers that read for them.
 """
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -119,7 +120,7 @@ def _ignore_sigterm(worker: int, num_workers: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class DeviceBatches:
+class DeviceBatches(Iterator, contextlib.AbstractContextManager):
     """Batches of `training_batches`, put on the devices by a thread ahead of their use.
 
     Use it as a context manager, which ends workers and threads.
@@ -141,18 +142,12 @@ class DeviceBatches:
         self._iterator, self._log = iter(ahead), log
         self.waited = 0.0  # seconds, for the newest batch
 
-    def __iter__(self):
-        return self
-
     def __next__(self) -> Any:
         start = time.monotonic()
         arrays, index, skipped = next(self._iterator)
         self.waited = time.monotonic() - start
         self._log.add_skipped(index, skipped)
         return arrays
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exc):
         self._iterator.close()
