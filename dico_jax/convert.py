@@ -62,10 +62,7 @@ _STEP = flags.DEFINE_integer("step", None, "to_pytorch: of the checkpoint [the n
 
 # Per action, the flags that it needs, and those that it may have.
 _ACTIONS = {
-    "from_pytorch": (
-        "input out",
-        "model weights image_size num_classes num_heads training",
-    ),
+    "from_pytorch": ("input out", "model weights image_size num_classes num_heads training"),
     "to_pytorch": ("ckpt out", "weights step training"),
     "vae": ("input out", "norm_num_groups scaling_factor"),
     "inception": ("input out", ""),
@@ -122,13 +119,11 @@ def _to_pytorch(given: flags.FlagValues) -> str:
 
 
 def _vae(given: flags.FlagValues) -> str:
-    from dico_jax.autoencoders.conversion import convert_vae
+    from dico_jax.autoencoders.weights import convert_vae
 
+    groups, scaling_factor = _NORM_NUM_GROUPS.value, _SCALING_FACTOR.value
     return convert_vae(
-        given.input,
-        given.out,
-        norm_num_groups=_NORM_NUM_GROUPS.value,
-        scaling_factor=_SCALING_FACTOR.value,
+        given.input, given.out, norm_num_groups=groups, scaling_factor=scaling_factor
     )
 
 
@@ -152,9 +147,8 @@ def _check(action: str | None) -> str:
     assert action is not None
     cli.check_flags(action, _ACTIONS)
     if _WEIGHTS.present and _WEIGHTS.value not in _WEIGHTS_OF[action]:
-        raise UsageError(
-            f"--weights={_WEIGHTS.value}: {action} knows {', '.join(_WEIGHTS_OF[action])}"
-        )
+        fix = f": {action} knows {', '.join(_WEIGHTS_OF[action])}"
+        raise UsageError("--weights", _WEIGHTS.value, fix)
     if _WEIGHTS.present and _TRAINING.value:
         raise UsageError("--weights: with --training all weights are converted; leave it out")
     return action

@@ -11,9 +11,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from dico_jax.autoencoders import create_autoencoder
-from dico_jax.autoencoders.conversion import convert_vae
 from dico_jax.autoencoders.kl import KLConfig, abstract_params
-from dico_jax.autoencoders.weights import open_kl
+from dico_jax.autoencoders.weights import convert_vae, open_kl
 from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params as abstract_model

@@ -541,9 +541,9 @@ def test_two_directories_in_one_file(good):
 def test_a_directory_of_too_many_entries(tmp_path):
     path = tmp_path / "x.pt"
     with zipfile.ZipFile(path, "w") as z:
-        for i in range(100_001):
+        for i in range(20_001):
             z.writestr(f"a/{i}", b"")
-    refusal(path, "100001 zip entries")
+    refusal(path, "20001 zip entries")
 
 
 def test_damaged_numbers_are_noticed(good):
@@ -609,7 +609,7 @@ def tar_bytes():
     [
         (b"", "empty"),
         (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "it ends early"),
-        (tar_bytes(), "_use_new_zipfile_serialization=True"),
+        (tar_bytes(), "re-save it"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
         (b"\n<!DOCTYPE html><html></html>", "web page"),
         (b"\x1f\x8b\x08\x00abc", "is not a zip file"),

@@ -252,7 +252,7 @@ def test_torchscript(tmp_path):
 
 
 def test_ours_on_both_sides_of_the_zip64_limits(tmp_path, monkeypatch):
-    monkeypatch.setattr("dico_jax.pytorch.torch_writer._ZIP64_FROM", 100)
+    monkeypatch.setattr("dico_jax.pytorch.torch_format._ZIP64_FROM", 100)
     tree = {str(i): np.full(i, i, np.float32) for i in range(0, 60, 7)}
     write_pt(tmp_path / "ours.pt", tree)
     found = torch.load(tmp_path / "ours.pt", weights_only=True)

@@ -48,12 +48,7 @@ _NOTES = ("sample_size", "force_upcast")  # they change nothing that is computed
 
 
 def read_options(path: str) -> dict[str, Any]:
-    """What the config.json of an AutoencoderKL says, as fields of `KLConfig`.
-
-    Raises:
-      UsageError: it cannot be read, is the config of something else, or asks for what this network
-        does not do.
-    """
+    """What the config.json of an AutoencoderKL says, as fields of `KLConfig`."""
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -62,19 +57,14 @@ def read_options(path: str) -> dict[str, Any]:
     like = "AutoencoderKL" if "latent_channels" in options else "something else"
     name = options.get("_class_name", like)
     if name != "AutoencoderKL":
-        raise UsageError(
-            f"{path}, beside the weights, is the config of another network ({shown(name)}), not of "
-            "an AutoencoderKL: give its weights, or move these to a folder of their own"
-        )
+        what = f"is the config of another network ({shown(name)}), not of an AutoencoderKL"
+        fix = "give its weights, or move these to a folder of their own"
+        raise UsageError(f"{path}, beside the weights, {what}: {fix}")
     return _checked(options, path)
 
 
 def parse_options(text: str, where: str) -> dict[str, Any]:
-    """Fields of `KLConfig` from a JSON object; `where` is its name in messages.
-
-    Raises:
-      UsageError: it is none, or it has a field or value that is not supported.
-    """
+    """Fields of `KLConfig` from a JSON object; `where` is its name in messages."""
     return _checked(_json_object(text, where), where)
 
 
@@ -89,11 +79,7 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
 
 
 def _checked(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of `KLConfig` among the options.
-
-    Raises:
-      UsageError: one asks for what this network does not do, or makes no sense; it is named.
-    """
+    """The fields of `KLConfig` among the options; one that the network does not do is refused."""
     fields: dict[str, Any] = {}
     for name, value in options.items():
         said = f"{where}: {name}={shown(value)}"
@@ -132,10 +118,8 @@ def detect_config(shapes: Shapes, options: Mapping[str, Any]) -> KLConfig:
     """
     widths, depth = _levels(shapes)
     if not any(key.startswith("quant_conv.") for key in shapes):
-        raise UsageError(
-            "the file has no quant_conv (use_quant_conv=False), as newer autoencoders: they are "
-            "not supported, those of Stable Diffusion 1, 2 and XL are"
-        )
+        what = "the file has no quant_conv (use_quant_conv=False), as newer autoencoders"
+        raise UsageError(f"{what}: those of Stable Diffusion 1, 2 and XL are supported")
     latents = [
         shapes[key][axis] // divisor
         for key, axis, divisor in _LATENT_CHANNELS
@@ -147,10 +131,9 @@ def detect_config(shapes: Shapes, options: Mapping[str, Any]) -> KLConfig:
         or len(widths) > _MAX_LEVELS
         or depth > _MAX_LAYERS
     ):
-        raise UsageError(
-            f"sizes that make no sense show in its shapes: block_out_channels={shown(widths)}, "
-            f"layers_per_block={depth}, latent_channels={channels}"
-        )
+        found = f"block_out_channels={shown(widths)}, layers_per_block={depth}"
+        what = f"{found}, latent_channels={channels}"
+        raise UsageError(f"sizes that make no sense show in its shapes: {what}")
     sizes = {"block_out_channels": widths, "layers_per_block": depth, "latent_channels": channels}
     for name, size in sizes.items():
         if options.get(name, size) != size:
@@ -160,10 +143,9 @@ def detect_config(shapes: Shapes, options: Mapping[str, Any]) -> KLConfig:
     except UsageError as error:
         if "norm_num_groups" in options:
             raise
-        raise UsageError(
-            f"{error}: 32 is taken where no config.json lies beside the weights; put it there, or "
-            "convert the file with convert vae --norm_num_groups"
-        ) from error
+        fix = "put it there, or convert the file with convert vae --norm_num_groups"
+        what = f"{error}: 32 is taken where no config.json lies beside the weights"
+        raise UsageError(f"{what}; {fix}") from error
 
 
 def _levels(shapes: Shapes) -> tuple[tuple[int, ...], int]:
@@ -187,11 +169,9 @@ def _most_frequent(values: Iterable[int]) -> int:
 
 
 def _refuse(shapes: Shapes) -> NoReturn:
-    """Raises UsageError that says what the file is instead, as far as that can be seen."""
+    """Says what the file is instead, as far as that can be seen."""
     if any(".down.0.block." in key for key in shapes):
-        raise UsageError(
-            "it has the names of the original latent-diffusion code: give the same autoencoder in "
-            "the layout of diffusers"
-        )
+        fix = "give the same autoencoder in the layout of diffusers"
+        raise UsageError(f"it has the names of the original latent-diffusion code: {fix}")
     some = ", ".join(shown(key) for key in list(shapes)[:5])
     raise UsageError(f"it is no autoencoder (AutoencoderKL): {len(shapes)} tensors such as {some}")

@@ -9,8 +9,9 @@ of Stable Diffusion 1 and 2 (see `dico_jax.autoencoders.kl_detection`).
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
+import json
+import math
 import os
 import pathlib
 import re
@@ -24,11 +25,18 @@ import numpy as np
 from dico_jax.autoencoders.kl import KLConfig, abstract_params
 from dico_jax.autoencoders.kl_detection import detect_config, parse_options, read_options
 from dico_jax.errors import UsageError
+from dico_jax.files import check_new
 from dico_jax.pytorch.hub import file_beside, is_remote, local_file
-from dico_jax.pytorch.key_maps import KEY_MAPS, entries, known_names
-from dico_jax.pytorch.lazy_trees import Health, deferred_tree
+from dico_jax.pytorch.key_maps import KEY_MAPS, Entry, entries, known_names
+from dico_jax.pytorch.lazy_trees import ByteProgress, Health, deferred_tree
 from dico_jax.pytorch.tensors import about
-from dico_jax.pytorch.torch_files import Deferred, TensorFile, open_tensors, select_weights
+from dico_jax.pytorch.torch_files import (
+    Deferred,
+    TensorFile,
+    open_tensors,
+    select_weights,
+    write_safetensors,
+)
 
 KEY_MAP = KEY_MAPS["AutoencoderKL"]
 FORMAT = "dico_jax.AutoencoderKL"  # of a file that `convert vae` wrote
@@ -47,13 +55,10 @@ _PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Parameters, and what identifies them.
+    """Parameters (a tree of float32 NumPy arrays, or {}), and what identifies them.
 
-    Attributes:
-      params: tree of float32 NumPy arrays, {} where there are none.
-      encoder_digest: sha256 (hex) over encoder and quant_conv, names and numbers of a state dict:
-        latents with the same one are of one kind. None where there is no encoder.
-      decoder_digest: the same over decoder and post_quant_conv.
+    Digests are sha256 (hex) over names and numbers, of encoder and quant_conv (latents with the
+    same one are of one kind), and of decoder and post_quant_conv.
     """
 
     params: Any
@@ -63,28 +68,16 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class KLFile:
-    """An open file of an autoencoder whose names, shapes and dtypes were checked; nothing is read.
-
-    Attributes:
-      path: the file with the weights.
-      config: the sizes.
-      leaves: tree of the parameters, leaves unread (`Deferred`).
-      health: looks at what is read.
-      digests: of encoder and decoder, as the file's metadata have them, or None.
-    """
+    """An open file of an autoencoder whose names, shapes and dtypes were checked."""
 
     path: str
     config: KLConfig
-    leaves: Any
+    leaves: Any  # tree of the parameters, unread (`Deferred`)
     health: Health
-    digests: tuple[str, ...] | None
+    digests: tuple[str, ...] | None  # of encoder and decoder, where the file's metadata have them
 
     def read(self) -> Weights:
-        """The weights; NaN and infinite ones are told of on stderr.
-
-        Raises:
-          UsageError: the file is damaged.
-        """
+        """The weights; NaN and infinite ones are told of on stderr."""
         params = jax.tree.map(lambda leaf: np.ascontiguousarray(leaf.read()), self.leaves)
         digests = tuple(_digest(params, prefixes) for prefixes in _PARTS.values())
         if self.digests not in (None, digests):
@@ -115,16 +108,15 @@ def open_kl(
     norm_num_groups: int | None = None,
     scaling_factor: float | None = None,
 ) -> Iterator[KLFile]:
-    """Opens the file of an autoencoder; a context manager.
+    """Opens the file, folder or address of an autoencoder; a context manager.
 
     Args:
-      source: file, folder or address, as the module says.
-      norm_num_groups: in place of what config.json says, or 32.
-      scaling_factor: in place of what config.json says, or 0.18215.
+      source: as the module says.
+      norm_num_groups, scaling_factor: in place of what config.json says, or 32 and 0.18215.
 
     Raises:
-      UsageError: it cannot be read, is no autoencoder or one that this network is not; all
-        missing, unexpected and misshapen tensors are listed.
+      UsageError: it cannot be read, is no autoencoder or one that this network is not; all missing,
+        unexpected and misshapen tensors are listed.
     """
     path, config_path = _locate(os.fspath(source))
     with open_tensors(path) as file:
@@ -145,7 +137,6 @@ def open_kl(
 
 
 def _locate(source: str) -> tuple[str, str | None]:
-    """The file with the weights, and the config.json beside it or None."""
     path = pathlib.Path(source)
     if path.suffix == ".json" and not path.is_dir():
         raise UsageError("this holds no weights: give the file with the weights, or its folder")
@@ -167,25 +158,69 @@ def _locate(source: str) -> tuple[str, str | None]:
 
 
 def _converted_tensors(file: TensorFile) -> dict[str, Deferred]:
-    """The tensors as a state dict has them."""
     refs = {tuple(name.split("/")): ref for name, ref in file.tensors.items()}
     try:
         found = entries(flax.traverse_util.unflatten_dict(refs), KEY_MAP)
     except (KeyError, ValueError, TypeError) as error:
         raise UsageError(f"its tensors are not those that convert vae writes: {error}") from error
 
-    def read(entry):
-        return entry.to_torch(refs[entry.path].read())
+    def tensor(entry: Entry) -> Deferred:
+        ref = refs[entry.path]
+        return Deferred(ref.dtype, entry.torch_shape, lambda: entry.to_torch(ref.read()))
 
-    return {
-        entry.key: Deferred(
-            refs[entry.path].dtype, entry.torch_shape, functools.partial(read, entry)
-        )
-        for entry in found
-    }
+    return {entry.key: tensor(entry) for entry in found}
 
 
 def _converted_options(file: TensorFile) -> dict[str, Any]:
     if file.metadata["format"] != FORMAT:
         raise UsageError(f"its format {file.metadata['format']} is not {FORMAT}: convert it again")
     return parse_options(file.metadata.get("config", ""), "its metadata 'config'")
+
+
+def convert_vae(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    norm_num_groups: int | None = None,
+    scaling_factor: float | None = None,
+) -> str:
+    """Writes an autoencoder's weights as one float32 .safetensors, for `config.autoencoder.path`.
+
+    Tensors are named by their paths in the tree ("encoder/conv_in/kernel"). The metadata say what
+    it is: "format", "config" (JSON), "encoder_sha256", "decoder_sha256", and of the file that it
+    was made of "source_name" and "source_sha256".
+
+    Returns:
+      What was found and done, in two lines; errors as of `open_kl`, and nothing is left then.
+    """
+    source, out = os.fspath(source), os.fspath(out)
+    if pathlib.PurePath(out).suffix != ".safetensors":
+        raise UsageError(f"--out={out}: name a .safetensors file")
+    check_new(out, 0)  # before a download
+    bar = ByteProgress()
+    opened = open_kl(source, norm_num_groups=norm_num_groups, scaling_factor=scaling_factor)
+    with naming("--input", source), opened as file:
+        leaves = jax.tree.leaves(file.leaves)
+        nbytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        check_new(out, int(1.02 * nbytes))
+        weights, config = file.read(), file.config
+        with open(file.path, "rb") as stream:
+            source_digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(dataclasses.asdict(config)),
+        "encoder_sha256": str(weights.encoder_digest),
+        "decoder_sha256": str(weights.decoder_digest),
+        "source_name": pathlib.PurePath(source).name,
+        "source_sha256": source_digest,
+    }
+    flat = flax.traverse_util.flatten_dict(weights.params, sep="/")
+    with bar.running(nbytes, "writing"):
+        write_safetensors(out, flat, metadata, on_bytes=bar.advance)
+    count = sum(leaf.size for leaf in flat.values())
+    return (
+        f"an autoencoder of {len(config.block_out_channels)} levels, {count:,} parameters, "
+        f"{config.latent_channels} latent channels, shrinks by {config.downsampling}, "
+        f"norm_num_groups={config.norm_num_groups}, scaling_factor={config.scaling_factor}\n"
+        f"{out} is written"
+    )

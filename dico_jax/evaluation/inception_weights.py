@@ -35,8 +35,7 @@ from dico_jax.evaluation.statistics import file_digest
 from dico_jax.files import check_new, new_file
 from dico_jax.pytorch.hub import local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, entries, known_names
-from dico_jax.pytorch.lazy_trees import load_params
-from dico_jax.pytorch.progress import ByteProgress
+from dico_jax.pytorch.lazy_trees import ByteProgress, load_params
 from dico_jax.pytorch.torch_files import TensorFile, open_tensors, select_weights, write_safetensors
 
 KEY_MAP = KEY_MAPS["Inception"]

@@ -1,14 +1,16 @@
-"""Weights between PyTorch files and this project's checkpoints, tensor by tensor.
+"""Weights between PyTorch files and this project's checkpoints, see docs/conversion.md.
 
-docs/conversion.md says what users see of it. Nothing is written before names, shapes and dtypes of
-all tensors are checked; then one tensor after the other is read, laid out anew and written.
+Nothing is written before names, shapes and dtypes of all tensors are checked; then one tensor after
+the other is read, laid out anew and written.
 """
 
 import argparse
 import collections
 import contextlib
+import copy
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,19 +21,23 @@ import numpy as np
 
 from dico_jax.checkpoints.checkpointer import FOLDER, write_checkpoint
 from dico_jax.checkpoints.saved_weights import SavedWeights
-from dico_jax.config import config_errors
+from dico_jax.config import DEFAULTS, config_errors
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred, check_new, new_folder
 from dico_jax.models import abstract_params, create_model, model_options
 from dico_jax.models.dit import DiT, position_embedding
 from dico_jax.pytorch import optimizer_state
-from dico_jax.pytorch.converted_config import converted_config, latent_side
 from dico_jax.pytorch.detection import TABLE, Network, check_table, detect_network, parameters
 from dico_jax.pytorch.hub import local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, Entry
-from dico_jax.pytorch.lazy_trees import Health, deferred_state_dict, deferred_tree, load_params
+from dico_jax.pytorch.lazy_trees import (
+    ByteProgress,
+    Health,
+    deferred_state_dict,
+    deferred_tree,
+    load_params,
+)
 from dico_jax.pytorch.optimizer_state import AdamWState
-from dico_jax.pytorch.progress import ByteProgress
 from dico_jax.pytorch.tensors import about, values_in
 from dico_jax.pytorch.torch_files import (
     TensorFile,
@@ -42,6 +48,9 @@ from dico_jax.pytorch.torch_files import (
 )
 
 _OPTIMIZER_KEYS = ("opt", "optimizer", "optimizer_state_dict")
+_LATENT_CHANNELS = 4  # of Stable Diffusion's autoencoder
+_LATENT_DOWNSAMPLING = 8
+
 _SLACK = 1.02  # of the size of what is written over the size of its tensors
 
 
@@ -112,9 +121,8 @@ def from_pytorch(
         )
         adamw = None
         if training:
-            adamw = optimizer_state.read_adamw(
-                content.optimizer, content.any_weights, network.wanted
-            )
+            given = content.optimizer, content.any_weights, network.wanted
+            adamw = optimizer_state.read_adamw(*given)
         step = adamw.step if adamw else 0
         config = converted_config(
             network.fields,
@@ -127,11 +135,8 @@ def from_pytorch(
         )
         with about(f"{source}, read as {network.title}"):
             items = _items(content, network, adamw, health)
-        converted = {
-            "file": pathlib.PurePath(source).name,
-            "weights": content.source,
-            "arguments": content.arguments,
-        }
+        name = pathlib.PurePath(source).name
+        converted = {"file": name, "weights": content.source, "arguments": content.arguments}
         nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
         check_new(out, int(_SLACK * nbytes))
         with bar.running(nbytes, "reading"), new_folder(out) as folder, _write_errors(out):
@@ -140,10 +145,14 @@ def from_pytorch(
             meta = {"config": config, "class_names": [], "converted": converted}
             write_checkpoint(folder, step, items, meta)
     health.warn()
-    return (
-        f"{network.description()}; {content.source} of {converted['file']}\n"
-        f"{pathlib.PurePath(out) / FOLDER / str(step)} is written"
-    )
+    written = pathlib.PurePath(out) / FOLDER / str(step)
+    return f"{network.description()}; {content.source} of {name}\n{written} is written"
+
+
+def latent_side(config: Mapping[str, Any]) -> int:
+    """The side of the network's input, where the autoencoder is Stable Diffusion's or none."""
+    is_latent = config["autoencoder"]["name"] != "identity"
+    return config["data"]["image_size"] // (_LATENT_DOWNSAMPLING if is_latent else 1)
 
 
 def to_pytorch(
@@ -209,23 +218,15 @@ def to_pytorch(
 
 @dataclasses.dataclass(frozen=True)
 class _Content:
-    """What is taken from a file, tensors unread.
+    """What is taken from a file, tensors unread."""
 
-    Attributes:
-      source: what it is, for the user.
-      weights: sets of weights by the checkpoint item that each becomes.
-      optimizer: the optimizer's state dict, or None.
-      arguments: of the training script, as JSON values.
-    """
-
-    source: str
-    weights: dict[str, dict[str, Any]]
-    optimizer: object
-    arguments: dict[str, Any]
+    source: str  # what it is, for the user
+    weights: dict[str, dict[str, Any]]  # by the checkpoint item that each becomes
+    optimizer: object  # its state dict, or None
+    arguments: dict[str, Any]  # of the training script, as JSON values
 
     @property
     def any_weights(self) -> dict[str, Any]:
-        """A set of weights; names and shapes are the same in all."""
         return next(iter(self.weights.values()))
 
 
@@ -238,14 +239,10 @@ def _content(file: TensorFile, weights: str, training: bool) -> _Content:
         return _Content(source, {"ema_params": tensors}, None, arguments)
     optimizer = next((tree[key] for key in _OPTIMIZER_KEYS if key in tree), None)
     if optimizer is None:
-        raise UsageError(
-            f"no optimizer's state in the file ({', '.join(_OPTIMIZER_KEYS)}): "
-            "convert its weights alone, without --training"
-        )
-    both = {
-        "params": select_weights(file, "model").tensors,
-        "ema_params": select_weights(file, "ema").tensors,
-    }
+        what = f"no optimizer's state in the file ({', '.join(_OPTIMIZER_KEYS)})"
+        raise UsageError(f"{what}: convert its weights alone, without --training")
+    items = {"params": "model", "ema_params": "ema"}
+    both = {item: select_weights(file, name).tensors for item, name in items.items()}
     return _Content("the whole training state", both, optimizer, arguments)
 
 
@@ -260,7 +257,6 @@ def _arguments(args: object) -> dict[str, Any]:
 def _items(
     content: _Content, network: Network, adamw: AdamWState | None, health: Health
 ) -> dict[str, Any]:
-    """The items of a checkpoint, trees of deferred leaves."""
     key_map = KEY_MAPS[type(network.model).__name__]
 
     def tree(tensors: Mapping[str, Any]) -> Any:
@@ -270,9 +266,8 @@ def _items(
     if adamw is not None:
         step = Deferred(np.int32, (), lambda: np.asarray(adamw.step, np.int32))
         empty = optimizer_state.published_state(items["params"])
-        items["opt_state"] = optimizer_state.to_optax(
-            empty, step, tree(adamw.exp_avg), tree(adamw.exp_avg_sq)
-        )
+        moments = tree(adamw.exp_avg), tree(adamw.exp_avg_sq)
+        items["opt_state"] = optimizer_state.to_optax(empty, step, *moments)
     return items
 
 
@@ -287,13 +282,62 @@ def _write_errors(out: str) -> Iterator[None]:
         raise UsageError(f"--out={out} cannot be written: {error}") from error
 
 
+def converted_config(
+    model: dict[str, Any],
+    size_divisor: int,
+    *,
+    image_size: int | None = None,
+    tokens: int | None = None,
+    arguments: Mapping[str, Any],
+    optimizer: Mapping[str, float] | None = None,
+    step: int = 0,
+) -> dict[str, Any]:
+    """A complete config, as plain JSON values, for weights that came without one.
+
+    Args:
+      model: the fields of `config.model` that the weights decide.
+      size_divisor: of the network.
+      image_size: side of the images in pixels; None takes it from the run's arguments, from the
+        position table, or as 256, in this order.
+      tokens: rows of the position table of a DiT.
+      arguments: of the training script, as a training checkpoint has them.
+      optimizer: fields of `config.optimizer`; None for the published ones.
+      step: how many steps the weights were trained, as far as is known.
+    """
+    config = copy.deepcopy(DEFAULTS)
+    downsampling = _LATENT_DOWNSAMPLING
+    if model["in_channels"] != _LATENT_CHANNELS:  # a model of pixels
+        downsampling = 1
+        config["autoencoder"]["name"] = "identity"
+        config["sampling"]["cfg_channels"] = "all"
+    if not model["class_dropout_prob"]:
+        config["sampling"]["cfg_scale"] = 1.0  # guidance needs the null class
+    config["model"] |= model
+    config["optimizer"] |= dict(optimizer or {})
+    config["training"]["num_steps"] = max(config["training"]["num_steps"], step)
+    said = {k: v for k, v in arguments.items() if type(v) is int and v > 0}
+    config["seed"] = said.get("global_seed", config["seed"])
+    data = config["data"]
+    data["batch_size"] = said.get("global_batch_size", data["batch_size"])
+    if tokens is not None:
+        data["image_size"] = math.isqrt(tokens) * size_divisor * downsampling
+    data["image_size"] = image_size or said.get("image_size", data["image_size"])
+    step_size = downsampling * size_divisor
+    if data["image_size"] % step_size:
+        raise UsageError(
+            "config.data.image_size", data["image_size"],
+            f"must be a multiple of {step_size} (latents are {downsampling} times smaller, and the "
+            f"network's input must divide by {size_divisor}): give another --image_size",
+        )  # fmt: skip
+    return config
+
+
 # From a checkpoint.
 
 
 def _state_dict(
     saved: SavedWeights, wanted: list[Entry], table: dict[str, Any], weights: str, health: Health
 ) -> collections.OrderedDict[str, Any]:
-    """The state dict of saved weights, in the published order."""
     name = f"{saved.folder}: the weights {weights!r}"
     tensors = deferred_state_dict(saved.leaves(weights), wanted, name, health)
     return collections.OrderedDict(table | tensors)

@@ -16,7 +16,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -85,8 +85,7 @@ def detect_model(
 
     Args:
       shapes: PyTorch key to shape, see `key_maps.known_names`.
-      name: the model, where it is known: a published one, whose sizes are then its own, or "DiCo"
-        or "DiT". None finds it: the published model of these sizes, or "DiCo" or "DiT" with sizes.
+      name: of the model, where it is known; found, if published, or else "DiCo" or "DiT".
       num_classes: where it is known. With as many rows in the label tables there is no null class.
       likely_classes: the same from a source that may be wrong: used where it fits.
       num_heads: of a DiT, which is needed where its width is none of the published ones.
@@ -112,21 +111,13 @@ def detect_model(
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """The network that weights belong to.
-
-    Attributes:
-      title: its name, for messages.
-      fields: of `config.model`, as JSON values.
-      model: the network.
-      wanted: its parameters.
-      tokens: rows of a DiT's position table, or None.
-    """
+    """The network that weights belong to, with its name for messages."""
 
     title: str
-    fields: dict[str, Any]
+    fields: dict[str, Any]  # of `config.model`, as JSON values
     model: Denoiser
-    wanted: list[Entry]
-    tokens: int | None
+    wanted: list[Entry]  # its parameters
+    tokens: int | None  # rows of a DiT's position table
 
     def description(self) -> str:
         """A line: name or sizes, parameters, channels, classes."""
@@ -142,20 +133,10 @@ class Network:
 
 
 def detect_network(
-    tensors: Mapping[str, Any],
-    name: str | None = None,
-    *,
-    num_classes: int | None = None,
-    likely_classes: object = None,
-    num_heads: int | None = None,
+    tensors: Mapping[str, Any], name: str | None = None, *, num_heads: int | None = None, **known
 ) -> Network:
-    """The network of a state dict of lazy tensors; arguments and errors as of `detect_model`.
-
-    Raises:
-      UsageError: also where the position table of a DiT is not the fixed one.
-    """
+    """The network of a state dict of lazy tensors; arguments as of `detect_model`."""
     shapes = {key: tuple(ref.shape) for key, ref in tensors.items()}
-    known: dict[str, Any] = {"num_classes": num_classes, "likely_classes": likely_classes}
     fields = detect_model(shapes, name, num_heads=num_heads, **known)
     title = fields["name"]
     if name is not None:
@@ -174,11 +155,7 @@ def parameters(model: Denoiser) -> list[Entry]:
 
 
 def check_table(tensors: Mapping[str, Any], width: int) -> int | None:
-    """Checks the position table, if there is one; the number of its rows.
-
-    Raises:
-      UsageError: it is not the fixed table, which the network here computes itself.
-    """
+    """The rows of a DiT's position table, if there is one; UsageError if it is another one."""
     ref = tensors.get(TABLE)
     if ref is None:
         return None
@@ -189,10 +166,8 @@ def check_table(tensors: Mapping[str, Any], width: int) -> int | None:
     tolerance = _TABLE_TOLERANCE if ref.dtype.itemsize >= 4 else _HALF_TABLE_TOLERANCE
     distance = np.abs(table - position_embedding(side, side, width)).max()
     if not distance <= tolerance:
-        raise UsageError(
-            f"{TABLE} is not the fixed sine-cosine table (off by up to {distance:.2g}): models "
-            "with a position table of their own cannot be converted"
-        )
+        what = f"is not the fixed sine-cosine table (off by up to {distance:.2g})"
+        raise UsageError(f"{TABLE} {what}: models with one of their own cannot be converted")
     return side * side
 
 
@@ -201,9 +176,8 @@ def _family(shapes: Shapes) -> str:
     dit = sum(key.startswith("blocks.") for key in shapes)
     if not dico and not dit:
         some = ", ".join(list(shapes)[:5])
-        raise UsageError(
-            f"these are not the weights of a DiCo or DiT: {len(shapes)} tensors such as {some}"
-        )
+        what = f"{len(shapes)} tensors such as {some}"
+        raise UsageError(f"these are not the weights of a DiCo or DiT: {what}")
     return "DiCo" if dico >= dit else "DiT"
 
 
@@ -218,15 +192,13 @@ def _published_name(family: str, sizes: Mapping[str, Any]) -> str:
 
 def _dico_sizes(shapes: Shapes) -> dict[str, Any]:
     width = _size(shapes, _DICO_SIZES, "hidden_size")
-    return {
-        "hidden_size": width,
-        "depth": tuple(_depth(shapes, stage) for stage in _STAGES),
-        "mlp_ratio": _mlp_ratio(
-            (shape[0], factor * width)
-            for stage, factor in zip(_STAGES, _STAGE_WIDTHS, strict=True)
-            for shape in _of_blocks(shapes, stage, "conv4.weight")
-        ),
-    }
+    hidden = [
+        (shape[0], factor * width)
+        for stage, factor in zip(_STAGES, _STAGE_WIDTHS, strict=True)
+        for shape in _of_blocks(shapes, stage, "conv4.weight")
+    ]
+    depth = tuple(_depth(shapes, stage) for stage in _STAGES)
+    return {"hidden_size": width, "depth": depth, "mlp_ratio": _mlp_ratio(hidden)}
 
 
 def _dit_sizes(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
@@ -234,27 +206,20 @@ def _dit_sizes(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
     published = {s["hidden_size"]: s["num_heads"] for c, s in MODELS.values() if "num_heads" in s}
     num_heads = num_heads or published.get(width)
     if num_heads is None:
-        raise UsageError(
-            f"a DiT of width {width} is none of the published ones, and the number of attention "
-            "heads does not show in the weights: give --num_heads"
-        )
+        what = "is none of the published ones, and attention heads do not show in weights"
+        raise UsageError(f"a DiT of width {width} {what}: give --num_heads")
+    hidden = [(shape[0], width) for shape in _of_blocks(shapes, "blocks", "mlp.fc1.weight")]
     return {
         "hidden_size": width,
         "depth": _depth(shapes, "blocks"),
         "num_heads": num_heads,
         "patch_size": _size(shapes, _DIT_SIZES, "patch_size"),
-        "mlp_ratio": _mlp_ratio(
-            (shape[0], width) for shape in _of_blocks(shapes, "blocks", "mlp.fc1.weight")
-        ),
+        "mlp_ratio": _mlp_ratio(hidden),
     }
 
 
 def _interface(
-    shapes: Shapes,
-    family: str,
-    sizes: Mapping[str, Any],
-    num_classes: int | None,
-    likely_classes: object,
+    shapes: Shapes, family: str, sizes: Mapping, num_classes: int | None, likely_classes: object
 ) -> dict[str, Any]:
     """The options that are not sizes: channels, classes, the variance."""
     places = _DICO_SIZES if family == "DiCo" else _DIT_SIZES
@@ -266,10 +231,9 @@ def _interface(
     elif num_classes is None:
         num_classes = rows if rows in (1, 1000) else rows - 1
     if rows not in (num_classes, num_classes + 1):
-        raise UsageError(
-            f"--num_classes={num_classes} does not fit: the label tables have {rows} rows, which "
-            f"is {rows - 1} classes and a null class, or {rows} classes"
-        )
+        fix = f"use {rows - 1} (and a null class) or {rows}"
+        what = f"does not fit: the label tables have {rows} rows: {fix}"
+        raise UsageError("--num_classes", num_classes, what)
     return {
         "in_channels": channels,
         "num_classes": num_classes,
@@ -279,11 +243,7 @@ def _interface(
 
 
 def _size(shapes: Shapes, places: Mapping[str, Any], what: str) -> int:
-    """The size called `what`, from where it can be read.
-
-    Raises:
-      UsageError: none of these tensors is there, or the size makes no sense.
-    """
+    """The size called `what`, from where it can be read; UsageError where it cannot."""
     found = _vote(shapes, places[what])
     if found is None:
         keys = list(dict.fromkeys(key for key, _, _ in places[what]))
@@ -306,7 +266,6 @@ def _vote(shapes: Shapes, places: tuple[tuple[str, int, int], ...]) -> int | Non
 
 
 def _depth(shapes: Shapes, stage: str) -> int:
-    """The number of blocks: one more than the highest index."""
     pattern = re.compile(re.escape(stage) + r"\.(\d{1,6})\.")
     depth = max((int(m[1]) + 1 for m in map(pattern.match, shapes) if m), default=1)
     if depth > _MAX_BLOCKS:
@@ -319,15 +278,8 @@ def _of_blocks(shapes: Shapes, stage: str, tensor: str) -> list[tuple[int, ...]]
     return [shape for key, shape in shapes.items() if pattern.fullmatch(key) and shape]
 
 
-def _mlp_ratio(pairs: Iterator[tuple[int, int]]) -> float:
-    """The ratio with the fewest digits whose products with the widths, cut, are the hidden widths.
-
-    Args:
-      pairs: (hidden, width) of the blocks.
-
-    Raises:
-      UsageError: there are none.
-    """
+def _mlp_ratio(pairs: list[tuple[int, int]]) -> float:
+    """The ratio with the fewest digits that, cut, gives the hidden one of (hidden, width) pairs."""
     votes = collections.Counter(pairs)
     # For each width the most frequent hidden one.
     hidden = {width: h for (h, width), _ in reversed(votes.most_common())}

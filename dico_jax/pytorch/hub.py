@@ -11,8 +11,7 @@ _SCHEME = "hf://"
 def local_file(name: str | os.PathLike) -> str:
     """The path of a file: `name` itself, or where huggingface_hub has put hf://OWNER/REPO/FILE.
 
-    Of an index of sharded .safetensors, the shards are fetched too. What was fetched before is not
-    fetched again.
+    Of an index of sharded .safetensors, the shards are fetched too.
 
     Raises:
       UsageError: the name is not of that form, huggingface_hub is not installed, or the download
@@ -28,14 +27,7 @@ def local_file(name: str | os.PathLike) -> str:
 
 
 def file_beside(name: str, file: str) -> str | None:
-    """Where huggingface_hub has put the file called `file` in the folder of hf://OWNER/REPO/FILE.
-
-    Returns:
-      The path, or None where the repository has no such file.
-
-    Raises:
-      UsageError: as in `local_file`.
-    """
+    """Where `file` of the folder of hf://OWNER/REPO/FILE is; None if the repository has none."""
     try:
         return _download(name, file)
     except UsageError as error:
@@ -62,10 +54,8 @@ def _download(name: str, beside: str | None = None) -> str:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise UsageError(
-            f"{name} needs huggingface_hub: pip install 'dico_jax[hub]', or download the file "
-            "yourself and give its path"
-        ) from error
+        fix = "pip install 'dico_jax[hub]', or download the file yourself and give its path"
+        raise UsageError(f"{name} needs huggingface_hub: {fix}") from error
     repo = f"{owner}/{repo}"
     try:
         return huggingface_hub.hf_hub_download(repo, file)

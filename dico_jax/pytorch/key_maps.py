@@ -16,6 +16,7 @@ Layouts of NumPy dtypes that PyTorch has too are only permuted: both ways are ex
 
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -32,12 +33,7 @@ _MAX_HINTS = 40  # closest names are slow to find, and of no use where a whole m
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the axes of a Flax leaf lie in the PyTorch tensor.
-
-    Attributes:
-      axes: the leaf's axis for each axis of the tensor; None leaves them as they are.
-      ones: axes of length 1 that follow in the tensor.
-    """
+    """How a leaf lies in the PyTorch tensor: its axes in that order, then some of length 1."""
 
     axes: tuple[int, ...] | None = None
     ones: int = 0
@@ -142,14 +138,7 @@ KEY_MAPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A parameter on both sides.
-
-    Attributes:
-      key: its name in the state dict.
-      path: its path in the tree.
-      shape: its shape in the tree.
-      layout: between the two.
-    """
+    """A parameter on both sides: its name in the state dict, its path and shape in the tree."""
 
     key: str
     path: Path
@@ -171,21 +160,14 @@ class Entry:
 
 
 def entries(abstract_params: Any, key_map: KeyMap) -> list[Entry]:
-    """The parameters of a tree of arrays or ShapeDtypeStructs, in the state dict's order.
-
-    Raises:
-      KeyError: a leaf has a name or a number of axes that `LEAVES` does not list.
-    """
-    flat = flax.traverse_util.flatten_dict(abstract_params)
-    found = [_entry(path, tuple(leaf.shape), key_map) for path, leaf in flat.items()]
+    """The parameters of a tree of arrays or ShapeDtypeStructs, in the state dict's order."""
+    found = []
+    for path, leaf in flax.traverse_util.flatten_dict(abstract_params).items():
+        _, layout = LEAVES[path[-1], len(leaf.shape)]
+        if layout == LINEAR and key_map.conv1x1.search(".".join(path[:-1])):
+            layout = CONV1X1
+        found.append(Entry(torch_key(path, key_map), path, tuple(leaf.shape), layout))
     return sorted(found, key=lambda entry: declaration_order(entry.key, key_map))
-
-
-def _entry(path: Path, shape: tuple[int, ...], key_map: KeyMap) -> Entry:
-    _, layout = LEAVES[path[-1], len(shape)]
-    if layout == LINEAR and key_map.conv1x1.search(".".join(path[:-1])):
-        layout = CONV1X1
-    return Entry(torch_key(path, key_map), path, shape, layout)
 
 
 def declaration_order(key: str, key_map: KeyMap) -> tuple[int, ...]:
@@ -210,11 +192,7 @@ def _substituted(key: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def known_names(tensors: Mapping[str, Any], key_map: KeyMap) -> dict[str, Any]:
-    """The tensors of a file under the names of `entries`, without the constants.
-
-    Raises:
-      UsageError: two of them come to the same name.
-    """
+    """The tensors of a file under the names of `entries`, each once, without constants."""
     found: dict[str, Any] = {}
     for key, value in tensors.items():
         name = _substituted(key, key_map.aliases)
@@ -230,12 +208,7 @@ def state_dict_shapes(abstract_params: Any, key_map: KeyMap) -> dict[str, tuple[
 
 
 def check_tensors(tensors: Mapping[str, Any], wanted: list[Entry], key_map: KeyMap) -> None:
-    """Checks that the tensors (anything with a shape) are those of `wanted`, no more and no less.
-
-    Raises:
-      UsageError: tensors are missing, left over or of another shape; all of them are listed, with
-        the closest names on the other side.
-    """
+    """Raises UsageError with all tensors missing, left over or of another shape than `wanted`."""
     expected = {entry.key: entry.torch_shape for entry in wanted}
     missing = [key for key in expected if key not in tensors]
     extra = [key for key in tensors if key not in expected]
@@ -257,11 +230,9 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], key_map: KeyMap) -> b
 
 def _closest(keys: list[str], others: list[str]) -> list[tuple[str, str]]:
     """Each key with a hint: the name among `others` that is most like it."""
-    hints = []
-    for i, key in enumerate(keys):
-        close = difflib.get_close_matches(key, others, n=1) if i < _MAX_HINTS else []
-        hints.append((key, f" (closest: {close[0]})" if close else ""))
-    return hints
+    close = [difflib.get_close_matches(key, others, n=1) for key in keys[:_MAX_HINTS]]
+    hints = [f" (closest: {found[0]})" if found else "" for found in close]
+    return list(itertools.zip_longest(keys, hints, fillvalue=""))
 
 
 def from_state_dict(
@@ -271,8 +242,7 @@ def from_state_dict(
 
     Args:
       state_dict: key to array, in PyTorch's names and layouts.
-      abstract_params: the tree to fill (arrays or ShapeDtypeStructs), see
-        `dico_jax.models.abstract_params`.
+      abstract_params: the tree to fill, see `dico_jax.models.abstract_params`.
       key_map: of the network's family, from `KEY_MAPS`.
 
     Returns:

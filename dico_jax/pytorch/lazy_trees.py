@@ -4,21 +4,63 @@ Names, shapes and dtypes are all checked first, which reads no tensor; then whoe
 result asks for one leaf after the other, and holds no more than that.
 """
 
+import contextlib
 import functools
+import signal
 import sys
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred
 from dico_jax.pytorch.key_maps import Entry, KeyMap, Path, check_tensors, entries, known_names
 
 _MAX_NAMED = 5
+
+
+class ByteProgress:
+    """tqdm's bar of bytes on stderr, and the place where signals are heeded.
+
+    While files are written, SIGINT and SIGTERM (of schedulers) take effect between two pieces of a
+    tensor: anywhere else, threads of Orbax might still be writing into what is being removed.
+    """
+
+    def __init__(self) -> None:
+        self._update: Callable[[int], object] = lambda count: None
+        self._signal: int | None = None
+
+    def advance(self, count: int) -> None:
+        """Counts bytes, while the bar is there; ends the process if there was a signal."""
+        self._update(count)
+        if self._signal is not None:
+            number, self._signal = self._signal, None
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    @contextlib.contextmanager
+    def running(self, total: int, what: str) -> Iterator[None]:
+        """Shows the bar of `total` bytes while the block runs."""
+        old = {}
+        if threading.current_thread() is threading.main_thread():  # only there may one do this
+            old = {int(s): signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            style: dict[str, Any] = {"unit": "B", "unit_scale": True, "dynamic_ncols": True}
+            with tqdm.tqdm(total=total, desc=what, **style) as bar:
+                self._update = bar.update
+                yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self._signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one means it
 
 
 class Health:
@@ -29,7 +71,6 @@ class Health:
         self._rounded = 0
 
     def look(self, key: str, values: np.ndarray) -> None:
-        """Counts in one tensor."""
         # A finite sum has finite terms, and takes no memory; else they are counted.
         with np.errstate(all="ignore"):
             if np.isfinite(values.sum(dtype=np.float32)):
@@ -50,11 +91,8 @@ class Health:
             worst = sorted(self._bad.items(), key=lambda item: -item[1])
             named = ", ".join(f"{key} ({count})" for key, count in worst[:_MAX_NAMED])
             more = f" and {len(worst) - _MAX_NAMED} more" if len(worst) > _MAX_NAMED else ""
-            print(
-                f"warning: {sum(self._bad.values())} weights are NaN or infinite, in "
-                f"{len(worst)} tensors: {named}{more}",
-                file=sys.stderr,
-            )
+            what = f"{sum(self._bad.values())} weights are NaN or infinite"
+            print(f"warning: {what}, in {len(worst)} tensors: {named}{more}", file=sys.stderr)
 
 
 def load_params(tensors: Mapping[str, Any], abstract_params: Any, key_map: KeyMap) -> Any:
@@ -78,17 +116,7 @@ def load_params(tensors: Mapping[str, Any], abstract_params: Any, key_map: KeyMa
 def deferred_tree(
     tensors: Mapping[str, Any], wanted: list[Entry], key_map: KeyMap, health: Health
 ) -> Any:
-    """The parameter tree of a state dict, float32, leaves unread.
-
-    Args:
-      tensors: lazy tensors by name.
-      wanted: the parameters.
-      key_map: of the network.
-      health: looks at what is read.
-
-    Raises:
-      UsageError: as in `load_params`.
-    """
+    """The tree of the parameters `wanted`, float32, leaves unread; errors as in `load_params`."""
     found = known_names(tensors, key_map)
     check_tensors(found, wanted, key_map)
     wrong = [key for key, ref in found.items() if not jnp.issubdtype(ref.dtype, jnp.floating)]
@@ -112,14 +140,7 @@ def deferred_state_dict(
 ) -> dict[str, Deferred]:
     """The state dict of saved parameters, in the order of `wanted`, tensors unread.
 
-    Args:
-      leaves: lazy arrays by path.
-      wanted: the parameters.
-      name: what messages call the leaves.
-      health: looks at what is read.
-
-    Raises:
-      UsageError: the leaves are not the parameters; all differences are listed.
+    Where the `leaves` are not these, UsageError lists the differences, and calls them `name`.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     problems = [

@@ -36,19 +36,12 @@ _REFUSED = ("amsgrad", "maximize")
 
 
 class AdamWState(NamedTuple):
-    """The state of a run's optimizer.
-
-    Attributes:
-      step: the number of steps taken.
-      exp_avg: the average of the gradients by parameter name, tensors.
-      exp_avg_sq: the average of their squares.
-      options: learning_rate, b1, b2, eps, weight_decay (as in `config.optimizer`).
-    """
+    """The state of a run's optimizer: steps taken, averages by parameter name, its options."""
 
     step: int
     exp_avg: dict[str, Any]
     exp_avg_sq: dict[str, Any]
-    options: dict[str, Any]
+    options: dict[str, Any]  # as in `config.optimizer`
 
 
 def read_adamw(state_dict: object, declared: Iterable[str], wanted: list[Entry]) -> AdamWState:
@@ -94,22 +87,17 @@ def _parts(state_dict: object) -> tuple[Mapping, Mapping]:
     if not isinstance(state, Mapping) or not isinstance(groups, list | tuple):
         raise UsageError("the optimizer's state has no state and param_groups, as AdamW's has")
     if len(groups) != 1 or not isinstance(groups[0], Mapping):
-        raise UsageError(
-            f"the optimizer has {len(groups)} groups of parameters; one, as in the released code, "
-            "can be converted"
-        )
+        what = f"{len(groups)} groups of parameters; one, as in the released code,"
+        raise UsageError(f"the optimizer has {what} can be converted")
     return state, groups[0]
 
 
 def _numbers(group: Mapping, declared: list[str]) -> dict[str, int]:
-    """Each parameter's number."""
     numbers = group.get("params")
-    if not isinstance(numbers, list | tuple) or len(numbers) != len(declared):
-        count = len(numbers) if isinstance(numbers, list | tuple) else "no"
-        raise UsageError(
-            f"the optimizer has {count} parameters and the model {len(declared)}: "
-            "they are not of one run"
-        )
+    numbers = numbers if isinstance(numbers, list | tuple) else []
+    if len(numbers) != len(declared):
+        what = f"{len(numbers)} parameters and the model {len(declared)}"
+        raise UsageError(f"the optimizer has {what}: they are not of one run")
     return dict(zip(declared, numbers, strict=True))
 
 
@@ -131,10 +119,8 @@ def _common(steps: Mapping[str, int]) -> int:
     different = sorted(set(steps.values()))
     if len(different) > 1:
         one = next(key for key, step in steps.items() if step == different[0])
-        raise UsageError(
-            f"the optimizer took {different[0]} steps for {one} and {different[-1]} for others: "
-            "only one number for all can be converted"
-        )
+        what = f"{different[0]} steps for {one} and {different[-1]} for others"
+        raise UsageError(f"the optimizer took {what}: one number for all can be converted")
     return different[0] if different else 0
 
 
@@ -154,41 +140,24 @@ def _options(group: Mapping) -> dict[str, float]:
     for name, value in options.items():
         below = 1 if name in ("b1", "b2") else math.inf
         if not 0 <= value < below:
-            field = f"config.optimizer.{name}"
-            raise UsageError(
-                field, value, "must be " + ("in [0, 1)" if below == 1 else "at least 0")
-            )
+            fix = "must be in [0, 1)" if below == 1 else "must be at least 0"
+            raise UsageError(f"config.optimizer.{name}", value, fix)
     return options
 
 
 def check_adamw(options: dict[str, Any]) -> dict[str, Any]:
-    """`config.optimizer`, with which PyTorch's AdamW can go on.
-
-    Raises:
-      UsageError: it cannot.
-    """
-    reason = None
-    if options["name"] != "adamw":
-        reason = f"name={options['name']!r} is not AdamW"
-    elif options["weight_decay"] and options["weight_decay_mask"] != "all":
-        reason = (
-            f"weight_decay_mask={options['weight_decay_mask']!r} does not fit the one group of "
-            "parameters that can be converted"
-        )
-    if reason:
-        raise UsageError(
-            f"config.optimizer.{reason}: convert its weights alone, without --training"
-        )
+    """`config.optimizer`, with which PyTorch's AdamW can go on; UsageError where it cannot."""
+    fix = ": convert its weights alone, without --training"
+    if (name := options["name"]) != "adamw":
+        raise UsageError("config.optimizer.name", name, f"is not AdamW{fix}")
+    if options["weight_decay"] and (mask := options["weight_decay_mask"]) != "all":
+        what = "does not fit the one group of parameters that can be converted"
+        raise UsageError("config.optimizer.weight_decay_mask", mask, what + fix)
     return options
 
 
 def write_adamw(state: AdamWState, declared: Iterable[str]) -> dict[str, Any]:
-    """PyTorch's `state_dict` of AdamW, for `torch.optim.AdamW.load_state_dict`.
-
-    Args:
-      state: the state, with tensors in PyTorch's layouts.
-      declared: the names of all tensors of the model, in the order of its state dict.
-    """
+    """PyTorch's `state_dict` of AdamW; `declared` names all tensors of the model, in order."""
     declared = list(declared)
     step = np.asarray(state.step, np.float32)  # as PyTorch has it
     moments = {
@@ -208,14 +177,7 @@ def write_adamw(state: AdamWState, declared: Iterable[str]) -> dict[str, Any]:
 
 
 def to_optax(abstract_state: Any, step: Any, exp_avg: Any, exp_avg_sq: Any) -> Any:
-    """Optax's state of AdamW, of any leaves.
-
-    Args:
-      abstract_state: the state to fill: `jax.eval_shape(optimizer.init, params)`.
-      step: the leaf for the counter.
-      exp_avg: the average of the gradients, a tree like the parameters.
-      exp_avg_sq: the average of their squares.
-    """
+    """Optax's state of AdamW, of any leaves, in place of those of `abstract_state`."""
     return optax.tree_utils.tree_set(abstract_state, count=step, mu=exp_avg, nu=exp_avg_sq)
 
 
@@ -226,14 +188,7 @@ def published_state(params: Any) -> Any:
 
 
 def from_optax(leaves: Mapping[tuple[str, ...], Any]) -> tuple[Any, dict, dict]:
-    """The counter's leaf and both averages by parameter path.
-
-    Args:
-      leaves: of a saved state by path, see `dico_jax.checkpoints.reader.stored_leaves`.
-
-    Raises:
-      UsageError: there is no Adam in the state.
-    """
+    """The counter's leaf and both averages by parameter path, of a saved state's leaves by path."""
     prefix = next((path[: path.index("nu")] for path in leaves if "nu" in path), ())
     start = len(prefix)
     mu, nu = (

@@ -1,15 +1,13 @@
 """Data out of a pickle that nobody has to trust.
 
-A pickle is a program for a small stack machine. This is Python's own machine (the class in Python
-that `pickle` has beside the one in C, which would allocate 16 GiB for a memo index) with the
-opcodes that data needs, and no others. A global must be in `_KNOWN`, which holds values and
-functions of this module that only look at their arguments; nothing is imported, looked up or called
-by a name from the file. Every step reads bytes, and the number of reads is bounded.
+A pickle is a program for a small stack machine. This is Python's own machine (that in Python: the
+one in C would allocate 16 GiB for a memo index) with the opcodes that data needs, and no others. A
+global must be in `_KNOWN`, which holds values and functions that only look at their arguments;
+nothing is imported, looked up or called by a name from the file, and reads are bounded.
 
-Format facts: the documentation of `pickle`, and files that torch 2.13 wrote. A tensor is a call of
-`torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`, counted in
-elements; dtypes without an old storage class use `_rebuild_tensor_v3`, with the dtype as the
-seventh argument. A storage is a persistent id.
+A tensor is a call of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad,
+hooks)`, in elements; dtypes without an old storage class use `_rebuild_tensor_v3`, with the dtype
+as the seventh argument. A storage is a persistent id. (Facts of files that torch 2.13 wrote.)
 """
 
 import argparse
@@ -43,7 +41,7 @@ STORAGES = {
 MAX_BYTES = 64 << 20  # of a pickle
 
 _MAX_READS = 4_000_000  # a training checkpoint of DiCo-XL takes about 200,000
-_MAX_VALUES = 2_000_000
+_MAX_VALUES = 500_000  # likewise
 _MAX_TOTAL_FACTOR = 10  # bytes of all tensors over the file's size
 _MAX_TOTAL_FREE = 64 << 20  # bytes
 _DATA = (str, int, float, type(None), dict, list, tuple, argparse.Namespace, np.dtype)
@@ -80,29 +78,29 @@ class StorageClass:
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A storage: its bytes in the file, and the dtype that its class names."""
+    """Its bytes in the file, and the dtype that its class names."""
 
     blob: Blob
     dtype: np.dtype | None
 
 
 def load(stream: PickleBytes, where: str, size: int, storage: Callable[[Any], Storage]) -> Any:
-    """The value of the pickle that begins where the stream is.
+    """The value of the pickle that begins where the stream is, which is left behind it.
 
     Args:
-      stream: is left behind the pickle.
+      stream: the bytes.
       where: what messages call it, with its file.
       size: of the file; its tensors may not be far larger.
       storage: gives the storage of a persistent id.
 
     Returns:
       A tree of dict, OrderedDict, list, tuple, argparse.Namespace, str, int, float, bool, None,
-      np.dtype (for a torch dtype) and Deferred (for a tensor). torch.Size becomes a tuple, a
-      parameter its tensor. Attributes of an OrderedDict (`_metadata` of a state dict) are dropped.
+      np.dtype (for a torch dtype) and Deferred (for a tensor or parameter). torch.Size becomes a
+      tuple. Attributes of an OrderedDict (`_metadata` of a state dict) are dropped.
 
     Raises:
-      UsageError: the pickle asks for anything else, is malformed, contains itself, or would be far
-        larger in memory than any checkpoint.
+      UsageError: it asks for anything else, is malformed, contains itself, or would be far larger
+        in memory than any checkpoint.
     """
     with refusing(where, "is refused"):
         tree = _Unpickler(stream, storage).load()
@@ -113,9 +111,7 @@ def load(stream: PickleBytes, where: str, size: int, storage: Callable[[Any], St
                 name = getattr(value, "__name__", type(value).__name__)
                 raise ValueError(f"it holds {name} by itself, which is not data")
             if count > _MAX_VALUES:
-                raise ValueError(
-                    f"it stands for over {_MAX_VALUES} values, by repeating shared ones"
-                )
+                raise ValueError(f"it stands for over {_MAX_VALUES} values, by shared ones")
     # A few bytes of expanded tensors could ask for terabytes.
     if total > _MAX_TOTAL_FACTOR * size + _MAX_TOTAL_FREE:
         raise UsageError(
@@ -183,9 +179,8 @@ class _Unpickler(_MACHINE):
         if type(target) is collections.OrderedDict and type(state) is dict:
             return  # `_metadata`: versions of PyTorch's modules
         if type(target) is not argparse.Namespace or type(state) is not dict:
-            raise ValueError(
-                f"it sets the state of a {type(target).__name__} to a {type(state).__name__}"
-            )
+            kinds = f"a {type(target).__name__} to a {type(state).__name__}"
+            raise ValueError(f"it sets the state of {kinds}")
         for key, value in state.items():
             if type(key) is not str or hasattr(argparse.Namespace, key):
                 raise ValueError(f"an argparse.Namespace with attribute {shown(key)}")
@@ -210,31 +205,29 @@ class _Unpickler(_MACHINE):
 # What may be called.
 
 
-def _tensor_v2(
-    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
-) -> Deferred:
+def _tensor_v2(storage: Any, *rest: Any) -> Deferred:
     if type(storage) is not Storage or storage.dtype is None:
         raise ValueError("a tensor of no storage of numbers")
-    return _tensor(storage.blob, storage.dtype, size, offset, stride, hooks, metadata)
+    return _tensor(storage, storage.dtype, *rest)
 
 
 def _tensor_v3(
-    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any,
-    metadata: Any = None,
-) -> Deferred:  # fmt: skip
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
+) -> Deferred:
     if type(storage) is not Storage or not isinstance(dtype, np.dtype):
         raise ValueError("a tensor of no storage, or of no dtype")
-    return _tensor(storage.blob, dtype, size, offset, stride, hooks, metadata)
+    return _tensor(storage, dtype, offset, size, stride, grad, hooks, *rest)
 
 
 def _tensor(
-    blob: Blob, dtype: np.dtype, size: Any, offset: Any, stride: Any, hooks: Any, metadata: Any
-) -> Deferred:
+    storage: Storage, dtype: np.dtype, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any,
+    metadata: Any = None,
+) -> Deferred:  # fmt: skip
     if hooks:
         raise ValueError("a tensor with hooks")
     if metadata:  # says that the values are to be negated or conjugated after reading
         raise ValueError(f"a tensor with metadata {shown(metadata)}; save it with .clone()")
-    return tensor(blob, dtype, size, offset, () if stride is None else stride)
+    return tensor(storage.blob, dtype, size, offset, () if stride is None else stride)
 
 
 def _parameter(value: Any, grad: Any, hooks: Any) -> Deferred:
@@ -249,17 +242,10 @@ def _size(counts: Any) -> tuple[int, ...]:
     return counts
 
 
-def _ordered_dict() -> collections.OrderedDict:
-    return collections.OrderedDict()
-
-
-def _namespace() -> argparse.Namespace:
-    return argparse.Namespace()
-
-
 _KNOWN: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _ordered_dict,
-    ("argparse", "Namespace"): _namespace,
+    # Without arguments, and not the classes, whose state could be set.
+    ("collections", "OrderedDict"): lambda: collections.OrderedDict(),
+    ("argparse", "Namespace"): lambda: argparse.Namespace(),
     ("torch._utils", "_rebuild_tensor_v2"): _tensor_v2,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _parameter,

@@ -44,20 +44,14 @@ _MAX_JSON = 16 << 20  # bytes; 100,000 tensors take about ten million
 
 
 def read_safetensors(file: InputFile) -> tuple[dict[str, Deferred], dict[str, str]]:
-    """The tensors of .safetensors file `file` by name, in the order of their data; its metadata.
-
-    Raises:
-      UsageError: it is not such a file, it is damaged, or a tensor's dtype has no counterpart.
-    """
+    """The tensors of a .safetensors file by name, in the order of their data; its metadata."""
     if file.read(0, min(file.size, 4)) == b"PK\3\4":
         raise UsageError(f"{file.name} is a PyTorch zip, not safetensors; rename it to .pt")
     length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
     if not 2 <= length <= min(file.size - 8, _MAX_JSON):
         file.refuse_placeholder()
-        raise UsageError(
-            f"{file.name} is cut short or not safetensors: its header cannot be {length} bytes "
-            f"of {file.size}; {AGAIN}"
-        )
+        what = f"its header cannot be {length} bytes of {file.size}"
+        raise UsageError(f"{file.name} is cut short or not safetensors: {what}; {AGAIN}")
     tensors: dict[str, Deferred] = {}
     at = 8 + length
     with refusing(file.name), safetensors.safe_open(file.name, "np", backend="pread") as header:
@@ -85,15 +79,12 @@ def write_safetensors(
 ) -> None:
     """Writes weights that the safetensors library, and so PyTorch code, reads.
 
-    The file appears when it is whole; when anything fails, nothing of it is left. Wide dtypes come
-    first, so that every tensor is aligned to its own item size.
+    The file appears when it is whole. Wide dtypes come first, so that all tensors are aligned.
 
     Args:
-      path: the file to write, usually `*.safetensors`; an older one is replaced.
-      tensors: by name: arrays (also of JAX), or lazy ones (`Deferred`), which are made one at a
-        time. Their dtypes are those of `DTYPES`.
-      metadata: strings by name for `__metadata__`; by default {"format": "pt"}, which some
-        readers want to see.
+      path: the file to write; an older one is replaced.
+      tensors: by name: arrays (also of JAX) or `Deferred`, made one at a time, of `DTYPES`.
+      metadata: strings by name; by default {"format": "pt"}, which some readers want to see.
       on_bytes: called with the number of bytes whenever some were written.
 
     Raises:
@@ -128,16 +119,7 @@ def write_safetensors(
 def read_sharded(
     index_path: str, on_bytes: Callable[[int], object] | None = None
 ) -> tuple[dict[str, Deferred], dict[str, str], list[InputFile]]:
-    """The tensors of a sharded checkpoint, from its index (`*.safetensors.index.json`).
-
-    Returns:
-      The tensors by name in the order of the index, the metadata of all shards, and the open
-      files, which the caller closes.
-
-    Raises:
-      UsageError: the index is not one; it names a file outside of its folder or one that is
-        missing; a tensor is in no shard, or in one that the index does not give for it.
-    """
+    """Tensors in the order of an index (`*.safetensors.index.json`), metadata, and open files."""
     weight_map = _weight_map(index_path)
     folder = os.path.dirname(os.path.abspath(index_path))
     # In the cache of huggingface_hub, index and shards are links to files that lie together.
@@ -158,10 +140,8 @@ def read_sharded(
             wanted = {name for name, file in weight_map.items() if file == shard}
             if wanted != found.keys():
                 missing, more = sorted(wanted - found.keys()), sorted(found.keys() - wanted)
-                raise UsageError(
-                    f"{where} lacks {shown(missing)} of the index, and has {shown(more)} that the "
-                    f"index does not say of it; {AGAIN}"
-                )
+                what = f"lacks {shown(missing)} of the index, and has {shown(more)} that it has not"
+                raise UsageError(f"{where} {what}; {AGAIN}")
             tensors |= found
             metadata |= extra
         opened.pop_all()
@@ -169,11 +149,7 @@ def read_sharded(
 
 
 def shard_names(index_path: str) -> list[str]:
-    """The files that an index names, which must be beside it.
-
-    Raises:
-      UsageError: it is no index, or it names something else.
-    """
+    """The files that an index names, which must be beside it."""
     return list(dict.fromkeys(_weight_map(index_path).values()))
 
 

@@ -1,21 +1,17 @@
-"""Tensors inside files, read one at a time.
+"""Tensors inside files, read one at a time, little-endian in all formats.
 
-A tensor of a file is a `Deferred`: dtype, shape, and where it lies, so that a program that goes
-through a file of 2.8 GB holds one tensor and not the file. Files are read by position and not
-memory-mapped: pages of a map count as the process's memory until the map is closed.
-
-Tensors are little-endian in all formats, and so is every machine that JAX runs on.
+A tensor of a file is a `Deferred`, so that a program holds one tensor of 2.8 GB and not all. Files
+are not memory-mapped: pages of a map count as the process's memory until it is closed.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -51,11 +47,7 @@ def shown(value: object, limit: int = 100) -> str:
 
 
 def dtype_name(dtype: Any) -> str:
-    """PyTorch's name of a NumPy dtype, of either byte order.
-
-    Raises:
-      TypeError: it has none here.
-    """
+    """PyTorch's name of a NumPy dtype of either byte order; TypeError where it has none."""
     dtype = np.dtype(dtype)
     name = _NAMES.get(dtype.newbyteorder("=") if dtype.byteorder == ">" else dtype)
     if name is None:
@@ -65,10 +57,7 @@ def dtype_name(dtype: Any) -> str:
 
 @contextlib.contextmanager
 def refusing(what: str, how: str = "is damaged or cut short") -> Iterator[None]:
-    """Makes a UsageError, `what` `how`, of whatever reading a strange file raises.
-
-    Anything may come out of libraries that read what somebody has bent, but it is never a bug.
-    """
+    """Makes a UsageError, `what` `how`, of whatever libraries raise about what somebody bent."""
     try:
         yield
     except UsageError:
@@ -80,10 +69,7 @@ def refusing(what: str, how: str = "is damaged or cut short") -> Iterator[None]:
 
 @contextlib.contextmanager
 def about(name: str, source: str = "") -> Iterator[None]:
-    """Starts a UsageError's message with the file or flag it is about, unless it has one already.
-
-    Where the message starts with `source`, a file that `name` names, once is enough.
-    """
+    """Starts a UsageError with the file or flag it is about, in place of the file `source`."""
     try:
         yield
     except UsageError as error:
@@ -98,22 +84,14 @@ def about(name: str, source: str = "") -> Iterator[None]:
 class InputFile:
     """An ordinary file, read by byte ranges; threads may share it.
 
-    Args:
-      path: the file.
-      on_bytes: called with the number of bytes whenever tensor data was read, for progress bars.
-
-    Attributes:
-      name: the path, as messages give it.
-      stream: the open file.
-      size: the file's length in bytes.
+    `on_bytes` is called with the number of bytes whenever tensor data was read.
 
     Raises:
       UsageError: there is no such file, it is a folder or a device, or it may not be read.
     """
 
     def __init__(self, path: str | os.PathLike, on_bytes: Callable[[int], object] | None = None):
-        self.name = os.fspath(path)
-        self.on_bytes = on_bytes
+        self.name, self.on_bytes = os.fspath(path), on_bytes
         try:
             # Before opening: opening a pipe would wait for its writer.
             if not stat.S_ISREG(os.stat(self.name).st_mode):
@@ -127,7 +105,7 @@ class InputFile:
         self.size = os.fstat(self.stream.fileno()).st_size
 
     def close(self) -> None:
-        """Closes the file; reading afterwards raises ValueError."""
+        """Reading afterwards raises ValueError."""
         self.stream.close()
 
     def read_into(self, start: int, buffer: memoryview, report: bool = False) -> None:
@@ -154,23 +132,16 @@ class InputFile:
         if not start:
             raise UsageError(f"{self.name} is empty; {AGAIN}")
         if start.startswith(b"version https://git-lfs"):
-            raise UsageError(
-                f"{self.name} is a Git LFS pointer; fetch the file itself (git lfs pull)"
-            )
+            raise UsageError(f"{self.name} is a Git LFS pointer; fetch the file (git lfs pull)")
         if start.lstrip()[:1] == b"<":
             raise UsageError(f"{self.name} is a web page; download the file itself")
 
 
 @dataclasses.dataclass(eq=False)
 class Blob:
-    """A run of bytes in a file, with its checksum where the format has one.
+    """Bytes of a file from `start` on, under the format's name of them.
 
-    Attributes:
-      file: the file.
-      name: what the format calls these bytes.
-      start: position of the first byte in the file.
-      nbytes: their number.
-      crc: their CRC-32, or None. It is checked when the blob is first read.
+    Their CRC-32, where there is one, is checked when they are first read.
     """
 
     file: InputFile
@@ -180,13 +151,8 @@ class Blob:
     crc: int | None = None
 
     def read_into(self, offset: int, buffer: memoryview, report: bool = True) -> None:
-        """Fills `buffer` with the bytes from `offset` (within the blob) on.
-
-        Raises:
-          UsageError: the file ended early, or the checksum is wrong.
-        """
-        whole = len(buffer) == self.nbytes
-        if self.crc is not None and not whole:
+        """Fills `buffer` with the bytes from `offset` (within the blob) on."""
+        if self.crc is not None and len(buffer) < self.nbytes:
             found = 0
             for at in range(0, self.nbytes, _CHUNK):
                 part = self.file.read(self.start + at, min(_CHUNK, self.nbytes - at))
@@ -198,18 +164,15 @@ class Blob:
 
     def _compare(self, found: int) -> None:
         if found != self.crc:
-            raise UsageError(
-                f"{self.file.name} is damaged: the checksum of {shown(self.name)} does not match "
-                f"its data; {AGAIN}"
-            )
+            what = f"the checksum of {shown(self.name)} does not match its data"
+            raise UsageError(f"{self.file.name} is damaged: {what}; {AGAIN}")
         self.crc = None  # once is enough
 
     def read_small(self, limit: int) -> bytes:
         """All bytes; raises UsageError for more than `limit`."""
         if self.nbytes > limit:
-            raise UsageError(
-                f"{self.file.name}: {shown(self.name)} is {self.nbytes} bytes long; at most {limit}"
-            )
+            what = f"{shown(self.name)} is {self.nbytes} bytes long; at most {limit}"
+            raise UsageError(f"{self.file.name}: {what}")
         data = bytearray(self.nbytes)
         self.read_into(0, memoryview(data), report=False)
         return bytes(data)
@@ -218,17 +181,10 @@ class Blob:
 def tensor(
     blob: Blob, dtype: np.dtype, shape: Any, offset: Any = 0, strides: Any = None
 ) -> Deferred:
-    """A tensor in a file; its `read` gives a new C-contiguous array.
+    """A tensor in stored bytes; its `read` gives a new C-contiguous array.
 
-    Args:
-      blob: the stored bytes; several tensors may share them.
-      dtype: NumPy's dtype (ml_dtypes' for bfloat16 and the 8-bit floats).
-      shape: a tuple of counts, as the file gives it.
-      offset: the first element's position in the blob, in elements.
-      strides: a tuple of steps in elements, as PyTorch counts them; None when contiguous.
-
-    Raises:
-      UsageError: the numbers are not counts, or the tensor does not fit into the stored bytes.
+    `shape`, `offset` and `strides` count elements as PyTorch does, and are checked: UsageError
+    where they are no counts, or the tensor does not fit into the stored bytes.
     """
     where = f"{blob.file.name}: a tensor in {shown(blob.name)}"
     if strides is None and _are_counts(shape):
@@ -241,13 +197,28 @@ def tensor(
     ):
         what = shown((shape, offset, strides))
         raise UsageError(f"{where} has no sensible shape, offset and strides: {what}")
-    end = offset + _span(shape, strides) if math.prod(shape) else 0
-    if end * dtype.itemsize > blob.nbytes:
+    span = 1 + sum((d - 1) * s for d, s in zip(shape, strides, strict=True))
+    needed = (offset + span) * dtype.itemsize if math.prod(shape) else 0
+    if needed > blob.nbytes:
         raise UsageError(
             f"{where} reaches past its storage: shape {list(shape)}, strides {list(strides)} and "
-            f"offset {offset} need {end * dtype.itemsize} bytes of {blob.nbytes}"
+            f"offset {offset} need {needed} bytes of {blob.nbytes}"
         )
-    return Deferred(dtype, shape, functools.partial(_read, blob, dtype, shape, offset, strides))
+
+    def read() -> np.ndarray:
+        if not math.prod(shape):
+            return np.empty(shape, dtype)
+        raw = np.empty(span * dtype.itemsize, np.uint8)
+        blob.read_into(offset * dtype.itemsize, raw.data)
+        # Any other byte makes a NumPy bool that is neither true nor false.
+        if dtype == np.bool_ and raw.max() > 1:
+            raise UsageError(
+                f"{blob.file.name} is damaged: a bool in {shown(blob.name)} is not 0/1"
+            )
+        steps = tuple(s * dtype.itemsize for s in strides)
+        return np.asarray(np.ndarray(shape, dtype, raw.data, 0, steps), order="C")
+
+    return Deferred(dtype, shape, read)
 
 
 def _are_counts(values: object) -> bool:
@@ -258,51 +229,17 @@ def _are_counts(values: object) -> bool:
     )
 
 
-def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many elements of the storage lie between a tensor's first and last, both included."""
-    return 1 + sum((d - 1) * s for d, s in zip(shape, strides, strict=True))
-
-
-def _read(
-    blob: Blob, dtype: np.dtype, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]
-) -> np.ndarray:
-    if not math.prod(shape):
-        return np.empty(shape, dtype)
-    raw = np.empty(_span(shape, strides) * dtype.itemsize, np.uint8)
-    blob.read_into(offset * dtype.itemsize, raw.data)
-    # Any other byte makes a NumPy bool that is neither true nor false.
-    if dtype == np.bool_ and raw.max() > 1:
-        raise UsageError(f"{blob.file.name} is damaged: a bool in {shown(blob.name)} is not 0/1")
-    steps = tuple(s * dtype.itemsize for s in strides)
-    return np.asarray(np.ndarray(shape, dtype, raw.data, 0, steps), order="C")
-
-
-def values_in(tree: object, where: str = "the tree") -> Iterator[object]:
+def values_in(tree: object, where: str = "the tree", level: int = 0) -> Iterator[object]:
     """All values in a tree of dicts, lists, tuples and Namespaces, itself included, in order.
 
-    Shared values come every time, as a program meets them that knows nothing of sharing.
-
-    Raises:
-      UsageError: the tree, `where` in messages, is deeper than 64 levels or contains itself.
+    Shared values come every time. UsageError: it is deeper than 64 levels or contains itself.
     """
-    stack: list[Iterator[object]] = [iter([tree])]
-    while stack:
-        for value in stack[-1]:
-            yield value
-            if (inner := _children(value)) is not None:
-                if len(stack) > _MAX_DEPTH:
-                    raise UsageError(
-                        f"{where} is nested more than {_MAX_DEPTH} levels deep, or contains itself"
-                    )
-                stack.append(iter(inner))
-                break
-        else:
-            stack.pop()
-
-
-def _children(value: object) -> Iterable[object] | None:
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list | tuple) else None
+    if level > _MAX_DEPTH:
+        deep = f"is nested more than {_MAX_DEPTH} levels deep, or contains itself"
+        raise UsageError(f"{where} {deep}")
+    yield tree
+    if isinstance(tree, argparse.Namespace):
+        tree = vars(tree)
+    if isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from values_in(value, where, level + 1)

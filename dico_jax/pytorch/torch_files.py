@@ -8,15 +8,14 @@ a file is ever run.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred, is_tensor
 from dico_jax.pytorch.safetensors_files import read_safetensors, read_sharded, write_safetensors
 from dico_jax.pytorch.tensors import InputFile, shown
-from dico_jax.pytorch.torch_reader import read_tree
-from dico_jax.pytorch.torch_writer import write_pt
+from dico_jax.pytorch.torch_format import read_tree, write_pt
 
 __all__ = ["Deferred", "TensorFile", "Weights", "open_tensors", "select_weights", "write_pt",
            "write_safetensors"]  # fmt: skip
@@ -31,8 +30,6 @@ _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.co
 class TensorFile(contextlib.ExitStack):
     """An open file of tensors; a context manager, after which tensors cannot be read (ValueError).
 
-    Made by `open_tensors`.
-
     Attributes:
       path: the file, as it was given.
       format: "pt", "safetensors" or "sharded safetensors".
@@ -43,28 +40,16 @@ class TensorFile(contextlib.ExitStack):
     """
 
     def __init__(
-        self,
-        path: str,
-        format: str,
-        tree: object,
-        metadata: dict[str, str],
-        files: Iterable[InputFile],
+        self, path: str, format: str, tree: object, metadata: dict, files: list[InputFile]
     ):
         super().__init__()
-        self.path = path
-        self.format = format
-        self.tree = tree
-        self.metadata = metadata
+        self.path, self.format, self.tree, self.metadata = path, format, tree, metadata
         for file in files:
             self.callback(file.close)
 
     @property
     def tensors(self) -> dict[str, Deferred]:
-        """The weights of a file that holds one set of them, by name in the file's order.
-
-        Raises:
-          UsageError: it holds something else too; `select_weights` chooses.
-        """
+        """The weights of a file that holds nothing else, by name in the file's order."""
         found = select_weights(self)
         if found.source != "weights":
             raise UsageError(f"{self.path} is a training checkpoint; choose among its weights")
@@ -84,8 +69,7 @@ def open_tensors(
       on_bytes: called with the number of bytes whenever some of a tensor were read.
 
     Raises:
-      UsageError: the file is missing, damaged, of another kind, or holds something that is refused
-        (see `torch_reader`, `pickles`, `safetensors_files`). One line that names it.
+      UsageError: the file is missing, damaged, of another kind, or holds something that is refused.
     """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1].lower()
@@ -104,13 +88,7 @@ def open_tensors(
 
 
 class Weights(NamedTuple):
-    """One set of weights.
-
-    Attributes:
-      source: the key under which the checkpoint had it ("ema", "model", ...), or "weights" when the
-        file holds nothing else.
-      tensors: the tensors by parameter name, in the file's order.
-    """
+    """One set of weights: the checkpoint's key of it, or "weights", and tensors by name."""
 
     source: str
     tensors: dict[str, Any]

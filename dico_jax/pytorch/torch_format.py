@@ -1,0 +1,346 @@
+"""PyTorch's .pt files, read and written without PyTorch and without running their code.
+
+Format facts, from PyTorch's notes on serialization semantics and from files that torch 2.13 wrote:
+torch.save writes a zip file of one folder, entries uncompressed, their data at multiples of 64
+bytes (padded with an extra field of id "FB"). `data.pkl` in it is the object as a pickle, see
+`dico_jax.pytorch.pickles`. A storage there is the persistent id ("storage", storage class, key,
+device, number of elements), and its bytes are the entry `data/KEY`. `byteorder` says "little" or
+"big" (older files have no such entry and are little-endian). A CRC-32 of 0 means no checksum.
+
+Before version 1.6 (as the public Inception weights are): five pickles, one after the other: a magic
+number, the version 1001, a dict with `little_endian`, the object, and the list of the keys of its
+storages. Then the storages in the order of that list, each as its number of elements (int64) and
+its numbers. The persistent id has a sixth part, a view, which is None.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import io
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+
+from dico_jax.errors import UsageError
+from dico_jax.files import is_tensor, new_file, write_array
+from dico_jax.pytorch import pickles
+from dico_jax.pytorch.pickles import STORAGES, Storage, StorageClass
+from dico_jax.pytorch.tensors import AGAIN, Blob, InputFile, dtype_name, refusing, shown
+
+_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the pickled magic number
+_LEGACY_VERSION = 1001
+_MAX_LEGACY = 8 << 20  # bytes of all five pickles; a network of 500 tensors has 0.1 million
+_MAX_ENTRIES = 20_000  # a training checkpoint of DiCo-XL has about 5,000
+_MAX_DIRECTORY = 16 << 20  # bytes
+
+_ALIGNMENT = 64  # bytes
+_ZIP64_FROM = 1 << 30  # bytes; the zip format needs it from 4 GiB on, zipfile's estimate from 2
+_MAX_DEPTH = 64
+_MAX_BITS = 256  # of an integer
+_STORAGE_OF = {dtype: storage for storage, dtype in STORAGES.items()}
+
+
+def read_tree(file: InputFile) -> Any:
+    """The object in a .pt file, as `pickles.load` makes it; UsageError for all that is not one."""
+    start = file.read(0, min(file.size, 512))
+    if start.startswith(_LEGACY):
+        return _legacy_tree(file)
+    if not start.startswith(b"PK\3\4"):
+        _refuse_other(file, start)
+    with refusing(file.name):
+        blobs = _entries(file)
+    root = _root(file, list(blobs))
+    if f"{root}byteorder" in blobs:
+        order = blobs[f"{root}byteorder"].read_small(16)
+        if order != b"little":
+            what = f"has byte order {shown(order)}, only b'little' is read"
+            raise UsageError(f"{file.name} {what}; save it again on a little-endian machine")
+
+    def storage(pid: Any) -> Storage:
+        dtype, key, count = _declared(pid)
+        blob = blobs.get(f"{root}data/{key}")
+        if blob is None:
+            raise ValueError(f"the storage {shown(key)} has no entry in the file")
+        if blob.nbytes != count * (dtype.itemsize if dtype else 1):
+            what = f"of {count} elements does not match its {blob.nbytes} bytes"
+            raise ValueError(f"the storage {shown(key)} {what}")
+        return Storage(blob, dtype)
+
+    stream = pickles.PickleBytes(blobs[f"{root}data.pkl"].read_small(pickles.MAX_BYTES))
+    return pickles.load(stream, f"{file.name}: its pickle", file.size, storage)
+
+
+def _declared(pid: Any) -> tuple[Any, str, int]:
+    """(dtype or None, key, number of elements) of the storage that a persistent id names."""
+    kind, cls, key, _, count = pid
+    types = type(cls), type(key), type(count)
+    if kind != "storage" or types != (StorageClass, str, int) or count < 0:
+        raise ValueError(f"a persistent id {shown(pid)} is not a storage's")
+    return cls.dtype, key, count
+
+
+def _refuse_other(file: InputFile, start: bytes) -> None:
+    """Names the usual files that are something else than torch.save's."""
+    if start[257:262] == b"ustar":
+        how = "torch.save(torch.load(old, map_location='cpu'), new)"
+        raise UsageError(f"{file.name} is a legacy (tar) PyTorch file; re-save it: {how}")
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < file.size:
+        raise UsageError(f"{file.name} holds safetensors; rename it to .safetensors")
+    file.refuse_placeholder()
+    what = f"is not a zip file as torch.save writes it (it starts with {shown(start[:8])})"
+    raise UsageError(f"{file.name} {what}; convert it with PyTorch, or {AGAIN}")
+
+
+def _entries(file: InputFile) -> dict[str, Blob]:
+    """The entries of a zip file by name.
+
+    What torch.save never writes is refused: compressed entries (so that none can grow when it is
+    read), entries that share bytes or names, anything before, after or in place of the directory.
+    """
+    _check_end(file)
+    blobs: dict[str, Blob] = {}
+    with zipfile.ZipFile(file.stream) as archive:
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        if len(entries) > _MAX_ENTRIES:
+            raise ValueError(f"it declares {len(entries)} zip entries; at most {_MAX_ENTRIES}")
+        end = 0
+        for entry in entries:
+            name = entry.filename
+            if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                fix = "is compressed, which torch.save never does; pack it again with zip -0"
+                raise ValueError(f"zip entry {shown(name)} {fix}")
+            if name in blobs:
+                raise ValueError(f"there are two zip entries named {shown(name)}")
+            if entry.header_offset < end or (not blobs and entry.header_offset):
+                raise ValueError(f"zip entry {shown(name)} overlaps what is before it")
+            with archive.open(entry):  # compares the two headers
+                pass
+            local = file.read(entry.header_offset, 30)
+            start = entry.header_offset + 30 + sum(struct.unpack("<2H", local[26:]))
+            blobs[name] = Blob(file, name, start, entry.file_size, entry.CRC or None)
+            end = start + entry.file_size
+        if end > archive.start_dir:
+            raise ValueError("its last zip entry reaches past its end")
+    return blobs
+
+
+def _check_end(file: InputFile) -> None:
+    """Checks the records at a zip file's end: zipfile would search for them, and read any size."""
+    tail = file.read(max(0, file.size - 98), min(98, file.size)).rjust(98, b"\0")
+    zip64, locator, end = tail[:56], tail[56:76], tail[76:]
+    if end[:4] != b"PK\5\6" or end[20:] != b"\0\0":
+        raise ValueError("there is no zip directory at its end")
+    size = int.from_bytes(end[12:16], "little")
+    if locator[:4] == b"PK\6\7":
+        if zip64[:4] != b"PK\6\6":
+            raise ValueError("its Zip64 end record is not one")
+        size = int.from_bytes(zip64[40:48], "little")
+    if size > _MAX_DIRECTORY:
+        raise ValueError(f"its zip directory is {size} bytes long; at most {_MAX_DIRECTORY}")
+
+
+def _root(file: InputFile, names: list[str]) -> str:
+    """The one folder of the zip file, with its slash."""
+    roots = [n[: -len("data.pkl")] for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
+    if any(n.endswith("/constants.pkl") and n.count("/") == 1 for n in names):
+        how = "torch.save(torch.jit.load(old).state_dict(), new)"
+        raise UsageError(
+            f"{file.name} is a TorchScript archive; save its weights with PyTorch: {how}"
+        )
+    if len(roots) != 1:
+        hold = "several data.pkl" if roots else "no FOLDER/data.pkl"
+        what = ", ".join(shown(n, 40) for n in names[:3])
+        raise UsageError(
+            f"{file.name} is a zip file with {hold}: torch.save did not write it (it has {what})"
+        )
+    return roots[0]
+
+
+# Files of before version 1.6.
+
+
+def _legacy_tree(file: InputFile) -> Any:
+    stream = pickles.PickleBytes(file.read(0, min(file.size, _MAX_LEGACY)))
+    stream.seek(len(_LEGACY))
+    storages: dict[str, Storage] = {}
+    counts: dict[str, int] = {}
+
+    def storage(pid: Any) -> Storage:
+        dtype, key, count = _declared(pid[:5])
+        if pid[5:] != (None,) or dtype is None or counts.setdefault(key, count) != count:
+            raise ValueError(f"a persistent id {shown(pid)} of a view, without a dtype or size")
+        blob = Blob(file, f"storage {key}", 0, count * dtype.itemsize)  # placed afterwards
+        found = storages.setdefault(key, Storage(blob, dtype))
+        if found.dtype != dtype:
+            raise ValueError(f"the storage {shown(key)} is declared with two dtypes")
+        return found
+
+    def no_storage(pid: Any) -> Storage:
+        raise ValueError(f"a persistent id {shown(pid)} where none belongs")
+
+    def following(what: str, of_storage: Any = no_storage) -> Any:
+        return pickles.load(stream, f"{file.name}: {what}", file.size, of_storage)
+
+    version, system = following("the version"), following("the system")
+    if version != _LEGACY_VERSION or not isinstance(system, dict):
+        raise UsageError(f"{file.name} is of version {shown(version)} of the format before 1.6")
+    if system.get("little_endian") is not True:
+        raise UsageError(f"{file.name} is not of a little-endian machine; save it again on one")
+    tree, keys = following("the pickle", storage), following("the list of storages")
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        raise UsageError(f"{file.name} is damaged: its list of storages is not of those it uses")
+    at = stream.tell()
+    for key in keys:
+        count = int.from_bytes(file.read(at, 8), "little")
+        if count != counts.get(key):
+            raise UsageError(f"{file.name} is damaged: the size of storage {shown(key)}; {AGAIN}")
+        blob = storages[key].blob
+        blob.start = at + 8
+        at = blob.start + blob.nbytes
+    if at != file.size:
+        what = f"is {file.size} bytes long, and its storages end at byte {at}"
+        raise UsageError(f"{file.name} {what}; {AGAIN}")
+    return tree
+
+
+# Writing.
+
+
+def write_pt(
+    path: str | os.PathLike, tree: object, *, on_bytes: Callable[[int], object] | None = None
+) -> None:
+    """Writes a zip-format .pt file that torch.load(path, weights_only=True) reads.
+
+    With an argparse.Namespace in the tree it needs that class among the safe globals. The file
+    appears when it is whole. Equal trees give equal files.
+
+    Args:
+      path: the file to write; an older one is replaced.
+      tree: of dict, OrderedDict, list, tuple, argparse.Namespace, str, int, float, bool, None,
+        NumPy scalars (written as numbers), np.dtype (as the torch dtype) and tensors: arrays (also
+        of JAX) or `Deferred`, which are made one at a time. Every tensor gets a storage of its own
+        on the device "cpu", so that none is an alias of another one after loading.
+      on_bytes: called with the number of bytes whenever some of a tensor were written.
+
+    Raises:
+      UsageError: the folder is missing, not writable or full.
+      TypeError: the tree holds something else, or a tensor whose dtype is none of `DTYPES`.
+      ValueError: the tree is nested more than 64 levels deep or holds itself, or a lazy tensor is
+        not what it had announced.
+    """
+    tensors: list[Any] = []
+    pickled = io.BytesIO()
+    _Pickler(pickled, 2, fix_imports=False).dump(_plain(tree, tensors))
+    with new_file(path) as stream, zipfile.ZipFile(stream, "w") as archive:
+        _add(archive, stream, "data.pkl", pickled.getvalue())
+        _add(archive, stream, ".format_version", b"1")
+        _add(archive, stream, ".storage_alignment", str(_ALIGNMENT).encode())
+        _add(archive, stream, "byteorder", b"little")
+        for key, tensor in enumerate(tensors):
+            with _entry(archive, stream, f"data/{key}", tensor.nbytes) as entry:
+                write_array(entry, tensor, on_bytes, f"tensor {key} of the tree")
+        _add(archive, stream, "version", b"3\n")
+        _add(archive, stream, ".data/serialization_id", _identifier(archive))
+
+
+def _identifier(archive: zipfile.ZipFile) -> bytes:
+    """40 digits that tell files apart."""
+    checksums = [(info.filename, info.CRC) for info in archive.infolist()]
+    digest = hashlib.sha256(repr(checksums).encode()).digest()
+    return b"%040d" % (int.from_bytes(digest, "big") % 10**40)
+
+
+def _add(archive: zipfile.ZipFile, stream: BinaryIO, name: str, data: bytes) -> None:
+    with _entry(archive, stream, name, len(data)) as entry:
+        entry.write(data)
+
+
+def _entry(archive: zipfile.ZipFile, stream: BinaryIO, name: str, nbytes: int) -> Any:
+    """A stream into a new entry of `nbytes`, whose data begin at a multiple of 64."""
+    info = zipfile.ZipInfo(f"archive/{name}", date_time=(1980, 1, 1, 0, 0, 0))
+    info.file_size = nbytes
+    zip64 = nbytes >= _ZIP64_FROM
+    # The local header is 30 bytes, the name, and the extra fields (4 bytes and the content each).
+    before = stream.tell() + 30 + len(info.filename) + 4 + (20 if zip64 else 0)
+    padding = -before % _ALIGNMENT
+    info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    return archive.open(info, "w", force_zip64=zip64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Global:
+    module: str
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    key: int  # of the entry with its numbers
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def _plain(value: Any, tensors: list[Any], level: int = 0) -> Any:
+    """A copy of a tree with a `_Tensor` for each tensor, which is appended to `tensors`."""
+    if level > _MAX_DEPTH:
+        raise ValueError(f"the tree is nested more than {_MAX_DEPTH} levels deep")
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, int) and value.bit_length() < _MAX_BITS:  # bool too
+        return value
+    if value is None or isinstance(value, float | str):
+        return value
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**_plain(vars(value), tensors, level))
+    if isinstance(value, dict) and all(isinstance(k, str | int | float | None) for k in value):
+        kind = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+        return kind((key, _plain(item, tensors, level + 1)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        items = [_plain(item, tensors, level + 1) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, np.dtype):
+        return _Global("torch", dtype_name(value))
+    if is_tensor(value):
+        tensors.append(value)
+        shape = tuple(int(d) for d in value.shape)
+        dtype_name(value.dtype)  # TypeError where PyTorch has none
+        return _Tensor(len(tensors) - 1, np.dtype(value.dtype), shape)
+    raise TypeError(f"a .pt file cannot hold {type(value).__name__} here: {value!r:.100}")
+
+
+_MACHINE: Any = pickle._Pickler  # which has no types
+
+
+class _Pickler(_MACHINE):
+    def save_name(self, value: _Global) -> None:
+        self.write(pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
+
+    def save_tensor(self, value: _Tensor) -> None:
+        """A call that rebuilds a contiguous tensor from a storage of its own."""
+        name, size = dtype_name(value.dtype), math.prod(value.shape)
+        # Newer dtypes have no storage class: their storage is bytes, and the dtype an argument.
+        old = name in _STORAGE_OF
+        kind = ("torch", _STORAGE_OF[name]) if old else ("torch.storage", "UntypedStorage")
+        count = size if old else size * value.dtype.itemsize
+        # PyTorch counts an empty dimension as 1 in the strides of the ones before it.
+        strides = [max(d, 1) for d in value.shape]
+        self.save_name(_Global("torch._utils", f"_rebuild_tensor_v{2 if old else 3}"))
+        self.write(pickle.MARK)
+        self.save(("storage", _Global(*kind), str(value.key), "cpu", count))
+        self.write(pickle.BINPERSID)
+        steps = tuple(math.prod(strides[i + 1 :]) for i in range(len(strides)))
+        arguments: tuple[Any, ...] = (0, value.shape, steps, False, collections.OrderedDict())
+        for argument in arguments:
+            self.save(argument)
+        if not old:
+            self.save_name(_Global("torch", name))
+        self.write(pickle.TUPLE + pickle.REDUCE)
+
+    dispatch: ClassVar = {**_MACHINE.dispatch, _Global: save_name, _Tensor: save_tensor}
