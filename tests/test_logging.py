@@ -12,7 +12,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from dico_jax.errors import UsageError
-from dico_jax.training.logging import open_logger, require_wandb
+from dico_jax.training.logging import Logger, require_wandb
 
 
 def read_metrics(workdir):
@@ -30,14 +30,14 @@ def read_events(file):
 
 
 def test_rewind_drops_what_came_after(tmp_path, capfd):
-    with open_logger(tmp_path, 0, 10) as log:
+    with Logger(tmp_path, 0, 10) as log:
         for step in range(1, 7):
-            log.advance()
+            log.bar.update(1)
             if step % 2 == 0:
                 log.scalars(step, {"loss": float(step)})
         log.rewind(4)
-        log.advance()
-        log.advance()
+        log.bar.update(1)
+        log.bar.update(1)
         log.scalars(6, {"loss": -1.0})
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [
         (2, 2.0),
@@ -56,10 +56,10 @@ def test_rewind_drops_what_came_after(tmp_path, capfd):
 
 def test_the_main_process_alone_writes(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with open_logger(tmp_path, 0, 10, wandb_project="unused") as log:
-        log.advance()
-        log.restart_clock()
-        log.show(loss="1")
+    with Logger(tmp_path, 0, 10, wandb_project="unused") as log:
+        log.bar.update(1)
+        log.bar.unpause()
+        log.bar.set_postfix({"loss": "1"}, refresh=False)
         log.say("hello")
         log.scalars(1, {"loss": 1.0})
         log.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
@@ -93,12 +93,12 @@ def wandb(monkeypatch):
 def test_weights_and_biases_gets_the_numbers_and_one_run_per_workdir(tmp_path, wandb):
     folder = tmp_path / "xl256"
     folder.mkdir()
-    with open_logger(folder, 0, 10, "dico", {"seed": 0}) as log:
+    with Logger(folder, 0, 10, "dico", {"seed": 0}) as log:
         log.scalars(2, {"loss": 1.5})
         log.image(2, "samples", np.zeros((4, 2, 3), np.uint8))
         log.rewind(0)
         log.scalars(2, {"loss": 1.0})
-    with pytest.raises(KeyError), open_logger(folder, 2, 10, "dico", {"seed": 0}):
+    with pytest.raises(KeyError), Logger(folder, 2, 10, "dico", {"seed": 0}):
         raise KeyError
     first, second = wandb.runs
     assert first.lines == [
@@ -116,14 +116,14 @@ def test_weights_and_biases_gets_the_numbers_and_one_run_per_workdir(tmp_path, w
 
     other = tmp_path / "other"
     other.mkdir()
-    with open_logger(other, 0, 10, "dico"):
+    with Logger(other, 0, 10, "dico"):
         pass
     assert wandb.runs[-1].options["id"] != first.options["id"]
     assert [line["step"] for line in read_metrics(folder)] == [2]
 
 
 def test_without_a_project_nothing_is_sent(tmp_path, wandb):
-    with open_logger(tmp_path, 0, 10) as log:
+    with Logger(tmp_path, 0, 10) as log:
         log.scalars(1, {"loss": 1.0})
     assert not wandb.runs
     assert not (tmp_path / "wandb_run_id").exists()
@@ -135,7 +135,7 @@ def test_weights_and_biases_that_refuses(tmp_path, wandb):
 
     wandb.init = refuse
     with pytest.raises(UsageError, match="wandb_project='dico': .* api_key not conf.*wandb login"):
-        open_logger(tmp_path, 0, 10, "dico")
+        Logger(tmp_path, 0, 10, "dico")
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -145,4 +145,4 @@ def test_weights_and_biases_that_is_not_installed(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"logging.wandb_project='dico' .*'dico_jax\[wandb\]'"):
         require_wandb("dico")
     with pytest.raises(UsageError, match="wandb"):
-        open_logger(tmp_path, 0, 10, "dico")
+        Logger(tmp_path, 0, 10, "dico")

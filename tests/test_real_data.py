@@ -9,7 +9,8 @@ import pytest
 from configs import cifar10, folder, s256
 from dico_jax.data.latents import PreparedLatents
 from dico_jax.errors import UsageError
-from dico_jax.training.loop import Run, train
+from dico_jax.training.loop import train
+from dico_jax.training.run import Run
 from tests import golden
 from tests.commands import assert_refused, call
 from tests.real_data import DATA, IMAGENET, requires_data

@@ -5,6 +5,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.extend import core
 
@@ -142,14 +143,20 @@ def test_utilisation_and_memory(monkeypatch):
     model, shape = create_model("DiCo-XL"), (32, 32, 4)
     gpus = [device("NVIDIA H100 80GB HBM3", {"peak_bytes_in_use": n}) for n in (2 * 10**9, 10**9)]
     monkeypatch.setattr(speed.jax, "local_devices", lambda: gpus)
-    values = speed.SpeedMetrics(model, shape, gpus).metrics(images_per_second=1000.0)
+    meter = speed.Meter(8, speed.peak_speed(model, shape, gpus))
+    meter.add({"finite": True, "loss": np.float32(2)}, waited=0.0)
+    values = meter.read()
+    mfu = values["mfu"] / values["images_per_second"] * 1000
     # 1000 images of 6 * 87.22 GFLOP on two devices of 989.4 TFLOP/s.
-    assert values == {"mfu": pytest.approx(0.264464, rel=1e-5), "memory_gb": 2.0}
+    assert mfu == pytest.approx(0.264464, rel=1e-5)
+    assert (values["memory_gb"], values["loss"]) == (2, 2)
     mixed = [*gpus, device("a new one")]
-    assert "mfu" not in speed.SpeedMetrics(model, shape, mixed).metrics(1000.0)
+    assert speed.peak_speed(model, shape, mixed) is None
 
 
 def test_cpus_tell_neither():
     model = create_model("DiCo-S")
-    assert speed.SpeedMetrics(model, (32, 32, 4), jax.devices()).metrics(10.0) == {}
+    meter = speed.Meter(8, speed.peak_speed(model, (32, 32, 4), jax.devices()))
+    meter.add({"finite": True}, waited=0.0)
+    assert meter.read().keys() == {"images_per_second", "data_wait"}
     assert speed.peak_memory_gb([device("x", {"bytes_in_use": 3})]) is None

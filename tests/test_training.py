@@ -21,10 +21,10 @@ from dico_jax.parallel.mesh import (
     to_global,
 )
 from dico_jax.parallel.sharding import state_sharding
-from dico_jax.training.logging import open_logger
+from dico_jax.training.logging import Logger
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.step import StepOptions, drop_conditions, make_train_step
+from dico_jax.training.step import drop_conditions, make_train_step
 from dico_jax.training.workdir import open_workdir
 
 
@@ -61,9 +61,9 @@ def run_steps(devices, family, num_steps=3, accumulation_steps=1, learning_rate=
     init = initializer(model, optimizer, (8, 8, 1))
     sharding = state_sharding(abstract_state(init), mesh)
     state = create_state(init, 0, sharding)
-    options = StepOptions(seed=0, ema_decay=0.9, accumulation_steps=accumulation_steps)
+    options = {"ema_decay": 0.9, "accumulation_steps": accumulation_steps}
     step = make_train_step(
-        model, create_diffusion(), optimizer, mesh=mesh, options=options, sharding=sharding
+        model, create_diffusion(), optimizer, mesh=mesh, sharding=sharding, **options
     )
     rng, losses = np.random.default_rng(0), []
     for _ in range(num_steps):
@@ -104,20 +104,20 @@ def test_labels_are_dropped_at_the_given_rate():
     assert abs(np.mean(dropped == 10) - 0.1) < 0.01
 
 
-def quick_step(options=None, **model_options):
+def quick_step(dropout=0.1, **options):
     """A compiled step of a network that compiles fast, and a function to its initial state."""
     config, mesh = tiny_config(), create_mesh()
     fields = {name: config.model[name] for name in ("hidden_size", "depth", "num_heads")}
-    model = create_model("DiT", **fields, num_classes=10, in_channels=1, **model_options)
-    optimizer, options = create_optimizer(config.optimizer, 1), options or StepOptions()
-    step = make_train_step(model, create_diffusion(), optimizer, mesh=mesh, options=options)
-    init = initializer(model, optimizer, (8, 8, 1), options.ema_widths)
+    model = create_model("DiT", **fields, num_classes=10, in_channels=1, class_dropout_prob=dropout)
+    optimizer = create_optimizer(config.optimizer, 1)
+    step = make_train_step(model, create_diffusion(), optimizer, mesh=mesh, **options)
+    init = initializer(model, optimizer, (8, 8, 1), options.get("ema_widths", ()))
     return step, lambda: create_state(init, 0, replicated(mesh))
 
 
 @pytest.mark.parametrize(("probability", "matters"), [(0.0, True), (1 - 1e-7, False)])
 def test_the_step_drops_labels(probability, matters):
-    step, new_state = quick_step(class_dropout_prob=probability)
+    step, new_state = quick_step(probability)
     found = []
     for label in (1, 2):
         state = new_state()  # whose gates are closed at first
@@ -133,7 +133,7 @@ def test_the_step_drops_labels(probability, matters):
 
 def test_a_step_left_out_still_counts_in_averages_that_widen():
     widths = (0.1,)
-    step, new_state = quick_step(StepOptions(ema_widths=widths, skip_bad_steps=True))
+    step, new_state = quick_step(ema_widths=widths, skip_bad_steps=True)
     batch = {"x": jnp.ones((16, 8, 8, 1)), "condition": {"label": jnp.zeros(16, jnp.int32)}}
     state, metrics = step(new_state(), batch)
     state, metrics = step(state, batch)
@@ -184,11 +184,11 @@ def read_metrics(workdir):
 
 
 def test_lines_of_an_interrupted_run_are_written_again(tmp_path):
-    with open_logger(tmp_path, 0, 10) as log:
+    with Logger(tmp_path, 0, 10) as log:
         for step in (2, 4, 6):
             log.scalars(step, {"loss": float(step)})
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 8, "lo')  # cut by a kill
-    with open_logger(tmp_path, 4, 10) as log:
+    with Logger(tmp_path, 4, 10) as log:
         log.scalars(6, {"loss": float("nan")})
     assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 6]
     assert read_metrics(tmp_path)[-1]["loss"] == "nan"

@@ -19,7 +19,7 @@ from dico_jax.models.block_stacks import STACK, map_stacks
 from dico_jax.parallel.mesh import batch_sharding, replicated
 from dico_jax.sampling.generate import make_latents_fn
 from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.step import StepOptions, make_train_step
+from dico_jax.training.step import make_train_step
 
 LOOPS_NOTE = "the program has loops, whose bodies XLA counts once"
 NO_COUNT_NOTE = "XLA gives no count on this platform"
@@ -48,8 +48,8 @@ def plan_train(config: ConfigDict, mesh: Mesh) -> Plan:
     model, shape, (x, _, condition) = _network(config)
     diffusion, whole = experiment_from_config(config).diffusion, replicated(mesh)
     optimizer = create_optimizer(config.optimizer, config.training.num_steps)
-    options = StepOptions(seed=config.seed, ema_decay=config.training.ema_decay)
-    step = make_train_step(model, diffusion, optimizer, mesh=mesh, options=options)
+    options = {"seed": config.seed, "ema_decay": config.training.ema_decay}
+    step = make_train_step(model, diffusion, optimizer, mesh=mesh, **options)
     abstract = jax.eval_shape(
         lambda state: map_stacks(lambda *leaves: jnp.stack(leaves), state, model.stacked_stages),
         abstract_state(initializer(model, optimizer, shape)),

@@ -2,8 +2,7 @@
 
 import collections
 import contextlib
-import pathlib
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +18,11 @@ from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import config_to_dict
 from dico_jax.evaluation.networks import ClassAgreement
 from dico_jax.files import new_file
-from dico_jax.training.logging import open_logger
-from dico_jax.training.nan_policy import NanWatch
-from dico_jax.training.preemption import Preempted, Preemption
-from dico_jax.training.profiling import Profiler
+from dico_jax.models.block_stacks import unstack_blocks
+from dico_jax.training.logging import Logger
 from dico_jax.training.run import Run
-from dico_jax.training.step_metrics import mean_of_steps
-from dico_jax.training.watch import StallWatch, stall_file
+from dico_jax.training.speed import Meter, Profiler, peak_speed
+from dico_jax.training.watch import NanWatch, Preempted, Preemption, StallWatch, stall_file
 from dico_jax.training.workdir import open_workdir, workdir_lock
 
 _STEPS_AHEAD = 2  # of the devices: enough to keep them busy, and few enough to notice a stall
@@ -53,67 +50,78 @@ def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
         open_workdir(workdir, run.config)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("the workdir is open")
-        trainer = Trainer(run, stack)
-        state = trainer.train()
-        return trainer.judge(state)
+        return _Trainer(run, stack).train()
 
 
-class Trainer:
+class _Trainer:
     """Takes the steps of a run, and watches over them."""
 
     def __init__(self, run: Run, stack: contextlib.ExitStack):
         """Opens what the run reads and writes; `stack` closes it."""
         config, training = run.config, run.config.training
-        self.run, self.config = run, config
+        self.run, self.config, self.num_steps = run, config, training.num_steps
         self.preemption = stack.enter_context(Preemption())
         self.saver: Checkpointer = stack.enter_context(run.checkpointer())
-        self.snapshots = stack.enter_context(
-            EmaSnapshots(run.workdir, training.ema_snapshot_every_steps, training.num_steps)
-        )
-        self.state, self.start = self._packed(self.saver.restore_newest(run.target))
+        every = training.ema_snapshot_every_steps
+        self.snapshots = stack.enter_context(EmaSnapshots(run.workdir, every, self.num_steps))
+        self._go_on_from(self.saver.restore_newest(run.target))
         run.evaluation.open(run.workdir)
         project, fields = config.logging.wandb_project, config_to_dict(config)
-        self.log = stack.enter_context(
-            open_logger(run.workdir, self.start, training.num_steps, project, fields)
+        self.log = log = stack.enter_context(
+            Logger(run.workdir, self.start, self.num_steps, project, fields)
         )
-        self.stall = stack.enter_context(
-            StallWatch(training.stall_warning_seconds, stall_file(run.workdir), self.log.say)
-        )
-        self.profiler = stack.enter_context(Profiler(config.profile, run.workdir, self.log.say))
+        seconds, file = training.stall_warning_seconds, stall_file(run.workdir)
+        self.stall = stack.enter_context(StallWatch(seconds, file, log.say))
+        self.profiler = stack.enter_context(Profiler(config.profile, run.workdir, log.say))
         attempt = self.saver.extra(self.start).get("attempt", 0) if self.start else 0
-        self.watch = NanWatch(training.on_nan, attempt, self.log.say)
-        self.meter = Meter(config.data.batch_size)
-        self.speed = run.speed()
+        self.watch = NanWatch(training.on_nan, attempt, log.say)
+        model, devices = run.experiment.model, run.mesh.devices.flat
+        peak = peak_speed(model, run.experiment.latent_shape, devices)
+        self.meter = Meter(config.data.batch_size, peak)
         self.in_flight = collections.deque[Any]()
 
-    def train(self) -> TrainState:
-        """Takes all steps that are left."""
+    def _go_on_from(self, found: tuple[TrainState, int] | None) -> None:
+        state, self.start = (self.run.initial_state(), 0) if found is None else found
+        self.state = self.run.pack(state)
+
+    def train(self) -> ClassAgreement | None:
+        """Takes all steps that are left, and judges the samples of the final state."""
         self.log.say(self.run.describe(self.start))
-        self.log.say(write_overview(self.run.target.params, self.run.workdir))
-        while self.start < self.config.training.num_steps:
-            self.state, self.start = self._steps(self.state, self.start)
-        return self.state
+        self.log.say(self._overview())
+        while self.start < self.num_steps:
+            self._take_steps()
+        result = self.run.judge(self.state)
+        if result is not None:
+            self.log.say(str(result))
+            self.log.scalars(self.num_steps, {f"eval/{k}": v for k, v in vars(result).items()})
+        return result
 
-    def _steps(self, state: TrainState, start: int) -> tuple[TrainState, int]:
+    def _overview(self) -> str:
+        """The top of parameters.txt: shapes, sizes and shardings of all parameters."""
+        overview, params = parameter_overview.get_parameter_overview, self.run.target.params
+        if jax.process_index() == 0:
+            with new_file(self.run.workdir / "parameters.txt") as file:
+                file.write(f"{overview(params, include_stats='sharding')}\n".encode())
+        return overview(params, include_stats="sharding", max_lines=_OVERVIEW_LINES)
+
+    def _take_steps(self) -> None:
         """Steps to the end, or until the run has to return to an earlier one."""
-        num_steps = self.config.training.num_steps
-        with self.run.batches(start) as batches:
+        with self.run.batches(self.start) as batches:
             # Batches have no end.
-            for step, batch in zip(range(start + 1, num_steps + 1), batches, strict=False):
+            for step, batch in zip(
+                range(self.start + 1, self.num_steps + 1), batches, strict=False
+            ):
                 latents = self.run.to_latents(batch, np.int32(step))
-                state, metrics = self.run.train_step(state, latents, self.watch.attempt)
-                self._took(step, metrics, batches.waited, first=step == start + 1)
-                if not (due := self._due(step)):
-                    continue
-                back = self.watch.check(self.saver.latest_step())
-                if back is not None:
-                    del state, metrics  # two states may not fit
-                    return self._returned(back)
+                self.state, metrics = self.run.train_step(self.state, latents, self.watch.attempt)
+                self._took(step, metrics, batches.waited)
+                due = self._due(step)
+                if due and (back := self.watch.check(self.saver.latest_step())) is not None:
+                    return self._return_to(back)
                 for action in due:
-                    action(step, state)
-        return state, num_steps
+                    action(step)
+        self.start = self.num_steps
 
-    def _took(self, step: int, metrics: dict, waited: float, first: bool) -> None:
+    def _took(self, step: int, metrics: dict, waited: float) -> None:
         """Notes a step that was just dispatched, and waits for one that was before."""
         self.in_flight.append(metrics["loss"])
         if len(self.in_flight) > _STEPS_AHEAD:
@@ -121,48 +129,47 @@ class Trainer:
         self.watch.add(step, metrics["finite"])
         self.meter.add(metrics, waited)
         self.stall.step_done(step)
-        self.log.advance()
-        if self.profiler.step_done(step, metrics) or first:
+        self.log.bar.update(1)
+        if self.profiler.step_done(step, metrics) or step == self.start + 1:
             self._rested(step)  # what has passed so far was compilation
 
-    def _due(self, step: int) -> list[Callable[[int, TrainState], None]]:
+    def _due(self, step: int) -> list[Callable[[int], None]]:
         """What is to be done after a step, in order."""
-        training, last = self.config.training, step == self.config.training.num_steps
-        preempted = self.preemption.requested(step)
-        saves = last or preempted or step % training.checkpoint_every_steps == 0
+        training, grid_every = self.config.training, self.config.sampling.grid_every_steps
+        last, preempted = step == self.num_steps, self.preemption.requested(step)
         rules = (
             (self._report, last or step % training.log_every_steps == 0),
-            (self._save_grid, self.run.is_grid_step(step)),
-            (self._evaluate, self.run.is_evaluation_step(step)),
+            (self._save_grid, grid_every > 0 and step % grid_every == 0),
+            (self._evaluate, self.run.evaluation.is_due(step, self.num_steps)),
             (self._keep_averages, self.snapshots.is_due(step)),
-            (self._save, saves),
+            (self._save, last or preempted or step % training.checkpoint_every_steps == 0),
             (self._leave, preempted and not last),
         )
         return [action for action, is_due in rules if is_due]
 
-    def _report(self, step: int, _) -> None:
-        values = self.meter.read()
+    def _report(self, step: int) -> None:
+        values = self.meter.read() | self.watch.metrics()
         values["learning_rate"] = float(self.run.learning_rate(step - 1))
-        values |= self.watch.metrics() | self.speed.metrics(values["images_per_second"])
         self.log.scalars(step, values)
-        self.log.show(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_second']:.0f}")
+        shown = {"loss": f"{values['loss']:.4f}", "img_s": f"{values['images_per_second']:.0f}"}
+        self.log.bar.set_postfix(shown, refresh=False)
 
-    def _save_grid(self, step: int, state: TrainState) -> None:
-        self.log.image(step, "samples", self.run.save_grid(step, state))
+    def _save_grid(self, step: int) -> None:
+        self.log.image(step, "samples", self.run.save_grid(step, self.state))
         self._rested(step)
 
-    def _evaluate(self, step: int, state: TrainState) -> None:
-        numbers = self.run.evaluate(state)
+    def _evaluate(self, step: int) -> None:
+        numbers = self.run.evaluation(functools.partial(self.run.samples, self.state))
         self.log.scalars(step, {f"eval/{name}": value for name, value in numbers.items()})
         self._rested(step)
 
-    def _keep_averages(self, step: int, state: TrainState) -> None:
-        self.snapshots.save(step, self.run.unpack(state.width_emas))
+    def _keep_averages(self, step: int) -> None:
+        self.snapshots.save(step, unstack_blocks(self.state.width_emas))
 
-    def _save(self, step: int, state: TrainState) -> None:
-        self.saver.save(step, self.run.unpack(state), {"attempt": self.watch.attempt})
+    def _save(self, step: int) -> None:
+        self.saver.save(step, unstack_blocks(self.state), {"attempt": self.watch.attempt})
 
-    def _leave(self, step: int, _) -> None:
+    def _leave(self, step: int) -> None:
         self.saver.wait()
         self.log.say(f"SIGTERM: step {step} is saved; the same command goes on")
         raise Preempted(self.config.training.preemption_exit_status)
@@ -170,76 +177,13 @@ class Trainer:
     def _rested(self, step: int) -> None:
         """Keeps what has just passed out of the throughput."""
         self.meter.restart_clock()
-        self.log.restart_clock()
+        self.log.bar.unpause()
         self.stall.step_done(step)
 
-    def _returned(self, step: int) -> tuple[TrainState, int]:
-        """The state of an earlier step, which the run goes on from."""
-        self.meter = Meter(self.config.data.batch_size)
+    def _return_to(self, step: int) -> None:
+        del self.state  # two may not fit
+        self.meter.restart()
         self.saver.wait()
         found = self.saver.restore_newest(self.run.target, self.log.say) if step else None
-        self.log.rewind(0 if found is None else found[1])
-        return self._packed(found)
-
-    def _packed(self, found: tuple[TrainState, int] | None) -> tuple[TrainState, int]:
-        state, step = (self.run.initial_state(), 0) if found is None else found
-        return self.run.pack(state), step
-
-    def judge(self, state: TrainState) -> ClassAgreement | None:
-        """What the classifier says of samples of the final state."""
-        result = self.run.judge(state)
-        if result is not None:
-            self.log.say(str(result))
-            self.log.scalars(int(state.step), {f"eval/{k}": v for k, v in vars(result).items()})
-        return result
-
-
-def write_overview(params: Any, workdir: pathlib.Path) -> str:
-    """Writes shapes, sizes and shardings of all parameters to parameters.txt; returns their top.
-
-    Args:
-      params: a tree of ShapeDtypeStruct with shardings.
-      workdir: folder of the run.
-    """
-    overview = parameter_overview.get_parameter_overview
-    if jax.process_index() == 0:
-        with new_file(workdir / "parameters.txt") as file:
-            file.write(f"{overview(params, include_stats='sharding')}\n".encode())
-    return overview(params, include_stats="sharding", max_lines=_OVERVIEW_LINES)
-
-
-class Meter:
-    """Means of step metrics, the throughput and the wait for data since the last reading.
-
-    Metrics stay on the devices until they are read, so that steps are not waited for one by one.
-    """
-
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self._pending: list[dict] = []
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Forgets the time since the last reading and its steps, for throughput and wait."""
-        self._since, self._timed_steps, self._waited = time.monotonic(), 0, 0.0
-
-    def add(self, metrics: dict, waited: float) -> None:
-        """Takes the metrics of one step, and the seconds that it waited for its batch."""
-        self._pending.append(metrics)
-        self._timed_steps += 1
-        self._waited += waited
-
-    def read(self) -> dict[str, float]:
-        """Means since the last reading (see `mean_of_steps`); waits for the steps.
-
-        Besides them "images_per_second", and "data_wait", the fraction of the time in which the
-        next batch was not ready.
-        """
-        values, self._pending = jax.device_get(self._pending), []
-        seconds = time.monotonic() - self._since
-        speed = {
-            "images_per_second": self._timed_steps * self._batch_size / seconds,
-            "data_wait": self._waited / seconds,
-        }
-        self.restart_clock()
-        return mean_of_steps(values) | speed
+        self._go_on_from(found)
+        self.log.rewind(self.start)

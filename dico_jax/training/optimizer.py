@@ -8,9 +8,11 @@ import optax
 
 from dico_jax.errors import UsageError
 
-NAMES = ("adamw", "lion")
-SCHEDULES = ("constant", "cosine")
-MASKS = ("all", "kernels")
+_CHOICES = {
+    "name": ("adamw", "lion"),
+    "schedule": ("constant", "cosine"),
+    "weight_decay_mask": ("all", "kernels"),
+}
 
 
 def create_optimizer(config, num_steps: int) -> optax.GradientTransformation:
@@ -26,10 +28,10 @@ def create_optimizer(config, num_steps: int) -> optax.GradientTransformation:
     Raises:
       UsageError: a value out of range, or an unknown name.
     """
-    _check(config, num_steps)
+    schedule = learning_rate_schedule(config, num_steps)
     is_fixed = config.schedule == "constant" and not config.warmup_steps
     options: dict[str, Any] = {
-        "learning_rate": config.learning_rate if is_fixed else _schedule(config, num_steps),
+        "learning_rate": config.learning_rate if is_fixed else schedule,
         "b1": config.b1,
         "b2": config.b2,
         "weight_decay": config.weight_decay,
@@ -49,20 +51,19 @@ def learning_rate_schedule(config, num_steps: int) -> optax.Schedule:
 
     So the rate of a training step is `schedule(state.step)` of the state that goes into it.
     It rises in a straight line to `learning_rate`, which step `warmup_steps` has, and then stays,
-    or follows half a cosine wave down to its minimum, which step `num_steps` has.
-
-    Args:
-      config: `config.optimizer`.
-      num_steps: `config.training.num_steps`.
-
-    Returns:
-      A function of an int32 scalar, traced or not, to a float32 scalar.
-
-    Raises:
-      UsageError: as `create_optimizer`.
+    or follows half a cosine wave down to its minimum, which step `num_steps` has. Arguments and
+    errors are those of `create_optimizer`.
     """
     _check(config, num_steps)
-    return _schedule(config, num_steps)
+    rate, warmup = config.learning_rate, config.warmup_steps
+    then = optax.constant_schedule(rate)
+    if config.schedule == "cosine":
+        lowest = config.min_learning_rate_ratio
+        then = optax.cosine_decay_schedule(rate, num_steps - warmup, alpha=lowest)
+    if not warmup:
+        return lambda taken: then(taken + 1)
+    joined = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), then], [warmup])
+    return lambda taken: joined(taken + 1)  # Optax counts from 0: the first step would do nothing
 
 
 def is_kernel(params: Any) -> Any:
@@ -75,33 +76,17 @@ def is_kernel(params: Any) -> Any:
     )
 
 
-def _schedule(config, num_steps: int) -> optax.Schedule:
-    rate, warmup = config.learning_rate, config.warmup_steps
-    then = optax.constant_schedule(rate)
-    if config.schedule == "cosine":
-        then = optax.cosine_decay_schedule(
-            rate, num_steps - warmup, alpha=config.min_learning_rate_ratio
-        )
-    if not warmup:
-        return lambda taken: then(taken + 1)
-    joined = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), then], [warmup])
-    return lambda taken: joined(taken + 1)  # Optax counts from 0: the first step would do nothing
-
-
 def _check(config, num_steps: int) -> None:
     def check(field: str, right: bool, fix: str) -> None:
         if not right:
             raise UsageError(f"optimizer.{field}", config[field], fix)
 
-    for field, choices in (("name", NAMES), ("schedule", SCHEDULES), ("weight_decay_mask", MASKS)):
+    for field, choices in _CHOICES.items():
         check(field, config[field] in choices, f": use {' or '.join(map(repr, choices))}")
     for field in ("learning_rate", "eps", "weight_decay", "warmup_steps", "clip_norm"):
         check(field, 0 <= config[field] < math.inf, "must be finite and at least 0")
     for field in ("b1", "b2"):
         check(field, 0 <= config[field] < 1, "must be in [0, 1)")
     check("min_learning_rate_ratio", 0 <= config.min_learning_rate_ratio <= 1, "must be in [0, 1]")
-    check(
-        "warmup_steps",
-        config.schedule != "cosine" or config.warmup_steps < num_steps,
-        f"must be less than config.training.num_steps={num_steps}, where the cosine ends",
-    )
+    ends = f"must be less than config.training.num_steps={num_steps}, where the cosine ends"
+    check("warmup_steps", config.schedule != "cosine" or config.warmup_steps < num_steps, ends)

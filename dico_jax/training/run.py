@@ -17,12 +17,10 @@ from dico_jax.checkpoints.warm_start import open_warm_start
 from dico_jax.config import check_fields, config_errors, config_to_dict
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.pipeline import DeviceBatches, training_batches
-from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.measure import RunEvaluation
 from dico_jax.evaluation.networks import ClassAgreement, class_agreement, require_sklearn
 from dico_jax.experiment import (
-    Experiment,
     check_training,
     experiment_from_config,
     reader_from_config,
@@ -32,21 +30,14 @@ from dico_jax.experiment import (
 )
 from dico_jax.models import count_parameters
 from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
-from dico_jax.parallel.mesh import (
-    batch_sharding,
-    check_batch_size,
-    create_mesh,
-    data_shard,
-    num_batch_shards,
-    to_global,
-)
+from dico_jax.parallel import mesh as meshes
+from dico_jax.parallel.mesh import create_mesh
 from dico_jax.parallel.sharding import DEFAULT_RULES, parse_rules, say_unmet, state_sharding
 from dico_jax.sampling.generate import generate_images, make_generate_fn
 from dico_jax.sampling.grids import image_grid, save_png
-from dico_jax.training.compilation_cache import enable_compilation_cache
 from dico_jax.training.optimizer import create_optimizer, learning_rate_schedule
-from dico_jax.training.speed import SpeedMetrics
-from dico_jax.training.step import StepOptions, make_train_step
+from dico_jax.training.speed import enable_compilation_cache
+from dico_jax.training.step import make_train_step
 from dico_jax.training.watch import check_watch
 from dico_jax.training.workdir import check_workdir
 
@@ -59,7 +50,7 @@ class Run:
       workdir: its folder, which may not be there yet.
       mesh: of all devices.
       experiment: network, objective and autoencoder.
-      source: the training examples.
+      source: the training examples; `read` makes arrays of them.
       target: shapes and shardings of the state, as checkpoints have it.
       train_step: see `make_train_step`; its state is one of `pack`.
       to_latents: see `make_latents_fn`.
@@ -73,28 +64,26 @@ class Run:
         check_watch(config)
         enable_compilation_cache(config.training.compilation_cache)
         with config_errors():
-            self.mesh = create_mesh(
-                data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
-            )
+            self.mesh = create_mesh(**{axis: config.mesh[axis] for axis in meshes.AXES})
             rules = parse_rules(config.mesh.rules)
         self._check_batch_size(config)
-        self.source: Source = source_from_config(config)
+        self.source = source_from_config(config)
         self.config = config = with_source_options(config, self.source)
-        self.experiment: Experiment = experiment_from_config(config)
-        process, sampling_options = sampling_from_config(config)
+        self.experiment = experiment_from_config(config)
+        process, sampling = sampling_from_config(config)
         self.read = reader_from_config(config, self.experiment, self.source)
-        model, training = self.experiment.model, config.training
+        training, model = config.training, self.experiment.model
+        autoencoder, latent_shape = self.experiment.autoencoder, self.experiment.latent_shape
         with config_errors():
             optimizer = create_optimizer(config.optimizer, training.num_steps)
             self.learning_rate = learning_rate_schedule(config.optimizer, training.num_steps)
             widths = parse_widths(training.ema_widths, training.ema_snapshot_every_steps)
-            self._init = initializer(model, optimizer, self.experiment.latent_shape, widths)
-            self.target = _with_sharding(
-                abstract_state(self._init), self.mesh, rules or DEFAULT_RULES
-            )
+            self._init = initializer(model, optimizer, latent_shape, widths)
+            abstract = abstract_state(self._init)
+            self._sharding = state_sharding(abstract, self.mesh, rules or DEFAULT_RULES)
             self.to_latents = make_latents_fn(
                 self.source.kind,
-                self.experiment.autoencoder,
+                autoencoder,
                 latent_sampling=config.data.latent_sampling,
                 seed=config.seed,
                 mesh=self.mesh,
@@ -104,46 +93,36 @@ class Run:
                 if "label" not in model.zero_condition(1):
                     fix = "is for networks that are told a class: set it to 0"
                     raise UsageError("eval.class_agreement_samples", count, fix)
+            samples = any((config.sampling.grid_every_steps, count, config.eval.every_steps))
             self._generate = make_generate_fn(
-                model,
-                process,
-                self.experiment.autoencoder,
-                self.experiment.latent_shape,
-                sampling_options,
-                self.mesh,
-                load=any((config.sampling.grid_every_steps, count, config.eval.every_steps)),
+                model, process, autoencoder, latent_shape, sampling, self.mesh, load=samples
             )
-        self.evaluation = RunEvaluation(
-            config,
-            self.source,
-            self.read,
-            functools.partial(model.default_conditions, source=self.source),
-            self.mesh,
-        )
+        conditions = functools.partial(model.default_conditions, source=self.source)
+        self.evaluation = RunEvaluation(config, self.source, self.read, conditions, self.mesh)
         self._warm_start = open_warm_start(training.init_from, workdir, model)
         check_workdir(workdir, config)
-        say_unmet(self.target.params, self.mesh, rules)
+        say_unmet(abstract.params, self.mesh, rules)
         self.workdir = pathlib.Path(workdir)
-        sharding = jax.tree.map(lambda leaf: leaf.sharding, self.target)
+        self.target = jax.tree.map(
+            lambda leaf, sharding: leaf.update(sharding=sharding), abstract, self._sharding
+        )
         self.train_step = make_train_step(
             model,
             self.experiment.diffusion,
             optimizer,
             mesh=self.mesh,
-            options=StepOptions(
-                seed=config.seed,
-                ema_decay=training.ema_decay,
-                ema_widths=widths,
-                accumulation_steps=training.accumulation_steps,
-                skip_bad_steps=training.on_nan == "skip",
-            ),
-            sharding=stack_shardings(sharding, model.stacked_stages),
+            seed=config.seed,
+            ema_decay=training.ema_decay,
+            ema_widths=widths,
+            accumulation_steps=training.accumulation_steps,
+            skip_bad_steps=training.on_nan == "skip",
+            sharding=stack_shardings(self._sharding, model.stacked_stages),
         )
 
     def _check_batch_size(self, config: ConfigDict) -> None:
-        shards, parts = num_batch_shards(self.mesh), config.training.accumulation_steps
+        shards, parts = meshes.num_batch_shards(self.mesh), config.training.accumulation_steps
         size = config.data.batch_size
-        check_batch_size(size, shards, "config.data.batch_size")
+        meshes.check_batch_size(size, shards, "config.data.batch_size")
         if size % (shards * parts):
             raise UsageError(
                 f"config.training.accumulation_steps={parts} does not divide the {size // shards} "
@@ -152,36 +131,25 @@ class Run:
 
     def describe(self, start: int) -> str:
         """One line of what is about to be trained, where and from which step on."""
-        parameters = count_parameters(self.experiment.model)
-        kind = self.mesh.devices.flat[0].device_kind
-        axes = [f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1]
-        shape = (
-            f" ({' x '.join(axes)})" if axes[1:] or self.mesh.shape["data"] == 1 < len(axes) else ""
-        )
+        kind, shape = self.mesh.devices.flat[0].device_kind, ""
+        if self.mesh.size > self.mesh.shape["data"]:
+            axes = [f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1]
+            shape = f" ({' x '.join(axes)})"
         return (
-            f"{self.config.model.name}, {parameters:,} parameters; {len(self.source):,} examples; "
-            f"{self.mesh.size} x {kind}{shape}; steps {start} to {self.config.training.num_steps} "
-            f"in {self.workdir}"
-        )
-
-    def speed(self) -> SpeedMetrics:
-        """Utilisation and memory, for the metrics."""
-        return SpeedMetrics(
-            self.experiment.model, self.experiment.latent_shape, self.mesh.devices.flat
+            f"{self.config.model.name}, {count_parameters(self.experiment.model):,} parameters; "
+            f"{len(self.source):,} examples; {self.mesh.size} x {kind}{shape}; "
+            f"steps {start} to {self.config.training.num_steps} in {self.workdir}"
         )
 
     def checkpointer(self) -> Checkpointer:
         """The checkpoints of the workdir."""
         meta = {"config": config_to_dict(self.config), "class_names": list(self.source.class_names)}
-        training = self.config.training
-        return Checkpointer(
-            self.workdir, meta, training.keep_checkpoints, training.keep_every_steps
-        )
+        rules = self.config.training.keep_checkpoints, self.config.training.keep_every_steps
+        return Checkpointer(self.workdir, meta, *rules)
 
     def initial_state(self) -> TrainState:
         """A fresh state, or that of `config.training.init_from`."""
-        sharding = jax.tree.map(lambda leaf: leaf.sharding, self.target)
-        state = create_state(self._init, self.config.seed, sharding)
+        state = create_state(self._init, self.config.seed, self._sharding)
         if self._warm_start is None:
             return state
         if jax.process_index() == 0:
@@ -189,17 +157,13 @@ class Run:
         return self._warm_start.apply(state)
 
     def pack(self, state: TrainState) -> TrainState:
-        """The state as the training step has it; the one given may not be used any more."""
+        """The state as the step has it (`unstack_blocks` undoes it); not to be used any more."""
         return stack_blocks(state, self.experiment.model.stacked_stages, consume=True)
-
-    def unpack(self, state: Any) -> Any:
-        """A packed state, or a part of it, as checkpoints have it."""
-        return unstack_blocks(state)
 
     def batches(self, start_step: int) -> DeviceBatches:
         """Batches on the mesh, from the one after `start_step` on."""
-        data, sharding = self.config.data, batch_sharding(self.mesh)
-        shard = data_shard(sharding)
+        data, sharding = self.config.data, meshes.batch_sharding(self.mesh)
+        shard = meshes.data_shard(sharding)
         read_condition = self.experiment.model.read_condition
         batches = training_batches(
             self.source,
@@ -217,41 +181,21 @@ class Run:
         part = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
         file = self.workdir / f"bad_examples{part}.jsonl"
         log = BadExampleLog(self.source, self.read, data.max_bad_fraction, file, read_condition)
-        return DeviceBatches(batches, lambda batch: to_global(batch, sharding), log)
+        return DeviceBatches(batches, lambda batch: meshes.to_global(batch, sharding), log)
 
-    def sample(self, state: TrainState, conditions: Any) -> np.ndarray:
-        """Images of the averaged weights of a packed state, uint8 (N, H, W, C)."""
-        return np.concatenate(list(self._samples(state, conditions)))
-
-    def _samples(self, state: TrainState, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
-        return generate_images(
-            self._generate,
-            self.unpack(state.ema_params),
-            conditions,
-            self.config.sampling.batch_size,
-            num_batch_shards(self.mesh),
-            start,
-        )
-
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """FID and its family of the averaged weights, see `RunEvaluation`."""
-        return self.evaluation(functools.partial(self._samples, state))
-
-    def is_evaluation_step(self, step: int) -> bool:
-        """Whether `config.eval` asks for `evaluate` after this step."""
-        return self.evaluation.is_due(step, self.config.training.num_steps)
-
-    def is_grid_step(self, step: int) -> bool:
-        """Whether `config.sampling` asks for a grid after this step."""
-        every = self.config.sampling.grid_every_steps
-        return every > 0 and step % every == 0
+    def samples(self, state: TrainState, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
+        """Images of the averaged weights of a packed state, in batches: uint8 (n, H, W, C)."""
+        weights, size = unstack_blocks(state.ema_params), self.config.sampling.batch_size
+        shards = meshes.num_batch_shards(self.mesh)
+        return generate_images(self._generate, weights, conditions, size, shards, start)
 
     def save_grid(self, step: int, state: TrainState) -> np.ndarray:
         """Writes samples/step_N.png, a row per condition, and returns it."""
         sampling, model = self.config.sampling, self.experiment.model
         conditions, names = model.grid_conditions(sampling.grid_rows, self.source)
         repeated = jax.tree.map(lambda a: np.repeat(a, sampling.grid_columns, axis=0), conditions)
-        grid = image_grid(np.split(self.sample(state, repeated), len(names)), names)
+        images = np.concatenate(list(self.samples(state, repeated)))
+        grid = image_grid(np.split(images, len(names)), names)
         if jax.process_index() == 0:
             folder = self.workdir / "samples"
             folder.mkdir(exist_ok=True)
@@ -260,17 +204,8 @@ class Run:
 
     def judge(self, state: TrainState) -> ClassAgreement | None:
         """Samples every class in turn and asks a classifier fitted on the real pictures."""
-        num_samples = self.config.eval.class_agreement_samples
-        if not num_samples:
+        if not (count := self.config.eval.class_agreement_samples):
             return None
-        asked = self.experiment.model.default_conditions(np.arange(num_samples), self.source)
-        images = self.sample(state, asked)
+        asked = self.experiment.model.default_conditions(np.arange(count), self.source)
+        images = np.concatenate(list(self.samples(state, asked)))
         return class_agreement(images, asked["label"], self.source, self.read)
-
-
-def _with_sharding(state: TrainState, mesh, rules) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        state_sharding(state, mesh, rules),
-    )

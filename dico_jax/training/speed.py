@@ -1,9 +1,17 @@
-"""How well a run uses its devices: model FLOP/s utilisation and memory."""
+"""How fast a run is: throughput, use of the devices, memory, profiles and kept programs."""
 
+import contextlib
+import os
+import pathlib
 import re
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from dico_jax.errors import UsageError
@@ -11,10 +19,12 @@ from dico_jax.experiment import model_from_config
 from dico_jax.models import count_parameters, training_flops
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.ops.cpu import copies_fit
-from dico_jax.parallel.mesh import mesh_fits
+from dico_jax.parallel.mesh import AXES, mesh_fits
+from dico_jax.training.step import mean_of_steps
 
 # Copies of the parameters in a step: they, their average, gradients, two moments, and one in hand.
 _COPIES_IN_A_STEP = 6
+_CACHE_DIR = "jax_compilation_cache_dir"
 
 # Makers' figures per device for dense bfloat16 products (V100, which has none: float16), in FLOP/s,
 # by what JAX calls the device. A JAX device of TPU v3 is half a chip. Names match as a whole, so
@@ -40,6 +50,17 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for pattern, peak in _PEAK_FLOPS if re.fullmatch(pattern, device_kind)), None)
 
 
+def peak_speed(
+    model: Denoiser, latent_shape: tuple[int, int, int], devices: Iterable[jax.Device]
+) -> float | None:
+    """Images per second if the devices did the network's own arithmetic at their bfloat16 peak.
+
+    None where the peak of one is not known. See `training_flops`, whatever dtype it runs in.
+    """
+    peaks = [peak_flops(device.device_kind) for device in devices]
+    return None if None in peaks else sum(filter(None, peaks)) / training_flops(model, latent_shape)
+
+
 def peak_memory_gb(devices: Iterable[jax.Device] | None = None) -> float | None:
     """The most memory used on one of this process's devices so far, in GB (1e9 bytes).
 
@@ -50,39 +71,110 @@ def peak_memory_gb(devices: Iterable[jax.Device] | None = None) -> float | None:
     return max(peaks) / 1e9 if peaks else None
 
 
-class SpeedMetrics:
-    """Utilisation and memory of a training run."""
+class Meter:
+    """Means of step metrics and how fast the steps were, since the last reading.
 
-    def __init__(
-        self, model: Denoiser, latent_shape: tuple[int, int, int], devices: Iterable[jax.Device]
-    ):
-        """Counts.
+    Metrics stay on the devices until they are read, so that steps are not waited for one by one.
 
-        Args:
-          model: the network.
-          latent_shape: (H, W, C) of its input.
-          devices: all devices that the run uses.
+    Args:
+      batch_size: images of a step.
+      peak: see `peak_speed`.
+    """
+
+    def __init__(self, batch_size: int, peak: float | None = None):
+        self._batch_size, self._peak = batch_size, peak
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets all."""
+        self._pending: list[dict] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Forgets the time since the last reading and its steps, for throughput and wait."""
+        self._since, self._timed_steps, self._waited = time.monotonic(), 0, 0.0
+
+    def add(self, metrics: dict, waited: float) -> None:
+        """Takes the metrics of one step, and the seconds that it waited for its batch."""
+        self._pending.append(metrics)
+        self._timed_steps += 1
+        self._waited += waited
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading (see `mean_of_steps`); waits for the steps.
+
+        Besides them "images_per_second"; "data_wait", the fraction of the time in which the next
+        batch was not ready; "mfu", the share of the devices' peak, and "memory_gb" where known.
         """
-        peaks = [peak_flops(device.device_kind) for device in devices]
-        self._peak_flops = None if None in peaks else sum(filter(None, peaks))
-        if self._peak_flops is not None:
-            self._flops_per_image = training_flops(model, latent_shape)
+        means, self._pending = mean_of_steps(jax.device_get(self._pending)), []
+        seconds = time.monotonic() - self._since
+        speed = self._timed_steps * self._batch_size / seconds
+        known = {
+            "images_per_second": speed,
+            "data_wait": self._waited / seconds,
+            "mfu": self._peak and speed / self._peak,
+            "memory_gb": peak_memory_gb(),
+        }
+        self.restart_clock()
+        return means | {name: value for name, value in known.items() if value is not None}
 
-    def metrics(self, images_per_second: float) -> dict[str, float]:
-        """The metrics for a throughput over all devices.
 
-        Returns:
-          "mfu", the share in 0..1 of the devices' bfloat16 peak that the network's own arithmetic
-          takes (see `training_flops`), whatever dtype it runs in; left out for devices whose peak
-          is not known. "memory_gb", see `peak_memory_gb`; left out where devices do not tell.
+class Profiler:
+    """Traces `profile.num_steps` steps from the `start_step`-th of this process on; 0: none.
+
+    The first step of a process is number 1, and contains compilation. The main process alone
+    traces, its own devices, into the workdir's folder "profile". Use as a context manager.
+    """
+
+    def __init__(self, profile: ConfigDict, workdir: pathlib.Path, say: Callable = print):
+        self._first = profile.start_step if jax.process_index() == 0 else 0
+        self._last = self._first + profile.num_steps - 1 if self._first else 0
+        self._folder, self._say = workdir / "profile", say
+        self._steps_done, self._metrics = 0, None
+        self._step = contextlib.ExitStack()  # its annotation
+
+    def __enter__(self):
+        if self._first == 1:
+            self._start(1)
+        return self
+
+    def __exit__(self, exception_type, *_):
+        if self._first <= self._steps_done + 1 <= self._last:
+            self._stop(wait=exception_type is None)
+
+    def step_done(self, step: int, metrics: Any) -> bool:
+        """To be called after every step is dispatched, with what it returned but the donated state.
+
+        Returns whether a trace was started or written just now, which no throughput should count.
         """
-        values = {}
-        if self._peak_flops is not None:
-            values["mfu"] = images_per_second * self._flops_per_image / self._peak_flops
-        memory = peak_memory_gb()
-        if memory is not None:
-            values["memory_gb"] = memory
-        return values
+        if self._steps_done >= self._last:
+            return False
+        self._steps_done += 1
+        self._metrics = metrics
+        self._step.close()
+        if self._steps_done == self._last:
+            self._stop(wait=True)
+        elif self._steps_done == self._first - 1:
+            jax.block_until_ready(metrics)  # the steps before are not part of the profile
+            self._start(step + 1)
+        elif self._steps_done >= self._first:
+            self._annotate(step + 1)
+        return self._steps_done in (self._first - 1, self._last)
+
+    def _start(self, step: int) -> None:
+        jax.profiler.start_trace(self._folder)
+        self._annotate(step)
+
+    def _annotate(self, step: int) -> None:
+        self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
+
+    def _stop(self, wait: bool) -> None:
+        if wait:  # or the devices' part of the last steps would be missing
+            jax.block_until_ready(self._metrics)
+        self._step.close()
+        jax.profiler.stop_trace()
+        count = self._steps_done - self._first + 1
+        self._say(f"profile of {count} steps in {self._folder}: xprof --logdir={self._folder}")
 
 
 def run_fits(config: ConfigDict) -> Callable[[int], bool]:
@@ -91,7 +183,7 @@ def run_fits(config: ConfigDict) -> Callable[[int], bool]:
     So that what runs on one device does so on all that it is given; it starts no device itself.
     """
     mesh, parts = config.mesh, max(config.training.accumulation_steps, 1)
-    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    sizes = {axis: mesh[axis] for axis in AXES}
     size, rest = config.data.batch_size, config.data.batch_size % parts
     try:
         state = _COPIES_IN_A_STEP * 4 * count_parameters(model_from_config(config))
@@ -105,3 +197,46 @@ def run_fits(config: ConfigDict) -> Callable[[int], bool]:
         return divides and alone and copies_fit(state, count // (mesh.fsdp * mesh.tensor))
 
     return fits
+
+
+def enable_compilation_cache(setting: str, min_compile_seconds: float = 1.0) -> str | None:
+    """Makes JAX keep compiled programs in a folder; to be called before the first compilation.
+
+    Whoever can write to the folder can run code as the user of the run, so it must not be shared
+    with strangers. In a run of many processes the first one writes.
+
+    Args:
+      setting: a folder, local or gs://; "" for none; or "default": where the environment variable
+        JAX_COMPILATION_CACHE_DIR says, or $XDG_CACHE_HOME/dico_jax/xla, or ~/.cache/dico_jax/xla.
+      min_compile_seconds: what compiles faster is not kept.
+
+    Returns:
+      The folder in use, or None. A folder that cannot be written is told on stderr, and not used.
+    """
+    folder = _default_cache() if setting == "default" else setting
+    if not folder:
+        return None
+    if "://" not in folder:
+        folder = str(pathlib.Path(folder).expanduser().absolute())
+        try:
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            text = f"warning: config.training.compilation_cache={setting!r} cannot be written"
+            print(f"{text} ({error}); programs are compiled anew in every run", file=sys.stderr)
+            return None
+    jax.config.update(_CACHE_DIR, folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", min_compile_seconds)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)  # JAX knows the filesystem
+    compilation_cache.reset_cache()  # or a folder that was in use before would stay
+    return folder
+
+
+def _default_cache() -> str:
+    if jax.default_backend() == "cpu":
+        # XLA compiles for one model of processor, which a home folder on several machines does not
+        # keep apart; loading rejects or mistrusts what it finds (jax-ml/jax#38445).
+        return ""
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return getattr(jax.config, _CACHE_DIR) or str(base / "dico_jax" / "xla")

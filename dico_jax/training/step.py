@@ -1,12 +1,14 @@
-"""One training step, a pure function of (state, batch, attempt)."""
+"""One training step, a pure function of (state, batch, attempt), and its metrics."""
 
-import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from clu.metrics import Average
 from jax.sharding import Mesh
 
 from dico_jax.checkpoints.averages import update_ema, update_width_emas
@@ -14,44 +16,16 @@ from dico_jax.checkpoints.state import TrainState, run_keys
 from dico_jax.diffusion import Objective
 from dico_jax.models.block_stacks import whole_where_used
 from dico_jax.parallel.mesh import batch_sharding, replicated
-from dico_jax.training.nan_policy import attempt_key, is_finite, keep_if
-from dico_jax.training.step_metrics import quarter_losses
-
-StepFn = Callable[..., tuple[TrainState, dict]]
-
-
-@dataclasses.dataclass(frozen=True)
-class StepOptions:
-    """How a step is taken; see configs/default.py.
-
-    Attributes:
-      seed: decides, with the step, every draw.
-      ema_decay: of the averaged weights.
-      ema_widths: relative widths of the power-function averages.
-      accumulation_steps: parts of a batch whose gradients are computed one after the other.
-      skip_bad_steps: leave out the update of a step whose loss or gradients are not finite.
-    """
-
-    seed: int = 0
-    ema_decay: float = 0.9999
-    ema_widths: tuple[float, ...] = ()
-    accumulation_steps: int = 1
-    skip_bad_steps: bool = False
 
 
 def loss_fn(params, model, diffusion: Objective, batch: dict, t, noise, sharding: Any = None):
-    """The mean training loss of a batch and its terms.
+    """(The mean training loss of a batch, the objective's terms {"loss", ...}: (N,)).
 
     Args:
-      params: the parameters.
-      model, diffusion: the network and its objective.
+      params, model, diffusion: the network and its objective.
       batch: {"x": (N, H, W, C) clean latents, "condition": a tree of arrays (N, ...)}.
-      t: (N,) times.
-      noise: like x.
+      t, noise: times (N,), and noise like x.
       sharding: of the parameters, where devices share them.
-
-    Returns:
-      (scalar loss, the objective's terms: {"loss", ...}, (N,) for every example).
     """
     if sharding is not None:
         params = whole_where_used(params, model, sharding)
@@ -64,15 +38,9 @@ def loss_fn(params, model, diffusion: Objective, batch: dict, t, noise, sharding
 
 
 def drop_conditions(key, conditions, probability: float, null):
-    """Conditions (N, ...), each replaced by the null condition with `probability`.
+    """A tree of conditions (N, ...), each example's replaced by `null`'s with `probability`.
 
     One draw for all arrays of an example. The published code draws it inside the network.
-
-    Args:
-      key: of the draw.
-      conditions: a tree of arrays (N, ...).
-      probability: of dropping an example's condition.
-      null: the null condition, a tree like `conditions`.
     """
     count = len(jax.tree.leaves(conditions)[0])
     dropped = jax.random.bernoulli(key, probability, (count,))
@@ -107,10 +75,7 @@ def gradients(
 
 
 def apply_gradients(
-    state: TrainState,
-    grads,
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
+    state: TrainState, grads, optimizer: optax.GradientTransformation, ema_decay: float
 ) -> tuple[TrainState, dict]:
     """The state after one optimizer step, but for its `width_emas`, and the norms of the step."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -124,56 +89,65 @@ def apply_gradients(
     return TrainState(state.step + 1, params, ema_params, opt_state, state.width_emas), norms
 
 
+def attempt_key(key: jax.Array, attempt: jax.Array) -> jax.Array:
+    """`key` itself in attempt 0 (see `NanWatch`), and a key of its own in each later one."""
+    return jnp.where(attempt == 0, key, jax.random.fold_in(key, attempt))
+
+
 def make_train_step(
     model,
     diffusion: Objective,
     optimizer: optax.GradientTransformation,
     *,
     mesh: Mesh,
-    options: StepOptions,
+    seed: int = 0,
+    ema_decay: float = 0.9999,
+    ema_widths: tuple[float, ...] = (),
+    accumulation_steps: int = 1,
+    skip_bad_steps: bool = False,
     sharding: Any = None,
-) -> StepFn:
+) -> Callable[..., tuple[TrainState, dict]]:
     """The jitted step (state, batch, attempt=0) -> (state, metrics).
 
-    Every draw follows from (options.seed, state.step, attempt), so a step's result depends on
-    nothing else; the state is donated.
+    Every draw follows from (seed, state.step, attempt), so a step's result depends on nothing else;
+    the state is donated.
 
     Args:
       model, diffusion, optimizer: what is trained, and how.
       mesh: batches are split over it.
-      options: how.
+      seed, ema_decay, ema_widths, accumulation_steps: see configs/default.py.
+      skip_bad_steps: leave out the update of a step whose loss or gradients are not finite.
       sharding: of the state, see `dico_jax.parallel.sharding`; whole on every device if None.
     """
     sharding = replicated(mesh) if sharding is None else sharding
     params_sharding = sharding.params if isinstance(sharding, TrainState) else sharding
 
     def train_step(state: TrainState, batch: dict, attempt):
-        key = jax.random.fold_in(run_keys(options.seed)[1], state.step)
+        key = jax.random.fold_in(run_keys(seed)[1], state.step)
         key = attempt_key(key, attempt)
         t, noise = diffusion.draw(key, batch["x"])
         drop_key = jax.random.split(key, 3)[2]
         null = model.null_condition(len(t))
         if null is not None and model.condition_dropout > 0:
-            conditions = drop_conditions(
-                drop_key, batch["condition"], model.condition_dropout, null
-            )
+            probability, conditions = model.condition_dropout, batch["condition"]
+            conditions = drop_conditions(drop_key, conditions, probability, null)
             batch = batch | {"condition": conditions}
         given = state.params, model, diffusion, batch, t, noise
-        grads, terms = gradients(*given, options.accumulation_steps, params_sharding)
-        new_state, norms = apply_gradients(state, grads, optimizer, options.ema_decay)
+        grads, terms = gradients(*given, accumulation_steps, params_sharding)
+        new, norms = apply_gradients(state, grads, optimizer, ema_decay)
         means = {name: value.mean() for name, value in terms.items()}
-        finite = is_finite(means["loss"], norms["grad_norm"])
-        if options.skip_bad_steps:
-            new_state = keep_if(finite, new_state, state).replace(step=new_state.step)
+        # Gradients too large for their norm are not finite either.
+        finite = jnp.isfinite(means["loss"]) & jnp.isfinite(norms["grad_norm"])
+        if skip_bad_steps:
+            kept = jax.tree.map(functools.partial(jnp.where, finite), new, state)
+            new = kept.replace(step=new.step)
         # Also after a step left out, because their decay follows from the number of steps.
-        width_emas = update_width_emas(
-            state.width_emas, new_state.params, new_state.step, options.ema_widths
-        )
-        new_state = new_state.replace(width_emas=width_emas)
+        width_emas = update_width_emas(state.width_emas, new.params, new.step, ema_widths)
         metrics = jax.tree.map(jnp.float32, means | norms)
         quartered = {name: terms[name] for name in diffusion.quartered}
         quarters = quarter_losses(quartered, diffusion.progress(t))
-        return new_state, metrics | quarters | {"finite": finite}
+        metrics |= quarters | {"finite": finite}
+        return new.replace(width_emas=width_emas), metrics
 
     compiled = jax.jit(
         train_step,
@@ -182,3 +156,38 @@ def make_train_step(
         out_shardings=(sharding, replicated(mesh)),
     )
     return lambda state, batch, attempt=0: compiled(state, batch, jnp.int32(attempt))
+
+
+def quarter_losses(terms: Mapping[str, jax.Array], progress) -> dict[str, Average]:
+    """Loss terms (N,) by how noisy the examples are, in quarters of the way to noise.
+
+    Sums run over the whole batch, however it is split over devices. An example that is not finite
+    spoils its own quarter alone. The progress (N,) is in [0, 1), see `Objective.progress`. Names
+    are such as "mse_t0_25" (least noise), "mse_t25_50", "mse_t50_75", "mse_t75_100".
+    """
+    quarter = jnp.floor(progress * 4)
+    return {
+        f"{name}_t{25 * i}_{25 * (i + 1)}": Average.from_model_output(values, mask=quarter == i)
+        for name, values in terms.items()
+        for i in range(4)
+    }
+
+
+def mean_of_steps(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the steps whose flag "finite" is true (over all, if none is), in float64.
+
+    Numbers count once per step, an Average by the number of its values. Means come by name, without
+    "finite", and without an Average of no values at all.
+    """
+    kept = [step for step in steps if step["finite"]] or steps
+    means = {}
+    for name in kept[0]:
+        mean = functools.reduce(Average.merge, (_average(step[name]) for step in kept))
+        if name != "finite" and mean.count > 0:
+            means[name] = float(mean.compute())
+    return means
+
+
+def _average(value: Any) -> Average:
+    average = value if isinstance(value, Average) else Average(total=value, count=1)
+    return jax.tree.map(np.float64, average)

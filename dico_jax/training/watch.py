@@ -1,32 +1,159 @@
-"""Watching a run: the checks of the fields that say how, and warnings when no step ends."""
+"""What watches over a run: for steps that are not finite, for none that ends, for SIGTERM."""
 
 import contextlib
 import faulthandler
 import pathlib
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dico_jax.config import check_at_least, config_errors
+from dico_jax.errors import TrainingStopped, UsageError
 from dico_jax.training.logging import require_wandb
-from dico_jax.training.nan_policy import check_on_nan
 
+POLICIES = ("stop", "skip", "rollback")
+MAX_SKIPPED_IN_A_ROW = 100
+MAX_ROLLBACKS = 3
+
+_NEW_WORKDIR = "a lower --config.optimizer.learning_rate in a new workdir"
+_ADVICE = f"look for examples that are not finite, or start with {_NEW_WORKDIR}"
 _FIRST_STEP_PATIENCE = 2  # it has to be compiled
 
 
 def check_watch(config: ConfigDict) -> None:
     """Raises UsageError for a field that cannot work, naming it, its value and the fix."""
     with config_errors():
-        check_on_nan(config.training.on_nan)
+        if config.training.on_nan not in POLICIES:
+            fix = f"is unknown: use one of {', '.join(map(repr, POLICIES))}"
+            raise UsageError("training.on_nan", config.training.on_nan, fix)
         check_at_least(config, "training.stall_warning_seconds", 0)
         check_at_least(config, "profile.start_step", 0)
         check_at_least(config, "profile.num_steps", 1)
         require_wandb(config.logging.wandb_project)
+
+
+class NanWatch:
+    """Decides what follows from steps that were not finite, as `config.training.on_nan` says.
+
+    It reads the flags of steps where the loop waits anyway, above all before a checkpoint is saved,
+    so every checkpoint is good. Every process reads the same flags and decides alike. "rollback"
+    takes the steps after the newest checkpoint again, with the same examples and other draws.
+
+    Attributes:
+      attempt: grows by 1 with every return; every step is given it, for its draws, and every
+        checkpoint stores it, so that a run in parts takes the same steps.
+    """
+
+    def __init__(self, on_nan: str, attempt: int = 0, say: Callable[[str], None] = print):
+        """Starts with the attempt that the checkpoint has which the run goes on from."""
+        self.attempt = attempt
+        self._on_nan, self._say = on_nan, say
+        self._bad = f"config.training.on_nan={on_nan}: loss or gradients were not finite at step"
+        self._flags: list[tuple[int, jax.Array]] = []
+        self._skipped, self._skipped_in_a_row = 0, 0
+        self._rollbacks, self._rolled_back_to = 0, -1
+
+    def add(self, step: int, finite: jax.Array) -> None:
+        """Takes the flag of one step, without waiting for it."""
+        self._flags.append((step, finite))
+
+    def check(self, newest_checkpoint: int | None) -> int | None:
+        """Reads the flags since the last check; waits for their steps.
+
+        Returns:
+          None to go on; or the step to return to, 0 for the initial state, and `attempt` has grown.
+
+        Raises:
+          TrainingStopped: the run cannot go on.
+        """
+        flags, self._flags = jax.device_get(self._flags), []
+        for step, finite in flags:
+            self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+            if finite:
+                continue
+            if self._on_nan == "rollback":
+                return self._roll_back(step, newest_checkpoint)
+            if self._on_nan == "stop":
+                again = "start again with --config.training.on_nan=skip or =rollback to go on from"
+                raise self._stopped(
+                    step, "", newest_checkpoint, f"{again} there, or {_NEW_WORKDIR}"
+                )
+            self._skipped += 1
+            if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                more = f", nor at the {MAX_SKIPPED_IN_A_ROW - 1} steps before"
+                raise self._stopped(step, more, newest_checkpoint, _ADVICE)
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """What to log: steps skipped since the last call, or returns to a checkpoint so far."""
+        if self._on_nan == "skip":
+            skipped, self._skipped = self._skipped, 0
+            return {"skipped_steps": float(skipped)}
+        return {"rollbacks": float(self.attempt)} if self._on_nan == "rollback" else {}
+
+    def _roll_back(self, step: int, newest_checkpoint: int | None) -> int:
+        target = newest_checkpoint or 0
+        if target != self._rolled_back_to:
+            self._rollbacks, self._rolled_back_to = 0, target
+        if self._rollbacks == MAX_ROLLBACKS:
+            more = f", after {MAX_ROLLBACKS} returns to step {target}"
+            raise self._stopped(step, more, newest_checkpoint, _ADVICE)
+        self._rollbacks += 1
+        self.attempt += 1
+        self._say(
+            f"warning: {self._bad} {step}; going on from step {target} with other noise "
+            f"(return {self._rollbacks} of at most {MAX_ROLLBACKS})"
+        )
+        return target
+
+    def _stopped(self, step: int, more: str, newest: int | None, advice: str) -> TrainingStopped:
+        saved = f"the newest good checkpoint is step {newest}"
+        saved = "no checkpoint has been saved yet" if newest is None else saved
+        return TrainingStopped(f"{self._bad} {step}{more}; {saved}: {advice}")
+
+
+class Preempted(SystemExit):
+    """Ends the process after the save, with the status that launchers wait for."""
+
+
+class Preemption:
+    """Notices SIGTERM while a run trains. Use as a context manager around training and saving.
+
+    Where jax.distributed is initialised, its C++ handler stays in charge, which Python's would
+    replace: it tells the other processes, and all agree on a step. Otherwise Python's handler sets
+    a flag; only the main thread can install that. Further SIGTERMs change nothing, in particular
+    not during the save. Ctrl-C is left alone.
+    """
+
+    def __init__(self):
+        self._requested, self._agreed = False, jax.distributed.is_initialized()
+        self._previous = None
+
+    def __enter__(self):
+        if not self._agreed and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(self, exc_type, exc, traceback):
+        # A process that is ending should end with its own status, whatever is sent to it.
+        if self._previous is not None and not isinstance(exc, Preempted):
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _notice(self, signum, frame):
+        self._requested = True
+
+    def requested(self, step: int) -> bool:
+        """Whether to save now and end, the same in all processes; to be asked after every step."""
+        if self._agreed and not self._requested:  # on the next step that none has reached
+            self._requested = multihost_utils.reached_preemption_sync_point(step)
+        return self._requested
 
 
 def stall_file(workdir: pathlib.Path) -> pathlib.Path:
@@ -42,42 +169,32 @@ class StallWatch:
     also where native code holds Python's lock. The line comes from a thread, as soon as that may
     run. Before the first step of a process both have more patience. Whatever else takes long
     between two steps, such as sampling a grid, looks the same.
+
+    Args:
+      seconds: how long a step may take; 0 for no watch.
+      file: the stacks of all threads are added to it; where it cannot be written, stderr.
+      say: prints a line, from the watching thread.
     """
 
-    def __init__(
-        self, seconds: float, file: pathlib.Path, say: Callable[[str], None] | None = None
-    ):
-        """Starts watching.
-
-        Args:
-          seconds: how long a step may take; 0 for no watch.
-          file: the stacks of all threads are added to it; where it cannot be written, stderr.
-          say: prints a line, from the watching thread; on stderr by default.
-        """
-        self._seconds, self._path, self._say = seconds, file, say or _print
-        self._step: int | None = None
+    def __init__(self, seconds: float, file: pathlib.Path, say: Callable[[str], None] = print):
+        self._seconds, self._path, self._say = seconds, file, say
+        self._file: Any = sys.__stderr__
+        self._after = "since the start of this process"
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
-        if seconds > 0:
-            self._file = self._open()
-            self._restart(_FIRST_STEP_PATIENCE * seconds)
-            self._thread.start()
 
     def __enter__(self):
+        if self._seconds > 0:
+            try:
+                self._file = self._path.open("a")
+            except OSError as error:
+                self._say(f"warning: {self._path} cannot be written ({error}): stacks go to stderr")
+            self._restart(_FIRST_STEP_PATIENCE * self._seconds)
+            self._thread.start()
         return self
 
     def __exit__(self, *exc):
-        self.close()
-
-    def step_done(self, step: int) -> None:
-        """To be called when a step, or anything else that takes long, has ended."""
-        self._step, self._since = step, time.monotonic()
-        if self._seconds > 0 and self._since > self._started + min(1.0, self._seconds / 10):
-            self._restart(self._seconds)  # not after every step: it takes a tenth of a millisecond
-
-    def close(self) -> None:
-        """Ends the watch."""
-        if self._closed.is_set() or self._seconds <= 0:
+        if self._seconds <= 0:
             return
         faulthandler.cancel_dump_traceback_later()
         self._closed.set()
@@ -88,13 +205,11 @@ class StallWatch:
                 if not self._path.stat().st_size:
                     self._path.unlink()
 
-    def _open(self) -> IO[Any]:
-        try:
-            return self._path.open("a")
-        except OSError as error:
-            self._say(f"warning: {self._path} cannot be written ({error}); stacks go to stderr")
-            assert sys.__stderr__ is not None
-            return sys.__stderr__
+    def step_done(self, step: int) -> None:
+        """To be called when a step, or anything else that takes long, has ended."""
+        self._after, self._since = f"after step {step}", time.monotonic()
+        if self._seconds > 0 and self._since > self._started + min(1.0, self._seconds / 10):
+            self._restart(self._seconds)  # not after every step: it takes a tenth of a millisecond
 
     def _restart(self, patience: float) -> None:
         self._since = self._started = time.monotonic()
@@ -106,14 +221,8 @@ class StallWatch:
             silent = time.monotonic() - self._since
             if silent > self._patience:
                 self._patience *= 2  # for the line; it is said less and less often
-                step = self._step
-                after = "since the start of this process" if step is None else f"after step {step}"
-                text = f"no step has ended for {silent:.0f} seconds {after}"
+                text = f"no step has ended for {silent:.0f} seconds {self._after}"
                 with contextlib.suppress(OSError):  # a full or lost disk may be why
                     self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n\n")
                     self._file.flush()
                 self._say(f"warning: {text}; where Python stands is in {self._file.name}")
-
-
-def _print(text: str) -> None:
-    print(text, file=sys.stderr)
