@@ -1,5 +1,6 @@
 """Where the numbers of a run go: a progress bar, metrics.jsonl, TensorBoard, Weights & Biases."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -24,12 +25,7 @@ class Logger:
 
     metrics.jsonl has one JSON object a line. What an interrupted run left of steps after the one
     that it goes on from is dropped there, and TensorBoard forgets it; W&B shows it twice.
-
-    Args:
-      workdir: folder of the run.
-      start_step, num_steps: the step that the run goes on from, and its last one.
-      wandb_project: a project of Weights & Biases, which may refuse (UsageError); "" for none.
-      config: the run's config in plain values, shown there.
+    UsageError: W&B refuses.
     """
 
     def __init__(
@@ -45,25 +41,22 @@ class Logger:
         self._open(start_step)
 
     def _open(self, step: int) -> None:
+        self._files = contextlib.ExitStack()
         if self._is_main:
-            _drop_lines_after(self._workdir / "metrics.jsonl", step)
-            self._metrics = (self._workdir / "metrics.jsonl").open("a")
+            file = self._workdir / "metrics.jsonl"
+            _drop_lines_after(file, step)
+            self._metrics = self._files.enter_context(file.open("a"))
             # Two event files of one second would have one name, and the second replace the first.
-            self._events = tensorboardX.SummaryWriter(
-                str(self._workdir), purge_step=step + 1, filename_suffix=f".{time.time_ns()}"
-            )
-
-    def _close(self) -> None:
-        if self._is_main:
-            self._metrics.close()
-            self._events.close()
+            events = {"purge_step": step + 1, "filename_suffix": f".{time.time_ns()}"}
+            writer = tensorboardX.SummaryWriter(str(self._workdir), **events)
+            self._events = self._files.enter_context(writer)
 
     def __enter__(self):
         return self
 
     def __exit__(self, exception_type, *_):
         self.bar.close()
-        self._close()
+        self._files.close()
         if self._wandb:
             self._wandb.finish(exit_code=int(exception_type is not None))
 
@@ -92,7 +85,7 @@ class Logger:
 
     def rewind(self, step: int) -> None:
         """Drops what was recorded after `step`, which the run has returned to."""
-        self._close()
+        self._files.close()
         self._open(step)
         self.bar.n = self.bar.last_print_n = step
         self.bar.unpause()

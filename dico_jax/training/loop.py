@@ -61,23 +61,24 @@ class _Trainer:
         config, training = run.config, run.config.training
         self.run, self.config, self.num_steps = run, config, training.num_steps
         self.preemption = stack.enter_context(Preemption())
-        self.saver: Checkpointer = stack.enter_context(run.checkpointer())
+        fields = config_to_dict(config)
+        meta = {"config": fields, "class_names": list(run.source.class_names)}
+        rules = training.keep_checkpoints, training.keep_every_steps
+        self.saver = stack.enter_context(Checkpointer(run.workdir, meta, *rules))
         every = training.ema_snapshot_every_steps
         self.snapshots = stack.enter_context(EmaSnapshots(run.workdir, every, self.num_steps))
         self._go_on_from(self.saver.restore_newest(run.target))
         run.evaluation.open(run.workdir)
-        project, fields = config.logging.wandb_project, config_to_dict(config)
-        self.log = log = stack.enter_context(
-            Logger(run.workdir, self.start, self.num_steps, project, fields)
-        )
+        where = run.workdir, self.start, self.num_steps
+        log = stack.enter_context(Logger(*where, config.logging.wandb_project, fields))
+        self.log = log
         seconds, file = training.stall_warning_seconds, stall_file(run.workdir)
         self.stall = stack.enter_context(StallWatch(seconds, file, log.say))
         self.profiler = stack.enter_context(Profiler(config.profile, run.workdir, log.say))
         attempt = self.saver.extra(self.start).get("attempt", 0) if self.start else 0
         self.watch = NanWatch(training.on_nan, attempt, log.say)
-        model, devices = run.experiment.model, run.mesh.devices.flat
-        peak = peak_speed(model, run.experiment.latent_shape, devices)
-        self.meter = Meter(config.data.batch_size, peak)
+        network = run.experiment.model, run.experiment.latent_shape
+        self.meter = Meter(config.data.batch_size, peak_speed(*network, run.mesh.devices.flat))
         self.in_flight = collections.deque[Any]()
 
     def _go_on_from(self, found: tuple[TrainState, int] | None) -> None:

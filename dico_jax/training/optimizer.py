@@ -19,14 +19,8 @@ def create_optimizer(config, num_steps: int) -> optax.GradientTransformation:
     """The optimizer that `config.optimizer` describes; the published recipe is its default.
 
     With the defaults it is `optax.adamw` of plain numbers and nothing else, so its state has the
-    tree that converted checkpoints have.
-
-    Args:
-      config: `config.optimizer`.
-      num_steps: `config.training.num_steps`, where the schedule ends.
-
-    Raises:
-      UsageError: a value out of range, or an unknown name.
+    tree that converted checkpoints have. The schedule ends at `num_steps`. UsageError: a value out
+    of range, or an unknown name.
     """
     schedule = learning_rate_schedule(config, num_steps)
     is_fixed = config.schedule == "constant" and not config.warmup_steps

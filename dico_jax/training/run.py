@@ -11,10 +11,9 @@ from ml_collections import ConfigDict
 
 from dico_jax.autoencoders.registry import make_latents_fn
 from dico_jax.checkpoints.averages import parse_widths
-from dico_jax.checkpoints.checkpointer import Checkpointer
 from dico_jax.checkpoints.state import TrainState, abstract_state, create_state, initializer
 from dico_jax.checkpoints.warm_start import open_warm_start
-from dico_jax.config import check_fields, config_errors, config_to_dict
+from dico_jax.config import check_fields, config_errors
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.pipeline import DeviceBatches, training_batches
 from dico_jax.errors import UsageError
@@ -47,15 +46,9 @@ class Run:
 
     Attributes:
       config: complete, with what the source knows of the network.
-      workdir: its folder, which may not be there yet.
-      mesh: of all devices.
-      experiment: network, objective and autoencoder.
       source: the training examples; `read` makes arrays of them.
       target: shapes and shardings of the state, as checkpoints have it.
       train_step: see `make_train_step`; its state is one of `pack`.
-      to_latents: see `make_latents_fn`.
-      learning_rate: by the number of steps taken.
-      evaluation: measures samples.
     """
 
     def __init__(self, config: ConfigDict, workdir: str):
@@ -124,10 +117,8 @@ class Run:
         size = config.data.batch_size
         meshes.check_batch_size(size, shards, "config.data.batch_size")
         if size % (shards * parts):
-            raise UsageError(
-                f"config.training.accumulation_steps={parts} does not divide the {size // shards} "
-                f"examples of config.data.batch_size={size} that each of {shards} devices has"
-            )
+            fix = f"does not divide the {size // shards} examples of a batch on each device"
+            raise UsageError("config.training.accumulation_steps", parts, fix)
 
     def describe(self, start: int) -> str:
         """One line of what is about to be trained, where and from which step on."""
@@ -141,20 +132,12 @@ class Run:
             f"steps {start} to {self.config.training.num_steps} in {self.workdir}"
         )
 
-    def checkpointer(self) -> Checkpointer:
-        """The checkpoints of the workdir."""
-        meta = {"config": config_to_dict(self.config), "class_names": list(self.source.class_names)}
-        rules = self.config.training.keep_checkpoints, self.config.training.keep_every_steps
-        return Checkpointer(self.workdir, meta, *rules)
-
     def initial_state(self) -> TrainState:
         """A fresh state, or that of `config.training.init_from`."""
         state = create_state(self._init, self.config.seed, self._sharding)
-        if self._warm_start is None:
-            return state
-        if jax.process_index() == 0:
+        if self._warm_start is not None and jax.process_index() == 0:
             print(self._warm_start)
-        return self._warm_start.apply(state)
+        return state if self._warm_start is None else self._warm_start.apply(state)
 
     def pack(self, state: TrainState) -> TrainState:
         """The state as the step has it (`unstack_blocks` undoes it); not to be used any more."""
@@ -197,9 +180,8 @@ class Run:
         images = np.concatenate(list(self.samples(state, repeated)))
         grid = image_grid(np.split(images, len(names)), names)
         if jax.process_index() == 0:
-            folder = self.workdir / "samples"
-            folder.mkdir(exist_ok=True)
-            save_png(folder / f"step_{step:07d}.png", grid)
+            (self.workdir / "samples").mkdir(exist_ok=True)
+            save_png(self.workdir / "samples" / f"step_{step:07d}.png", grid)
         return grid
 
     def judge(self, state: TrainState) -> ClassAgreement | None:

@@ -62,23 +62,16 @@ def peak_speed(
 
 
 def peak_memory_gb(devices: Iterable[jax.Device] | None = None) -> float | None:
-    """The most memory used on one of this process's devices so far, in GB (1e9 bytes).
-
-    None where devices do not tell, such as CPUs.
-    """
+    """The most memory used on one of this process's devices so far, in GB (1e9); None: unknown."""
     stats = [d.memory_stats() or {} for d in (devices or jax.local_devices())]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) / 1e9 if peaks else None
 
 
 class Meter:
-    """Means of step metrics and how fast the steps were, since the last reading.
+    """Means of step metrics and how fast the steps were, in units of `peak` too (`peak_speed`).
 
     Metrics stay on the devices until they are read, so that steps are not waited for one by one.
-
-    Args:
-      batch_size: images of a step.
-      peak: see `peak_speed`.
     """
 
     def __init__(self, batch_size: int, peak: float | None = None):
@@ -143,10 +136,7 @@ class Profiler:
             self._stop(wait=exception_type is None)
 
     def step_done(self, step: int, metrics: Any) -> bool:
-        """To be called after every step is dispatched, with what it returned but the donated state.
-
-        Returns whether a trace was started or written just now, which no throughput should count.
-        """
+        """To be called when a step is dispatched; whether a trace was started or ended just now."""
         if self._steps_done >= self._last:
             return False
         self._steps_done += 1
@@ -206,8 +196,7 @@ def enable_compilation_cache(setting: str, min_compile_seconds: float = 1.0) -> 
     with strangers. In a run of many processes the first one writes.
 
     Args:
-      setting: a folder, local or gs://; "" for none; or "default": where the environment variable
-        JAX_COMPILATION_CACHE_DIR says, or $XDG_CACHE_HOME/dico_jax/xla, or ~/.cache/dico_jax/xla.
+      setting: see `config.training.compilation_cache`.
       min_compile_seconds: what compiles faster is not kept.
 
     Returns:

@@ -21,11 +21,8 @@ from dico_jax.parallel.mesh import batch_sharding, replicated
 def loss_fn(params, model, diffusion: Objective, batch: dict, t, noise, sharding: Any = None):
     """(The mean training loss of a batch, the objective's terms {"loss", ...}: (N,)).
 
-    Args:
-      params, model, diffusion: the network and its objective.
-      batch: {"x": (N, H, W, C) clean latents, "condition": a tree of arrays (N, ...)}.
-      t, noise: times (N,), and noise like x.
-      sharding: of the parameters, where devices share them.
+    The batch is {"x": (N, H, W, C) clean latents, "condition": a tree of arrays (N, ...)}, t are
+    times (N,), the noise is like x, and the sharding that of parameters that devices share.
     """
     if sharding is not None:
         params = whole_where_used(params, model, sharding)
@@ -110,12 +107,11 @@ def make_train_step(
     """The jitted step (state, batch, attempt=0) -> (state, metrics).
 
     Every draw follows from (seed, state.step, attempt), so a step's result depends on nothing else;
-    the state is donated.
+    the state is donated. Batches are split over the mesh.
 
     Args:
-      model, diffusion, optimizer: what is trained, and how.
-      mesh: batches are split over it.
-      seed, ema_decay, ema_widths, accumulation_steps: see configs/default.py.
+      model, diffusion, optimizer, seed, ema_decay, ema_widths, accumulation_steps: as in configs.
+      mesh: the devices.
       skip_bad_steps: leave out the update of a step whose loss or gradients are not finite.
       sharding: of the state, see `dico_jax.parallel.sharding`; whole on every device if None.
     """

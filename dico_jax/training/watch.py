@@ -22,8 +22,9 @@ POLICIES = ("stop", "skip", "rollback")
 MAX_SKIPPED_IN_A_ROW = 100
 MAX_ROLLBACKS = 3
 
-_NEW_WORKDIR = "a lower --config.optimizer.learning_rate in a new workdir"
-_ADVICE = f"look for examples that are not finite, or start with {_NEW_WORKDIR}"
+_NEW_WORKDIR = "with a lower --config.optimizer.learning_rate in a new workdir"
+_GO_ON = "start again with --config.training.on_nan=skip or =rollback to go on from there"
+_LOWEST = {"training.stall_warning_seconds": 0, "profile.start_step": 0, "profile.num_steps": 1}
 _FIRST_STEP_PATIENCE = 2  # it has to be compiled
 
 
@@ -33,9 +34,8 @@ def check_watch(config: ConfigDict) -> None:
         if config.training.on_nan not in POLICIES:
             fix = f"is unknown: use one of {', '.join(map(repr, POLICIES))}"
             raise UsageError("training.on_nan", config.training.on_nan, fix)
-        check_at_least(config, "training.stall_warning_seconds", 0)
-        check_at_least(config, "profile.start_step", 0)
-        check_at_least(config, "profile.num_steps", 1)
+        for field, low in _LOWEST.items():
+            check_at_least(config, field, low)
         require_wandb(config.logging.wandb_project)
 
 
@@ -43,18 +43,13 @@ class NanWatch:
     """Decides what follows from steps that were not finite, as `config.training.on_nan` says.
 
     It reads the flags of steps where the loop waits anyway, above all before a checkpoint is saved,
-    so every checkpoint is good. Every process reads the same flags and decides alike. "rollback"
-    takes the steps after the newest checkpoint again, with the same examples and other draws.
-
-    Attributes:
-      attempt: grows by 1 with every return; every step is given it, for its draws, and every
-        checkpoint stores it, so that a run in parts takes the same steps.
+    so every checkpoint is good. Every process reads the same flags and decides alike. `attempt`
+    grows by 1 with every return to a checkpoint: every step is given it, for its draws, and every
+    checkpoint stores it, so that a run in parts takes the same steps.
     """
 
     def __init__(self, on_nan: str, attempt: int = 0, say: Callable[[str], None] = print):
-        """Starts with the attempt that the checkpoint has which the run goes on from."""
-        self.attempt = attempt
-        self._on_nan, self._say = on_nan, say
+        self.attempt, self._on_nan, self._say = attempt, on_nan, say
         self._bad = f"config.training.on_nan={on_nan}: loss or gradients were not finite at step"
         self._flags: list[tuple[int, jax.Array]] = []
         self._skipped, self._skipped_in_a_row = 0, 0
@@ -65,13 +60,9 @@ class NanWatch:
         self._flags.append((step, finite))
 
     def check(self, newest_checkpoint: int | None) -> int | None:
-        """Reads the flags since the last check; waits for their steps.
+        """Reads the flags since the last check; TrainingStopped if the run cannot go on.
 
-        Returns:
-          None to go on; or the step to return to, 0 for the initial state, and `attempt` has grown.
-
-        Raises:
-          TrainingStopped: the run cannot go on.
+        Returns None to go on, or the step to return to, which is 0 for the initial state.
         """
         flags, self._flags = jax.device_get(self._flags), []
         for step, finite in flags:
@@ -81,14 +72,11 @@ class NanWatch:
             if self._on_nan == "rollback":
                 return self._roll_back(step, newest_checkpoint)
             if self._on_nan == "stop":
-                again = "start again with --config.training.on_nan=skip or =rollback to go on from"
-                raise self._stopped(
-                    step, "", newest_checkpoint, f"{again} there, or {_NEW_WORKDIR}"
-                )
+                self._stop(f"{step}", newest_checkpoint, _GO_ON)
             self._skipped += 1
             if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                more = f", nor at the {MAX_SKIPPED_IN_A_ROW - 1} steps before"
-                raise self._stopped(step, more, newest_checkpoint, _ADVICE)
+                steps = f"{step}, nor at the {MAX_SKIPPED_IN_A_ROW - 1} steps before"
+                self._stop(steps, newest_checkpoint)
         return None
 
     def metrics(self) -> dict[str, float]:
@@ -103,20 +91,20 @@ class NanWatch:
         if target != self._rolled_back_to:
             self._rollbacks, self._rolled_back_to = 0, target
         if self._rollbacks == MAX_ROLLBACKS:
-            more = f", after {MAX_ROLLBACKS} returns to step {target}"
-            raise self._stopped(step, more, newest_checkpoint, _ADVICE)
+            self._stop(f"{step}, after {MAX_ROLLBACKS} returns to step {target}", newest_checkpoint)
         self._rollbacks += 1
         self.attempt += 1
-        self._say(
-            f"warning: {self._bad} {step}; going on from step {target} with other noise "
-            f"(return {self._rollbacks} of at most {MAX_ROLLBACKS})"
-        )
+        count = f"(return {self._rollbacks} of at most {MAX_ROLLBACKS})"
+        go_on = f"going on from step {target} with other noise {count}"
+        self._say(f"warning: {self._bad} {step}; {go_on}")
         return target
 
-    def _stopped(self, step: int, more: str, newest: int | None, advice: str) -> TrainingStopped:
+    def _stop(
+        self, steps: str, newest: int | None, advice="look for examples that are not finite"
+    ) -> None:
         saved = f"the newest good checkpoint is step {newest}"
         saved = "no checkpoint has been saved yet" if newest is None else saved
-        return TrainingStopped(f"{self._bad} {step}{more}; {saved}: {advice}")
+        raise TrainingStopped(f"{self._bad} {steps}; {saved}: {advice}, or start {_NEW_WORKDIR}")
 
 
 class Preempted(SystemExit):
@@ -129,7 +117,7 @@ class Preemption:
     Where jax.distributed is initialised, its C++ handler stays in charge, which Python's would
     replace: it tells the other processes, and all agree on a step. Otherwise Python's handler sets
     a flag; only the main thread can install that. Further SIGTERMs change nothing, in particular
-    not during the save. Ctrl-C is left alone.
+    not during the save.
     """
 
     def __init__(self):
@@ -163,17 +151,12 @@ def stall_file(workdir: pathlib.Path) -> pathlib.Path:
 
 
 class StallWatch:
-    """Warns, and writes where Python is, when no step ends for long. Use as a context manager.
+    """Warns, and adds all stacks to a file, when no step ends for `seconds` (0: never).
 
-    The stacks come from the interpreter's own timer (faulthandler), every `seconds` of a stall and
-    also where native code holds Python's lock. The line comes from a thread, as soon as that may
-    run. Before the first step of a process both have more patience. Whatever else takes long
-    between two steps, such as sampling a grid, looks the same.
-
-    Args:
-      seconds: how long a step may take; 0 for no watch.
-      file: the stacks of all threads are added to it; where it cannot be written, stderr.
-      say: prints a line, from the watching thread.
+    A context manager. The stacks come from the interpreter's own timer (faulthandler), every
+    `seconds` of a stall and also where native code holds Python's lock. The line comes from a
+    thread, as soon as that may run. Before the first step both have more patience. Whatever else
+    takes long between two steps, such as sampling a grid, looks the same.
     """
 
     def __init__(self, seconds: float, file: pathlib.Path, say: Callable[[str], None] = print):

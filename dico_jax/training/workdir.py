@@ -53,9 +53,7 @@ def check_workdir(workdir: str, config: ConfigDict) -> None:
 def open_workdir(workdir: str, config: ConfigDict) -> pathlib.Path:
     """Makes the folder of a run, where it is not there; the first process writes config.json.
 
-    Raises:
-      UsageError: the path is a file or not writable, holds something else, or holds a run whose
-        config differs in a field that may not change. Nothing in it is touched then.
+    UsageError: see `check_workdir`, or it is a file or not writable. Nothing is touched then.
     """
     check_workdir(workdir, config)
     with _made(workdir) as path:
@@ -72,10 +70,7 @@ def workdir_lock(workdir: str, process_index: int = 0) -> Iterator[None]:
 
     The lock is the kernel's (flock on WORKDIR/.lock), so it ends with the process, however that
     ends. On NFS it also holds against other hosts; on file systems that keep locks to themselves,
-    such as a bucket mounted by gcsfuse, it holds on this host only.
-
-    Raises:
-      UsageError: another run has the folder, or it cannot be written.
+    such as a bucket mounted by gcsfuse, it holds on this host only. UsageError: another run has it.
     """
     with contextlib.ExitStack() as stack:
         if process_index == 0:
