@@ -1,5 +1,6 @@
 """The step on meshes, checkpoints, resuming, and the workdir."""
 
+import functools
 import json
 
 import jax
@@ -46,6 +47,7 @@ def tiny_config():
     return config
 
 
+WIDTHS = (0.1,)
 NETWORKS = {
     "DiCo": {"hidden_size": 8, "depth": (1,) * 5},
     "DiT": {"hidden_size": 8, "depth": 1, "num_heads": 1},
@@ -104,14 +106,16 @@ def test_labels_are_dropped_at_the_given_rate():
     assert abs(np.mean(dropped == 10) - 0.1) < 0.01
 
 
-def quick_step(dropout=0.1, **options):
+@functools.cache
+def quick_step(dropout=0.0):
     """A compiled step of a network that compiles fast, and a function to its initial state."""
     config, mesh = tiny_config(), create_mesh()
     fields = {name: config.model[name] for name in ("hidden_size", "depth", "num_heads")}
     model = create_model("DiT", **fields, num_classes=10, in_channels=1, class_dropout_prob=dropout)
     optimizer = create_optimizer(config.optimizer, 1)
+    options = {"ema_widths": WIDTHS, "skip_bad_steps": True}
     step = make_train_step(model, create_diffusion(), optimizer, mesh=mesh, **options)
-    init = initializer(model, optimizer, (8, 8, 1), options.get("ema_widths", ()))
+    init = initializer(model, optimizer, (8, 8, 1), WIDTHS)
     return step, lambda: create_state(init, 0, replicated(mesh))
 
 
@@ -132,8 +136,7 @@ def test_the_step_drops_labels(probability, matters):
 
 
 def test_a_step_left_out_still_counts_in_averages_that_widen():
-    widths = (0.1,)
-    step, new_state = quick_step(ema_widths=widths, skip_bad_steps=True)
+    step, new_state = quick_step()
     batch = {"x": jnp.ones((16, 8, 8, 1)), "condition": {"label": jnp.zeros(16, jnp.int32)}}
     state, metrics = step(new_state(), batch)
     state, metrics = step(state, batch)
@@ -143,7 +146,7 @@ def test_a_step_left_out_still_counts_in_averages_that_widen():
     assert int(state.step) == 3
     for name in ("params", "ema_params", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
-    expected = update_width_emas(before.width_emas, before.params, 3, widths)
+    expected = update_width_emas(before.width_emas, before.params, 3, WIDTHS)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.width_emas, expected
     )

@@ -112,20 +112,6 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_a_skipped_step_leaves_everything_but_the_count():
-    step = make_step(skip=True, bad_steps=(2,))
-    zero = np.int32(0)
-    state, _ = step(new_state(), zero)
-    before = jax.device_get(state)
-    state, metrics = step(state, zero)
-    assert not metrics["finite"]
-    assert_same(jax.device_get(state), {**before, "step": np.int32(2)})
-    after, metrics = step(state, zero)
-    assert metrics["finite"]
-    assert (np.asarray(after["w"]) != before["w"]).all()
-    assert int(after["opt_state"][0].count) == 2
-
-
 def test_skip_counts_and_goes_on():
     step = make_step(skip=True, bad_steps=(4, 6, 7))
     checkpoints = {}
@@ -229,14 +215,6 @@ def test_attempts_draw_differently_and_the_first_as_without():
     draws = [np.asarray(draw(np.int32(attempt))) for attempt in range(3)]
     np.testing.assert_array_equal(draws[0], jax.random.normal(key, (4,)))
     assert len({d.tobytes() for d in draws}) == 3
-
-
-def test_attempt_does_not_compile_anew():
-    step = make_step(skip=False)
-    state = new_state()
-    for attempt in range(3):
-        state, _ = step(state, np.int32(attempt))
-    assert step._cache_size() == 1
 
 
 # Metrics.

@@ -183,7 +183,7 @@ class _Trainer:
 
     def _return_to(self, step: int) -> None:
         del self.state  # two may not fit
-        self.meter.restart()
+        self.meter.pending.clear()
         self.saver.wait()
         found = self.saver.restore_newest(self.run.target, self.log.say) if step else None
         self._go_on_from(found)

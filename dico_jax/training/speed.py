@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from dico_jax.errors import UsageError
 from dico_jax.experiment import model_from_config
 from dico_jax.models import count_parameters, training_flops
-from dico_jax.models.denoiser import Denoiser
 from dico_jax.ops.cpu import copies_fit
 from dico_jax.parallel.mesh import AXES, mesh_fits
 from dico_jax.training.step import mean_of_steps
@@ -50,9 +49,7 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for pattern, peak in _PEAK_FLOPS if re.fullmatch(pattern, device_kind)), None)
 
 
-def peak_speed(
-    model: Denoiser, latent_shape: tuple[int, int, int], devices: Iterable[jax.Device]
-) -> float | None:
+def peak_speed(model, latent_shape, devices: Iterable[jax.Device]) -> float | None:
     """Images per second if the devices did the network's own arithmetic at their bfloat16 peak.
 
     None where the peak of one is not known. See `training_flops`, whatever dtype it runs in.
@@ -76,11 +73,7 @@ class Meter:
 
     def __init__(self, batch_size: int, peak: float | None = None):
         self._batch_size, self._peak = batch_size, peak
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets all."""
-        self._pending: list[dict] = []
+        self.pending: list[dict] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -89,7 +82,7 @@ class Meter:
 
     def add(self, metrics: dict, waited: float) -> None:
         """Takes the metrics of one step, and the seconds that it waited for its batch."""
-        self._pending.append(metrics)
+        self.pending.append(metrics)
         self._timed_steps += 1
         self._waited += waited
 
@@ -99,7 +92,7 @@ class Meter:
         Besides them "images_per_second"; "data_wait", the fraction of the time in which the next
         batch was not ready; "mfu", the share of the devices' peak, and "memory_gb" where known.
         """
-        means, self._pending = mean_of_steps(jax.device_get(self._pending)), []
+        means, self.pending = mean_of_steps(jax.device_get(self.pending)), []
         seconds = time.monotonic() - self._since
         speed = self._timed_steps * self._batch_size / seconds
         known = {

@@ -48,9 +48,7 @@ def drop_conditions(key, conditions, probability: float, null):
     return jax.tree.map(drop, conditions, null)
 
 
-def gradients(
-    params, model, diffusion: Objective, batch: dict, t, noise, parts: int = 1, sharding: Any = None
-):
+def gradients(params, model, diffusion, batch: dict, t, noise, parts: int = 1, sharding=None):
     """The gradients of `loss_fn` and its terms (N,), in `parts` one after the other.
 
     A part holds every `parts`-th example, so that it lies on the devices as the batch does.
