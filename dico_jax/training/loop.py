@@ -69,9 +69,8 @@ class _Trainer:
         self.snapshots = stack.enter_context(EmaSnapshots(run.workdir, every, self.num_steps))
         self._go_on_from(self.saver.restore_newest(run.target))
         run.evaluation.open(run.workdir)
-        where = run.workdir, self.start, self.num_steps
-        log = stack.enter_context(Logger(*where, config.logging.wandb_project, fields))
-        self.log = log
+        where = run.workdir, self.start, self.num_steps, config.logging.wandb_project
+        self.log = log = stack.enter_context(Logger(*where, fields))
         seconds, file = training.stall_warning_seconds, stall_file(run.workdir)
         self.stall = stack.enter_context(StallWatch(seconds, file, log.say))
         self.profiler = stack.enter_context(Profiler(config.profile, run.workdir, log.say))
@@ -94,7 +93,7 @@ class _Trainer:
         result = self.run.judge(self.state)
         if result is not None:
             self.log.say(str(result))
-            self.log.scalars(self.num_steps, {f"eval/{k}": v for k, v in vars(result).items()})
+            self.log.scalars(self.start, {f"eval/{k}": v for k, v in vars(result).items()})
         return result
 
     def _overview(self) -> str:
@@ -108,10 +107,8 @@ class _Trainer:
     def _take_steps(self) -> None:
         """Steps to the end, or until the run has to return to an earlier one."""
         with self.run.batches(self.start) as batches:
-            # Batches have no end.
-            for step, batch in zip(
-                range(self.start + 1, self.num_steps + 1), batches, strict=False
-            ):
+            steps = range(self.start + 1, self.num_steps + 1)
+            for step, batch in zip(steps, batches, strict=False):  # batches have no end
                 latents = self.run.to_latents(batch, np.int32(step))
                 self.state, metrics = self.run.train_step(self.state, latents, self.watch.attempt)
                 self._took(step, metrics, batches.waited)

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -23,6 +23,7 @@ MAX_SKIPPED_IN_A_ROW = 100
 MAX_ROLLBACKS = 3
 
 _NEW_WORKDIR = "with a lower --config.optimizer.learning_rate in a new workdir"
+_LOOK = "look for examples that are not finite"
 _GO_ON = "start again with --config.training.on_nan=skip or =rollback to go on from there"
 _LOWEST = {"training.stall_warning_seconds": 0, "profile.start_step": 0, "profile.num_steps": 1}
 _FIRST_STEP_PATIENCE = 2  # it has to be compiled
@@ -99,9 +100,7 @@ class NanWatch:
         self._say(f"warning: {self._bad} {step}; {go_on}")
         return target
 
-    def _stop(
-        self, steps: str, newest: int | None, advice="look for examples that are not finite"
-    ) -> None:
+    def _stop(self, steps: str, newest: int | None, advice: str = _LOOK) -> NoReturn:
         saved = f"the newest good checkpoint is step {newest}"
         saved = "no checkpoint has been saved yet" if newest is None else saved
         raise TrainingStopped(f"{self._bad} {steps}; {saved}: {advice}, or start {_NEW_WORKDIR}")
