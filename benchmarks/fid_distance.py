@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from dico_jax.evaluation.distances import frechet_distance, precision_recall
-from dico_jax.evaluation.summaries import Moments
+from dico_jax.evaluation.statistics import Moments
 
 BAR_SECONDS = 10
 PARTS = ("moments", "frechet", "scipy", "precision_recall")

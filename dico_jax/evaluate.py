@@ -2,15 +2,15 @@ r"""Measures images: FID, sFID, Inception Score, precision, recall, KID.
 
 python -m dico_jax.evaluate --samples=DIR|FILE.npz --reference=FILE.npz|DIR [--out=FILE.json]
     Images in a folder or in arr_0 of an .npz file.
-
 python -m dico_jax.evaluate --ckpt=DIR --reference=FILE.npz|DIR [--num_samples=50000 ...]
     Samples of a checkpoint, straight into the numbers, on all devices.
-
 python -m dico_jax.evaluate --ckpt=DIR --reference=FILE.npz --sweep_cfg=1.0:2.0:0.1 --out=FILE.json
     The same for every guidance scale from 1.0 to 2.0, with a plot beside FILE.json.
 
 With --out the same command goes on after an interruption. docs/evaluation.md explains the numbers.
 """
+
+from typing import Any
 
 from absl import flags
 
@@ -53,7 +53,7 @@ for _module in (cli, sampler_flags):
 
 
 def main() -> None:
-    """Parses flags, measures, prints and writes."""
+    """Measures, prints and writes."""
     _check()
     # Late imports: --help answers before JAX is imported.
     if _CPU_TUNING.value:
@@ -62,29 +62,22 @@ def main() -> None:
 
         use_all_cores(keep_memory=True, fits=weights_fit(_CKPT.value))
     _JOIN()
-    from dico_jax.evaluation.measure import Options, evaluate_checkpoint, evaluate_files
-    from dico_jax.evaluation.sweep import sweep_guidance
+    from dico_jax.evaluation import measure
 
-    options = Options(
-        features=_FEATURES.value,
-        inception=_INCEPTION.value,
-        metrics=None if _METRICS.value is None else tuple(_METRICS.value),
-        batch_size=_BATCH_SIZE.value,
-    )
-    reference, out = str(_REFERENCE.value), _OUT.value
+    metrics = None if _METRICS.value is None else tuple(_METRICS.value)
+    options = measure.Options(_FEATURES.value, _INCEPTION.value, metrics, _BATCH_SIZE.value)
+    how: Any = str(_REFERENCE.value), options, _OUT.value
     if _SAMPLES.value is not None:
-        evaluate_files(_SAMPLES.value, reference, options, out, num_samples=_NUM_SAMPLES.value)
+        measure.evaluate_files(_SAMPLES.value, *how, num_samples=_NUM_SAMPLES.value)
         return
-    choices = {
-        "num_samples": _NUM_SAMPLES.value or 50_000,
-        "classes": sampler_flags.CLASSES.value,
+    measure.evaluate_checkpoint(
+        str(_CKPT.value),
+        *how,
+        num_samples=_NUM_SAMPLES.value or 50_000,
+        classes=sampler_flags.CLASSES.value,
+        sweep_cfg=_SWEEP_CFG.value,
         **sampler_flags.sampler_arguments(_BATCH_SIZE.value),
-    }
-    if _SWEEP_CFG.value is None:
-        evaluate_checkpoint(str(_CKPT.value), reference, options, out, **choices)
-    else:
-        scales = _SWEEP_CFG.value
-        sweep_guidance(str(_CKPT.value), reference, options, str(out), scales=scales, **choices)
+    )
 
 
 def _check() -> None:
@@ -94,11 +87,10 @@ def _check() -> None:
         for name in (*sampler_flags.NAMES, "sweep_cfg"):
             if flags.FLAGS[name].present:
                 raise UsageError(f"--{name} is for --ckpt, not for --samples")
-    if _SWEEP_CFG.value is not None:
-        if flags.FLAGS["cfg_scale"].present:
-            raise UsageError("--cfg_scale: --sweep_cfg has the guidance scales; leave it out")
-        if _OUT.value is None:
-            raise UsageError("--sweep_cfg needs --out, for its result and plot")
+    if _SWEEP_CFG.value is not None and flags.FLAGS["cfg_scale"].present:
+        raise UsageError("--cfg_scale: --sweep_cfg has the guidance scales; leave it out")
+    if _SWEEP_CFG.value is not None and _OUT.value is None:
+        raise UsageError("--sweep_cfg needs --out, for its result and plot")
     if _OUT.value is not None and not _OUT.value.endswith(".json"):
         raise UsageError(f"--out={_OUT.value}: name a .json file")
 

@@ -11,7 +11,7 @@ from dico_jax.data.pictures import PictureReader
 from dico_jax.data.sources import DigitsSource
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.networks import load_classifier, make_feature_fn, train_classifier
-from dico_jax.evaluation.summaries import Moments
+from dico_jax.evaluation.statistics import Moments
 from dico_jax.parallel.mesh import create_mesh
 
 
@@ -108,10 +108,10 @@ def test_files_that_are_none(classifier, tmp_path):
 def test_sources_that_it_cannot_learn():
     source, read = Plain(), PictureReader(4, 1)
     source.class_names = ("all",)
-    with pytest.raises(UsageError, match="has one class"):
+    with pytest.raises(UsageError, match="has 60 pictures of 1 classes"):
         train_classifier(source, read)
     source.kind = "latents"
-    with pytest.raises(UsageError, match="has latents: a classifier is trained on pictures"):
+    with pytest.raises(UsageError, match="has 60 latents of 1 classes: a classifier needs"):
         train_classifier(source, read)
 
 

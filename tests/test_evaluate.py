@@ -10,10 +10,14 @@ from dico_jax.data.pictures import PictureReader
 from dico_jax.data.sources import DigitsSource
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import evaluator
-from dico_jax.evaluation.measure import Options, evaluate_files, prepare_reference
+from dico_jax.evaluation.measure import (
+    Options,
+    evaluate_files,
+    parse_sweep,
+    prepare_reference,
+)
 from dico_jax.evaluation.networks import train_classifier
 from dico_jax.evaluation.statistics import open_reference
-from dico_jax.evaluation.sweep import parse_sweep
 from tests.commands import assert_refused, call, call_together
 from tests.test_commands import QUICK
 

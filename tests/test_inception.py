@@ -11,8 +11,9 @@ import pytest
 from dico_jax.evaluation.inception import (
     NUM_FEATURES,
     NUM_LOGITS,
-    Inception,
     abstract_params,
+    features_of,
+    features_of_resized,
     resize_tables,
     resized,
 )
@@ -63,8 +64,7 @@ def test_all_sizes(dtype, weights_file):
         params = jax.device_put(load_inception(weights_file, dtype=dtype).params)
         resize = jax.jit(lambda images: resized(images, jnp.dtype(dtype)))
         x = jnp.concatenate([resize(g[f"{size}/images"]) for size in SIZES])
-        net = Inception(jnp.dtype(dtype))
-        found = jax.jit(lambda p, x: net.apply({"params": p}, x, method="from_resized"))(params, x)
+        found = jax.jit(features_of_resized)(params, x)
         found = {tap: np.split(value, np.cumsum(counts)[:-1]) for tap, value in found.items()}
         assert found.keys() == RECORDED.keys()
         for i, size in enumerate(SIZES):
@@ -78,7 +78,7 @@ def test_from_pictures(weights_file):
     g = load()
     params = load_inception(weights_file).params
     images = g["40x56/images"]
-    found = jax.jit(lambda p, x: Inception().apply({"params": p}, x))(params, images)
+    found = jax.jit(features_of)(params, images)
     assert found.keys() == RECORDED.keys()
     assert_recorded(found, g, "40x56", "float32")
     n = len(images)
@@ -133,4 +133,4 @@ def test_parameters_are_those_of_the_published_file():
 def test_wrong_calls(shape, dtype, message):
     images = jax.ShapeDtypeStruct(shape, dtype)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda p, x: Inception().apply({"params": p}, x), abstract_params(), images)
+        jax.eval_shape(features_of, abstract_params(), images)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.summaries import Moments
+from dico_jax.evaluation.statistics import Moments
 from tests.golden import distance, load, requires_golden
 
 WIDTH = 37
@@ -81,7 +81,8 @@ def test_a_saved_state_goes_on_exactly(tmp_path):
     moments = streamed(rows[:1700])
     np.savez(tmp_path / "state.npz", **moments.to_arrays())
     with np.load(tmp_path / "state.npz") as arrays:
-        resumed = Moments.from_arrays(arrays)
+        resumed = Moments(WIDTH)
+        resumed.restore(arrays)
     assert resumed.count == 1700
     resumed.update(rows[1700:])
     whole = streamed(rows)
@@ -132,7 +133,7 @@ def test_rows_that_do_not_fit(rows, message):
 
 def test_too_few_rows_and_other_widths():
     moments = Moments(WIDTH)
-    with pytest.raises(UsageError, match="no rows of features"):
+    with pytest.raises(UsageError, match="0 rows of features are too few"):
         _ = moments.mean
     moments.update(np.ones((1, WIDTH)))
     assert np.array_equal(moments.mean, np.ones(WIDTH))

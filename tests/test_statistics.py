@@ -168,9 +168,9 @@ def test_images_are_never_read_whole(tmp_path, monkeypatch):
 
 
 def test_files_that_are_no_npz(tmp_path):
-    refused(tmp_path / "absent.npz", "cannot be read: No such file")
-    refused(tmp_path, "cannot be read: Is a directory")
-    refused("gs://bucket/a.npz", "is no local file: copy it")
+    refused(tmp_path / "absent.npz", "is no npz file.*: No such file")
+    refused(tmp_path, "is no npz file.*: Is a directory")
+    refused("gs://bucket/a.npz", "No such file")
     text = tmp_path / "text.npz"
     text.write_text("hello")
     refused(text, "is no npz file")
@@ -227,7 +227,7 @@ def test_an_array_shorter_than_its_header_says(tmp_path):
         header = {"descr": "|u1", "fortran_order": False, "shape": (5, 4, 4, 3)}
         np.lib.format.write_array_header_1_0(entry, header)
         entry.write(bytes(100))
-    refused(path, r"arr_0 of shape \(5, 4, 4, 3\) has 100 bytes")
+    refused(path, r"arr_0 is uint8\[5, 4, 4, 3\] of 100 bytes")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("mu.npy", b"no array")
         archive.writestr("sigma.npy", b"")
@@ -255,21 +255,19 @@ def test_nothing_is_ever_unpickled(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (pictures() / np.float32(255), r"float32.* in \[0, 1\] \(save round\(255 \* x\) as uint8"),
-        (pictures() / 127.5 - 1, r"float64.* in \[-1, 1\] \(save clip\(127.5 \* x \+ 128, 0, 255"),
-        (pictures().astype(np.float16), r"float16.* in \[0, 255\] \(save round\(x\) as uint8"),
-        (pictures().astype(np.int64), r"int64.* in \[0, 255\] \(save round\(x\) as uint8\)"),
-        (pictures() * 3.0, r"float64.* from 0 to 765: uint8 images"),
-        (pictures() > 3, r"bool\[10, 8, 12, 3\]: uint8 images from 0 to 255 are expected"),
-        (pictures(shape=(3, 8, 8)), r"uint8\[10, 3, 8, 8\], which is NCHW: NHWC"),
-        (pictures(shape=(8, 8, 4)), r"\[10, 8, 8, 4\]: NHWC with 1 or 3 channels"),
-        (pictures(shape=(8, 8)), r"uint8\[10, 8, 8\]: images \(N, H, W, C\) are expected"),
-        (pictures(0), r"uint8\[0, 8, 12, 3\]: images"),
-        (np.asfortranarray(pictures()), "in Fortran order, and no C order"),
+        (pictures() / np.float32(255), r"float32\[10, 8, 12, 3\]"),
+        (pictures().astype(np.int64), "int64"),
+        (pictures() > 3, "bool"),
+        (pictures(shape=(3, 8, 8)), r"uint8\[10, 3, 8, 8\]"),
+        (pictures(shape=(8, 8, 4)), r"uint8\[10, 8, 8, 4\]"),
+        (pictures(shape=(8, 8)), r"uint8\[10, 8, 8\]"),
+        (pictures(0), r"uint8\[0, 8, 12, 3\]"),
+        (np.asfortranarray(pictures()), r"uint8\[10, 8, 12, 3\] in Fortran order"),
     ],
 )
 def test_arrays_that_are_no_images(tmp_path, images, message):
-    refused(write(tmp_path / "a.npz", arr_0=images), message)
+    path = write(tmp_path / "a.npz", arr_0=images)
+    refused(path, f"arr_0 is {message}.*: uint8 images from 0 to 255 .N, H, W, 1 or 3. are exp")
 
 
 @pytest.mark.parametrize(

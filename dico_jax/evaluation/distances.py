@@ -22,32 +22,17 @@ _PAIRS_BYTES = 32 << 20
 _HOST_ROWS = 128
 
 
-def _check_both(samples: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
-    samples = check_rows(samples, "sample features")
-    return samples, check_rows(reference, "reference features", width=samples.shape[1])
-
-
-# Frechet's.
-
-
 def frechet_distance(
     sample_mean: np.ndarray,
     sample_covariance: np.ndarray,
     reference_mean: np.ndarray,
     reference_covariance: np.ndarray,
 ) -> float:
-    """|m1 - m2|^2 + trace(C1 + C2 - 2 sqrt(C1 C2)) of two normal distributions, in float64.
+    """|m1 - m2|^2 + trace(C1 + C2 - 2 sqrt(C1 C2)) of means (D,) and covariances (D, D), float64.
 
     With C1 = R R^T, the trace of the root is the sum of the roots of the eigenvalues of R^T C2 R,
     which is symmetric. So it exists for covariances without full rank too, and nothing is added to
     their diagonals. Eigenvalues that rounding made negative count as 0.
-
-    Args:
-      sample_mean, reference_mean: (D,).
-      sample_covariance, reference_covariance: (D, D), symmetric.
-
-    Raises:
-      UsageError: shapes that do not fit, NaN or infinite values, or a matrix that is no covariance.
     """
     mean1, covariance1 = check_moments(sample_mean, sample_covariance, "the samples")
     mean2, covariance2 = check_moments(reference_mean, reference_covariance, "the reference")
@@ -72,10 +57,7 @@ def rank_warning(count: int, width: int) -> str | None:
 
 
 def _root_of_one(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """R with R R^T one of the two covariances, and the other one.
-
-    Cholesky's factor, where there is one, takes a twentieth of the time of eigenvectors.
-    """
+    """R with R R^T one of the two, and the other; Cholesky takes a twentieth of eigh's time."""
     for matrix, other in ((first, second), (second, first)):
         try:
             return np.linalg.cholesky(matrix), other
@@ -95,9 +77,6 @@ def _without_negative(eigenvalues: np.ndarray) -> np.ndarray:
     return np.maximum(eigenvalues, 0.0)
 
 
-# A kernel's.
-
-
 def kernel_distance(
     sample_features: np.ndarray,
     reference_features: np.ndarray,
@@ -106,24 +85,19 @@ def kernel_distance(
     seed: int = 2020,
 ) -> tuple[float, float]:
     """The Kernel Inception Distance (Binkowski et al., arXiv 1801.01401): the squared maximum mean
-    discrepancy of random subsets, unbiased, in float64.
-
-    The kernel is (x . y / D + 1)^3. Per subset, rows of the samples are drawn without replacement,
-    then rows of the reference, by `numpy.random.RandomState(seed)`, as torch-fidelity draws them.
+    discrepancy of random subsets, unbiased, in float64; the kernel is (x . y / D + 1)^3.
 
     Args:
       sample_features, reference_features: (N, D) and (M, D) of any floating dtype.
       num_subsets: how many subsets.
       subset_size: rows of each that a subset has, at least 2.
-      seed: of the subsets.
+      seed: of `numpy.random.RandomState`, by which rows are drawn as torch-fidelity draws them.
 
     Returns:
       The mean, which may be below 0, and the standard deviation over the subsets.
-
-    Raises:
-      UsageError: subsets that do not fit, features of two widths, NaN or infinite ones.
     """
-    samples, reference = _check_both(sample_features, reference_features)
+    samples = check_rows(sample_features, "sample features")
+    reference = check_rows(reference_features, "reference features", width=samples.shape[1])
     if num_subsets < 1:
         raise UsageError("num_subsets", num_subsets, "must be at least 1")
     fewest = min(len(samples), len(reference))
@@ -158,19 +132,12 @@ def precision_recall(
     sample_features: Any, reference_features: Any, k: int = 3, distances: str = "exact"
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991) of samples (N, D)
-    against a reference (M, D), of any floating dtype.
-
-    The manifold of a set is the union of balls around its points, each up to the k-th nearest other
-    point, edge included. Precision is the share of samples inside the manifold of the reference,
-    recall the share of the reference inside that of the samples.
+    against a reference (M, D): the share of either set inside the manifold of the other, the union
+    of balls around its points, each up to the k-th nearest other point, edge included.
 
     "exact" decides as exact distances of the features would. "adm_float16" rounds as the published
     evaluator of ADM does: features, norms, products and their sums to float16, or to float32 where
     float16 cannot hold them. Recall differs by up to about 0.005, so name which one a figure is.
-
-    Raises:
-      UsageError: fewer than k + 1 rows, features of two widths, NaN or infinite ones, an unknown
-        kind of distances.
     """
     ours, theirs = manifold_members(sample_features, reference_features, k, distances)
     return float(ours.mean()), float(theirs.mean())
@@ -179,12 +146,10 @@ def precision_recall(
 def manifold_members(
     sample_features: Any, reference_features: Any, k: int = 3, distances: str = "exact"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which samples lie inside the manifold of the reference, bool (N,), and the reverse, (M,).
-
-    Arguments and errors are those of `precision_recall`.
-    """
-    both = _check_both(sample_features, reference_features)
-    ours, theirs = (_Rows(x, manifold_radii(x, k, distances)) for x in both)
+    """Which samples lie inside the manifold of the reference, bool (N,), and the reverse, (M,)."""
+    samples = check_rows(sample_features, "sample features")
+    reference = check_rows(reference_features, "reference features", width=samples.shape[1])
+    ours, theirs = (_Rows(x, manifold_radii(x, k, distances)) for x in (samples, reference))
     of_samples, of_reference = _least(ours, theirs, 1, distances)
     return of_samples <= 0, of_reference <= 0
 
@@ -193,7 +158,7 @@ def manifold_radii(features: np.ndarray, k: int = 3, distances: str = "exact") -
     """The squared distance of every row to its k-th nearest other row, float64 (N,).
 
     "adm_float16" takes entry k of a row's sorted distances, as the published evaluator does, for
-    which the row itself need not be the nearest after rounding. Errors: see `precision_recall`.
+    which the row itself need not be the nearest after rounding.
     """
     features = check_rows(features, "features")
     if distances not in DISTANCES:

@@ -1,9 +1,10 @@
-"""Sets of images against a reference: what is opened and checked, and the numbers."""
+"""Sets of images against a reference: what is opened and checked, what is kept, the numbers."""
 
 import dataclasses
 import datetime
+import json
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,62 +14,88 @@ from jax.sharding import Mesh
 
 from dico_jax.data.image_sets import FolderImages, ImageSet
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.distances import (
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-    rank_warning,
-)
-from dico_jax.evaluation.networks import (
-    FeatureFn,
-    FeatureNetwork,
-    load_classifier,
-    make_feature_fn,
-)
-from dico_jax.evaluation.statistics import NpzImages, Statistics, file_digest, open_reference
-from dico_jax.evaluation.summaries import FeatureSummary
+from dico_jax.evaluation import distances, networks, statistics
+from dico_jax.evaluation.networks import FeatureFn, FeatureNetwork, Features
+from dico_jax.evaluation.statistics import InceptionScore, Moments, Statistics
 from dico_jax.files import library_versions
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000
 _NEIGHBOURS = 3
 _SAVE_EVERY = 5000  # images between two notes of what is known so far
 METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid")
-_OF_ALL_FEATURES = METRICS[3:]  # every image's features are kept for these: 8 kB of Inception's
+_OF_ALL_FEATURES = {"precision_recall", "kid"}  # for which features are kept: 8 kB an image
 
 Batches = Callable[[int], Iterator[np.ndarray]]  # the images from one on, uint8 (N, H, W, C)
 
 
+class FeatureSummary:
+    """What is kept of the features of a set of images, batch by batch: sums, and perhaps all."""
+
+    def __init__(self, network: FeatureNetwork, keep_features: bool):
+        self.pool, self.score = (
+            Moments(network.width),
+            InceptionScore(network.num_classes),
+        )
+        self.spatial = Moments(network.spatial_width) if network.spatial_width else None
+        self._parts = {"pool": self.pool, "spatial": self.spatial, "score": self.score}
+        self._kept = [np.empty((0, network.width), np.float32)] if keep_features else None
+
+    @property
+    def pool_features(self) -> np.ndarray | None:
+        """Those of all images, float32 (N, D), or None if they are not kept."""
+        if self._kept is None:
+            return None
+        self._kept = [np.concatenate(self._kept)]
+        return self._kept[0]
+
+    def add(self, features: Features) -> None:
+        """Adds the next images; UsageError where a feature is not finite."""
+        for part, rows in zip(self._parts.values(), features, strict=True):
+            if part is not None:
+                part.update(rows)
+        if self._kept is not None:
+            self._kept.append(features.pool)
+
+    def save(self, path: pathlib.Path, about: dict[str, Any]) -> None:
+        """Writes the summary, to go on later; `about` says what it is of."""
+        arrays = {} if self._kept is None else {"kept": self.pool_features}
+        for name, part in self._parts.items():
+            if part is not None:
+                arrays |= {f"{name}/{key}": value for key, value in part.to_arrays().items()}
+        statistics.save_arrays(path, about, arrays)
+
+    def load(self, path: pathlib.Path, about: dict[str, Any]) -> None:
+        """Goes on from what `save` has written; UsageError where that is of something else."""
+        found, arrays = statistics.load_arrays(path, "is damaged: remove it to start again")
+        about = json.loads(json.dumps(about))
+        if differing := ", ".join(key for key in found if found[key] != about.get(key)):
+            what = f"was left by an evaluation of something else ({differing})"
+            raise UsageError(f"{path} {what}: give another --out, or remove it")
+        for name, part in self._parts.items():
+            if part is not None:
+                part.restore({key: arrays[f"{name}/{key}"] for key in part.to_arrays()})
+        self._kept = self._kept and [arrays["kept"]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Compares sets of images with one reference.
-
-    Attributes:
-      network: whose features are compared.
-      features: of batches of images, see `make_feature_fn`.
-      reference: what is compared with.
-      metrics: which numbers, of `METRICS`.
-      path: where the reference is from.
-    """
+    """Compares sets of images with one reference."""
 
     network: FeatureNetwork
-    features: FeatureFn
+    features: FeatureFn  # of batches of images, see `make_feature_fn`
     reference: Statistics
-    metrics: tuple[str, ...]
-    path: str
+    metrics: tuple[str, ...]  # which numbers, of `METRICS`
+    path: str  # where the reference is from
 
     def about(self, samples: dict[str, Any]) -> dict[str, Any]:
         """What a result for these samples says of its origin."""
-        reference = self.reference
+        theirs, network = self.reference, self.network
+        reference = {"sha256": theirs.digest, "count": theirs.count, "info": theirs.info}
         return {
             "metric_names": list(self.metrics),
             "samples": samples,
-            "reference": {
-                "path": self.path,
-                "sha256": reference.digest,
-                "count": reference.count,
-                "info": reference.info,
-            },
-            "features": {"name": self.network.name, "sha256": self.network.digest},
+            "reference": {"path": self.path, **reference},
+            "features": {"name": network.name, "sha256": network.digest},
         }
 
     def measure(
@@ -83,20 +110,19 @@ class Evaluator:
 
         `partial` is a file for what is known on the way; if it is there, this goes on from it.
         """
-        keep = bool(set(self.metrics) & set(_OF_ALL_FEATURES))
+        keep = bool(set(self.metrics) & _OF_ALL_FEATURES)
         summary, about = FeatureSummary(self.network, keep), self.about(samples)
-        noted_about = about | {"keeps_features": keep}
         if partial is not None and partial.exists():
-            summary.load(partial, noted_about)
-        noted = summary.count
+            summary.load(partial, about | {"keeps_features": keep})
+        noted = summary.pool.count
         for images in _shown(batches, noted, samples["count"], None, progress):
             summary.add(self.features(images))
-            is_first = jax.process_index() == 0
-            if partial is not None and is_first and summary.count - noted >= _SAVE_EVERY:
-                summary.save(partial, noted_about)
-                noted = summary.count
+            is_due = summary.pool.count - noted >= _SAVE_EVERY and jax.process_index() == 0
+            if partial is not None and is_due:
+                summary.save(partial, about | {"keeps_features": keep})
+                noted = summary.pool.count
         ranked = bool({"fid", "sfid"} & set(self.metrics))
-        rank = rank_warning(summary.count, self.network.width) if ranked else None
+        rank = distances.rank_warning(summary.pool.count, self.network.width) if ranked else None
         return {
             "metrics": _numbers(summary, self.reference, self.metrics),
             **about,
@@ -108,12 +134,9 @@ class Evaluator:
 
 
 def create_network(features: str, inception: str | None, flag: str = "--") -> FeatureNetwork:
-    """The network that makes the features, with its weights.
+    """The network of "inception" (with a file of weights, or None) or of a classifier's file.
 
-    Args:
-      features: "inception", or the file of a classifier.
-      inception: file of Inception's weights; looked for, then downloaded, if None.
-      flag: what messages put before the names of these arguments.
+    `flag` is what messages put before the names of these arguments.
     """
     if features == "inception":
         # A late import: most who name a classifier have no need of it.
@@ -123,7 +146,7 @@ def create_network(features: str, inception: str | None, flag: str = "--") -> Fe
     if inception is not None:
         fix = f"is for {flag}features=inception, not for {features!r}"
         raise UsageError(f"{flag}inception={inception} {fix}")
-    return load_classifier(features)
+    return networks.load_classifier(features)
 
 
 def create_evaluator(
@@ -138,65 +161,61 @@ def create_evaluator(
     """Opens a reference; of one that has only images, measures them.
 
     Args:
-      network: makes the features.
-      reference: an .npz file or a folder of pictures, see docs/evaluation.md.
+      network: makes the features, of `batch_size` images at a time, on the devices of `mesh`.
+      reference: an .npz file or a folder of pictures; messages call it `flag`.
       metrics: names of `METRICS`; all that the reference allows if None.
-      batch_size: images at a time.
-      mesh: the devices.
-      flag: what messages call the reference.
-
-    Raises:
-      UsageError: something cannot be read or does not fit.
     """
-    features, name = make_feature_fn(network, batch_size, mesh), f"{flag}={reference}"
+    features, name = networks.make_feature_fn(network, batch_size, mesh), f"{flag}={reference}"
     is_file = pathlib.Path(reference).is_file()
-    found = open_reference(reference) if is_file else open_images(reference, flag)
+    found = statistics.open_reference(reference) if is_file else open_images(reference, flag)
     images = found.images if isinstance(found, Statistics) else found
     if images is not None:
         images.name = name
     if not isinstance(found, Statistics):
         found = measure_images(found, network, features, batch_size)
-        found = dataclasses.replace(found, digest=file_digest(reference) if is_file else "")
-    _check_network(found, network, name)
-    chosen = choose_metrics(metrics, found, name, images is not None)
-    if images is not None and found.pool_features is None and set(chosen) & set(_OF_ALL_FEATURES):
-        measured = measure_images(images, network, features, batch_size)
-        found = dataclasses.replace(found, pool_features=measured.pool_features)
-    return Evaluator(network, features, found, chosen, reference)
-
-
-def _check_network(statistics: Statistics, network: FeatureNetwork, name: str) -> None:
-    """Raises UsageError, naming the file `name`, for statistics of another network."""
-    digest = statistics.info.get("network_sha256", network.digest)
+        found = dataclasses.replace(
+            found, digest=statistics.file_digest(reference) if is_file else ""
+        )
+    weights = found.info.get("network_sha256", network.digest)
     for what, theirs, ours in (
-        ("another feature network", statistics.features, network.name),
-        ("another number of features", len(statistics.mean), network.width),
-        (f"other weights of the {network.name} network", digest, network.digest),
+        ("another feature network", found.features, network.name),
+        ("another number of features", len(found.mean), network.width),
+        (f"other weights of the {network.name} network", weights, network.digest),
     ):
         if theirs != ours:
             raise UsageError(f"{name} was measured with {what}: {theirs}, and {ours} is used")
+    chosen = choose_metrics(metrics, found, name, images is not None)
+    if images is not None and found.pool_features is None and set(chosen) & _OF_ALL_FEATURES:
+        measured = measure_images(images, network, features, batch_size)
+        found = dataclasses.replace(found, pool_features=measured.pool_features)
+    return Evaluator(network, features, found, chosen, reference)
 
 
 def open_images(path: str, flag: str) -> ImageSet:
     """A folder of pictures, or an .npz file with arr_0."""
     check_there(path, flag)
     is_file = pathlib.Path(path).is_file()
-    return NpzImages(path, f"{flag}={path}") if is_file else FolderImages(path, flag)
+    return statistics.NpzImages(path, f"{flag}={path}") if is_file else FolderImages(path, flag)
 
 
 def check_there(path: str, flag: str) -> None:
+    """Raises UsageError for a local folder or file that is not there."""
     if "://" not in path and not pathlib.Path(path).exists():
         raise UsageError(f"{flag}={path}: no such folder or file")
 
 
-def check_metrics(names: Sequence[str], flag: str) -> None:
+def check_metrics(names: Iterable[str], flag: str) -> None:
+    """Raises UsageError for a name that is none of `METRICS`."""
     if unknown := set(names) - set(METRICS):
         fix = f"is unknown: use some of {', '.join(METRICS)}"
         raise UsageError(f"{flag}metrics: {min(unknown)!r} {fix}")
 
 
 def choose_metrics(
-    wanted: Sequence[str] | None, reference: Statistics, name: str, has_images: bool
+    wanted: Sequence[str] | None,
+    reference: Statistics,
+    name: str,
+    has_images: bool = False,
 ) -> tuple[str, ...]:
     """The metrics to compute: those wanted, or all that the reference called `name` allows."""
     lacking = {}
@@ -204,36 +223,44 @@ def choose_metrics(
         lacking["sfid"] = "spatial statistics"
     if reference.pool_features is None and not has_images:
         lacking |= dict.fromkeys(_OF_ALL_FEATURES, "images or features of each")
-    if wanted is None:
-        return tuple(metric for metric in METRICS if metric not in lacking)
-    check_metrics(wanted, "--")
-    for metric in wanted:
-        if metric in lacking:
-            fix = f"cannot be had of {name}, which has no {lacking[metric]}"
-            raise UsageError(f"--metrics: {metric} {fix}")
-    return tuple(metric for metric in METRICS if metric in wanted)
+    check_metrics(wanted or (), "--")
+    for metric in set(wanted or ()) & lacking.keys():
+        fix = f"cannot be had of {name}, which has no {lacking[metric]}"
+        raise UsageError(f"--metrics: {metric} {fix}")
+    chosen = set(METRICS) - lacking.keys() if wanted is None else set(wanted)
+    return tuple(metric for metric in METRICS if metric in chosen)
 
 
 def measure_images(
-    images: ImageSet, network: FeatureNetwork, features: FeatureFn, batch_size: int
+    images: ImageSet,
+    network: FeatureNetwork,
+    features: FeatureFn,
+    batch_size: int,
 ) -> Statistics:
     """The statistics of all pictures of a set, with the features of each."""
     network.check_images(images.shape, images.name)
     summary = FeatureSummary(network, keep_features=True)
     for batch in _shown(lambda start: images.batches(batch_size), 0, len(images), "reference"):
         summary.add(features(batch))
-    info = {"images": images.name, "network_sha256": network.digest}
-    return summary.statistics(network.name, info)
+    pool, spatial = summary.pool, summary.spatial
+    return Statistics(
+        features=network.name,
+        mean=pool.mean,
+        covariance=pool.covariance,
+        spatial_mean=spatial.mean if spatial else None,
+        spatial_covariance=spatial.covariance if spatial else None,
+        pool_features=summary.pool_features,
+        count=pool.count,
+        info={"images": images.name, "network_sha256": network.digest},
+    )
 
 
 def _shown(
     batches: Batches, start: int, count: int, name: str | None, progress: bool = True
 ) -> Iterator[np.ndarray]:
     """The batches from `start` on, with a bar that moves as they are used."""
-    with tqdm.tqdm(
-        total=count, initial=start, desc=name, unit="image", dynamic_ncols=True,
-        disable=not progress,
-    ) as bar:  # fmt: skip
+    shown = {"unit": "image", "dynamic_ncols": True, "disable": not progress}
+    with tqdm.tqdm(total=count, initial=start, desc=name, **shown) as bar:
         for images in batches(start) if start < count else ():
             yield images
             bar.update(len(images))
@@ -243,19 +270,19 @@ def _numbers(ours: Any, theirs: Any, metrics: Collection[str]) -> dict[str, floa
     found: dict[str, float] = {}
     if "fid" in metrics:
         moments = ours.pool.mean, ours.pool.covariance
-        found["fid"] = frechet_distance(*moments, theirs.mean, theirs.covariance)
+        found["fid"] = distances.frechet_distance(*moments, theirs.mean, theirs.covariance)
     if "sfid" in metrics:
         moments = ours.spatial.mean, ours.spatial.covariance
         others = theirs.spatial_mean, theirs.spatial_covariance
-        found["sfid"] = frechet_distance(*moments, *others)
+        found["sfid"] = distances.frechet_distance(*moments, *others)
     if "inception_score" in metrics:
         found["inception_score"], found["inception_score_std"] = ours.score.result()
     features = ours.pool_features, theirs.pool_features
     if "precision_recall" in metrics:
         for suffix, kind in (("", "exact"), ("_adm_float16", "adm_float16")):
-            values = precision_recall(*features, _NEIGHBOURS, kind)
+            values = distances.precision_recall(*features, _NEIGHBOURS, kind)
             found[f"precision{suffix}"], found[f"recall{suffix}"] = values
     if "kid" in metrics:
         size = min(_KID_SUBSET_SIZE, *map(len, features))
-        found["kid"], found["kid_std"] = kernel_distance(*features, _KID_SUBSETS, size)
+        found["kid"], found["kid_std"] = distances.kernel_distance(*features, _KID_SUBSETS, size)
     return found

@@ -1,32 +1,27 @@
-"""The Inception network whose features Frechet distances are taken of.
+"""The Inception network whose features Frechet distances are taken of: TensorFlow's of 2015-12-05.
 
-It is TensorFlow's network of 2015-12-05 with 1008 logits, as the public PyTorch files have it, and
-not torchvision's: average pools leave the padding out of the count, the last block pools with a
-maximum, and pictures are resized in the manner of TensorFlow 1. `NETWORK` describes it as data.
-Parameters carry the published names; batch norm is folded into kernels and biases when weights are
-loaded (`dico_jax.evaluation.inception_weights`).
+Unlike torchvision's it has 1008 logits, average pools leave the padding out of the count, the last
+block pools with a maximum, and pictures are resized in the manner of TensorFlow 1.
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax import lax
 
 SIDE = 299  # pixels, what pictures are resized to
-NUM_FEATURES = 2048
-NUM_LOGITS = 1008
-SPATIAL_CHANNELS = 7
+NUM_FEATURES, NUM_LOGITS, SPATIAL_CHANNELS = 2048, 1008, 7
+# ADM's evaluator reads "mixed_6/conv:0": the first branch of this block, after its ReLU.
+_SPATIAL_BLOCK = "Mixed_6d"
 
 
 class Conv(NamedTuple):
-    """A convolution of `width` output channels, without gaps; batch norm and ReLU.
-
-    `padded`: zeros around the input keep its size (at stride 1).
-    """
+    """A convolution of `width` channels, batch norm and ReLU; `padded` keeps the size."""
 
     name: str
     width: int
@@ -44,7 +39,7 @@ class Pool(NamedTuple):
 
 
 class Fork(NamedTuple):
-    """Layers side by side on one input, their outputs joined along the channels."""
+    """Layers side by side on one input, joined along the channels."""
 
     layers: tuple[Conv, ...]
 
@@ -53,10 +48,10 @@ class Block(NamedTuple):
     """Branches side by side on one input, each a sequence of layers, joined along the channels."""
 
     name: str
-    branches: tuple[tuple[Conv | Pool | Fork, ...], ...]
+    branches: tuple[tuple[Any, ...], ...]
 
 
-def _branch(prefix: str, *sizes: tuple[int, int, int], stride: int = 1) -> tuple[Conv, ...]:
+def _branch(prefix: str, *sizes: tuple[int, int, int], stride: int = 1) -> tuple[Any, ...]:
     """Convolutions PREFIX_1, PREFIX_2, ... of (channels, *kernel); the stride is the last one's."""
     convs = [Conv(f"{prefix}_{i}", c, (h, w)) for i, (c, h, w) in enumerate(sizes, 1)]
     if stride > 1:
@@ -64,32 +59,36 @@ def _branch(prefix: str, *sizes: tuple[int, int, int], stride: int = 1) -> tuple
     return tuple(convs)
 
 
-def _pooled(kind: str, width: int) -> tuple[Pool, Conv]:
-    return Pool("pool", kind), Conv("branch_pool", width)
+def _block(name: str, width: int, *branches: tuple[Any, ...], pool: tuple[str, int]) -> Block:
+    """A 1x1 convolution, other branches, and a pool of (kind, channels)."""
+    pooled = Pool("pool", pool[0]), Conv("branch_pool", pool[1])
+    return Block(name, ((Conv("branch1x1", width),), *branches, pooled))
 
 
 def _block_35(name: str, pool_width: int) -> Block:
-    double = _branch("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3))
     five = _branch("branch5x5", (48, 1, 1), (64, 5, 5))
-    return Block(name, ((Conv("branch1x1", 64),), five, double, _pooled("mean", pool_width)))
+    double = _branch("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3))
+    return _block(name, 64, five, double, pool=("mean", pool_width))
 
 
 def _block_17(name: str, width: int) -> Block:
     first, row, column = (width, 1, 1), (width, 1, 7), (width, 7, 1)
     single = _branch("branch7x7", first, row, (192, 7, 1))
     double = _branch("branch7x7dbl", first, column, row, column, (192, 1, 7))
-    return Block(name, ((Conv("branch1x1", 192),), single, double, _pooled("mean", 192)))
+    return _block(name, 192, single, double, pool=("mean", 192))
 
 
 def _block_8(name: str, pool: str) -> Block:
     def forked(prefix: str) -> Fork:
         return Fork((Conv(f"{prefix}a", 384, (1, 3)), Conv(f"{prefix}b", 384, (3, 1))))
 
-    single: tuple[Conv | Fork, ...]
-    double: tuple[Conv | Fork, ...]
     single = (*_branch("branch3x3", (384, 1, 1)), forked("branch3x3_2"))
     double = (*_branch("branch3x3dbl", (448, 1, 1), (384, 3, 3)), forked("branch3x3dbl_3"))
-    return Block(name, ((Conv("branch1x1", 320),), single, double, _pooled(pool, 192)))
+    return _block(name, 320, single, double, pool=(pool, 192))
+
+
+def _smaller(name: str, *branches: tuple[Any, ...]) -> Block:
+    return Block(name, (*branches, (Pool("pool", "max", stride=2),)))
 
 
 NETWORK: tuple[Conv | Pool | Block, ...] = (
@@ -103,42 +102,28 @@ NETWORK: tuple[Conv | Pool | Block, ...] = (
     _block_35("Mixed_5b", 32),
     _block_35("Mixed_5c", 64),
     _block_35("Mixed_5d", 64),
-    Block(
+    _smaller(
         "Mixed_6a",
-        (
-            (Conv("branch3x3", 384, (3, 3), stride=2, padded=False),),
-            _branch("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3), stride=2),
-            (Pool("pool", "max", stride=2),),
-        ),
+        (Conv("branch3x3", 384, (3, 3), stride=2, padded=False),),
+        _branch("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3), stride=2),
     ),
     _block_17("Mixed_6b", 128),
     _block_17("Mixed_6c", 160),
     _block_17("Mixed_6d", 160),
     _block_17("Mixed_6e", 192),
-    Block(
+    _smaller(
         "Mixed_7a",
-        (
-            _branch("branch3x3", (192, 1, 1), (320, 3, 3), stride=2),
-            _branch("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3), stride=2),
-            (Pool("pool", "max", stride=2),),
-        ),
+        _branch("branch3x3", (192, 1, 1), (320, 3, 3), stride=2),
+        _branch("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3), stride=2),
     ),
     _block_8("Mixed_7b", "mean"),
     _block_8("Mixed_7c", "max"),
 )
 
-# ADM's evaluator reads "mixed_6/conv:0": the first branch of this block, after its ReLU.
-_SPATIAL_BLOCK = "Mixed_6d"
-
-
-# The input.
-
 
 def resize_tables(size: int, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lower and upper positions that make each of the 299, int32 (299,), and the uppers' weights.
-
-    The factor is rounded to float32, as TensorFlow has it, whatever the weights' `dtype`.
-    """
+    """Lower and upper positions that make each of the 299, int32, and the weights of the upper."""
+    # Rounded to float32, as TensorFlow has it, whatever the weights' dtype.
     factor = np.float32(size) / np.float32(SIDE)
     source = np.arange(SIDE, dtype=dtype) * factor.astype(dtype)
     lower = np.floor(source).astype(np.int32)
@@ -148,7 +133,7 @@ def resize_tables(size: int, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.nda
 def resized(images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """uint8 (N, H, W, 3) as the network sees it: (N, 299, 299, 3) of `dtype`, (x - 128) / 128.
 
-    Bilinear, as TensorFlow 1 does it: no half-pixel centres, no antialiasing; the identity at 299.
+    Bilinear, as TensorFlow 1 does it: no half-pixel centres, no antialiasing.
     """
     x = images
     for axis in (2, 1):  # TensorFlow's order
@@ -162,29 +147,18 @@ def resized(images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     return (x.astype(dtype) - 128) / 128
 
 
-# Layers.
-
-
 def _convolved(x: jax.Array, kernel: jax.Array, conv: Conv) -> jax.Array:
-    """A convolution without its bias.
-
-    XLA's convolution is as fast on CPUs as it can be, but in three cases. 1x1 is faster as a matrix
-    product. Three channels take twice the time of four. Without any padding it goes a way that is 2
-    to 7 times slower: a row and a column of zeros at the end avoid it, what they add is cut off.
-    """
+    """XLA's, without a bias, but for three cases where it is slow on CPUs."""
     if conv.kernel == (1, 1):
         return jnp.dot(x, kernel[0, 0], precision=lax.Precision.HIGHEST)
-    if x.shape[-1] == 3:
+    if x.shape[-1] == 3:  # which take twice the time of four
         x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1)))
         kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 1), (0, 0)))
-    y = lax.conv_general_dilated(
-        x,
-        kernel,
-        (conv.stride, conv.stride),
-        [((k - 1) // 2,) * 2 if conv.padded else (0, 1) for k in conv.kernel],
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=lax.Precision.HIGHEST,
-    )
+    # Without any padding it takes 2 to 7 times as long: zeros at the end are cut off again.
+    strides, axes = (conv.stride, conv.stride), ("NHWC", "HWIO", "NHWC")
+    padding = [((k - 1) // 2,) * 2 if conv.padded else (0, 1) for k in conv.kernel]
+    how: Any = {"dimension_numbers": axes, "precision": lax.Precision.HIGHEST}
+    y = lax.conv_general_dilated(x, kernel, strides, padding, **how)
     if conv.padded:
         return y
     height, width = ((x.shape[i + 1] - conv.kernel[i]) // conv.stride + 1 for i in range(2))
@@ -192,10 +166,7 @@ def _convolved(x: jax.Array, kernel: jax.Array, conv: Conv) -> jax.Array:
 
 
 def _pool(x: jax.Array, pool: Pool) -> jax.Array:
-    """A pool along one axis after the other, of shifted slices.
-
-    XLA makes one loop of them; its own operation for windows is 10 times slower on CPUs.
-    """
+    """Of shifted slices along one axis after the other: 10 times as fast as XLA's on CPUs."""
     largest = pool.kind == "max"
     if pool.stride == 1:
         outside = -jnp.inf if largest else 0
@@ -211,110 +182,73 @@ def _pool(x: jax.Array, pool: Pool) -> jax.Array:
     return x
 
 
-class _Layer(nn.Module):
-    """A convolution, its bias and ReLU."""
+def features_of(params: Any, images: jax.Array, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    """What metrics read of uint8 images (N, H, W, 3), of any size; the same whatever the batch.
 
-    conv: Conv
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, pool=None):
-        shape = (*self.conv.kernel, x.shape[-1], self.conv.width)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape[-1:])
-        y = _convolved(x, kernel.astype(self.dtype), self.conv)
-        if pool is not None:
-            y = _pool(y, pool)
-        return nn.relu(y + bias.astype(self.dtype))
-
-
-class _Block(nn.Module):
-    """The branches of a block; each is a tuple of layers."""
-
-    block: Block
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x):
-        return [self._branch(branch, x) for branch in self.block.branches]
-
-    def _branch(self, branch, x):
-        pool = None
-        for layer in branch:
-            if isinstance(layer, Fork):
-                x = jnp.concatenate([self._branch((c,), x) for c in layer.layers], axis=-1)
-            elif isinstance(layer, Conv):
-                x = _Layer(layer, self.dtype, name=layer.name)(x, pool)
-                pool = None
-            elif layer.kind == "mean":
-                pool = layer  # a mean and a 1x1 convolution commute, and after it there is less
-            else:
-                x = _pool(x, layer)
-        return x
-
-
-class _Logits(nn.Module):
-    """The last matrix product: (N, 2048) to (N, 1008). Its bias, which no metric reads, is kept."""
-
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, features):
-        shape = (features.shape[-1], NUM_LOGITS)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        self.param("bias", nn.initializers.zeros_init(), shape[-1:])
-        return jnp.dot(features, kernel.astype(self.dtype), precision=lax.Precision.HIGHEST)
-
-
-class Inception(nn.Module):
-    """The network. Its parameters are those of `inception_weights.load_inception`.
-
-    Attributes:
+    Args:
+      params: see `inception_weights.load_inception`; batch norm is folded into them.
+      images: the pictures.
       dtype: of activations and products: float32, or float64 (which needs x64 mode).
+
+    Returns:
+      "pool" (N, 2048), "spatial" (N, 17 * 17 * 7) and "logits" (N, 1008), without the bias.
     """
+    shape = images.shape
+    if len(shape) != 4 or shape[-1] != 3 or images.dtype != jnp.uint8:
+        raise ValueError(f"images are {images.dtype}{list(shape)}, not uint8 (N, H, W, 3)")
+    return features_of_resized(params, resized(images, dtype))
 
-    dtype: Any = jnp.float32
 
-    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """What metrics read of the network; the same for an image whatever its batch.
+def features_of_resized(params: Any, x: jax.Array) -> dict[str, jax.Array]:
+    """The same of what `resized` makes, (N, 299, 299, 3)."""
+    found = {}
+    for layer in NETWORK:
+        if isinstance(layer, Block):
+            parts = [_run(branch, params[layer.name], x) for branch in layer.branches]
+            if layer.name == _SPATIAL_BLOCK:
+                found["spatial"] = parts[0][..., :SPATIAL_CHANNELS].reshape(len(x), -1)
+            x = jnp.concatenate(parts, axis=-1)
+        else:
+            x = _run((layer,), params, x)
+    pool, kernel = x.mean((1, 2)), params["fc"]["kernel"].astype(x.dtype)
+    logits = jnp.dot(pool, kernel, precision=lax.Precision.HIGHEST)
+    return found | {"pool": pool, "logits": logits}
 
-        Args:
-          images: uint8 (N, H, W, 3) of any size; grey ones have to be repeated by the caller.
 
-        Returns:
-          By name, of `dtype`: "pool" (N, 2048), the features of Frechet distances; "spatial"
-          (N, 2023), those of the spatial one (17 rows, 17 columns, 7 channels); "logits" (N, 1008)
-          without the bias, for Inception Scores.
-
-        Raises:
-          ValueError: the images are not uint8 (N, H, W, 3).
-        """
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != jnp.uint8:
-            raise ValueError(
-                f"images are {images.dtype}{list(images.shape)}, not uint8 (N, H, W, 3)"
-            )
-        return self.from_resized(resized(images, self.dtype))
-
-    @nn.compact
-    def from_resized(self, x: jax.Array) -> dict[str, jax.Array]:
-        """The same of what `resized` makes, (N, 299, 299, 3)."""
-        found = {}
-        for layer in NETWORK:
-            if isinstance(layer, Block):
-                parts = _Block(layer, self.dtype, name=layer.name)(x)
-                if layer.name == _SPATIAL_BLOCK:
-                    found["spatial"] = parts[0][..., :SPATIAL_CHANNELS].reshape(len(x), -1)
-                x = jnp.concatenate(parts, axis=-1)
-            elif isinstance(layer, Conv):
-                x = _Layer(layer, self.dtype, name=layer.name)(x)
-            else:
-                x = _pool(x, layer)
-        pool = x.mean((1, 2))
-        return found | {"pool": pool, "logits": _Logits(self.dtype, name="fc")(pool)}
+def _run(layers: Iterable[Any], params: Any, x: jax.Array) -> jax.Array:
+    mean = None
+    for layer in layers:
+        if isinstance(layer, Fork):
+            x = jnp.concatenate([_run((c,), params, x) for c in layer.layers], axis=-1)
+        elif isinstance(layer, Conv):
+            kernel, bias = (params[layer.name][name].astype(x.dtype) for name in ("kernel", "bias"))
+            x = _convolved(x, kernel, layer)
+            x, mean = jax.nn.relu((_pool(x, mean) if mean else x) + bias), None
+        elif layer.kind == "mean":
+            mean = layer  # it and a 1x1 convolution commute, and after that there is less
+        else:
+            x = _pool(x, layer)
+    return x
 
 
 @functools.cache
 def abstract_params() -> Any:
     """The tree of parameters with folded batch norm, as float32 ShapeDtypeStructs."""
-    images = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.uint8)
-    return jax.eval_shape(Inception().init, jax.random.key(0), images)["params"]
+    shapes = {"fc/kernel": (NUM_FEATURES, NUM_LOGITS), "fc/bias": (NUM_LOGITS,)}
+
+    def width_after(layers: Iterable[Any], width: int, prefix: str = "") -> int:
+        for layer in layers:
+            if isinstance(layer, Conv):
+                shapes[f"{prefix}{layer.name}/kernel"] = (*layer.kernel, width, layer.width)
+                shapes[f"{prefix}{layer.name}/bias"] = (layer.width,)
+                width = layer.width
+            elif isinstance(layer, Fork):
+                width = sum(width_after((conv,), width, prefix) for conv in layer.layers)
+            elif isinstance(layer, Block):
+                inner = f"{layer.name}/"
+                width = sum(width_after(branch, width, inner) for branch in layer.branches)
+        return width
+
+    width_after(NETWORK, 3)
+    leaves = {path: jax.ShapeDtypeStruct(s, jnp.float32) for path, s in shapes.items()}
+    return unflatten_dict(leaves, sep="/")

@@ -1,12 +1,10 @@
 """Weights of the FID Inception network, from files or from the public release.
 
-Read are the public file of PyTorch ports, which pytorch-fid and torch-fidelity share under two
-names, and a .safetensors that `convert inception` made of it. Files of other weights are taken too,
-where tensors and shapes fit: what they are is part of the result.
+Read are the file of PyTorch ports, which pytorch-fid and torch-fidelity share under two names, and
+what `convert inception` made of it; other weights too, where tensors and shapes fit.
 """
 
 import functools
-import hashlib
 import math
 import os
 import pathlib
@@ -23,14 +21,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dico_jax.autoencoders.weights import naming
 from dico_jax.errors import UsageError
-from dico_jax.evaluation.inception import (
-    NUM_FEATURES,
-    NUM_LOGITS,
-    SPATIAL_CHANNELS,
-    Inception,
-    abstract_params,
-)
-from dico_jax.evaluation.networks import FeatureNetwork, Features
+from dico_jax.evaluation import inception
+from dico_jax.evaluation.networks import FeatureNetwork, Features, digest_of
 from dico_jax.evaluation.statistics import file_digest
 from dico_jax.files import check_new, new_file
 from dico_jax.pytorch.hub import local_file
@@ -49,29 +41,22 @@ FILE_NAMES = (
     "pt_inception-2015-12-05-6726825d.pth",  # of pytorch-fid
     "weights-inception-2015-12-05-6726825d.pth",  # of torch-fidelity, the same bytes
 )
-_OTHER_WEIGHTS = (
-    "these are not the published weights of Inception: the numbers compare with no other ones"
-)
-_EPSILON = 1e-3  # of batch norm
+_BATCH_NORM, _EPSILON = ("scale", "bias", "mean", "var"), 1e-3
 _TIMEOUT = 30  # seconds without an answer
 
 
 class InceptionFeatures(FeatureNetwork):
-    """TensorFlow's Inception of 2015-12-05, as ADM's evaluator uses it, with weights of some file.
+    """Inception; `digest` is of its file, or of the one that a converted file was made of."""
 
-    Args:
-      params: for `Inception`, a tree of NumPy arrays.
-      digest: sha256 (hex) of the file, or of the one that a converted file was made of.
-    """
-
-    name, width, num_classes = "inception", NUM_FEATURES, NUM_LOGITS
-    spatial_width = 17 * 17 * SPATIAL_CHANNELS
+    name, width, num_classes = "inception", inception.NUM_FEATURES, inception.NUM_LOGITS
+    spatial_width = 17 * 17 * inception.SPATIAL_CHANNELS
     cpu_batch_size = 2  # more do not fit its caches
 
     def __init__(self, params: Any, digest: str):
         self.params, self.digest = params, digest
         self.is_published = digest == PUBLISHED_SHA256
-        self.warning = None if self.is_published else _OTHER_WEIGHTS
+        if not self.is_published:
+            self.warning = "these are not the published weights of Inception: compare no numbers"
 
     def check_images(self, shape, name):
         """See `FeatureNetwork`: grey or RGB; any size is scaled to 299x299."""
@@ -82,8 +67,7 @@ class InceptionFeatures(FeatureNetwork):
         """See `FeatureNetwork`."""
         if images.shape[-1] == 1:
             images = jnp.repeat(images, 3, axis=-1)
-        found: Any = Inception().apply({"params": params}, images)
-        return Features(**found)
+        return Features(**inception.features_of(params, images))
 
 
 def load_inception(
@@ -93,16 +77,12 @@ def load_inception(
 
     Without a path they are looked for in the cache folder ($DICO_JAX_CACHE, or else
     $XDG_CACHE_HOME/dico_jax or ~/.cache/dico_jax), then where torch.hub would have put them, then
-    downloaded into the cache folder. These three are used only if their digest is the published.
+    downloaded into the cache folder, and their digest is checked.
 
     Args:
       path: a .pth or .safetensors, hf://OWNER/REPO/FILE, or None.
       flag: what messages call the path.
       dtype: of the parameters; folding is done in float64.
-
-    Raises:
-      UsageError: the file cannot be read, is damaged, is no such network, or has weights that are
-        not finite; or it cannot be downloaded, or is not what was published.
     """
     source = os.fspath(path) if path else _published_file(flag)
     with naming(flag, source):
@@ -111,20 +91,12 @@ def load_inception(
 
 
 def convert_inception(source: str | os.PathLike, out: str | os.PathLike) -> str:
-    """Writes the network's weights as one float32 .safetensors, which `load_inception` reads.
+    """Writes the weights as one float32 .safetensors, which `load_inception` reads.
 
-    Tensors are named by their paths ("Mixed_5b/branch1x1/conv/kernel"), batch norm is not folded,
-    so that nothing is lost. The metadata are "format", "tensors_sha256" and, of the file that it
-    was made of, "source_name" and "source_sha256".
-
-    Args:
-      source: a .pth or .safetensors, or hf://OWNER/REPO/FILE.
-      out: the file to make.
-
-    Returns:
-      What was found and done, in two lines.
+    Tensors are named by their paths ("Mixed_5b/branch1x1/conv/kernel"), batch norm is not folded.
+    Returns what was found and done.
     """
-    source, out = os.fspath(source), os.fspath(out)
+    source = os.fspath(source)
     if pathlib.PurePath(out).suffix != ".safetensors":
         raise UsageError(f"--out={out}: name a .safetensors file")
     count = sum(map(math.prod, state_shapes().values()))
@@ -132,12 +104,8 @@ def convert_inception(source: str | os.PathLike, out: str | os.PathLike) -> str:
     with naming("--input", source):
         flat, digest = _read(source)
         _folded(flat, np.float32)  # refuses weights that are not finite
-    metadata = {
-        "format": FORMAT,
-        "tensors_sha256": _digest(flat),
-        "source_name": pathlib.PurePath(source).name,
-        "source_sha256": digest,
-    }
+    metadata = {"format": FORMAT, "tensors_sha256": digest_of(flat)}
+    metadata |= {"source_name": pathlib.PurePath(source).name, "source_sha256": digest}
     bar = ByteProgress()
     with bar.running(4 * count, "writing"):
         write_safetensors(out, flat, metadata, on_bytes=bar.advance)
@@ -150,14 +118,13 @@ def convert_inception(source: str | os.PathLike, out: str | os.PathLike) -> str:
 def state_shapes() -> Mapping[str, tuple[int, ...]]:
     """Path to shape of everything in a file: batch norm apart from convolutions."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, leaf in flatten_dict(abstract_params(), sep="/").items():
+    for path, leaf in flatten_dict(inception.abstract_params(), sep="/").items():
         module, name = path.rsplit("/", 1)
         if module == "fc":
             shapes[path] = leaf.shape
         elif name == "kernel":
             shapes[f"{module}/conv/kernel"] = leaf.shape
-            for statistic in ("scale", "bias", "mean", "var"):
-                shapes[f"{module}/bn/{statistic}"] = leaf.shape[-1:]
+            shapes |= {f"{module}/bn/{statistic}": leaf.shape[-1:] for statistic in _BATCH_NORM}
     return shapes
 
 
@@ -165,18 +132,14 @@ def _folded(flat: Mapping[str, np.ndarray], dtype: Any) -> Any:
     """The parameters of the network; batch norm is a factor and a shift of each channel."""
     params = {"fc/kernel": flat["fc/kernel"], "fc/bias": flat["fc/bias"]}
     for module in (path.removesuffix("/conv/kernel") for path in flat if "/conv/" in path):
-        scale, bias, mean, var = (
-            flat[f"{module}/bn/{name}"].astype(np.float64)
-            for name in ("scale", "bias", "mean", "var")
-        )
+        norm = (flat[f"{module}/bn/{name}"].astype(np.float64) for name in _BATCH_NORM)
+        scale, bias, mean, var = norm
         with np.errstate(all="ignore"):
             factor = scale / np.sqrt(var + _EPSILON)
             params[f"{module}/kernel"] = flat[f"{module}/conv/kernel"] * factor
             params[f"{module}/bias"] = bias - mean * factor
     if wrong := [path for path, value in params.items() if not np.isfinite(value).all()]:
-        raise UsageError(
-            f"weights are NaN or infinite, or variances negative: {', '.join(wrong[:5])}"
-        )
+        raise UsageError(f"weights are NaN or infinite, or variances negative: {wrong[0]} ...")
     return unflatten_dict({p: np.asarray(value, dtype) for p, value in params.items()}, sep="/")
 
 
@@ -200,13 +163,12 @@ def _read(source: str) -> tuple[dict[str, np.ndarray], str]:
 def _check_network(shapes: Mapping[str, tuple[int, ...]], wanted: Any) -> None:
     """Names the usual files that are of another network."""
     expected = {entry.key for entry in entries(wanted, KEY_MAP)}
+    found = shapes.get("fc.bias") == (1000,) and "torchvision's Inception (1000 classes)"
     if len(expected & shapes.keys()) < len(expected) / 2:
-        tensors = f"{len(shapes)} tensors such as {next(iter(shapes))!r}"
-        raise UsageError(f"it is no Inception network: {tensors}; give {FILE_NAMES[0]}")
-    if shapes.get("fc.bias") == (1000,):
+        found = f"no Inception network: {len(shapes)} tensors such as {next(iter(shapes))!r}"
+    if found:
         raise UsageError(
-            "it is torchvision's Inception (1000 classes), whose distances are other ones; give "
-            f"TensorFlow's ({NUM_LOGITS} classes), {FILE_NAMES[0]}"
+            f"it is {found}; give TensorFlow's ({inception.NUM_LOGITS} classes), {FILE_NAMES[0]}"
         )
 
 
@@ -216,18 +178,9 @@ def _read_converted(file: TensorFile) -> tuple[dict[str, np.ndarray], str]:
     if {name: ref.shape for name, ref in file.tensors.items()} != state_shapes():
         raise UsageError("its tensors are not those that convert inception writes")
     flat = {name: file.tensors[name].read() for name in state_shapes()}
-    if _digest(flat) != file.metadata.get("tensors_sha256"):
+    if digest_of(flat) != file.metadata.get("tensors_sha256"):
         raise UsageError("it is damaged, or was changed after its conversion: convert it again")
     return flat, file.metadata.get("source_sha256", "")
-
-
-def _digest(flat: Mapping[str, np.ndarray]) -> str:
-    """sha256 over names and float32 numbers, in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(flat):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(flat[name], "<f4").data)
-    return digest.hexdigest()
 
 
 # The published file.

@@ -1,9 +1,12 @@
 """Who asks for numbers: the commands, of files or of a checkpoint's samples, and a training run."""
 
 import dataclasses
+import decimal
+import functools
+import importlib.util
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +18,7 @@ from dico_jax.data.image_sets import SourceImages
 from dico_jax.data.pictures import PictureReader
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
+from dico_jax.evaluation import networks
 from dico_jax.evaluation.evaluator import (
     Batches,
     Evaluator,
@@ -26,21 +30,13 @@ from dico_jax.evaluation.evaluator import (
     measure_images,
     open_images,
 )
-from dico_jax.evaluation.networks import (
-    FeatureNetwork,
-    load_classifier,
-    make_feature_fn,
-    train_classifier,
-)
 from dico_jax.evaluation.statistics import save_statistics
 from dico_jax.files import result_path, write_json
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 
 _MAX_OWN_PICTURES = 50_000
-
-
-# The commands.
+_PLOTTED = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +51,8 @@ class Options:
     def evaluator(self, reference: str, flag: str = "--reference") -> Evaluator:
         """See `create_evaluator`; on all devices."""
         check_there(reference, flag)  # before weights are loaded
-        network = create_network(self.features, self.inception)
-        how: Any = {"batch_size": self.batch_size, "mesh": create_mesh(), "flag": flag}
+        network, size = create_network(self.features, self.inception), self.batch_size
+        how: Any = {"batch_size": size, "mesh": create_mesh(), "flag": flag}
         return create_evaluator(network, reference, self.metrics, **how)
 
 
@@ -74,14 +70,8 @@ def evaluate_files(
       path: a folder of pictures or an .npz file with arr_0.
       reference: an .npz file or a folder of pictures, see docs/evaluation.md.
       options: how.
-      out: a new JSON file.
+      out: a new JSON file for the result, whose fields are in docs/evaluation.md.
       num_samples: so many of the first pictures; all if None.
-
-    Returns:
-      The result; its fields are in docs/evaluation.md.
-
-    Raises:
-      UsageError: something cannot be read or does not fit.
     """
     file = None if out is None else result_path(out, ".json")
     images = open_images(path, "--samples")
@@ -90,12 +80,8 @@ def evaluate_files(
     count = len(images) if num_samples is None else num_samples
     if count > len(images):
         raise UsageError("--num_samples", num_samples, f": {images.name} has {len(images)} images")
-    about = {"images": images.name, "count": count}
-
-    def batches(start: int) -> Iterator[np.ndarray]:
-        return images.batches(options.batch_size, start, count)
-
-    return _finish(evaluator, batches, about, file)
+    batches = functools.partial(images.batches, options.batch_size, stop=count)
+    return _evaluate(evaluator, batches, {"images": images.name, "count": count}, file)
 
 
 def evaluate_checkpoint(
@@ -106,20 +92,24 @@ def evaluate_checkpoint(
     *,
     num_samples: int,
     classes: str = "all",
+    sweep_cfg: str | None = None,
     **sampler_options,
-) -> dict[str, Any]:
+) -> Any:
     """Measures samples of a checkpoint, which are never written; else as `evaluate_files`.
 
-    Args:
-      ckpt: workdir of a run, or a converted checkpoint.
-      reference, options, out: see `evaluate_files`.
-      num_samples: how many.
-      classes: see `CheckpointSampler.conditions`.
-      **sampler_options: of `CheckpointSampler`.
+    `classes` are those of `CheckpointSampler.conditions`, `ckpt` and `sampler_options` its own.
+    With `sweep_cfg`, see `parse_sweep`, every guidance scale that `out`, {"sweep": [a result per
+    scale]}, lacks is measured, and a plot of all lies beside it.
     """
-    file = None if out is None else result_path(out, ".json")
+    scales, results = None, []
+    if sweep_cfg is not None:
+        scales, results = parse_sweep(sweep_cfg), _read_results(str(out))
+    file = None if out is None else pathlib.Path(out) if scales else result_path(out, ".json")
     samples = CheckpointSamples(CheckpointSampler(ckpt, **sampler_options), num_samples, classes)
-    return _finish(options.evaluator(reference), samples, samples.about, file)
+    evaluator = options.evaluator(reference)
+    if scales is None or file is None:
+        return _evaluate(evaluator, samples, samples.about, file)
+    return _sweep(evaluator, samples, scales, results, file)
 
 
 class CheckpointSamples:
@@ -159,9 +149,6 @@ def prepare_reference(
       source: in place of them, the examples of a source, how they are read, and how many at most.
       out: a new .npz file.
       features, inception, batch_size: see `Options`.
-
-    Returns:
-      What was done, in a line.
     """
     file = result_path(out, ".npz")
     if source is None:
@@ -169,7 +156,7 @@ def prepare_reference(
         statistics = options.evaluator(path, "--path").reference
     else:
         network = create_network(features, inception)
-        features_of = make_feature_fn(network, batch_size, create_mesh())
+        features_of = networks.make_feature_fn(network, batch_size, create_mesh())
         statistics = measure_images(SourceImages(*source), network, features_of, batch_size)
     measured = statistics.pool_features
     if measured is None:
@@ -181,24 +168,21 @@ def prepare_reference(
     return f"{file} is written: {len(measured):,} pictures, features: {statistics.features}"
 
 
-# Results.
-
-
-def partial_file(out: pathlib.Path) -> pathlib.Path:
-    """Where an evaluation whose result goes to `out` keeps what is known on the way."""
-    return out.with_name(f"{out.name}.partial.npz")
-
-
-def _finish(
+def _evaluate(
     evaluator: Evaluator, batches: Batches, about: dict[str, Any], file: pathlib.Path | None
 ) -> dict[str, Any]:
-    result = evaluator.measure(batches, about, file and partial_file(file))
+    result = evaluator.measure(batches, about, file and _partial_file(file))
     if jax.process_index() == 0:
         print(table(result))
         if file is not None:
             write_json(file, result)
-            partial_file(file).unlink(missing_ok=True)
+            _partial_file(file).unlink(missing_ok=True)
     return result
+
+
+def _partial_file(out: pathlib.Path) -> pathlib.Path:
+    """Where an evaluation whose result goes to `out` keeps what is known on the way."""
+    return out.with_name(f"{out.name}.partial.npz")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -212,6 +196,78 @@ def table(result: dict[str, Any]) -> str:
     width = max(map(len, result["metrics"]))
     lines += [f"  {name:<{width}}  {value:.6g}" for name, value in result["metrics"].items()]
     return "\n".join(lines + [f"warning: {text}" for text in result["warnings"]])
+
+
+# Numbers over the guidance scale.
+
+
+def _read_results(out: str) -> list[dict[str, Any]]:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--sweep_cfg needs matplotlib for its plot: pip install 'dico_jax[plot]'")
+    try:
+        return json.loads(pathlib.Path(out).read_text())["sweep"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError("--out", out, "is no result of a sweep: give another name") from error
+
+
+def _sweep(evaluator: Evaluator, samples: Any, scales: Any, results: Any, file: Any) -> Any:
+    for scale in scales:
+        samples.sampler.set_guidance(scale)
+        about = _but_scale(evaluator.about(samples.about))
+        if any(_but_scale(result) != about for result in results):
+            raise UsageError("--out", file, "is of another sweep: give another name")
+        if scale not in map(_scale_of, results):
+            partial = _partial_file(file.with_name(f"{file.stem}-{scale}.json"))
+            results.append(evaluator.measure(samples, samples.about, partial))
+            if jax.process_index() == 0:
+                write_json(file, {"sweep": results})
+            partial.unlink(missing_ok=True)
+        found = next(result for result in results if _scale_of(result) == scale)["metrics"]
+        numbers = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
+        print(f"guidance scale {scale}: {numbers}")
+    plot_sweep(file.with_suffix(".png"), sorted(results, key=_scale_of))
+    return results
+
+
+def parse_sweep(text: str) -> tuple[float, ...]:
+    """The numbers from A to B by steps of C, both ends included, of "A:B:C"; or UsageError."""
+    try:
+        first, last, step = (decimal.Decimal(part) for part in text.split(":"))
+        if not (first >= 0 and step > 0 and last >= first):
+            raise ValueError
+    except (ValueError, ArithmeticError) as error:
+        fix = ": write the first scale, the last and the step, such as 1.0:2.0:0.1"
+        raise UsageError("--sweep_cfg", text, fix) from error
+    return tuple(float(first + i * step) for i in range(int((last - first) / step) + 1))
+
+
+def plot_sweep(file: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
+    """Plots FID, sFID and Inception Score, as far as they are there, of results by rising scale."""
+    from matplotlib.figure import Figure
+
+    scales = [_scale_of(result) for result in results]
+    names = [name for name in _PLOTTED if name in results[0]["metrics"]]
+    figure = Figure(figsize=(4.2 * len(names), 3.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axis.plot(scales, [result["metrics"][name] for result in results], marker="o")
+        axis.set(xlabel="guidance scale", ylabel=_PLOTTED[name])
+        axis.grid(alpha=0.3)
+    samples, features = results[0]["samples"], results[0]["features"]
+    figure.suptitle(f"{samples['count']:,} samples, features: {features['name']}", fontsize=10)
+    figure.savefig(file, dpi=120)
+
+
+def _scale_of(result: dict[str, Any]) -> float:
+    return result["samples"]["sampling"]["cfg_scale"]
+
+
+def _but_scale(result: dict[str, Any]) -> dict[str, Any]:
+    """All that must be equal in one sweep."""
+    sampling = {**result["samples"]["sampling"], "cfg_scale": None}
+    about = {key: result[key] for key in ("metric_names", "reference", "features")}
+    return about | {"samples": {**result["samples"], "sampling": sampling}}
 
 
 # Training.
@@ -230,36 +286,28 @@ class RunEvaluation:
     ):
         """Loads what is there already; UsageError, naming the field, where that cannot work.
 
-        `source` and `read` give the run's examples; `conditions` makes, of the indices of samples
-        (N,), what the network is told of them.
+        `conditions` makes, of the indices of samples (N,), what the network is told of them.
         """
         self._options, self._conditions = config.eval, conditions
         self._source, self._read = source, read
         self._how: Any = {"batch_size": config.sampling.batch_size, "mesh": mesh}
-        self._network: FeatureNetwork | None = None
+        self._network: networks.FeatureNetwork | None = None
         self._evaluator: Evaluator | None = None
-        if not self._options.every_steps:
+        options, kind = config.eval, source.kind
+        if not options.every_steps:
             return
-        self._check()
-        if self._options.features != "classifier":
-            files = self._options.features, self._options.inception
-            self._network = create_network(*files, "config.eval.")
-            if self._options.reference is not None:
-                self._evaluator = self._against(self._network, self._options.reference)
-
-    def _check(self) -> None:
-        options, source = self._options, self._source
         if options.num_samples < 2:
             raise UsageError("config.eval.num_samples", options.num_samples, "must be at least 2")
         check_metrics(options.metrics, "config.eval.")
-        lacks = f"config.data.source has {source.kind}, not pictures: give"
-        if source.kind != "pictures" and options.features == "classifier":
+        if kind != "pictures" and (options.features == "classifier" or options.reference is None):
             raise UsageError(
-                f"config.eval.features='classifier' is trained on pictures, but {lacks} the file "
-                "of a classifier, or 'inception'"
+                f"config.data.source has {kind}, not pictures: give config.eval.reference, an .npz "
+                "of statistics, and config.eval.features, 'inception' or the file of a classifier"
             )
-        if source.kind != "pictures" and options.reference is None:
-            raise UsageError(f"config.eval.reference is not set, and {lacks} an .npz of statistics")
+        if options.features != "classifier":
+            self._network = create_network(options.features, options.inception, "config.eval.")
+            if options.reference is not None:
+                self._evaluator = self._against(self._network, options.reference)
 
     def is_due(self, step: int, last_step: int) -> bool:
         """Whether to measure after this step."""
@@ -267,48 +315,36 @@ class RunEvaluation:
         return every > 0 and (step % every == 0 or step == last_step)
 
     def open(self, workdir: pathlib.Path) -> None:
-        """Makes what was not there: the classifier, and the statistics of the run's own pictures.
-
-        Both are kept in `workdir`, so that a run that goes on measures as before.
-        """
+        """Makes what `workdir` lacks: the classifier, the statistics of the run's own pictures."""
         if not self._options.every_steps or self._evaluator is not None:
             return
-        network = self._network or self._classifier(workdir / "classifier.npz")
-        own, metrics = workdir / "reference.npz", self._options.metrics or None
+        own, file = workdir / "reference.npz", workdir / "classifier.npz"
+        network, is_first = self._network, jax.process_index() == 0
+        if network is None and file.exists():
+            network = networks.load_classifier(file)
+        elif network is None:
+            network = networks.train_classifier(self._source, self._read)
+            if is_first:
+                network.save(file)
         if self._options.reference is not None or own.exists():
             self._evaluator = self._against(network, self._options.reference or str(own))
             return
-        features = make_feature_fn(network, **self._how)
+        features = networks.make_feature_fn(network, **self._how)
         images = SourceImages(self._source, self._read, _MAX_OWN_PICTURES)
         found = measure_images(images, network, features, self._how["batch_size"])
-        if jax.process_index() == 0:
+        if is_first:
             save_statistics(own, found)
-        chosen = choose_metrics(metrics, found, str(own), False)
+        chosen = choose_metrics(self._options.metrics or None, found, str(own))
         self._evaluator = Evaluator(network, features, found, chosen, str(own))
 
     def __call__(self, samples: Callable[[Any, int], Iterator[np.ndarray]]) -> dict[str, float]:
-        """The numbers, by "FEATURES/METRIC".
-
-        `samples` makes, of the conditions of all and the first one to make, batches.
-        """
-        evaluator, count = self._evaluator, self._options.num_samples
+        """The numbers, by "FEATURES/METRIC", of what `samples` makes of conditions, from one on."""
+        evaluator, about = self._evaluator, {"count": self._options.num_samples}
         assert evaluator is not None, "open() comes first"
-        conditions = self._conditions(np.arange(count))
-        result = evaluator.measure(
-            lambda start: samples(conditions, start), {"count": count}, progress=False
-        )
-        return {
-            f"{evaluator.network.name}/{key}": value for key, value in result["metrics"].items()
-        }
+        batches = functools.partial(samples, self._conditions(np.arange(about["count"])))
+        found = evaluator.measure(batches, about, progress=False)["metrics"]
+        return {f"{evaluator.network.name}/{name}": value for name, value in found.items()}
 
-    def _against(self, network: FeatureNetwork, reference: str) -> Evaluator:
+    def _against(self, network: networks.FeatureNetwork, reference: str) -> Evaluator:
         metrics, flag = self._options.metrics or None, "config.eval.reference"
         return create_evaluator(network, reference, metrics, **self._how, flag=flag)
-
-    def _classifier(self, file: pathlib.Path) -> FeatureNetwork:
-        if file.exists():
-            return load_classifier(file)
-        classifier = train_classifier(self._source, self._read)
-        if jax.process_index() == 0:
-            classifier.save(file)
-        return classifier

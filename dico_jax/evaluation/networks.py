@@ -1,23 +1,16 @@
 """Networks whose features are compared, how they run, and the judges of small labelled sets.
 
-Where Inception's features mean nothing, a small network, trained on the pictures themselves, stands
-in for it: distances in its features compare runs on one set with one another, and with nothing
-else. It is kept in a file, because every training gives other features.
-
-Class agreement and spread need no file, and a tenth of a second: the share of generated images that
-a support vector classifier fitted on the real ones takes for the class they were asked for; and the
-mean distance between two generated images of a class over that of two real ones, which falls
-towards 0 when a class collapses.
+There Inception's features mean nothing: a small network stands in for it, which is kept in a file
+because every training gives other features; or class agreement and spread, which need no file.
 """
 
 import abc
 import dataclasses
+import functools
 import hashlib
 import importlib.util
-import json
 import os
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,11 +21,12 @@ import optax
 import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
+from scipy.spatial.distance import pdist
 
-from dico_jax.data.pipeline import read_label, training_batches
+from dico_jax.data.pipeline import Reader, read_label, training_batches
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
-from dico_jax.files import new_file
+from dico_jax.evaluation.statistics import load_arrays, save_arrays
 from dico_jax.parallel.mesh import batch_sharding, from_same, num_batch_shards, replicated
 
 FEATURES_WIDTH = 64
@@ -42,8 +36,6 @@ _LEARNING_RATE = 3e-3
 _MIN_STEPS, _MAX_STEPS, _EPOCHS = 300, 4000, 10
 _HELD_OUT = 10  # one of so many examples
 _FORMAT = "dico_jax classifier 1"
-
-Reader = Callable[[Any, bool], np.ndarray]
 
 
 class Features(NamedTuple):
@@ -55,31 +47,20 @@ class Features(NamedTuple):
 
 
 class FeatureNetwork(abc.ABC):
-    """A network for features.
+    """A network for features."""
 
-    Attributes:
-      name: always given with the numbers: distances in different features do not compare.
-      digest: SHA-256 of the weights.
-      width: numbers in the pooled features.
-      spatial_width: numbers in the spatial features; 0 for none.
-      num_classes: number of logits.
-      cpu_batch_size: images at a time on one core that are fastest.
-      warning: what makes its numbers less than they seem, or None.
-      params: a tree of arrays.
-    """
-
-    name: str
-    digest: str
-    width: int
-    spatial_width: int = 0
-    num_classes: int
-    cpu_batch_size: int = 64
-    warning: str | None = None
-    params: Any
+    name: str  # always given with the numbers: distances in different features do not compare
+    digest: str  # SHA-256 of the weights
+    width: int  # numbers in the pooled features
+    spatial_width: int = 0  # in the spatial ones; 0 for none
+    num_classes: int  # number of logits
+    cpu_batch_size: int = 64  # images at a time on one core that are fastest
+    warning: str | None = None  # what makes its numbers less than they seem
+    params: Any  # a tree of arrays
 
     @abc.abstractmethod
     def check_images(self, shape: tuple[int, int, int], name: str) -> None:
-        """Raises UsageError, with the name of the images, where it cannot take (H, W, C)."""
+        """UsageError, with the name of the images, where it cannot take (H, W, C)."""
 
     @abc.abstractmethod
     def apply(self, params: Any, images: jax.Array) -> Features:
@@ -90,11 +71,10 @@ FeatureFn = Callable[[np.ndarray], Features]
 
 
 def make_feature_fn(network: FeatureNetwork, batch_size: int, mesh: Mesh) -> FeatureFn:
-    """The function from uint8 images (N, H, W, C), N at most batch_size, to their features.
+    """The function from uint8 images (N, H, W, C) to their features.
 
-    Batches are filled up to one size, a multiple of the mesh's, so that there is one compilation,
-    and split over the mesh; on CPUs they go through in parts. With several processes every one
-    gives the same images and gets all features.
+    They are split over the mesh, `batch_size` (or what a CPU takes best) at a time, filled up to
+    it. Every process gives the same images and gets all features.
     """
     split, whole = batch_sharding(mesh), replicated(mesh)
     shards = num_batch_shards(mesh)
@@ -116,6 +96,15 @@ def make_feature_fn(network: FeatureNetwork, batch_size: int, mesh: Mesh) -> Fea
     return features
 
 
+def digest_of(flat: Mapping[str, Any]) -> str:
+    """sha256 (hex) over names and float32 numbers, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(flat):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(flat[name], "<f4").data)
+    return digest.hexdigest()
+
+
 class ConvClassifier(nn.Module):
     """Three convolutions, a mean over positions, a layer of features, a layer of logits."""
 
@@ -134,26 +123,14 @@ class ConvClassifier(nn.Module):
 
 
 class Classifier(FeatureNetwork):
-    """A trained classifier.
-
-    `info` says how it was made: the pictures, steps, and its accuracy on those it has not seen.
-    """
+    """A trained classifier; `info` says how it was made, and its accuracy on unseen pictures."""
 
     name, width = "classifier", FEATURES_WIDTH
 
-    def __init__(
-        self,
-        params: Any,
-        image_shape: tuple[int, ...],
-        class_names: Sequence[str],
-        info: dict[str, Any],
-    ):
+    def __init__(self, params: Any, image_shape: Any, class_names: Sequence[str], info: Any):
         self.params, self.image_shape, self.info = params, image_shape, info
         self.class_names, self.num_classes = tuple(class_names), len(class_names)
-        found = hashlib.sha256()
-        for path, leaf in sorted(flatten_dict(params, sep="/").items()):
-            found.update(path.encode() + np.ascontiguousarray(leaf, "<f4").tobytes())
-        self.digest = found.hexdigest()
+        self.digest = digest_of(flatten_dict(params, sep="/"))
 
     def check_images(self, shape, name):
         """See `FeatureNetwork`: it takes the shape that it was trained on."""
@@ -163,41 +140,27 @@ class Classifier(FeatureNetwork):
 
     def apply(self, params, images):
         """See `FeatureNetwork`."""
-        features, logits = _apply(ConvClassifier(self.num_classes), params, images)
-        return Features(features, None, logits)
+        found: Any = ConvClassifier(self.num_classes).apply({"params": params}, images)
+        return Features(found[0], None, found[1])
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes an .npz file; what is there already is replaced at the end, at once."""
-        about = {
-            "format": _FORMAT,
-            "image_shape": self.image_shape,
-            "class_names": self.class_names,
-            "info": self.info,
-        }
-        arrays: Any = {k: np.asarray(v) for k, v in flatten_dict(self.params, sep="/").items()}
-        with new_file(path) as stream:
-            np.savez(stream, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
+        about = {name: getattr(self, name) for name in ("image_shape", "class_names", "info")}
+        save_arrays(path, about | {"format": _FORMAT}, flatten_dict(self.params, sep="/"))
 
 
 def load_classifier(path: str | os.PathLike) -> Classifier:
     """Reads what `Classifier.save` has written; UsageError where it is something else."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            about = json.loads(arrays["about"].tobytes())
-            flat = {name: arrays[name] for name in arrays.files if name != "about"}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(
-            f"{path} is no classifier (python -m dico_jax.prepare classifier makes one): {error}"
-        ) from error
-    if about.get("format") != _FORMAT:
-        raise UsageError(f"{path} is no classifier of the format {_FORMAT!r}")
-    shape, names = tuple(about["image_shape"]), about["class_names"]
-    image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
-    made = jax.eval_shape(ConvClassifier(len(names)).init, jax.random.key(0), image)["params"]
-    wanted = {name: leaf.shape for name, leaf in flatten_dict(made, sep="/").items()}
-    if wanted != {name: leaf.shape for name, leaf in flat.items()}:
-        raise UsageError(f"{path} is a classifier with other layers than this version has")
-    return Classifier(unflatten_dict(flat, sep="/"), shape, names, about["info"])
+    wrong = "is no classifier (python -m dico_jax.prepare classifier makes one)"
+    about, flat = load_arrays(path, wrong)
+    if about.get("format") == _FORMAT:
+        shape, names = tuple(about["image_shape"]), about["class_names"]
+        image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
+        made = jax.eval_shape(ConvClassifier(len(names)).init, jax.random.key(0), image)["params"]
+        params = unflatten_dict(flat, sep="/")
+        if jax.tree.map(np.shape, made) == jax.tree.map(np.shape, params):
+            return Classifier(params, shape, names, about["info"])
+    raise UsageError(f"{path} is no classifier of the format {_FORMAT!r}, or has other layers")
 
 
 def train_classifier(
@@ -209,24 +172,24 @@ def train_classifier(
 
     Args:
       source: pictures with labels.
-      read: makes a picture's pixels, see `dico_jax.data.pipeline.Reader`.
+      read: makes a picture's pixels.
       max_steps: at most so many steps.
       seed: decides order and initial weights.
-
-    Raises:
-      UsageError: the source has no pictures, one class, or too few examples.
     """
-    _check_source(source)
+    num_classes, kind = len(source.class_names), source.kind
+    if kind != "pictures" or num_classes < 2 or len(source) < 2 * _HELD_OUT:
+        has = f"{len(source)} {kind} of {num_classes} classes"
+        raise UsageError(f"{source!r} has {has}: a classifier needs 20 pictures of two classes")
     indices = np.arange(len(source))
     held = indices[_HELD_OUT // 2 :: _HELD_OUT]
     train = _Subset(source, np.setdiff1d(indices, held))
     size = min(_BATCH_SIZE, len(train))
     num_steps = min(max(_EPOCHS * len(train) // size, _MIN_STEPS), max_steps)
-    network = ConvClassifier(len(source.class_names))
+    network = ConvClassifier(num_classes)
     optimizer = optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, num_steps))
 
     def loss_fn(params, images, labels):
-        _, logits = _apply(network, params, images)
+        _, logits = network.apply({"params": params}, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit
@@ -242,32 +205,15 @@ def train_classifier(
     for _ in tqdm.trange(num_steps, desc="classifier", unit="step", dynamic_ncols=True):
         params, opt_state = step(params, opt_state, batch["image"], batch["condition"]["label"])
         batch = next(batches)
-    classify = jax.jit(lambda p, x: _apply(network, p, x)[1].argmax(-1))
+    classify = jax.jit(functools.partial(network.apply, {"params": params}))
     right = [
-        np.asarray(classify(params, images)) == labels
+        np.argmax(classify(images)[1], axis=-1) == labels
         for images, labels in _pictures(_Subset(source, held), read, size)
     ]
-    info = {
-        "source": repr(source),
-        "num_steps": num_steps,
-        "seed": seed,
-        "accuracy": float(np.mean(np.concatenate(right))),
-    }
+    accuracy = float(np.mean(np.concatenate(right)))
+    info = {"source": repr(source), "num_steps": num_steps, "seed": seed, "accuracy": accuracy}
     shape = batch["image"].shape[1:]
     return Classifier(jax.device_get(params), shape, source.class_names, info)
-
-
-def _apply(network: ConvClassifier, params: Any, images: Any) -> Any:
-    return network.apply({"params": params}, images)
-
-
-def _check_source(source: Source) -> None:
-    if source.kind != "pictures":
-        raise UsageError(f"{source!r} has {source.kind}: a classifier is trained on pictures")
-    if len(source.class_names) < 2:
-        raise UsageError(f"{source!r} has one class: a classifier needs two or more")
-    if len(source) < 2 * _HELD_OUT:
-        raise UsageError(f"{source!r} has {len(source)} pictures: a classifier needs more")
 
 
 class _Subset:
@@ -298,19 +244,12 @@ def _pictures(source: Any, read: Reader, size: int) -> Iterator[tuple[np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class ClassAgreement:
-    """The result of `class_agreement`.
-
-    Attributes:
-      num_samples: how many generated images were judged.
-      classifier_accuracy: share of held-out real images that the classifier gets right.
-      agreement: share of generated images taken for the class they were asked for.
-      spread: mean over classes of the generated over the real mean pairwise distance.
-    """
+    """The result of `class_agreement`."""
 
     num_samples: int
-    classifier_accuracy: float
-    agreement: float
-    spread: float
+    classifier_accuracy: float  # share of held-out real images
+    agreement: float  # share of generated images taken for the class they were asked for
+    spread: float  # mean over classes of the generated over the real mean pairwise distance
 
     def __str__(self):
         return (
@@ -325,37 +264,32 @@ def class_agreement(
 ) -> ClassAgreement:
     """Judges generated images by a support vector classifier fitted on real ones.
 
-    The classifier (RBF kernel) is fitted on three quarters of the real images, and its own accuracy
-    is taken on the rest.
+    It is fitted on three quarters of the real images, and its own accuracy is taken on the rest.
 
     Args:
       images: uint8 (N, H, W, C), generated.
       labels: (N,) ints, the classes asked for.
       source, read: the real pictures, as `train_classifier` takes them.
-
-    Raises:
-      UsageError: scikit-learn is not installed.
     """
     require_sklearn("class_agreement")
     from sklearn import model_selection, svm
 
     real_images, real_labels = next(_pictures(source, read, len(source)))
-    real, generated = _flatten(real_images), _flatten(images)
+    real, generated = (x.reshape(len(x), -1) / 255 for x in (real_images, images))
     fit_x, held_x, fit_y, held_y = model_selection.train_test_split(
         real, real_labels, test_size=0.25, random_state=0, stratify=real_labels
     )
     classifier = svm.SVC(C=10.0, gamma="scale").fit(fit_x, fit_y)
-    ratios = [
-        mean_pairwise_distance(generated[labels == c])
-        / mean_pairwise_distance(real[real_labels == c])
-        for c in np.unique(labels)
-    ]
-    return ClassAgreement(
-        num_samples=len(images),
-        classifier_accuracy=float(classifier.score(held_x, held_y)),
-        agreement=float(np.mean(classifier.predict(generated) == labels)),
-        spread=float(np.mean(ratios)),
+    spread = np.mean(
+        [
+            mean_pairwise_distance(generated[labels == c])
+            / mean_pairwise_distance(real[real_labels == c])
+            for c in np.unique(labels)
+        ]
     )
+    accuracy = float(classifier.score(held_x, held_y))
+    agreement = float(np.mean(classifier.predict(generated) == labels))
+    return ClassAgreement(len(images), accuracy, agreement, float(spread))
 
 
 def require_sklearn(field: str) -> None:
@@ -366,10 +300,4 @@ def require_sklearn(field: str) -> None:
 
 def mean_pairwise_distance(x: np.ndarray) -> float:
     """The mean Euclidean distance between two different rows of x (N, D), N at least 2."""
-    squares = np.sum(x**2, axis=1)
-    squared = np.maximum(squares[:, None] + squares[None] - 2 * x @ x.T, 0)
-    return float(np.sqrt(squared)[~np.eye(len(x), dtype=bool)].mean())
-
-
-def _flatten(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1).astype(np.float64) / 255
+    return float(pdist(x).mean())

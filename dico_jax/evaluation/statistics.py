@@ -1,11 +1,11 @@
-"""Statistics of features, the npz files they are in, and files of images to compute them from.
+"""Statistics of features: how they add up in float64, and the npz files they are in.
 
-Three layouts are read: ADM's (`mu`, `sigma`, `mu_s`, `sigma_s`, and `arr_0` with
-uint8 images), pytorch-fid's (`mu`, `sigma`), and that of `save_statistics`, which the code of both
-others can read too. Object arrays are never unpickled.
+Read are ADM's layout (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0` with uint8 images), pytorch-fid's
+(`mu`, `sigma`), and that of `save_statistics`, which both others can read; no object arrays.
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -14,20 +14,24 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.lib import format as npy
+from scipy.linalg import blas
 
 from dico_jax.data.image_sets import ImageSet
 from dico_jax.errors import UsageError
 from dico_jax.files import new_file
 
+# Fastest of 256 to 4096 at a width of 2048 on two cores; a block is 17 MB there.
+_BLOCK_ROWS = 1024
+SPLIT_SIZE = 5000  # samples in a chunk of the published Inception Score
 _ASYMMETRY = 1e-4  # of a covariance stored in float16
 _METADATA, _VERSION = "dico_jax", 1  # array with the JSON of our own files
-_ABOUT = {"features": str, "count": int | None, "info": dict}
+_ABOUT = ("features", "count", "info")
 _ARRAYS = {
     "mean": "mu",
     "covariance": "sigma",
@@ -39,10 +43,8 @@ _READ_HEADER = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header
 # What zipfile and NumPy raise for a damaged file.
 _DAMAGE = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, OSError, RuntimeError,
-    TypeError, ValueError, MemoryError,
+    TypeError, ValueError, AttributeError, MemoryError,
 )  # fmt: skip
-# Ranges of numbers that are no uint8 images, and what makes them ones.
-_MENDED = {(0, 1): "round(255 * x)", (-1, 1): "clip(127.5 * x + 128, 0, 255)", (0, 255): "round(x)"}
 
 
 def check_rows(rows: Any, what: str, first_row: int = 0, width: int | None = None) -> np.ndarray:
@@ -50,16 +52,12 @@ def check_rows(rows: Any, what: str, first_row: int = 0, width: int | None = Non
     rows = np.asarray(rows)
     right = rows.ndim == 2 and width in (None, rows.shape[1])
     if not right or not jnp.issubdtype(rows.dtype, np.floating):
-        raise UsageError(
-            f"{what} are {rows.dtype}{list(rows.shape)}: floating-point numbers of one feature "
-            f"network (N, {width or 'D'}) are expected"
-        )
+        found, wanted = f"{rows.dtype}{list(rows.shape)}", f"(N, {width or 'D'})"
+        raise UsageError(f"{what} are {found}: floating-point numbers {wanted} are expected")
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if bad.size:
-        raise UsageError(
-            f"{bad.size} of {len(rows)} rows of {what} are NaN or infinite, row "
-            f"{first_row + bad[0]} first: look at that image and at the weights it comes from"
-        )
+        fix = f"row {first_row + bad[0]} first: look at that image, and at the network's weights"
+        raise UsageError(f"{bad.size} of {len(rows)} rows of {what} are NaN or infinite, {fix}")
     return rows
 
 
@@ -67,90 +65,188 @@ def check_moments(mean: Any, covariance: Any, what: str) -> tuple[np.ndarray, np
     """A mean (D,) and a covariance (D, D) in float64; UsageError, naming `what`, for others."""
     mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
     if mean.ndim != 1 or not mean.size or covariance.shape != 2 * mean.shape:
-        raise UsageError(
-            f"{what}: a mean of shape {mean.shape} and a covariance of shape {covariance.shape} "
-            "are not (D,) and (D, D)"
-        )
+        shapes = f"a mean of shape {mean.shape} and a covariance of shape {covariance.shape}"
+        raise UsageError(f"{what}: {shapes} are not (D,) and (D, D)")
     for name, array in (("mean", mean), ("covariance", covariance)):
         if bad := np.count_nonzero(~np.isfinite(array)):
-            raise UsageError(
-                f"{what}: {bad} of {array.size} numbers of the {name} are NaN or infinite: "
-                "compute them again, from finite features"
-            )
+            numbers = f"{bad} of {array.size} numbers of the {name}"
+            raise UsageError(f"{what}: {numbers} are NaN or infinite: compute them again")
     off = np.max(np.abs(covariance - covariance.T))
     if off > _ASYMMETRY * np.max(np.abs(covariance)):
-        raise UsageError(
-            f"{what}: the covariance is not symmetric (by up to {off:.2g}): compute it again"
-        )
+        raise UsageError(f"{what}: the covariance is not symmetric (by up to {off:.2g})")
     return mean, covariance
+
+
+class _Streamed:
+    """Sums over blocks of rows, so that batches do not even change the rounding."""
+
+    def __init__(self, width: int, **sums: Any):
+        self._waiting, self._sums = [np.empty((0, width))], sums
+
+    def _blocks(self, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= size:
+            rows = np.concatenate(self._waiting)
+            whole = len(rows) // size * size
+            self._waiting = [rows[whole:]]
+            yield from np.split(rows[:whole], whole // size)
+
+    def to_arrays(self) -> dict[str, Any]:
+        """Everything as arrays, to be saved; what goes on from them goes on exactly."""
+        return self._sums | {"pending": np.concatenate(self._waiting)}
+
+    def restore(self, arrays: Mapping[str, Any]) -> None:
+        """Goes on from what `to_arrays` gave."""
+        self._waiting = [arrays["pending"]]
+        self._sums = {name: arrays[name] for name in self._sums}
+
+
+class Moments(_Streamed):
+    """Mean and covariance of rows of `width` numbers; a large common offset costs no digits."""
+
+    def __init__(self, width: int):
+        # Of the outer products of centred rows, only the upper triangle is kept up to date.
+        scatter = np.zeros((width, width), order="F")
+        super().__init__(width, count=0, mean=np.zeros(width), scatter=scatter)
+
+    @property
+    def count(self) -> int:
+        """How many rows there were."""
+        return int(self._sums["count"]) + sum(map(len, self._waiting))
+
+    def update(self, rows: Any) -> None:
+        """Adds rows (N, width) of any floating dtype; none, and UsageError, where one is wrong."""
+        rows = check_rows(rows, "features", self.count, len(self._sums["mean"]))
+        for block in self._blocks(rows.astype(np.float64), _BLOCK_ROWS):
+            self._add(block)
+
+    def merge(self, other: "Moments") -> None:
+        """Adds all rows of `other`, which stays as it is."""
+        check_rows(other._sums["mean"][None], "features", width=len(self._sums["mean"]))
+        theirs = other._complete()
+        if theirs["count"]:
+            self._sums, self._waiting = self._complete(), [theirs["mean"][None][:0]]
+            shift = self._move(theirs["count"], theirs["mean"])
+            self._sums["scatter"] += theirs["scatter"] + np.outer(shift, shift)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The mean of the rows, float64 (D,); UsageError where there is none."""
+        return self._complete(1)["mean"]
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Of the rows (divided by count - 1), float64 (D, D); UsageError for fewer than two."""
+        upper = np.triu(self._complete(2)["scatter"]) / (self.count - 1)
+        return upper + np.triu(upper, 1).T
+
+    def _complete(self, fewest: int = 0) -> dict[str, Any]:
+        """A copy of the sums, of the rows that wait too."""
+        if self.count < fewest:
+            raise UsageError(f"{self.count} rows of features are too few: give {fewest}")
+        done = copy.deepcopy(self)
+        if len(rows := np.concatenate(self._waiting)):
+            done._add(rows)
+        return done._sums
+
+    def _add(self, block: np.ndarray) -> None:
+        """One symmetric product, with the shift of the mean as a row."""
+        mean, old = block.mean(axis=0), self._sums["scatter"]
+        rows = np.concatenate([block - mean, self._move(len(block), mean)[None]])
+        self._sums["scatter"] = blas.dsyrk(1.0, rows.T, beta=1.0, c=old, overwrite_c=True)
+
+    def _move(self, count: int, mean: np.ndarray) -> np.ndarray:
+        """Takes up `count` rows of this mean; what their shift adds is the result's square."""
+        before, total = self._sums["count"], self._sums["count"] + count
+        delta = mean - self._sums["mean"]
+        self._sums |= {"count": total, "mean": self._sums["mean"] + delta * (count / total)}
+        return delta * np.sqrt(before * count / total)
+
+
+class InceptionScore(_Streamed):
+    """exp(mean KL(p(class | image) || p(class))) of `split_size` samples at a time, averaged.
+
+    Salimans et al., arXiv 1606.03498. A probability of 0 contributes 0; published code gives NaN.
+    """
+
+    def __init__(self, num_classes: int, split_size: int = SPLIT_SIZE):
+        super().__init__(num_classes, split_size=split_size, scores=np.empty(0))
+
+    @property
+    def count(self) -> int:
+        """How many samples there were."""
+        chunks = len(self._sums["scores"]) * int(self._sums["split_size"])
+        return chunks + sum(map(len, self._waiting))
+
+    def update(self, logits: Any) -> None:
+        """Adds samples by their logits without bias (N, classes); none where one is wrong."""
+        width = self._waiting[0].shape[1]
+        logits = check_rows(logits, "logits", self.count, width).astype(np.float64)
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        self.update_probabilities(exponentials / exponentials.sum(axis=1, keepdims=True))
+
+    def update_probabilities(self, probabilities: Any) -> None:
+        """Adds samples by their class probabilities (N, classes), as they are."""
+        rows, size = np.asarray(probabilities, np.float64), int(self._sums["split_size"])
+        scores = [_score(chunk) for chunk in self._blocks(rows, size)]
+        self._sums["scores"] = np.append(self._sums["scores"], scores)
+
+    def result(self) -> tuple[float, float]:
+        """Mean and standard deviation (divided by their number) over the chunks."""
+        if not self.count:
+            raise UsageError("no samples: there is no Inception Score")
+        rest = np.concatenate(self._waiting)
+        scores = np.append(self._sums["scores"], [_score(rest)] if len(rest) else [])
+        return float(np.mean(scores)), float(np.std(scores))
+
+
+def _score(probabilities: np.ndarray) -> float:
+    """The exponential of the rows' mean KL divergence from their mean."""
+    mean = probabilities.mean(axis=0)
+    ratio = np.divide(probabilities, mean, out=np.ones_like(probabilities), where=probabilities > 0)
+    return float(np.exp(np.mean(np.sum(probabilities * np.log(ratio), axis=1))))
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What a set of images is to the metrics.
+    """What a set of images is to the metrics."""
 
-    Attributes:
-      features: name of the feature network, such as "inception".
-      mean: float64 (D,) of the pooled features.
-      covariance: float64 (D, D), divided by the number of images less 1.
-      spatial_mean, spatial_covariance: the same of the spatial features (S), or None.
-      pool_features: (N, D) of a floating dtype, for precision, recall and KID, or None.
-      count: how many images the means are of; None where the file does not say.
-      digest: sha256 (hex) of the file; "" before there is one.
-      info: how it was made, as JSON can say it; {} where the file does not say.
-      images: those that the file holds besides, which need not be all of `count`, or None.
-    """
-
-    features: str
-    mean: np.ndarray
-    covariance: np.ndarray
-    spatial_mean: np.ndarray | None = None
+    features: str  # name of the feature network, such as "inception"
+    mean: np.ndarray  # float64 (D,) of the pooled features
+    covariance: np.ndarray  # float64 (D, D), divided by the number of images less 1
+    spatial_mean: np.ndarray | None = None  # the same of the spatial features
     spatial_covariance: np.ndarray | None = None
-    pool_features: np.ndarray | None = None
-    count: int | None = None
-    digest: str = ""
-    info: dict[str, Any] = dataclasses.field(default_factory=dict)
-    images: "NpzImages | None" = None
+    pool_features: np.ndarray | None = None  # (N, D), for precision, recall and KID
+    count: int | None = None  # how many images the means are of, where the file says it
+    digest: str = ""  # sha256 (hex) of the file; "" before there is one
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)  # how it was made, as JSON
+    images: "NpzImages | None" = None  # that the file holds besides; need not be all of `count`
 
 
 def open_reference(
     path: str | os.PathLike, features: str = "inception"
 ) -> "Statistics | NpzImages":
-    """What the npz file `path` holds: statistics, or images alone.
-
-    Args:
-      path: a local file, in one of the layouts of this module.
-      features: the feature network of files that do not name theirs.
-
-    Raises:
-      UsageError: naming the file, and what it should hold.
-    """
+    """What a local npz file holds; `features` is the network of files that do not name theirs."""
     path = os.fspath(path)
     with _opened(path) as file:
         images = NpzImages(path) if "arr_0" in file else None
         if images and "mu" not in file and "sigma" not in file:
             return images
         about = _metadata(file, path) if _METADATA in file else {"features": features}
-        moments = _moments(file, path, "mu", "sigma")
-        spatial = "mu_s" in file or "sigma_s" in file
-        moments += _moments(file, path, "mu_s", "sigma_s") if spatial else ()
-        rows = None
+        moments: tuple[np.ndarray, ...] = ()
+        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            if not moments or mean in file or covariance in file:
+                arrays = _floats(file, path, mean), _floats(file, path, covariance)
+                moments += check_moments(*arrays, f"{path}, {mean} and {covariance}")
+        found: Any = dict(zip(_ARRAYS, moments, strict=False))
         if "pool_features" in file:
-            rows = _floats(file, path, "pool_features")
-            check_rows(rows, f"{path}, pool_features", width=len(moments[0]))
-        found: Any = dict(zip(_ARRAYS, moments, strict=False), pool_features=rows)
+            rows, what = _floats(file, path, "pool_features"), f"{path}, pool_features"
+            found["pool_features"] = check_rows(rows, what, width=len(moments[0]))
         return Statistics(**about, **found, digest=file_digest(path), images=images)
 
 
 def save_statistics(path: str | os.PathLike, statistics: Statistics) -> str:
-    """Writes statistics as an npz file, which appears when it is complete. Images are left out.
-
-    Returns:
-      The sha256 (hex) of the file.
-
-    Raises:
-      UsageError: there is something at `path`, or it cannot be written.
-    """
+    """Writes statistics, without images, as a new npz file; returns its sha256 (hex)."""
     if os.path.lexists(path):
         raise UsageError(f"{path} exists: give another name, or remove it")
     about = {name: getattr(statistics, name) for name in _ABOUT}
@@ -162,23 +258,30 @@ def save_statistics(path: str | os.PathLike, statistics: Statistics) -> str:
     return file_digest(path)
 
 
+def save_arrays(path: str | os.PathLike, about: Any, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays and what JSON can say of them as an npz file, whole or not at all."""
+    text: Any = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+    with new_file(path) as stream:
+        np.savez(stream, **text, **arrays)
+
+
+def load_arrays(path: str | os.PathLike, wrong: str) -> tuple[Any, dict[str, np.ndarray]]:
+    """What `save_arrays` has written; UsageError, saying what is `wrong`, for something else."""
+    with _opened(path, wrong) as file:
+        arrays = dict(file)
+        return json.loads(arrays.pop("about").tobytes()), arrays
+
+
 def file_digest(path: str | os.PathLike) -> str:
     """sha256 (hex) of a file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _moments(file: Any, path: str, mean: str, covariance: str) -> tuple[np.ndarray, ...]:
-    arrays = _floats(file, path, mean), _floats(file, path, covariance)
-    return check_moments(*arrays, f"{path}, {mean} and {covariance}")
-
-
 def _floats(file: Any, path: str, name: str) -> np.ndarray:
     if name not in file:
-        raise UsageError(
-            f"{path} holds {', '.join(file) or 'no arrays'}, and no {name}: a reference has mu and "
-            "sigma (statistics), or arr_0 (uint8 images, NHWC)"
-        )
+        fix = "a reference has mu and sigma, or arr_0 (uint8 images)"
+        raise UsageError(f"{path} holds {', '.join(file) or 'no arrays'}, and no {name}: {fix}")
     array = np.asarray(file[name])  # bytes, where they are no array
     if array.dtype.kind != "f":
         raise UsageError(f"{path}, {name} is no array of floating-point numbers")
@@ -188,59 +291,45 @@ def _floats(file: Any, path: str, name: str) -> np.ndarray:
 def _metadata(file: Any, path: str) -> dict[str, Any]:
     with contextlib.suppress(TypeError, ValueError, KeyError):
         found = json.loads(str(file[_METADATA]))
-        about = {key: found[key] for key in _ABOUT}
-        if found["version"] == _VERSION and all(
-            isinstance(about[key], kind) for key, kind in _ABOUT.items()
-        ):
-            return about
-    raise UsageError(
-        f"{path}, {_METADATA} is no description of statistics that this version knows: write the "
-        "file again with save_statistics"
-    )
+        if found["version"] == _VERSION:
+            return {key: found[key] for key in _ABOUT}
+    raise UsageError(f"{path}: {_METADATA} is no description of statistics that this version knows")
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[Any]:
-    """Whatever is wrong with a file is a UsageError that names it."""
-    if "://" in path:
-        raise UsageError(f"{path} is no local file: copy it to this machine first")
+def _opened(
+    path: str | os.PathLike, wrong: str = "is no npz file, damaged or cut short"
+) -> Iterator[Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             yield file
     except UsageError:
         raise
     except _DAMAGE as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-        reason = [*str(error).splitlines(), "it ends too soon"][0]
-        raise UsageError(
-            f"{path} cannot be read ({reason}): it is no npz file, damaged or cut short"
-        ) from error
+        reason = getattr(error, "strerror", None) or [*str(error).splitlines(), "it ends"][0]
+        raise UsageError(f"{path} {wrong}: {reason}") from error
 
 
 class NpzImages(ImageSet):
-    """The uint8 images (N, H, W, C) in `arr_0` of an npz file, read in batches, never as a whole.
-
-    Attributes:
-      name: what messages and results call it.
-      shape: (H, W, C) of an image; C is 1 or 3.
-    """
+    """The uint8 images (N, H, W, 1 or 3) in `arr_0` of an npz file, never read as a whole."""
 
     def __init__(self, path: str | os.PathLike, name: str | None = None):
-        """Looks at the array, without reading it; UsageError where it is no uint8 NHWC."""
+        """Looks at the array, without reading it; `name` is for messages and results."""
         self._path = os.fspath(path)
         self.name = name or self._path
         with _opened(self._path) as file:
             if "arr_0" not in file:
                 raise UsageError(f"{path} has no arr_0, uint8 images (NHWC)")
             with file.zip.open("arr_0.npy") as stream:
-                header = _read_header(stream)
-                _check_images(f"{path}, arr_0", stream, *header)
+                shape, fortran_order, dtype = _read_header(stream)
                 nbytes = file.zip.getinfo("arr_0.npy").file_size - stream.tell()
-        self._count, height, width, channels = header[0]
-        self.shape = height, width, channels
-        if nbytes != math.prod(header[0]):
-            raise UsageError(f"{path}, arr_0 of shape {header[0]} has {nbytes} bytes: get it again")
+        wrong = len(shape) != 4 or 0 in shape or shape[3] not in (1, 3) or dtype != np.uint8
+        if wrong or fortran_order or nbytes != math.prod(shape):
+            raise UsageError(
+                f"{path}, arr_0 is {dtype}{list(shape)}{' in Fortran order' * fortran_order} of "
+                f"{nbytes} bytes: uint8 images from 0 to 255 (N, H, W, 1 or 3) are expected"
+            )
+        self._count, self.shape = shape[0], shape[1:]
 
     def __len__(self):
         return self._count
@@ -258,34 +347,6 @@ class NpzImages(ImageSet):
                 yield batch.reshape(count, *self.shape)
 
 
-def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _read_header(stream: IO[bytes]) -> Any:
     """Shape, whether in Fortran order, dtype."""
     return _READ_HEADER[npy.read_magic(stream)](stream)
-
-
-def _check_images(
-    name: str, stream: IO[bytes], shape: tuple[int, ...], fortran_order: bool, dtype: np.dtype
-) -> None:
-    wrong = ""
-    if len(shape) != 4 or 0 in shape:
-        wrong = ": images (N, H, W, C) are expected"
-    elif dtype != np.uint8:
-        wrong = f"{_found(stream, shape, dtype)}: uint8 images from 0 to 255 are expected"
-    elif shape[3] not in (1, 3):
-        nchw = ", which is NCHW" if shape[1] in (1, 3) else ""
-        wrong = f"{nchw}: NHWC with 1 or 3 channels is expected"
-    elif fortran_order:
-        wrong = " in Fortran order, and no C order: save np.ascontiguousarray of it"
-    if wrong:
-        raise UsageError(f"{name} is {dtype}{list(shape)}{wrong}")
-
-
-def _found(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> str:
-    """What the first of wrong images holds, and how to make uint8 of it."""
-    if dtype.kind not in "iuf":
-        return ""
-    values = np.frombuffer(stream.read(math.prod(shape[1:]) * dtype.itemsize), dtype)
-    for (least, most), mend in _MENDED.items():
-        if least <= values.min() and values.max() <= most:
-            return f" in [{least}, {most}] (save {mend} as uint8)"
-    return f" from {values.min():.4g} to {values.max():.4g}"
