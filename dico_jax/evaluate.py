@@ -70,14 +70,10 @@ def main() -> None:
     if _SAMPLES.value is not None:
         measure.evaluate_files(_SAMPLES.value, *how, num_samples=_NUM_SAMPLES.value)
         return
-    measure.evaluate_checkpoint(
-        str(_CKPT.value),
-        *how,
-        num_samples=_NUM_SAMPLES.value or 50_000,
-        classes=sampler_flags.CLASSES.value,
-        sweep_cfg=_SWEEP_CFG.value,
-        **sampler_flags.sampler_arguments(_BATCH_SIZE.value),
-    )
+    choices = sampler_flags.sampler_arguments(_BATCH_SIZE.value)
+    choices |= {"classes": sampler_flags.CLASSES.value, "sweep_cfg": _SWEEP_CFG.value}
+    choices["num_samples"] = _NUM_SAMPLES.value or 50_000
+    measure.evaluate_checkpoint(str(_CKPT.value), *how, **choices)
 
 
 def _check() -> None:
@@ -87,10 +83,8 @@ def _check() -> None:
         for name in (*sampler_flags.NAMES, "sweep_cfg"):
             if flags.FLAGS[name].present:
                 raise UsageError(f"--{name} is for --ckpt, not for --samples")
-    if _SWEEP_CFG.value is not None and flags.FLAGS["cfg_scale"].present:
-        raise UsageError("--cfg_scale: --sweep_cfg has the guidance scales; leave it out")
-    if _SWEEP_CFG.value is not None and _OUT.value is None:
-        raise UsageError("--sweep_cfg needs --out, for its result and plot")
+    if _SWEEP_CFG.value is not None and (flags.FLAGS["cfg_scale"].present or _OUT.value is None):
+        raise UsageError("--sweep_cfg needs --out, for its result and plot, and no --cfg_scale")
     if _OUT.value is not None and not _OUT.value.endswith(".json"):
         raise UsageError(f"--out={_OUT.value}: name a .json file")
 

@@ -228,7 +228,10 @@ def test_sweeps():
         (["--ckpt={}/images"], ["--ckpt=", "holds no checkpoint"]),
         (["--ckpt={}/run", "--sweep_cfg=1:2:1"], ["--sweep_cfg needs --out"]),
         (["--ckpt={}/run", "--sweep_cfg=2:1", "--out=a.json"], ["--sweep_cfg=2:1: write the fi"]),
-        (["--ckpt={}/run", "--sweep_cfg=1:2:1", "--cfg_scale=1"], ["--cfg_scale: --sweep_cfg has"]),
+        (
+            ["--ckpt={}/run", "--sweep_cfg=1:2:1", "--cfg_scale=1"],
+            ["and no --cfg_scale"],
+        ),
     ],
 )
 def test_evaluate_refuses(folder, tmp_path, args, parts):

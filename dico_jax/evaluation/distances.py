@@ -114,13 +114,9 @@ def kernel_distance(
 def squared_discrepancy(x: np.ndarray, y: np.ndarray) -> float:
     """The unbiased estimate for x (N, D) and y (M, D); a row is not compared with itself."""
     x, y = x.astype(np.float64), y.astype(np.float64)
-    within = [_kernel(z, z) for z in (x, y)]
-    means = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in within]
-    return float(sum(means) - 2 * _kernel(x, y).mean())
-
-
-def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (xx, yy)]
+    return float(sum(within) - 2 * xy.mean())
 
 
 # Precision and recall. Radii and members are one question: of every row the k-th least score over
@@ -157,8 +153,7 @@ def manifold_members(
 def manifold_radii(features: np.ndarray, k: int = 3, distances: str = "exact") -> np.ndarray:
     """The squared distance of every row to its k-th nearest other row, float64 (N,).
 
-    "adm_float16" takes entry k of a row's sorted distances, as the published evaluator does, for
-    which the row itself need not be the nearest after rounding.
+    "adm_float16" takes entry k of a row's sorted distances, whose first need not be the row itself.
     """
     features = check_rows(features, "features")
     if distances not in DISTANCES:
@@ -219,15 +214,10 @@ def _tiles(given: _Rows, centre: Any, rounding: float, half: bool = False) -> li
         squares = _half_sums((rows * rows).astype(np.float16)) if half else _squares(rows)
         if not np.isfinite(squares.astype(np.float32)).all():
             raise UsageError("features are too large for float32: scale both sets")
-        fill = 0, size - len(rows)
-        tiles.append(
-            _Tile(
-                np.pad(rows, (fill, (0, 0))),
-                np.pad((squares * (1 - rounding)).astype(np.float32), fill, constant_values=np.inf),
-                np.pad(given.radii[start : start + size] * (1 + rounding), fill).astype(np.float32),
-                np.int32(start),
-            )
-        )
+        fill, radii = (0, size - len(rows)), given.radii[start : start + size] * (1 + rounding)
+        squares = np.pad(squares * (1 - rounding), fill, constant_values=np.inf)
+        parts = np.pad(rows, (fill, (0, 0))), squares, np.pad(radii, fill)
+        tiles.append(_Tile._make([*(x.astype(np.float32) for x in parts), np.int32(start)]))
     return tiles
 
 
@@ -253,8 +243,7 @@ def _half_sums(values: np.ndarray) -> np.ndarray:
 def _sweep(a: list[_Tile], b: list[_Tile], keep: int, **how: bool) -> Any:
     """The `keep` least scores of every row of a over the rows of b, and the other way round.
 
-    Both are float64 (N, keep) in rising order, infinite where there are fewer, with the other
-    side's rows, int (N, keep).
+    Float64 (N, keep) in rising order, infinite where there are fewer, with the numbers of b's rows.
     """
 
     def nothing(tiles):
@@ -327,26 +316,19 @@ def _decided(found, rounding: float, a: _Rows, a_tiles, b: _Rows, b_tiles, k: in
 
 
 def _settled(lower, upper, columns, rows, a: _Rows, b: _Rows, k: int) -> np.ndarray:
-    """The k-th least score, by differences, of `rows` of a over their `columns` (R, C) in b.
+    """The k-th least score of `rows` of a over `columns` (R, C) of b, by differences.
 
     Bounds (R, C) tell which ones need not be computed.
     """
     limit = np.partition(upper, k - 1, axis=1)[:, k - 1]
-    chosen = np.nonzero(lower <= limit[:, None])
-    exact = np.full(lower.shape, np.inf)
-    exact[chosen] = _from_differences(a, rows[chosen[0]], b, columns[chosen])
-    return np.partition(exact, k - 1, axis=1)[:, k - 1]
-
-
-def _from_differences(a: _Rows, rows: np.ndarray, b: _Rows, columns: np.ndarray) -> np.ndarray:
-    """Scores of pairs of rows, float64."""
-    result = np.empty(len(rows))
+    i, j = np.nonzero(lower <= limit[:, None])
+    ours, theirs, exact = rows[i], columns[i, j], np.full(lower.shape, np.inf)
     step = max(1, _PAIRS_BYTES // (8 * a.features.shape[1]))
-    for start in range(0, len(rows), step):
+    for start in range(0, len(i), step):
         part = slice(start, start + step)
-        difference = a.features[rows[part]].astype(np.float64) - b.features[columns[part]]
-        result[part] = _squares(difference)
-    return result - b.radii[columns]
+        difference = a.features[ours[part]].astype(np.float64) - b.features[theirs[part]]
+        exact[i[part], j[part]] = _squares(difference) - b.radii[theirs[part]]
+    return np.partition(exact, k - 1, axis=1)[:, k - 1]
 
 
 def _settle_on_host(scores: np.ndarray, rows: np.ndarray, a: _Rows, b: _Rows, k: int) -> None:

@@ -32,10 +32,7 @@ class FeatureSummary:
     """What is kept of the features of a set of images, batch by batch: sums, and perhaps all."""
 
     def __init__(self, network: FeatureNetwork, keep_features: bool):
-        self.pool, self.score = (
-            Moments(network.width),
-            InceptionScore(network.num_classes),
-        )
+        self.pool, self.score = Moments(network.width), InceptionScore(network.num_classes)
         self.spatial = Moments(network.spatial_width) if network.spatial_width else None
         self._parts = {"pool": self.pool, "spatial": self.spatial, "score": self.score}
         self._kept = [np.empty((0, network.width), np.float32)] if keep_features else None
@@ -99,12 +96,7 @@ class Evaluator:
         }
 
     def measure(
-        self,
-        batches: Batches,
-        samples: dict[str, Any],
-        partial: pathlib.Path | None = None,
-        *,
-        progress: bool = True,
+        self, batches: Batches, samples: Any, partial: Any = None, progress: bool = True
     ) -> dict[str, Any]:
         """The result for images of which `samples` tells, their "count" above all.
 
@@ -134,10 +126,7 @@ class Evaluator:
 
 
 def create_network(features: str, inception: str | None, flag: str = "--") -> FeatureNetwork:
-    """The network of "inception" (with a file of weights, or None) or of a classifier's file.
-
-    `flag` is what messages put before the names of these arguments.
-    """
+    """The network of "inception" (with a file of weights, or None) or of a classifier's file."""
     if features == "inception":
         # A late import: most who name a classifier have no need of it.
         from dico_jax.evaluation.inception_weights import load_inception
@@ -173,9 +162,8 @@ def create_evaluator(
         images.name = name
     if not isinstance(found, Statistics):
         found = measure_images(found, network, features, batch_size)
-        found = dataclasses.replace(
-            found, digest=statistics.file_digest(reference) if is_file else ""
-        )
+        digest = statistics.file_digest(reference) if is_file else ""
+        found = dataclasses.replace(found, digest=digest)
     weights = found.info.get("network_sha256", network.digest)
     for what, theirs, ours in (
         ("another feature network", found.features, network.name),
@@ -212,15 +200,10 @@ def check_metrics(names: Iterable[str], flag: str) -> None:
 
 
 def choose_metrics(
-    wanted: Sequence[str] | None,
-    reference: Statistics,
-    name: str,
-    has_images: bool = False,
+    wanted: Sequence[str] | None, reference: Statistics, name: str, has_images: bool = False
 ) -> tuple[str, ...]:
     """The metrics to compute: those wanted, or all that the reference called `name` allows."""
-    lacking = {}
-    if reference.spatial_mean is None:
-        lacking["sfid"] = "spatial statistics"
+    lacking = {} if reference.spatial_mean is not None else {"sfid": "spatial statistics"}
     if reference.pool_features is None and not has_images:
         lacking |= dict.fromkeys(_OF_ALL_FEATURES, "images or features of each")
     check_metrics(wanted or (), "--")
@@ -232,10 +215,7 @@ def choose_metrics(
 
 
 def measure_images(
-    images: ImageSet,
-    network: FeatureNetwork,
-    features: FeatureFn,
-    batch_size: int,
+    images: ImageSet, network: FeatureNetwork, features: FeatureFn, batch_size: int
 ) -> Statistics:
     """The statistics of all pictures of a set, with the features of each."""
     network.check_images(images.shape, images.name)

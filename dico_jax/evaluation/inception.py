@@ -45,7 +45,7 @@ class Fork(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Branches side by side on one input, each a sequence of layers, joined along the channels."""
+    """Branches side by side, each a sequence of layers, joined along the channels."""
 
     name: str
     branches: tuple[tuple[Any, ...], ...]
@@ -131,10 +131,7 @@ def resize_tables(size: int, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def resized(images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """uint8 (N, H, W, 3) as the network sees it: (N, 299, 299, 3) of `dtype`, (x - 128) / 128.
-
-    Bilinear, as TensorFlow 1 does it: no half-pixel centres, no antialiasing.
-    """
+    """uint8 (N, H, W, 3) as the network sees it, as TensorFlow 1 resizes: (N, 299, 299, 3)."""
     x = images
     for axis in (2, 1):  # TensorFlow's order
         size = x.shape[axis]
@@ -185,13 +182,8 @@ def _pool(x: jax.Array, pool: Pool) -> jax.Array:
 def features_of(params: Any, images: jax.Array, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
     """What metrics read of uint8 images (N, H, W, 3), of any size; the same whatever the batch.
 
-    Args:
-      params: see `inception_weights.load_inception`; batch norm is folded into them.
-      images: the pictures.
-      dtype: of activations and products: float32, or float64 (which needs x64 mode).
-
-    Returns:
-      "pool" (N, 2048), "spatial" (N, 17 * 17 * 7) and "logits" (N, 1008), without the bias.
+    These are "pool" (N, 2048), "spatial" (N, 17 * 17 * 7) and "logits" (N, 1008), without the bias.
+    `params` are those of `inception_weights.load_inception`. A float64 `dtype` needs x64 mode.
     """
     shape = images.shape
     if len(shape) != 4 or shape[-1] != 3 or images.dtype != jnp.uint8:

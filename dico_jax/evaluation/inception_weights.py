@@ -155,21 +155,14 @@ def _read(source: str) -> tuple[dict[str, np.ndarray], str]:
         tensors = known_names(select_weights(file).tensors, KEY_MAP)
         leaves = {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in state_shapes().items()}
         wanted = unflatten_dict(leaves, sep="/")
-        _check_network({key: tuple(ref.shape) for key, ref in tensors.items()}, wanted)
+        if sum(entry.key in tensors for entry in entries(wanted, KEY_MAP)) < len(leaves) / 2:
+            found = f"{len(tensors)} tensors such as {next(iter(tensors))!r}"
+            raise UsageError(f"it is no Inception network: {found}; give {FILE_NAMES[0]}")
+        if "fc.bias" in tensors and tuple(tensors["fc.bias"].shape) == (1000,):
+            fix = f"give TensorFlow's (1008 classes), {FILE_NAMES[0]}"
+            raise UsageError(f"it is torchvision's Inception (1000 classes); {fix}")
         params = load_params(tensors, wanted, KEY_MAP)
     return flatten_dict(params, sep="/"), file_digest(path)
-
-
-def _check_network(shapes: Mapping[str, tuple[int, ...]], wanted: Any) -> None:
-    """Names the usual files that are of another network."""
-    expected = {entry.key for entry in entries(wanted, KEY_MAP)}
-    found = shapes.get("fc.bias") == (1000,) and "torchvision's Inception (1000 classes)"
-    if len(expected & shapes.keys()) < len(expected) / 2:
-        found = f"no Inception network: {len(shapes)} tensors such as {next(iter(shapes))!r}"
-    if found:
-        raise UsageError(
-            f"it is {found}; give TensorFlow's ({inception.NUM_LOGITS} classes), {FILE_NAMES[0]}"
-        )
 
 
 def _read_converted(file: TensorFile) -> tuple[dict[str, np.ndarray], str]:

@@ -15,12 +15,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dico_jax.data.image_sets import SourceImages
-from dico_jax.data.pictures import PictureReader
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import networks
 from dico_jax.evaluation.evaluator import (
-    Batches,
     Evaluator,
     check_metrics,
     check_there,
@@ -64,13 +62,13 @@ def evaluate_files(
     *,
     num_samples: int | None = None,
 ) -> dict[str, Any]:
-    """Measures pictures in files, prints a table, and writes `out`.
+    """Measures pictures in files, prints a table, and writes `out`; see docs/evaluation.md.
 
     Args:
       path: a folder of pictures or an .npz file with arr_0.
-      reference: an .npz file or a folder of pictures, see docs/evaluation.md.
+      reference: an .npz file or a folder of pictures.
       options: how.
-      out: a new JSON file for the result, whose fields are in docs/evaluation.md.
+      out: a new JSON file for the result.
       num_samples: so many of the first pictures; all if None.
     """
     file = None if out is None else result_path(out, ".json")
@@ -130,15 +128,7 @@ class CheckpointSamples:
         return self.sampler.images(self._conditions, start=start)
 
 
-def prepare_reference(
-    path: str,
-    source: tuple[Source, PictureReader, int | None] | None,
-    out: str,
-    *,
-    features: str,
-    inception: str | None,
-    batch_size: int,
-) -> str:
+def prepare_reference(path: str, source: Any, out: str, **how: Any) -> str:
     """Measures pictures and writes their statistics, with the features of each.
 
     Means and covariances that a file has besides its pictures are kept: those of ADM's files are
@@ -148,16 +138,15 @@ def prepare_reference(
       path: a folder or an .npz file of pictures that are taken as they are.
       source: in place of them, the examples of a source, how they are read, and how many at most.
       out: a new .npz file.
-      features, inception, batch_size: see `Options`.
+      **how: of `Options`.
     """
-    file = result_path(out, ".npz")
+    file, options = result_path(out, ".npz"), Options(**how)
     if source is None:
-        options = Options(features, inception, batch_size=batch_size)
         statistics = options.evaluator(path, "--path").reference
     else:
-        network = create_network(features, inception)
-        features_of = networks.make_feature_fn(network, batch_size, create_mesh())
-        statistics = measure_images(SourceImages(*source), network, features_of, batch_size)
+        network, size = create_network(options.features, options.inception), options.batch_size
+        features_of = networks.make_feature_fn(network, size, create_mesh())
+        statistics = measure_images(SourceImages(*source), network, features_of, size)
     measured = statistics.pool_features
     if measured is None:
         raise UsageError(f"--path={path} has statistics and no images: use it as it is")
@@ -168,9 +157,7 @@ def prepare_reference(
     return f"{file} is written: {len(measured):,} pictures, features: {statistics.features}"
 
 
-def _evaluate(
-    evaluator: Evaluator, batches: Batches, about: dict[str, Any], file: pathlib.Path | None
-) -> dict[str, Any]:
+def _evaluate(evaluator: Evaluator, batches: Any, about: Any, file: Any) -> dict[str, Any]:
     result = evaluator.measure(batches, about, file and _partial_file(file))
     if jax.process_index() == 0:
         print(table(result))
@@ -263,11 +250,10 @@ def _scale_of(result: dict[str, Any]) -> float:
     return result["samples"]["sampling"]["cfg_scale"]
 
 
-def _but_scale(result: dict[str, Any]) -> dict[str, Any]:
+def _but_scale(result: dict[str, Any]) -> list[Any]:
     """All that must be equal in one sweep."""
-    sampling = {**result["samples"]["sampling"], "cfg_scale": None}
-    about = {key: result[key] for key in ("metric_names", "reference", "features")}
-    return about | {"samples": {**result["samples"], "sampling": sampling}}
+    samples = result["samples"] | {"sampling": result["samples"]["sampling"] | {"cfg_scale": 0}}
+    return [samples, *(result[key] for key in ("metric_names", "reference", "features"))]
 
 
 # Training.
@@ -284,10 +270,7 @@ class RunEvaluation:
         conditions: Callable[[np.ndarray], Any],
         mesh: Mesh,
     ):
-        """Loads what is there already; UsageError, naming the field, where that cannot work.
-
-        `conditions` makes, of the indices of samples (N,), what the network is told of them.
-        """
+        """Loads what is there; `conditions` makes, of indices (N,), what the network is told."""
         self._options, self._conditions = config.eval, conditions
         self._source, self._read = source, read
         self._how: Any = {"batch_size": config.sampling.batch_size, "mesh": mesh}

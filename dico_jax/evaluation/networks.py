@@ -29,10 +29,8 @@ from dico_jax.errors import UsageError
 from dico_jax.evaluation.statistics import load_arrays, save_arrays
 from dico_jax.parallel.mesh import batch_sharding, from_same, num_batch_shards, replicated
 
-FEATURES_WIDTH = 64
-_WIDTHS = (32, 64, 128)
-_BATCH_SIZE = 128
-_LEARNING_RATE = 3e-3
+FEATURES_WIDTH, _WIDTHS = 64, (32, 64, 128)
+_BATCH_SIZE, _LEARNING_RATE = 128, 3e-3
 _MIN_STEPS, _MAX_STEPS, _EPOCHS = 300, 4000, 10
 _HELD_OUT = 10  # one of so many examples
 _FORMAT = "dico_jax classifier 1"
@@ -71,10 +69,9 @@ FeatureFn = Callable[[np.ndarray], Features]
 
 
 def make_feature_fn(network: FeatureNetwork, batch_size: int, mesh: Mesh) -> FeatureFn:
-    """The function from uint8 images (N, H, W, C) to their features.
+    """The function from uint8 images (N, H, W, C), split over the mesh, to their features.
 
-    They are split over the mesh, `batch_size` (or what a CPU takes best) at a time, filled up to
-    it. Every process gives the same images and gets all features.
+    Every process gives the same images and gets all features.
     """
     split, whole = batch_sharding(mesh), replicated(mesh)
     shards = num_batch_shards(mesh)
@@ -115,8 +112,7 @@ class ConvClassifier(nn.Module):
         """uint8 (N, H, W, C) to features (N, 64) and logits (N, num_classes)."""
         x = images.astype(jnp.float32) / 127.5 - 1
         for i, width in enumerate(_WIDTHS):
-            stride = 1 if i == 0 else 2
-            x = nn.Conv(width, (3, 3), strides=stride, name=f"conv{i}")(x)
+            x = nn.Conv(width, (3, 3), strides=2 if i else 1, name=f"conv{i}")(x)
             x = nn.relu(nn.LayerNorm(name=f"norm{i}")(x))
         features = nn.relu(nn.Dense(FEATURES_WIDTH, name="features")(x.mean((1, 2))))
         return features, nn.Dense(self.num_classes, name="logits")(features)
@@ -168,13 +164,8 @@ def train_classifier(
 ) -> Classifier:
     """Trains a classifier on pictures, nine tenths of them; the others tell its accuracy.
 
-    It takes ten epochs, but at least 300 and at most `max_steps` steps of 128 pictures.
-
-    Args:
-      source: pictures with labels.
-      read: makes a picture's pixels.
-      max_steps: at most so many steps.
-      seed: decides order and initial weights.
+    It takes ten epochs, but at least 300 and at most `max_steps` steps of 128 pictures; `seed`
+    decides their order and initial weights.
     """
     num_classes, kind = len(source.class_names), source.kind
     if kind != "pictures" or num_classes < 2 or len(source) < 2 * _HELD_OUT:
@@ -252,19 +243,15 @@ class ClassAgreement:
     spread: float  # mean over classes of the generated over the real mean pairwise distance
 
     def __str__(self):
-        return (
-            f"class agreement {self.agreement:.1%} of {self.num_samples} samples, "
-            f"spread {self.spread:.3f} of the real images' "
-            f"(the classifier is right on {self.classifier_accuracy:.1%} of unseen real images)"
-        )
+        unseen = f"the classifier is right on {self.classifier_accuracy:.1%} of unseen real images"
+        agreement = f"class agreement {self.agreement:.1%} of {self.num_samples} samples"
+        return f"{agreement}, spread {self.spread:.3f} of the real images' ({unseen})"
 
 
 def class_agreement(
     images: np.ndarray, labels: np.ndarray, source: Source, read: Reader
 ) -> ClassAgreement:
-    """Judges generated images by a support vector classifier fitted on real ones.
-
-    It is fitted on three quarters of the real images, and its own accuracy is taken on the rest.
+    """Judges images by a support vector classifier, fitted on three quarters of the real ones.
 
     Args:
       images: uint8 (N, H, W, C), generated.
@@ -280,16 +267,14 @@ def class_agreement(
         real, real_labels, test_size=0.25, random_state=0, stratify=real_labels
     )
     classifier = svm.SVC(C=10.0, gamma="scale").fit(fit_x, fit_y)
-    spread = np.mean(
-        [
-            mean_pairwise_distance(generated[labels == c])
-            / mean_pairwise_distance(real[real_labels == c])
-            for c in np.unique(labels)
-        ]
-    )
+    spreads = [
+        mean_pairwise_distance(generated[labels == c])
+        / mean_pairwise_distance(real[real_labels == c])
+        for c in np.unique(labels)
+    ]
     accuracy = float(classifier.score(held_x, held_y))
     agreement = float(np.mean(classifier.predict(generated) == labels))
-    return ClassAgreement(len(images), accuracy, agreement, float(spread))
+    return ClassAgreement(len(images), accuracy, agreement, float(np.mean(spreads)))
 
 
 def require_sklearn(field: str) -> None:

@@ -32,14 +32,9 @@ SPLIT_SIZE = 5000  # samples in a chunk of the published Inception Score
 _ASYMMETRY = 1e-4  # of a covariance stored in float16
 _METADATA, _VERSION = "dico_jax", 1  # array with the JSON of our own files
 _ABOUT = ("features", "count", "info")
-_ARRAYS = {
-    "mean": "mu",
-    "covariance": "sigma",
-    "spatial_mean": "mu_s",
-    "spatial_covariance": "sigma_s",
-    "pool_features": "pool_features",
-}
-_READ_HEADER = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_ARRAYS = {"mean": "mu", "covariance": "sigma"}  # name of a field to that of its array
+_ARRAYS |= {"spatial_mean": "mu_s", "spatial_covariance": "sigma_s"}
+_ARRAYS["pool_features"] = "pool_features"
 # What zipfile and NumPy raise for a damaged file.
 _DAMAGE = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, OSError, RuntimeError,
@@ -223,10 +218,8 @@ class Statistics:
     images: "NpzImages | None" = None  # that the file holds besides; need not be all of `count`
 
 
-def open_reference(
-    path: str | os.PathLike, features: str = "inception"
-) -> "Statistics | NpzImages":
-    """What a local npz file holds; `features` is the network of files that do not name theirs."""
+def open_reference(path: str | os.PathLike, features: str = "inception") -> Any:
+    """The `Statistics` or `NpzImages` of a local npz file, by default of the network `features`."""
     path = os.fspath(path)
     with _opened(path) as file:
         images = NpzImages(path) if "arr_0" in file else None
@@ -249,10 +242,10 @@ def save_statistics(path: str | os.PathLike, statistics: Statistics) -> str:
     """Writes statistics, without images, as a new npz file; returns its sha256 (hex)."""
     if os.path.lexists(path):
         raise UsageError(f"{path} exists: give another name, or remove it")
-    about = {name: getattr(statistics, name) for name in _ABOUT}
+    about = {"version": _VERSION} | {name: getattr(statistics, name) for name in _ABOUT}
     found = {name: getattr(statistics, field) for field, name in _ARRAYS.items()}
     arrays: Any = {name: array for name, array in found.items() if array is not None}
-    arrays[_METADATA] = np.array(json.dumps({"version": _VERSION} | about))
+    arrays[_METADATA] = np.array(json.dumps(about))
     with new_file(path) as stream:
         np.savez(stream, **arrays)
     return file_digest(path)
@@ -297,9 +290,7 @@ def _metadata(file: Any, path: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _opened(
-    path: str | os.PathLike, wrong: str = "is no npz file, damaged or cut short"
-) -> Iterator[Any]:
+def _opened(path: Any, wrong: str = "is no npz file, damaged or cut short") -> Iterator[Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             yield file
@@ -349,4 +340,5 @@ class NpzImages(ImageSet):
 
 def _read_header(stream: IO[bytes]) -> Any:
     """Shape, whether in Fortran order, dtype."""
-    return _READ_HEADER[npy.read_magic(stream)](stream)
+    is_long = {(1, 0): False, (2, 0): True}[npy.read_magic(stream)]
+    return (npy.read_array_header_2_0 if is_long else npy.read_array_header_1_0)(stream)
