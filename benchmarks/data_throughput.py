@@ -22,7 +22,7 @@ from absl import app, flags
 from etils import epath
 from PIL import Image
 
-from dico_jax.autoencoders.registry import Autoencoder, make_latents_fn
+from dico_jax.autoencoders import Autoencoder, make_latents_fn
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.latent_preparation import write_manifest, write_shard
 from dico_jax.data.latents import Plan, PreparedLatents

@@ -44,8 +44,7 @@ _OF_CONFIG: dict[str, tuple[Any, ...]] = {
     "vae": ("Weights of the autoencoder: a file, or hf://OWNER/REPO/FILE.",),
     "vae_dtype": ("float32, or bfloat16 on accelerators.",),
 }
-# Their fields, where these are no fields of config.data of the same name.
-_FIELDS = {"vae": "autoencoder.path", "vae_dtype": "autoencoder.dtype"}
+_FIELDS = {"vae": "autoencoder.path", "vae_dtype": "autoencoder.dtype"}  # else of config.data
 _OF_SOURCE = "source path name split image_size exif_rotation"
 # Per action, the flags that it needs, and those that it may have.
 _ACTIONS = {
@@ -64,14 +63,12 @@ def _define_flags() -> None:
     # The file is read, not run: --help answers before ml_collections is imported.
     text = (pathlib.Path(__file__).parent / "configs" / "default.py").read_text()
     written = dict(re.findall(r"^    config\.(\w+\.\w+) = (.*)", text, re.MULTILINE))
-    kinds: dict[type, Any] = {
-        bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float,
-    }  # fmt: skip
+    string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
+    kinds: dict[type, Any] = {bool: flags.DEFINE_bool, int: integer, float: number}
     for flag, row in _OF_CONFIG.items():
         value = written[_FIELDS.get(flag, f"data.{flag}")]
         default = None if "placeholder" in value else ast.literal_eval(value)
-        kinds.get(type(default), flags.DEFINE_string)(flag, default, *row)
-    string, integer = flags.DEFINE_string, flags.DEFINE_integer
+        kinds.get(type(default), string)(flag, default, *row)
     string("out", None, "latents: folder, local or gs://; others: a new .npz file.")
     string("source", None, "folder, zip, tfds, array_record, arrays or digits.")
     flags.DEFINE_bool("mirrored", True, "Encode mirrored pictures too.")
@@ -94,7 +91,7 @@ flags.adopt_module_key_flags(cli)  # so that --help shows it
 
 
 def main(action: str | None) -> None:
-    """Parses flags and prepares."""
+    """Parses flags and prepares; imports are late, as --help answers before JAX is imported."""
     cli.check_action("prepare", action, _ACTIONS)
     assert action is not None
     cli.check_flags(action, _ACTIONS)
@@ -108,15 +105,10 @@ def _with_flags(message: str) -> str:
     """The message with this command's flags in place of the fields of a config."""
     from dico_jax.config import DEFAULTS
 
-    flag_of = {f"data.{name}": name for name in DEFAULTS["data"]}
-    flag_of |= {field: flag for flag, field in _FIELDS.items()}
-    pattern = "|".join(map(re.escape, sorted(flag_of, key=len, reverse=True)))
-    return re.sub(
-        rf"(?<![\w/.-])(?:config\.)?({pattern})\b", lambda m: f"--{flag_of[m[1]]}", message
-    )
-
-
-# Late imports: --help answers before JAX is imported.
+    flag = {f"data.{name}": name for name in DEFAULTS["data"]}
+    flag |= {field: name for name, field in _FIELDS.items()}
+    names = "|".join(map(re.escape, sorted(flag, key=len, reverse=True)))
+    return re.sub(rf"(?<![\w/.-])(?:config\.)?({names})\b", lambda m: f"--{flag[m[1]]}", message)
 
 
 def _latents() -> None:
@@ -151,7 +143,8 @@ def _prepared(out: str) -> str:
 
 
 def _said(manifest) -> str:
-    return f"{manifest.num_examples:,} examples in {len(manifest.shards)} shards"
+    count = sum(shard.count for shard in manifest.shards)
+    return f"{count:,} examples in {len(manifest.shards)} shards"
 
 
 def _reference() -> None:

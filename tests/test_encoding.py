@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dico_jax.autoencoders.registry import Autoencoder, make_latents_fn, to_model_range
+from dico_jax.autoencoders import Autoencoder, make_latents_fn, to_model_range
 from dico_jax.autoencoders.weights import Weights
 from dico_jax.errors import UsageError
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, to_global

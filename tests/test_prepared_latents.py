@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from configs import default
-from dico_jax.autoencoders.registry import Autoencoder
+from dico_jax.autoencoders import Autoencoder
 from dico_jax.autoencoders.weights import Weights
 from dico_jax.data import latent_preparation, latents
 from dico_jax.data.latent_preparation import Options, prepare_latents
@@ -87,7 +87,6 @@ def test_moments_of_both_orientations_labels_and_ids(prepared):
         assert example["image"].dtype == np.float16
         np.testing.assert_allclose(example["image"], expected, atol=1e-3)
     manifest = verify(str(prepared))
-    assert manifest.num_examples == 11
     assert [shard.count for shard in manifest.shards] == [4, 4, 3]
     # The documented size: 4 * orientations * h * w * channels bytes, and labels and names.
     assert sum(shard.bytes for shard in manifest.shards) > 11 * 4 * 2 * 4 * 4 * 3

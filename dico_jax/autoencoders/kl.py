@@ -42,8 +42,7 @@ class KLConfig:
             raise UsageError("scaling_factor", self.scaling_factor, "must be above 0")
 
     @property
-    def downsampling(self) -> int:
-        """Pixels per latent position, along each side."""
+    def downsampling(self) -> int:  # pixels per latent position, along each side
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -56,13 +55,12 @@ class ModuleList(nn.Module):
 
 
 class Part(nn.Module):
-    """What the parts of the network share."""
+    """What the parts share: GroupNorm's statistics are float32 or better, of centred values."""
 
     config: KLConfig
     dtype: jnp.dtype
 
     def norm(self, name: str) -> nn.GroupNorm:
-        """GroupNorm whose statistics are float32 or better, from centred values."""
         groups, dtype = self.config.norm_num_groups, self.dtype
         return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
@@ -137,10 +135,7 @@ class Level(Part):
 
 
 class Half(Part):
-    """The encoder: pictures (N, H, W, 3) to (N, h, w, 2C), which quant_conv makes moments of.
-
-    Or the decoder: latents (N, h, w, C), after post_quant_conv, to pictures.
-    """
+    """The encoder, which quant_conv follows, or the decoder, which post_quant_conv precedes."""
 
     decodes: bool
 
@@ -167,9 +162,8 @@ class Half(Part):
 class AutoencoderKL(nn.Module):
     """The autoencoder, called as `model.apply({"params": params}, x, method="encode")`.
 
-    `decode` needs the parameters of the decoder alone, `encode` those of the encoder. Latents are
-    unscaled here. Parameters are float32; statistics, the attention's softmax and what is returned
-    are float32 or better.
+    `encode` and `decode` need the parameters of their half alone. Latents are unscaled here.
+    Parameters are float32; statistics, softmax and what is returned are float32 or better.
     """
 
     config: KLConfig = KLConfig()
@@ -183,11 +177,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Dense(latents, dtype=self.dtype)
 
     def encode(self, pictures):
-        """Pictures (N, H, W, 3) in [-1, 1] to moments (N, h, w, 2C) of the posterior.
-
-        Moments are its mean, then its log variance, clamped to [-30, 20]. A UsageError is raised
-        where height or width do not divide by `config.downsampling`.
-        """
+        """Pictures (N, H, W, 3) in [-1, 1] to moments (N, h, w, 2C): mean, clamped log variance."""
         height, width = pictures.shape[1:3]
         step = self.config.downsampling
         if height % step or width % step or not height * width:
@@ -203,7 +193,6 @@ class AutoencoderKL(nn.Module):
         return pictures.astype(accumulation_dtype(self.dtype))
 
     def __call__(self, pictures):
-        """Pictures through both halves, by way of the posterior's mean."""
         return self.decode(jnp.split(self.encode(pictures), 2, axis=-1)[0])
 
 
@@ -215,18 +204,14 @@ def abstract_params(config: KLConfig) -> Any:
     return jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), pictures)["params"]
 
 
-# Decoding in tiles, for pictures whose activations do not fit in memory.
-
-MIN_TILE = 8  # latent positions a side; statistics over fewer change the colours too much
+# Of tiles, for pictures whose activations do not fit in memory: latent positions a side.
+MIN_TILE = 8  # statistics over fewer change the colours too much
 
 
 def cut(length: int, tile_size: int, downsampling: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first positions (K,) of a side's tiles, and weights (K, pixels of a tile), float32.
-
-    Tiles overlap by a quarter, the last one is at the edge; a pixel's weights add up to 1.
-    """
+    """Where a side's tiles start (K,), and their pixels' weights (K, P), which add up to 1."""
     size = min(tile_size, length)
-    overlap = size // 4
+    overlap = size // 4  # at least: the last tile is at the edge
     inner = np.arange(0, length - size, size - overlap)
     starts = np.append(inner, length - size).astype(np.int32)
     ramp = (np.arange(size * downsampling) + 0.5) / (overlap * downsampling or 1)
@@ -242,11 +227,7 @@ def cut(length: int, tile_size: int, downsampling: int) -> tuple[np.ndarray, np.
 def decode_in_tiles(
     decode: Callable[[jax.Array], Any], latents: jax.Array, tile_size: int, downsampling: int
 ) -> jax.Array:
-    """`decode(latents)`, (N, h, w, C) to (N, H, W, 3), in the memory of one tile after the other.
-
-    Colours differ a little where a tile does not cover all: GroupNorm and attention see one tile.
-    Its side is `tile_size` latent positions (0: no tiles), each `downsampling` pixels wide.
-    """
+    """`decode(latents)` by tiles; colours differ a little, as norms and attention see one tile."""
     n, height, width, channels = latents.shape
     if not tile_size or max(height, width) <= tile_size:
         return decode(latents)

@@ -20,7 +20,7 @@ import tqdm
 from array_record.python import array_record_module
 from etils import epath
 
-from dico_jax.autoencoders.registry import Autoencoder, encode_in_parts, to_model_range
+from dico_jax.autoencoders import Autoencoder, encode_in_parts, to_model_range
 from dico_jax.data.bad_examples import too_many_bad
 from dico_jax.data.latents import (
     ARRAY,
@@ -30,7 +30,7 @@ from dico_jax.data.latents import (
     Shard,
     file_sha256,
     finished_shards,
-    read_plan,
+    read_json,
 )
 from dico_jax.data.paths import is_remote
 from dico_jax.data.pictures import BadExample, PictureReader
@@ -39,8 +39,6 @@ from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.files import library_versions
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated, to_global
-
-_DIGEST_IDS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +62,7 @@ def source_digest(source: Source) -> str:
     count = len(source)
     digest = hashlib.sha256(json.dumps([list(source.class_names), count]).encode())
     # Not of all ids, because some sources have them in their records.
-    for index in np.unique(np.linspace(0, count - 1, _DIGEST_IDS).round().astype(int)):
+    for index in np.unique(np.linspace(0, count - 1, 1000).round().astype(int)):
         digest.update(source.example_id(int(index)).encode() + b"\n")
     return digest.hexdigest()
 
@@ -86,17 +84,15 @@ def make_plan(source: Source, autoencoder: Autoencoder, options: Options) -> Pla
         raise UsageError(f"--vae: {autoencoder.name!r} has no encoder")
     if size < 1 or size % step:
         raise UsageError("--image_size", size, f"must be a multiple of {step}")
+    same = ("image_size", "exif_rotation", "dtype", "shard_size")
     return Plan(
+        **{name: getattr(options, name) for name in same},
         source=repr(source),
         source_digest=source_digest(source),
         num_examples=len(source),
-        image_size=size,
-        exif_rotation=options.exif_rotation,
         autoencoder=autoencoder.name,
         encoder_digest=autoencoder.encoder_digest,
         shape=(1 + options.mirrored, size // step, size // step, 2 * autoencoder.channels),
-        dtype=options.dtype,
-        shard_size=options.shard_size,
         class_names=tuple(source.class_names),
         fields=_field_names(source),
     )
@@ -111,10 +107,10 @@ def _write_json(file: epath.Path, values: dict[str, Any]) -> None:
 
 def claim_folder(folder: epath.Path, plan: Plan) -> None:
     """Makes the folder of a plan; a UsageError where there is something else than this plan."""
-    new, fix = dataclasses.asdict(plan), "give another folder"
+    file, new, fix = folder / "plan.json", dataclasses.asdict(plan), "give another folder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (found := read_plan(folder)) is not None:
+        if (found := read_json(file, Plan)) is not None:
             old = dataclasses.asdict(found)
             pairs = ((key, json.dumps(old[key]), json.dumps(new[key])) for key in new)
             said = "; ".join(f"{key} was {a:.60}, is {b:.60}" for key, a, b in pairs if a != b)
@@ -123,7 +119,7 @@ def claim_folder(folder: epath.Path, plan: Plan) -> None:
         elif any(not path.name.startswith(".") for path in folder.iterdir()):
             raise UsageError(f"--out={folder} is not empty and has no plan.json: {fix}")
         else:
-            _write_json(folder / "plan.json", new)
+            _write_json(file, new)
     except OSError as error:
         raise UsageError(f"--out={folder} cannot be written: {error}") from error
 
@@ -140,10 +136,7 @@ def write_shard(
     bad: Mapping[str, str],
     process_index: int = 0,
 ) -> None:
-    """Writes a shard of examples and their moments; it appears when it is complete.
-
-    `bad` is what more could not be read, id to reason.
-    """
+    """Writes a shard that appears when it is complete; `bad` is what more could not be read."""
     remote, target = is_remote(str(folder)), folder / plan.shard_file(shard)
     all_bad, fields = dict(bad), list[set[str]]()
     with tempfile.TemporaryDirectory(
@@ -204,11 +197,10 @@ def write_manifest(folder: epath.Path, plan: Plan, versions: dict[str, str]) -> 
 def prepare_latents(
     source: Source, autoencoder: Autoencoder, out: str, options: Options
 ) -> Manifest | None:
-    """Encodes this process's shards of a source of pictures that are not there yet.
+    """Encodes this process's shards of pictures that are not in the folder `out` yet.
 
-    Returns the manifest of the folder `out`, local or gs://, which the last process writes, or None
-    while others are still at work. UsageErrors tell what does not fit, that the folder is of
-    another plan, or that too many examples are bad; finished shards stay.
+    Returns the manifest, which the last process writes, or None while others are still at work.
+    A UsageError leaves the shards that are finished.
     """
     plan, folder = make_plan(source, autoencoder, options), epath.Path(out)
     claim_folder(folder, plan)
@@ -220,17 +212,22 @@ def prepare_latents(
     bad = dict(source.skipped)
     for done in finished.values():
         bad |= done.bad
-    _check_bad(bad, source, options)
     indices = [index for shard in todo for index in plan.shards[shard]]
     total = sum(len(plan.shards[shard]) for shard in mine)
+
+    def check_bad():
+        count, fraction = len(source) + len(source.skipped), options.max_bad_fraction
+        if len(bad) > fraction * count:
+            raise too_many_bad(bad, count, fraction, "--max_bad_fraction")
 
     def noted(item):
         example_id, _, reason = item[0]
         if reason is not None:
             bad[example_id] = reason
-            _check_bad(bad, source, options)
+            check_bad()
         return item
 
+    check_bad()
     with contextlib.closing(_encoded(source, autoencoder, plan, indices, options)) as encoded:
         progress = {"total": total, "initial": total - len(indices), "unit": "image"}
         stream = map(noted, tqdm.tqdm(encoded, dynamic_ncols=True, **progress))
@@ -239,12 +236,6 @@ def prepare_latents(
             skipped = source.skipped if shard == 0 else {}
             write_shard(folder, plan, shard, examples, skipped, options.process_index)
     return write_manifest(folder, plan, library_versions())
-
-
-def _check_bad(bad: dict[str, str], source: Source, options: Options) -> None:
-    total = len(source) + len(source.skipped)
-    if len(bad) > options.max_bad_fraction * total:
-        raise too_many_bad(bad, total, options.max_bad_fraction, "--max_bad_fraction")
 
 
 def _load(source: Source, read: PictureReader, index: int) -> tuple[np.ndarray, _Example]:
@@ -256,11 +247,6 @@ def _load(source: Source, read: PictureReader, index: int) -> tuple[np.ndarray, 
     except BadExample as error:
         black = np.zeros((read.size, read.size, read.channels), np.uint8)
         return black, (example_id, {}, str(error))
-
-
-def _together(loaded) -> tuple[np.ndarray, list[_Example]]:
-    pictures, examples = zip(*loaded, strict=True)
-    return np.stack(pictures), list(examples)
 
 
 def _encoded(
@@ -281,12 +267,12 @@ def _encoded(
     params = jax.device_put(autoencoder.params, replicated(mesh))
     load = functools.partial(_load, source, PictureReader(plan.image_size, 3, plan.exif_rotation))
     dataset = grain.MapDataset.source(np.asarray(indices)).map(load)
-    dataset = dataset.batch(batch_size, batch_fn=_together)
+    dataset = dataset.batch(batch_size, batch_fn=lambda loaded: tuple(zip(*loaded, strict=True)))
 
     def launched():
         for pictures, examples in batches:
-            missing = batch_size - len(pictures)  # all of one size, so that it compiles once
-            full = np.pad(pictures, ((0, missing), (0, 0), (0, 0), (0, 0)))
+            full = np.zeros((batch_size, *pictures[0].shape), np.uint8)  # one size compiles once
+            np.stack(pictures, out=full[: len(pictures)])
             yield examples, jitted(params, to_global(full, split))
 
     with contextlib.closing(iter(read_ahead(dataset, options.num_workers))) as batches:

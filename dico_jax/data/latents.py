@@ -22,13 +22,12 @@ import tqdm
 from array_record.python import array_record_data_source
 from etils import epath
 
-from dico_jax.data.paths import is_remote
+from dico_jax.data.paths import is_remote, required_path
 from dico_jax.errors import UsageError, within
 
 FORMAT = "dico_jax latents 1"
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 ARRAY = 1  # msgpack's code for an array: msgpack of its dtype, shape and bytes
-
 _FIRST_FIELDS = ("label",)  # all that the first folders kept, which do not tell
 
 
@@ -83,10 +82,6 @@ class Manifest(NamedTuple):
     shards: list[Shard]
 
     @property
-    def num_examples(self) -> int:
-        return sum(shard.count for shard in self.shards)
-
-    @property
     def bad(self) -> dict[str, str]:  # as in a `Shard`
         return {key: reason for shard in self.shards for key, reason in shard.bad.items()}
 
@@ -100,8 +95,10 @@ def _from_json(kind: type, values: Any) -> Any:
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
-def _read(file: epath.Path, kind: type) -> Any:
-    """The `Plan`, `Shard` or `Manifest` in a JSON file."""
+def read_json(file: epath.Path, kind: type) -> Any:
+    """The `Plan`, `Shard` or `Manifest` in a file, or None where there is no file."""
+    if not file.exists():
+        return None
     try:
         values = json.loads(file.read_text())
         if kind is not Manifest:
@@ -114,27 +111,20 @@ def _read(file: epath.Path, kind: type) -> Any:
         raise UsageError(f"{file} does not describe latents of format {FORMAT!r}") from error
 
 
-def read_plan(folder: epath.Path) -> Plan | None:
-    """The plan of a folder, if it has one."""
-    file = folder / "plan.json"
-    return _read(file, Plan) if file.exists() else None
-
-
 def finished_shards(folder: epath.Path, plan: Plan, which: Iterable[int]) -> dict[int, Shard]:
     """Those of some shards that are complete: a shard's JSON file appears when it is."""
     files = {shard: folder / plan.shard_file(shard) for shard in which}
-    told = {shard: file.with_suffix(".json") for shard, file in files.items() if file.exists()}
-    return {shard: _read(file, Shard) for shard, file in told.items() if file.exists()}
+    there = {shard: file.with_suffix(".json") for shard, file in files.items() if file.exists()}
+    return {shard: found for shard, file in there.items() if (found := read_json(file, Shard))}
 
 
 def read_manifest(folder: epath.Path) -> Manifest:
     """The manifest of a folder; a UsageError if it is not there, not finished, or damaged."""
-    file = folder / "manifest.json"
     if not folder.exists():
         raise UsageError(f"{folder} does not exist")
-    if file.exists():
-        return _read(file, Manifest)
-    if (plan := read_plan(folder)) is None:
+    if (manifest := read_json(folder / "manifest.json", Manifest)) is not None:
+        return manifest
+    if (plan := read_json(folder / "plan.json", Plan)) is None:
         raise UsageError(f"{folder} has no manifest.json: give a folder made by dico_jax.prepare")
     count = len(plan.shards)
     done = f"{len(finished_shards(folder, plan, range(count)))} of {count} shards"
@@ -147,14 +137,11 @@ def file_sha256(file: epath.Path) -> str:
 
 
 class PreparedLatents:
-    """The examples of a folder of prepared latents, a `Source`.
+    """The examples of a folder of prepared latents, a `Source`, or a UsageError.
 
     source[i] is {"image": moments (orientations, h, w, 2 * channels) in the stored dtype, "label"}
-    and what else its record has; `manifest.fields` tells what all have.
-
-    Args:
-      path: the folder, local or gs://, or UsageError where it is missing, unfinished or damaged.
-      cache_dir: where the shards of a gs:// folder are copied to, if they are not there yet.
+    and what else its record has; `manifest.fields` tells what all have. The shards of a gs:// path
+    are copied to `cache_dir`, if they are not there yet.
     """
 
     kind = "moments"
@@ -180,9 +167,7 @@ class PreparedLatents:
     @classmethod
     def from_config(cls, config) -> "PreparedLatents":
         """The source of `config.data`; a UsageError if it does not fit the config."""
-        path = config.path
-        if path is None:
-            raise UsageError("data.path is not set: give a folder made by dico_jax.prepare latents")
+        path = required_path(config.path, "a folder made by dico_jax.prepare latents")
         with within(f"data.path={path}: "):
             source = cls(path, cache_dir=config.cache_dir)
             plan, size = source.manifest.plan, config.image_size
@@ -197,10 +182,8 @@ class PreparedLatents:
     def check_checksums(self, process_index: int = 0, process_count: int = 1) -> None:
         """Compares this process's part of the shards with their checksums, or raises UsageError."""
         shards = self.manifest.shards[process_index::process_count]
-        bar = tqdm.tqdm(
-            total=sum(shard.bytes for shard in shards), unit="B", unit_scale=True, delay=2,
-            desc="checksums", dynamic_ncols=True,
-        )  # fmt: skip
+        total = sum(shard.bytes for shard in shards)
+        bar = tqdm.tqdm(total=total, desc="checksums", unit="B", unit_scale=True, delay=2)
         with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             digests = pool.map(lambda shard: file_sha256(self._folder / shard.file), shards)
             for shard, digest in zip(shards, digests, strict=True):

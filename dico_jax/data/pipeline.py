@@ -1,9 +1,8 @@
 """From a source to batches, on Grain, in an order that is a function of (seed, step).
 
-Every epoch is shuffled anew. Batch k of the run is made of the k-th `batch_size` examples of the
-endless shuffled sequence, in this order; process h of H reads the h-th part of its rows. So the
-position of a run is its step, and a checkpoint needs no other data state, whatever the number of
-processes and of the workers that read for them.
+Every epoch is shuffled anew. Batch k of a run is the k-th `batch_size` examples of the endless
+shuffled sequence. So the position of a run is its step, and a checkpoint needs no other data state,
+whatever the number of processes and of the workers that read for them.
 """
 
 import contextlib
@@ -58,21 +57,11 @@ def training_batches(
 ) -> grain.IterDataset:
     """This process's part of every batch from `start_step` on, without end.
 
-    Args:
-      source: the examples.
-      read, read_condition: see `Reader` and `ConditionReader`; they go to worker processes, too.
-      batch_size: examples per step over all processes; divides by process_count.
-      seed: decides the order and the mirroring.
-      start_step: number of batches already used.
-      horizontal_flip: mirror each example with probability 1/2.
-      max_bad_fraction: of the source's examples; more bad ones in a row are an error.
-      num_workers: processes that read; 0 for threads of this one.
-      process_index, process_count: which of equal blocks of rows, see `parallel.mesh.data_shard`.
-
-    Returns:
-      Batches of n = batch_size / process_count: {"image": (n, ...) as the reader makes them,
-      "condition": {name: (n, ...)}, "index": int32 (n,) in the source, "mirrored": bool (n,),
-      "skipped": int32 (n,), how many examples just before this one in the source were bad}.
+    Batch k of H processes is that of one, cut into equal blocks of rows. n = batch_size / H:
+    {"image": (n, ...) as `read` makes them, "condition": {name: (n, ...)}, "index": int32 (n,) in
+    the source, "mirrored": bool (n,), "skipped": int32 (n,), how many examples just before this one
+    in the source were bad}. More bad ones in a row than max_bad_fraction of all are an error.
+    `num_workers` processes read, or threads of this one.
     """
     count = len(source)
 
@@ -123,12 +112,8 @@ def _ignore_sigterm(worker: int, num_workers: int) -> None:
 class DeviceBatches(Iterator, contextlib.AbstractContextManager):
     """Batches of `training_batches`, put on the devices by a thread ahead of their use.
 
-    Use it as a context manager, which ends workers and threads.
-
-    Args:
-      batches: see `training_batches`.
-      put: makes global arrays of a tree of this process's NumPy arrays.
-      log: takes note of what was "skipped", which batches on the devices do not tell.
+    Use it as a context manager, which ends workers and threads. `put` makes global arrays; `log`
+    takes note of what was "skipped", which batches on the devices do not tell.
     """
 
     def __init__(self, batches: grain.IterDataset, put: Callable[[Any], Any], log: BadExampleLog):

@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 from ml_collections import ConfigDict
 
-from dico_jax.autoencoders.registry import WAYS_OUT
+from dico_jax.autoencoders import WAYS_OUT
 from dico_jax.checkpoints.saved_weights import SavedWeights
 from dico_jax.checkpoints.snapshots import rebuilt_ema, snapshot_steps
 from dico_jax.errors import UsageError

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dico_jax.autoencoders.registry import make_latents_fn
+from dico_jax.autoencoders import make_latents_fn
 from dico_jax.checkpoints.averages import parse_widths
 from dico_jax.checkpoints.state import TrainState, abstract_state, create_state, initializer
 from dico_jax.checkpoints.warm_start import open_warm_start
