@@ -22,20 +22,15 @@ from dico_jax import cli
 from dico_jax.benchmarking import Options
 from dico_jax.errors import UsageError
 
-_DEFINE: dict[type, Any] = {
-    bool: flags.DEFINE_bool,
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    str: flags.DEFINE_string,
-    tuple: flags.DEFINE_list,
-}
+_KINDS = {bool: "bool", int: "integer", float: "float", str: "string", tuple: "list"}
 
 
 def _define(field: dataclasses.Field[Any]) -> flags.FlagHolder:
     default: Any = field.default
     if values := field.metadata.get("values"):
         return flags.DEFINE_enum(field.name, default, values, field.metadata["help"])
-    return _DEFINE[type(default)](field.name, default, field.metadata["help"])
+    define = getattr(flags, f"DEFINE_{_KINDS[type(default)]}")
+    return define(field.name, default, field.metadata["help"])
 
 
 _OPTIONS = {field.name: _define(field) for field in dataclasses.fields(Options)[1:]}

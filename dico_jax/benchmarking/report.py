@@ -44,24 +44,18 @@ def about() -> dict[str, Any]:
 def result_text(result: Mapping[str, Any]) -> str:
     """A result as lines of text: a column per model, then what holds for all."""
     settings, devices, models = result["settings"], result["devices"], result["models"]
-    head = (
-        "{action}, {image_size}x{image_size} pixels, batch {batch_size}, {dtype} (matmul precision "
-        "{matmul_precision})"
-    )
+    head = "{action}, {image_size}x{image_size} pixels, batch {batch_size}, {dtype} (matmul "
+    head += "precision {matmul_precision})"
     head += ", {steps} steps, guidance scale {cfg_scale}" * ("steps" in settings)
     columns = [_column(model) for model in models]
     table = _padded(zip(columns[0], *(column.values() for column in columns), strict=True))
     lines = [(head + ", on {count} x {kind}").format(**result | settings | devices)]
     lines += [f"  {label}  {'   '.join(cells)}" for label, *cells in table]
-    lines += [
-        f"{model['model']}: no FLOPs by XLA: {model['no_flops_by_xla_because']}"
-        for model in models
-        if model["no_flops_by_xla_because"]
-    ]
-    lines += [
-        f"{row['model']} is {row['times_as_fast']:.2f} times as fast as {row['compared_with']}"
-        for row in result["comparison"]
-    ]
+    for model in models:
+        if why := model["no_flops_by_xla_because"]:
+            lines.append(f"{model['model']}: no FLOPs by XLA: {why}")
+    ratio = "{model} is {times_as_fast:.2f} times as fast as {compared_with}"
+    lines += [ratio.format(**row) for row in result["comparison"]]
     if ceiling := result["ceiling"]:
         best = _giga(ceiling["flops_per_second_per_device"])
         sizes = ", ".join(str(found["size"]) for found in ceiling["sizes"])
@@ -75,9 +69,9 @@ def result_text(result: Mapping[str, Any]) -> str:
 
 
 def _column(model: Mapping[str, Any]) -> dict[str, str]:
-    median, p10, p90 = (
-        f"{1e3 * model[f'{name}_seconds']:.4g} ms" for name in ("median", "p10", "p90")
-    )
+    names = ("median", "p10", "p90")
+    median, p10, p90 = (f"{1e3 * model[f'{name}_seconds']:.4g} ms" for name in names)
+    ratio = _optional(" (x {:.3f})", model["flops_by_xla_over_flops"], "")
     read = model["bytes_accessed_per_run_by_xla"]
     column = {
         "model": model["model"],
@@ -89,8 +83,7 @@ def _column(model: Mapping[str, Any]) -> dict[str, str]:
         "10% to 90%": f"{p10} to {p90}",
         "images per second": f"{model['images_per_second']:.4g}",
         "FLOPs per run": _giga(model["flops_per_run"]),
-        "FLOPs per run by XLA": _giga(model["flops_per_run_by_xla"])
-        + _optional(" (x {:.3f})", model["flops_by_xla_over_flops"], ""),
+        "FLOPs per run by XLA": _giga(model["flops_per_run_by_xla"]) + ratio,
         "bytes accessed by XLA": _optional("{:.3g} GB", read and read / 1e9),
         "FLOP/s": _giga(model["flops_per_second"]),
         "MFU of the ceiling": _optional("{:.1%}", model["mfu_of_ceiling"]),
@@ -159,20 +152,12 @@ def _count_parameters(model: Any) -> int:
 
 def table_text(rows: Iterable[Mapping[str, Any]]) -> str:
     """The rows of `model_table` as a table of Markdown, columns under each other."""
-    head, *cells = _padded(
-        [
-            ("model", "parameters", "published", "multiply-adds", "published"),
-            *(
-                (
-                    row["model"],
-                    f"{row['parameters']:,}",
-                    row["published_parameters"] or "",
-                    f"{row['multiply_adds_per_image'] / 1e9:.2f}G",
-                    row["published_multiply_adds_per_image"] or "",
-                )
-                for row in rows
-            ),
-        ]
-    )
+    cells = [("model", "parameters", "published", "multiply-adds", "published")]
+    for row in rows:
+        published = row["published_parameters"], row["published_multiply_adds_per_image"]
+        parameters, macs = (text or "" for text in published)
+        counted = f"{row['parameters']:,}", f"{row['multiply_adds_per_image'] / 1e9:.2f}G"
+        cells.append((row["model"], counted[0], parameters, counted[1], macs))
+    head, *lines = _padded(cells)
     rule = ["-" * len(head[0]), *("-" * (len(cell) - 1) + ":" for cell in head[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *cells))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))

@@ -109,7 +109,8 @@ def run_benchmark(
         of_one = row["flops_per_second"] / mesh.size
         row["mfu_of_ceiling"] = ceiling and of_one / ceiling["flops_per_second_per_device"]
         row["mfu_of_maker_peak"] = peak and of_one / peak
-    device, first = mesh.devices.flat[0], rows[0]["median_seconds"]
+    device = mesh.devices.flat[0]
+    ratios = [row["median_seconds"] / rows[0]["median_seconds"] for row in rows[1:]]
     idle = {"action", "devices", *(() if options.action == "sample" else ("steps", "cfg_scale"))}
     settings = dataclasses.asdict(options)
     return {
@@ -117,12 +118,8 @@ def run_benchmark(
         "settings": {name: settings[name] for name in settings if name not in idle},
         "models": rows,
         "comparison": [
-            {
-                "model": options.model,
-                "compared_with": row["model"],
-                "times_as_fast": row["median_seconds"] / first,
-            }
-            for row in rows[1:]
+            {"model": options.model, "compared_with": row["model"], "times_as_fast": ratio}
+            for row, ratio in zip(rows[1:], ratios, strict=True)
         ],
         "ceiling": ceiling,
         "maker_peak_bfloat16_flops_per_second_per_device": peak,
@@ -134,10 +131,8 @@ def run_benchmark(
 
 def make_config(options: Options, name: str) -> ConfigDict:
     """The config of a run that trains or samples network `name` as the options say."""
-    config = ConfigDict(DEFAULTS)
-    for field in ("dtype", "scan_blocks", "remat", "num_classes"):
-        config.model[field] = getattr(options, field)
-    config.model.name = name
+    config, fields = ConfigDict(DEFAULTS), ("dtype", "scan_blocks", "remat", "num_classes")
+    config.model.update({field: getattr(options, field) for field in fields}, name=name)
     config.data.update(image_size=options.image_size, batch_size=options.batch_size)
     config.sampling.update(num_steps=options.steps, cfg_scale=options.cfg_scale)
     # Decides the shape of latents alone: nothing is encoded or decoded.
@@ -163,17 +158,15 @@ def _measured(
     report("measuring")
     runs = {name: functools.partial(run, name) for name in programs}
     times = measure(runs, options.warmup, options.repeats, options.seconds)
-    return [
-        {"model": name, **_figures(programs[name], config, times[name], mesh.size)}
-        for name, config in configs.items()
-    ]
+    return [_figures(name, configs[name], programs[name], times[name], mesh) for name in configs]
 
 
-def _figures(program: Program, config: ConfigDict, times: Sequence[float], num_devices: int):
+def _figures(name: str, config: ConfigDict, program: Program, times: Sequence[float], mesh: Mesh):
     experiment, median = experiment_from_config(config), statistics.median(times)
-    size, counts = config.data.batch_size, xla_counts(program.compiled, num_devices)
+    size, counts = config.data.batch_size, xla_counts(program.compiled, mesh.size)
     flops = counts["flops_per_run_by_xla"]
     return {
+        "model": name,
         "parameters": count_parameters(experiment.model),
         "multiply_adds_per_image": forward_macs(experiment.model, experiment.latent_shape),
         "flops_per_run": program.flops,
@@ -200,12 +193,12 @@ def _errors(options: Options, name: str) -> Iterator[None]:
     """Names flags instead of fields, and makes one line of a lack of memory."""
     size = options.batch_size
     smaller = f"--batch_size={size // 2}" if size > 1 else "a smaller --image_size"
-    others = "--dtype=bfloat16, more devices" + ", --remat=blocks" * (options.action == "train")
+    smaller += ", or --dtype=bfloat16, more devices"
+    smaller += ", --remat=blocks" * (options.action == "train")
     flags = {"name": "model" if name == options.model else "compare", "num_steps": "steps"}
+    short = f"--batch_size={size}: {{}} for {name} in {options.dtype}; use {smaller}"
     try:
-        with _memory_errors(
-            f"--batch_size={size}: {{}} for {name} in {options.dtype}; use {smaller}, or {others}"
-        ):
+        with _memory_errors(short):
             yield
     except UsageError as error:
         field = r"(?<![\w.])(?:config\.)?(?:model|data|sampling)\.(\w+)(?=\W)"
@@ -219,13 +212,13 @@ def _memory_errors(message: str) -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        said = (str(error).strip().splitlines() or ["MemoryError"])[0]
+        said = str(error).strip() or "MemoryError"
         # XLA has a status of its own for it, but on CPUs only the words tell.
-        short = re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE)
+        short = re.search("RESOURCE_EXHAUSTED|out of memory", said, re.IGNORECASE)
         if not short and not isinstance(error, MemoryError):
             raise
         text = message.format("the memory does not suffice")
-        raise UsageError(f"{text} ({said})") from error
+        raise UsageError(f"{text} ({said.splitlines()[0]})") from error
 
 
 def measure_ceiling(

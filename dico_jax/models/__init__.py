@@ -61,16 +61,13 @@ def model_options(name: str) -> dict[str, Any]:
 
 
 def create_model(name: str, **options) -> Denoiser:
-    """A network by name: "DiCo-S" to "DiCo-H", "DiT-S/2" to "DiT-XL/8", "DiCo" or "DiT".
+    """A `Denoiser` by name: "DiCo-S" to "DiCo-H", "DiT-S/2" to "DiT-XL/8", "DiCo" or "DiT".
 
     Args:
       name: a key of `MODELS`.
       **options: attributes of `DiCo` or `DiT`. The sizes of a published model are fixed: give
         hidden_size, depth, mlp_ratio (DiT: num_heads, patch_size) with the names "DiCo" and "DiT".
         `dtype` is "float32" (default), "bfloat16" or "float64" (which needs jax_enable_x64).
-
-    Returns:
-      A linen module, see `Denoiser`. UsageError for what no network can have.
     """
     known = model_options(name)
     cls, sizes = MODELS[name]
@@ -85,16 +82,11 @@ def create_model(name: str, **options) -> Denoiser:
             own = f"model.name={cls.__name__!r} for sizes of your own"
             raise UsageError(f"model.{option}", value, fix + own)
     merged = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-    merged["dtype"] = _parse_dtype(options.get("dtype", "float32"))
-    return cls(**{**sizes, **merged})
-
-
-def _parse_dtype(dtype) -> jnp.dtype:
-    name = getattr(dtype, "__name__", getattr(dtype, "name", dtype))
-    if name not in _DTYPES:
+    dtype = options.get("dtype", "float32")
+    if (dtype := getattr(dtype, "__name__", getattr(dtype, "name", dtype))) not in _DTYPES:
         raise UsageError("model.dtype", dtype, f"is unknown: use one of {', '.join(_DTYPES)}")
-    check_float64("model.dtype", name)
-    return jnp.dtype(name)
+    check_float64("model.dtype", dtype)
+    return cls(**{**sizes, **merged, "dtype": jnp.dtype(dtype)})
 
 
 def count_parameters(model: Denoiser) -> int:
@@ -119,19 +111,13 @@ def forward_macs(model: Denoiser, latent_shape: Sequence[int]) -> int | None:
 
 
 def forward_flops(model: Denoiser, latent_shape: Sequence[int]) -> int:
-    """Floating-point operations of a forward pass of one example: two for every multiply-add.
-
-    Without a formula, XLA's count of the program before it is optimised, element by element too.
-    """
+    """Operations of a forward pass of one example: two per multiply-add, or XLA's whole count."""
     macs = forward_macs(model, latent_shape)
     return _xla_count(model, latent_shape) if macs is None else 2 * macs
 
 
 def training_flops(model: Denoiser, latent_shape: Sequence[int]) -> int:
-    """As `forward_flops`, in a training step: the backward pass has two products to each forward.
-
-    What is computed again to save memory does not count, nor do optimizer and autoencoder.
-    """
+    """Of a training step: three forward passes, whatever is computed again; no optimizer."""
     macs = forward_macs(model, latent_shape)
     return _xla_count(model, latent_shape, backward=True) if macs is None else 3 * 2 * macs
 

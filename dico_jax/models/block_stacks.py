@@ -31,10 +31,9 @@ class Stage(nn.Module):
     """`depth` equal blocks one after the other, named "0", "1", ..., made by `block(name=...)`.
 
     A block maps (x, c) to the next x, and has nothing but parameters, which it uses in `dtype`.
-    With `scan` one `jax.lax.scan` runs all, so that the program is as large, and compiles as fast,
-    as that of one block. However they run, their parameters lie apart ("0/conv1/kernel") and start
-    as they do one by one; with `scan` stacked ones are taken, too. What blocks compute inside can
-    be captured only with `scan` off and `remat` (a key of `REMAT_POLICIES`) "none".
+    With `scan` one `jax.lax.scan` runs all, and stacked parameters are taken, too. However they
+    run, parameters lie apart ("0/conv1/kernel") and start as they do one by one. What blocks
+    compute inside can be captured only with `scan` off and `remat` "none".
     """
 
     depth: int
@@ -169,17 +168,14 @@ class _Shared(nn.Partitioned):
 def whole_where_used(params: Any, model: Any, sharding: Any) -> Any:
     """Parameters for `model.apply`, each whole along the batch's axes for the module that reads it.
 
-    Every device keeps its part of a parameter and gets the others where a module asks for it: in a
-    loop over blocks one block at a time, with `remat` once more in the backward pass. Gradients
-    with respect to `params` are what they would be without this, and what "tensor" splits stays so.
-
-    So inside a network "data" and "fsdp" split nothing but the batch, both and in this order, and
-    the partitioner never has to bring two orders of the same devices together. XLA's gets that
-    wrong in silence (seen with jax 0.10 to 0.12): with x split as (("data", "fsdp"), "tensor") and
-    a kernel as ("tensor", "fsdp"), x @ kernel split as x is has its rows in the order of ("fsdp",
-    "data") where the kernel is the larger one, data > 1 and fsdp = tensor > 1.
-
+    A loop over blocks gets one block at a time. What "tensor" splits stays so, as do gradients.
     Blocks lie apart or as stacks; `sharding` is a tree like `params`, or one for all of them.
+
+    So inside a network "data" and "fsdp" split nothing but the batch, both and in this order. XLA's
+    partitioner brings two orders of devices together wrongly, in silence (seen with jax 0.10 to
+    0.12): with x split as (("data", "fsdp"), "tensor") and a kernel as ("tensor", "fsdp"), x @
+    kernel split as x is has its rows in the order of ("fsdp", "data") where the kernel is the
+    larger one, data > 1 and fsdp = tensor > 1.
     """
     if isinstance(sharding, Sharding):
         sharding = jax.tree.map(lambda _: sharding, params)

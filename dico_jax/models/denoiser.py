@@ -22,26 +22,22 @@ class Denoiser(nn.Module):
 
     Arguments of the call:
       x: (N, H, W, in_channels) noisy latents; H and W divide by `size_divisor`.
-      t: (N,) times in the units of the objective; of the published one the timesteps of the
-        original process, 0..999, integer or fractional.
+      t: (N,) times in the units of the objective, of the published one 0..999, also fractional.
       condition: what the network is told of every example, a tree like that of `example_inputs`.
 
     It returns (N, H, W, out_channels) in float32 or better: the prediction, then, with learn_sigma,
     the variance interpolation. It raises UsageError where H or W do not divide.
 
-    A network has a method `forward` that takes these arguments, `zero_condition`, and a row in
-    `dico_jax.models.MODELS`; the rest has defaults.
+    A network has `forward`, `zero_condition` and a row in `MODELS`; the rest has defaults.
 
     Attributes:
       in_channels: channels of the input, 4 for Stable Diffusion latents.
       learn_sigma: whether the output also has the variance interpolation, in [-1, 1] by training.
       dtype: dtype of activations and matrix products; parameters are float32.
-      scan_blocks: whether equal blocks run as one loop, so that compiling takes as long whatever
-        the depth. Parameters and results are the same, up to rounding.
+      scan_blocks: whether equal blocks run as one loop, which compiles as fast whatever the depth.
       remat: what the backward pass computes again to save memory: "none", "blocks" (all inside the
         blocks) or "dots" (that, except matrix products with parameters).
-      plain_ops: whether operations take their plain forms, so that `jax.jvp` and `jax.hessian` work
-        (`dico_jax.ops.plain`); gradients take more time and memory.
+      plain_ops: whether `jax.jvp` and `jax.hessian` work, see `dico_jax.ops.plain.plain_ops`.
     """
 
     in_channels: int = 4
@@ -108,8 +104,6 @@ class Denoiser(nn.Module):
         """The dtype of the conditioning vectors and of the output: float32 or better."""
         return accumulation_dtype(self.dtype)
 
-    # What the network is told.
-
     def example_inputs(self, n: int = 1, side: int | None = None) -> tuple[Any, Any, Condition]:
         """Zeros as arguments of a call, in NumPy: n inputs of side x side positions."""
         side = side or self.size_divisor
@@ -137,8 +131,8 @@ class Denoiser(nn.Module):
                 raise UsageError(f"{told} of every example, and these have {', '.join(example)}")
             value = condition[name] = np.asarray(example[name], zeros.dtype)
             if value.shape != shape:
-                told += f" of shape {shape}"
-                raise UsageError(f"{told} of every example, and one has {value.shape}")
+                fix = f"of shape {shape} of every example, and one has {value.shape}"
+                raise UsageError(f"{told} {fix}")
         return condition
 
     @classmethod
@@ -154,9 +148,14 @@ class Denoiser(nn.Module):
         examples = [self.read_condition(source[int(i) % len(source)]) for i in indices]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
 
+    def num_choices(self, source: Any) -> int:
+        """How many `default_conditions` there are."""
+        return len(source)
+
     def grid_conditions(self, rows: int, source: Any) -> tuple[Condition, list[str]]:
-        """At most `rows` conditions for the rows of a grid, spread over the source, and names."""
-        indices = np.linspace(0, len(source) - 1, min(rows, len(source))).round().astype(int)
+        """At most `rows` conditions for the rows of a grid, spread over all, and their names."""
+        choices = self.num_choices(source)
+        indices = np.linspace(0, choices - 1, min(rows, choices)).round().astype(int)
         conditions = self.default_conditions(indices, source)
         return conditions, self.describe_conditions(conditions, source.class_names)
 
@@ -179,14 +178,10 @@ class ClassConditional(Denoiser):
     """Base of networks whose condition is {"label": int32 (N,)}, or the labels (N,) alone.
 
     Labels are 0..num_classes - 1, or `null_class`; all that is known of them is here.
-
-    Attributes:
-      num_classes: number of classes.
-      class_dropout_prob: probability of dropping the label in training; 0 for no null class.
     """
 
     num_classes: int = 1000
-    class_dropout_prob: float = 0.1
+    class_dropout_prob: float = 0.1  # of the label in training; 0 for no null class
 
     condition_tables = ("y_embedder",)
 
@@ -199,8 +194,7 @@ class ClassConditional(Denoiser):
     def embed_labels(self, condition: Condition, tables: tuple[tuple[str, int], ...]):
         """A vector (N, width) of the labels from every table (name, width)."""
         rows = self.num_classes + (self.class_dropout_prob > 0)
-        embed = LabelEmbedder(rows, tables, self.wide_dtype, name="y_embedder")
-        return embed(condition["label"])
+        return LabelEmbedder(rows, tables, self.wide_dtype, name="y_embedder")(condition["label"])
 
     @property
     def null_class(self) -> int | None:
@@ -236,11 +230,8 @@ class ClassConditional(Denoiser):
         """Every class in turn."""
         return {"label": np.asarray(indices % self.num_classes, np.int32)}
 
-    def grid_conditions(self, rows, source):
-        """Classes spread over all, in at most `rows` rows, and their names."""
-        spread = np.linspace(0, self.num_classes - 1, min(rows, self.num_classes)).round()
-        conditions = {"label": spread.astype(np.int32)}
-        return conditions, self.describe_conditions(conditions, source.class_names)
+    def num_choices(self, source):
+        return self.num_classes
 
     def describe_conditions(self, conditions, class_names):
         """The names of classes, or their numbers where they have none."""
@@ -248,13 +239,9 @@ class ClassConditional(Denoiser):
         return [class_names[k] if k < len(class_names) else str(k) for k in labels]
 
     def parse_conditions(self, text, num_images, seed, class_names=()):
-        """Labels, int32 (num_images,), of "all" (every class in turn), "random" or a list.
-
-        A list has numbers or names of classes with commas between, taken in turn. Random label i
-        depends on the seed and i alone.
-        """
+        """Labels, int32 (num_images,), of "all" or a list (in turn), or "random" by the seed."""
         if text == "random":
-            # Philox's stream can be cut anywhere: more images leave the first as they were.
+            # Philox's stream can be cut anywhere: more images leave the first labels as they were.
             generator = np.random.Generator(np.random.Philox(seed))
             return {"label": generator.integers(0, self.num_classes, num_images).astype(np.int32)}
         numbers: Iterable[int] = range(self.num_classes)

@@ -140,5 +140,5 @@ class DiCo(ClassConditional):
             return 7 * width**2 + size * (2 * width**2 + 9 * width + feed_forward)
 
         sizes, widths = (full, half, quarter, half, full), (d, 2 * d, 4 * d, 2 * d, 2 * d)
-        blocks = sum(n * b for n, b in zip(self.depth, map(block, sizes, widths), strict=True))
+        blocks = sum(n * block(*at) for n, *at in zip(self.depth, sizes, widths, strict=True))
         return vectors + ends + down + up + fuse + blocks

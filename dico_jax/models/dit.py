@@ -41,9 +41,8 @@ class PatchConv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        p = self.patch_size
-        shape, init = (p, p, x.shape[-1], self.width), layers.linear_xavier_uniform
-        x, kernel, bias = layers.weighted(self, x, shape, init)
+        p, init = self.patch_size, layers.linear_xavier_uniform
+        x, kernel, bias = layers.weighted(self, x, (p, p, x.shape[-1], self.width), init)
         layout = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(x, kernel, (p, p), "VALID", dimension_numbers=layout)
         return add_vector(y, bias).reshape(x.shape[0], -1, self.width)
@@ -104,8 +103,7 @@ class DiT(ClassConditional):
 
     Attributes:
       hidden_size: width of the tokens, divisible by num_heads and by 4.
-      depth, num_heads: number of blocks, and of attention heads.
-      patch_size: side of a patch.
+      depth, num_heads, patch_size: blocks, attention heads, side of a patch.
       mlp_ratio: feed-forward width over hidden_size.
       attention: see `dico_jax.ops.attention`.
     """

@@ -51,9 +51,8 @@ def pixel_shuffle(x):
 def time_features(t, dtype=jnp.float32):
     """Sinusoidal features of timesteps: (N,) to (N, 256), 128 cosines, then 128 sines.
 
-    `t` may be integer or fractional, in the units of the original process (0..999). The frequencies
-    exp(-ln(10000) i / 128) are taken in float64 on the host: rounding them once, at the end, keeps
-    the angle of t = 999 as exact as `dtype` (float32 or float64) allows.
+    `t` may be integer or fractional, in the units of the original process (0..999). Frequencies are
+    taken in float64: rounding them once keeps the angle of t = 999 as exact as `dtype` allows.
     """
     half = NUM_TIME_FEATURES // 2
     frequencies = np.exp(-math.log(10000.0) * np.arange(half) / half)
