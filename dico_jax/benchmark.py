@@ -52,9 +52,7 @@ def main(action: str | None) -> None:
     """Parses flags, measures, prints and writes."""
     from dico_jax.files import result_path, write_json
 
-    cli.check_action("benchmark", action, _ACTIONS)
-    assert action is not None
-    cli.check_flags(action, _ACTIONS)
+    action = cli.check_action("benchmark", action, _ACTIONS)
     options: dict[str, Any] = {name: flag.value for name, flag in _OPTIONS.items()}
     options |= {"compare": tuple(options["compare"]), "ceiling_sizes": _ceiling_sizes()}
     file = None if _OUT.value is None else result_path(_OUT.value, ".json")

@@ -1,9 +1,8 @@
 """The fields of a config: the one list of them is configs/default.py."""
 
-import contextlib
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -29,11 +28,14 @@ def check_fields(config: ConfigDict) -> None:
     for field in sorted(known - fields):
         raise UsageError(f"config.{field} is missing: start from configs/default.py")
     for field in sorted(fields - known):
-        close = difflib.get_close_matches(field, known, n=1)
-        hint = (
-            f"did you mean config.{close[0]}?" if close else "configs/default.py lists the fields"
-        )
-        raise UsageError(f"config.{field}: no such field; {hint}")
+        raise unknown_field(field)
+
+
+def unknown_field(field: str) -> UsageError:
+    """The error for a field, such as "data.batchsize", that there is not."""
+    close = difflib.get_close_matches(field, flatten(DEFAULTS), n=1)
+    hint = f"did you mean config.{close[0]}?" if close else "configs/default.py lists the fields"
+    return UsageError(f"config.{field}: no such field; {hint}")
 
 
 def check_at_least(config: ConfigDict, field: str, low: int) -> None:
@@ -43,30 +45,21 @@ def check_at_least(config: ConfigDict, field: str, low: int) -> None:
         raise UsageError(field, value, f"must be at least {low}")
 
 
-@contextlib.contextmanager
-def config_errors(section: str = "") -> Iterator[None]:
+def config_errors(section: str = ""):
     """Completes the name of the field that an error starts with: "config." and the section."""
-    with within(f"config.{section}"):
-        yield
+    return within(f"config.{section}")
 
 
 def without_gone(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of an older run, without the fields that are `GONE`."""
-    return _nested({k: v for k, v in flatten(config).items() if k not in GONE})
+    """The config of an older run, flat, without the fields that are `GONE`."""
+    return {k: v for k, v in flatten(config).items() if k not in GONE}
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of an older checkpoint with all fields of now, and without those that are `GONE`.
-
-    Those it lacks have their defaults: what runs did before the field was there.
-    """
-    return _nested(flatten(DEFAULTS) | flatten(without_gone(config)))
-
-
-def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an older checkpoint with the fields of now; older runs did as defaults say."""
     from flax.traverse_util import unflatten_dict
 
-    return unflatten_dict(fields, sep=".")
+    return unflatten_dict(flatten(DEFAULTS) | without_gone(config), sep=".")
 
 
 def config_to_dict(config: ConfigDict) -> dict[str, Any]:

@@ -143,9 +143,7 @@ _CONVERT = {
 
 def _check(action: str | None) -> str:
     """The action; raises UsageError if it is unknown, or for a flag missing or of another one."""
-    cli.check_action("convert", action, _ACTIONS)
-    assert action is not None
-    cli.check_flags(action, _ACTIONS)
+    action = cli.check_action("convert", action, _ACTIONS)
     if _WEIGHTS.present and _WEIGHTS.value not in _WEIGHTS_OF[action]:
         fix = f": {action} knows {', '.join(_WEIGHTS_OF[action])}"
         raise UsageError("--weights", _WEIGHTS.value, fix)

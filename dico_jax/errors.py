@@ -4,14 +4,11 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-_NO_VALUE: Any = object()
-
 
 class UsageError(ValueError):
     """A wrong config field, flag, name, file or folder.
 
-    Its text is a single line that names the field or file, its value and the fix. The commands
-    print it without a traceback and exit with status 2 (see `dico_jax.cli`).
+    Its text is a single line; the commands print it without a traceback, and exit with status 2.
 
     Args:
       field: what is wrong, as the user writes it: "config.model.name", "--ckpt", a file. Given
@@ -20,19 +17,15 @@ class UsageError(ValueError):
       fix: what is wrong with it and what to do, such as "must be at least 1" or ": no such file".
     """
 
-    def __init__(self, field: str, value: Any = _NO_VALUE, fix: str = ""):
+    def __init__(self, field: str, value: Any = ..., fix: str = ""):
         super().__init__(field, value, fix)
         self.field, self.value, self.fix = field, value, fix
 
     def __str__(self):
-        if self.value is _NO_VALUE:
+        if self.value is ...:
             return self.field
         shown = self.value if self.field.startswith("--") else repr(self.value)
         return f"{self.field}={shown}{'' if self.fix[:1] in ':;,' else ' '}{self.fix}"
-
-    def __reduce__(self):  # the marker of no value must survive the way from another process
-        given = self.value is not _NO_VALUE
-        return UsageError, (self.field, self.value, self.fix) if given else (self.field,)
 
 
 class TrainingStopped(Exception):  # noqa: N818  it says what has happened

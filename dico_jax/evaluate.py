@@ -57,7 +57,7 @@ def main() -> None:
     _check()
     # Late imports: --help answers before JAX is imported.
     if _CPU_TUNING.value:
-        from dico_jax.checkpoints.saved_weights import weights_fit
+        from dico_jax.checkpoints.reader import weights_fit
         from dico_jax.ops.cpu import use_all_cores
 
         use_all_cores(keep_memory=True, fits=weights_fit(_CKPT.value))

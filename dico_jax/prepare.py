@@ -92,9 +92,7 @@ flags.adopt_module_key_flags(cli)  # so that --help shows it
 
 def main(action: str | None) -> None:
     """Parses flags and prepares; imports are late, as --help answers before JAX is imported."""
-    cli.check_action("prepare", action, _ACTIONS)
-    assert action is not None
-    cli.check_flags(action, _ACTIONS)
+    action = cli.check_action("prepare", action, _ACTIONS)
     try:
         {"latents": _latents, "reference": _reference, "classifier": _classifier}[action]()
     except UsageError as error:

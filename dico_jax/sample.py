@@ -23,7 +23,7 @@ def main() -> None:
     """Parses flags, samples and saves."""
     # Late imports: --help answers before JAX is imported.
     if _CPU_TUNING.value:
-        from dico_jax.checkpoints.saved_weights import weights_fit
+        from dico_jax.checkpoints.reader import weights_fit
         from dico_jax.ops.cpu import use_all_cores
 
         use_all_cores(keep_memory=True, fits=weights_fit(_CKPT.value))

@@ -6,8 +6,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import digits
-from dico_jax.checkpoints.saved_weights import SavedWeights
-from dico_jax.checkpoints.snapshots import rebuilt_ema, snapshot_steps
+from dico_jax.checkpoints.averages import rebuilt_ema, snapshot_steps
+from dico_jax.checkpoints.reader import SavedWeights
 from dico_jax.checkpoints.state import abstract_state, create_state, initializer
 from dico_jax.models import create_model
 from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks

@@ -17,9 +17,8 @@ from ml_collections import ConfigDict
 
 from configs import default
 from dico_jax.checkpoints.checkpointer import Checkpointer
-from dico_jax.checkpoints.saved_weights import SavedWeights
+from dico_jax.checkpoints.reader import SavedWeights, WarmStart
 from dico_jax.checkpoints.state import TrainState, abstract_state, initializer
-from dico_jax.checkpoints.warm_start import WarmStart
 from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params, create_model
@@ -219,7 +218,7 @@ def restored(resumed):
     model = create_model("DiCo", **SMALL)
     like = empty_state(initializer(model, optimizer, (32, 32, 4)), 0, replicated(create_mesh()))
     with Checkpointer(resumed, {}, keep=1) as saver:
-        return saver.restore(saver.latest_step(), like), optimizer, config
+        return saver.restore(max(saver.steps()), like), optimizer, config
 
 
 @golden.requires_golden
@@ -421,7 +420,7 @@ def test_weights_alone_do_not_make_a_run(tmp_path):
         Checkpointer(tmp_path / "ckpt", {}, keep=1) as saver,
         pytest.raises(UsageError, match="no run can go on .* --config.training.init_from="),
     ):
-        saver.restore(saver.latest_step(), None)
+        saver.restore(max(saver.steps()), None)
     with pytest.raises(UsageError, match="--weights=params: .* has only ema"):
         to_pytorch(tmp_path / "ckpt", tmp_path / "a.pt", training=True)
     with pytest.raises(UsageError, match="has weights alone"):
@@ -492,7 +491,7 @@ def test_warm_start_from_what_does_not_fit(tmp_path):
     from_pytorch(TRAIN, tmp_path / "ckpt")
     for folder, model, message in [
         ("ckpt", {"hidden_size": 4}, r"another network .* is \(96,\) there and \(48,\) here"),
-        ("ckpt", {"depth": (1, 1, 1, 2, 1)}, "another network .DiCo.* is there only"),
+        ("ckpt", {"depth": (1, 1, 1, 2, 1)}, "another network .DiCo.* and missing here"),
         ("nowhere", {}, "config.training.init_from=.*nowhere: no such folder"),
         ("data", {}, "config.training.init_from=.*data holds no checkpoint"),
     ]:

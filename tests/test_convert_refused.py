@@ -279,13 +279,13 @@ def test_what_is_there_is_not_overwritten(good):
     refused_out(good, "ckpt", "name a .pt, .pth or .safetensors file")
     refused_out(good, "b.txt", "name a .pt, .pth or .safetensors file")
     refused_out(good, "b.safetensors", "name a .pt", training=True)
-    refused_out(good, "no/b.pt", "the folder .*no does not exist, make it first")
+    refused_out(good, "no/b.pt", "there is no folder .*no, make it first")
     refused_out(good, "b.pt", "--step=3: .* has steps 0", step=3)
     refused_out(good, "b.pt", "--weights=params: .* has only ema", weights="params")
     for out, message in [
-        ("ckpt", "--out=.*ckpt exists and is not empty"),
+        ("ckpt", "--out=.*ckpt exists: give another name"),
         ("a.pt", "--out=.*a.pt exists: give another name"),
-        ("no/b", "the folder .*no does not exist, make it first"),
+        ("no/b", "there is no folder .*no, make it first"),
     ]:
         with pytest.raises(UsageError, match=message):
             from_pytorch(good / "a.pt", good / out)

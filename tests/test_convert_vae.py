@@ -418,7 +418,7 @@ def test_places(tmp_path):
     refused(tmp_path, "vae/config.json", "this holds no weights: give the file")
     refused(tmp_path, "nowhere", "cannot be opened: No such file")
     refused(tmp_path, "vae", "--out=.*a.txt: name a .safetensors file", out="a.txt")
-    refused(tmp_path, "vae", "the folder .*no does not exist", out="no/a.safetensors")
+    refused(tmp_path, "vae", "there is no folder .*no", out="no/a.safetensors")
     refused(tmp_path, "vae", "--out=.* exists: give another name", out=f"vae/{SAFE}")
     refused(tmp_path, "vae", "norm_num_groups=3 does not divide", norm_num_groups=3)
     refused(tmp_path, "vae", "scaling_factor=-1.0 must be above 0", scaling_factor=-1.0)

@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 
 from dico_jax.checkpoints.averages import (
-    MAX_WIDTH,
+    EmaSnapshots,
     Snapshot,
     _log_inner_product,
-    parse_widths,
-    power_function_gain,
-    rebuild,
-    solve_weights,
-    update_ema,
-    update_width_emas,
-    width_to_gamma,
-)
-from dico_jax.checkpoints.snapshots import (
-    EmaSnapshots,
     list_snapshots,
+    rebuild,
     rebuilt_ema,
     snapshot_steps,
+    solve_weights,
 )
-from dico_jax.checkpoints.state import width_name
+from dico_jax.checkpoints.state import (
+    MAX_WIDTH,
+    parse_widths,
+    power_function_gain,
+    update_ema,
+    update_width_emas,
+    width_name,
+    width_to_gamma,
+)
 from dico_jax.errors import UsageError
 from dico_jax.parallel.mesh import create_mesh, replicated
 
@@ -134,13 +134,13 @@ def test_late_averages_keep_their_size():
 @pytest.mark.parametrize(
     ("widths", "every", "message"),
     [
-        ((0.05, 0.0), 0, "training.ema_widths=(0.05, 0.0): 0.0 must be a number above 0"),
-        ((0.29,), 0, "training.ema_widths=(0.29,): 0.29 must be a number above 0 and below 0.2887"),
-        (("0.1",), 0, "training.ema_widths=('0.1',): '0.1' must be a number"),
-        ((float("nan"),), 0, "training.ema_widths=(nan,): nan must be"),
-        ((0.1, 0.1), 0, "training.ema_widths=(0.1, 0.1): give each width once"),
+        ((0.05, 0.0), 0, "training.ema_widths=(0.05, 0.0) must be different numbers above 0"),
+        ((0.29,), 0, "training.ema_widths=(0.29,) must be different numbers above 0 and below 0.2"),
+        (("0.1",), 0, "training.ema_widths=('0.1',) must be different numbers"),
+        ((float("nan"),), 0, "training.ema_widths=(nan,) must be different numbers"),
+        ((0.1, 0.1), 0, "training.ema_widths=(0.1, 0.1) must be different numbers"),
         ((0.1,), -5, "training.ema_snapshot_every_steps=-5 must be at least 0"),
-        ((), 5, "training.ema_snapshot_every_steps=5 has nothing to keep: set config.training"),
+        ((), 5, "training.ema_snapshot_every_steps=5 must be at least 0, and 0 without config"),
     ],
 )
 def test_wrong_fields(widths, every, message):
@@ -207,13 +207,6 @@ def test_weights_of_long_runs_and_narrow_widths():
     assert misfit < 0.01
 
 
-def test_weights_need_different_snapshots():
-    with pytest.raises(ValueError, match="must be there, and different"):
-        solve_weights([5, 5], [0.1, 0.1], 5, 0.2)
-    with pytest.raises(ValueError, match="must be there, and different"):
-        solve_weights([], [], 5, 0.2)
-
-
 # Widths that were not tracked, and how far off they may be, relative to the average's norm. Of
 # parameters that stay near where they are, less is lost.
 BARS = {
@@ -276,7 +269,6 @@ def test_tracked_widths_come_back_to_the_bit():
         (50, 2000, 0.003, "cannot be rebuilt from the 80 snapshots"),
         (50, 2000, 0.3, "--ema_width=0.3 must be above 0 and below 0.2887"),
         (50, 2000, -0.1, "--ema_width=-0.1 must be above 0"),
-        (50, 1010, 0.08, "step 1010 has no snapshot"),
     ],
 )
 def test_what_cannot_be_rebuilt(every, step, width, message):

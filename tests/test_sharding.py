@@ -158,7 +158,7 @@ def test_batches_are_split_over_data_and_fsdp_and_whole_along_tensor():
     rows = np.arange(16, dtype=np.float32)[:, None]
     for axes, per_device in (({"fsdp": 2}, 2), ({"fsdp": 2, "tensor": 2}, 4)):
         sharding = batch_sharding(create_mesh(**axes))
-        assert data_shard(sharding).count == 1
+        assert data_shard(sharding) == (0, 1)
         batch = to_global(rows, sharding)
         np.testing.assert_array_equal(batch, rows)
         assert {shard.data.shape for shard in batch.addressable_shards} == {(per_device, 1)}
@@ -180,7 +180,7 @@ def test_specs_of_rules():
         spec("a/bias", (8,), (("bias", ("fsdp", "tensor")),))
     assert parse_rules([["a", ["fsdp", None]]]) == (("a", ("fsdp", None)),)
     for rule in ("a", ("(", ()), ("a", ("model",)), ("a", ("fsdp", "fsdp")), ("a", 3)):
-        with pytest.raises(UsageError, match=r"mesh.rules: .* (is not|must name)"):
+        with pytest.raises(UsageError, match=r"mesh.rules: .* is not"):
             parse_rules([rule])
 
 

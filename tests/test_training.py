@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 from configs import digits
-from dico_jax.checkpoints.averages import update_width_emas
-from dico_jax.checkpoints.state import abstract_state, create_state, initializer
+from dico_jax.checkpoints.state import (
+    abstract_state,
+    create_state,
+    initializer,
+    update_width_emas,
+)
 from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import UsageError
 from dico_jax.models import create_model

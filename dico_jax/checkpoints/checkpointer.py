@@ -1,19 +1,16 @@
 """Checkpoints of runs.
 
 WORKDIR/checkpoints has one folder per step with an item for every field of `TrainState` but the
-step (`params`, `ema_params`, `opt_state`) and `meta` (config, class names, versions). The items are
-apart so that sampling reads the averaged weights alone. A run needs no other state: data order and
-randomness follow from the step.
+step, and `meta` (config, class names, versions). The items are apart so that sampling reads the
+averaged weights alone. A run needs no other state: data order and randomness follow from the step.
 
-A converted checkpoint has the same layout, with `ema_params` alone or with all items, and without
-checksums; its meta also says, under "converted", where it came from (see docs/conversion.md).
+A converted checkpoint has the same layout, with `ema_params` alone or with all items; its meta also
+says, under "converted", where it came from (see docs/conversion.md).
 """
 
-import contextlib
-import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,111 +18,74 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from dico_jax.checkpoints.checksums import find_damage
-from dico_jax.checkpoints.reader import (
-    FOLDER,
-    DamagedCheckpointError,
-    damaged,
-    key_names,
-    read_meta,
-    read_tree,
-    stored_leaves,
-)
+from dico_jax.checkpoints import reader
+from dico_jax.checkpoints.reader import DamagedCheckpointError
 from dico_jax.checkpoints.state import TrainState
 from dico_jax.checkpoints.writer import StepWriter
 from dico_jax.errors import UsageError
-from dico_jax.files import library_versions
-
-_ITEMS = tuple(f.name for f in dataclasses.fields(TrainState) if f.name != "step")
-_MAX_LISTED = 5
+from dico_jax.parallel.mesh import from_same
 
 
 class Checkpointer(StepWriter):
-    """Saves (in the background) and restores the states of one run. Use as a context manager.
-
-    With several processes, all of them make every call, with the same arguments.
-    """
+    """Saves (in the background) and restores the states of one run. Use as a context manager."""
 
     def __init__(self, workdir: pathlib.Path, meta: dict, keep: int, keep_every: int = 0):
-        """Opens (or makes) the checkpoints of `workdir`.
+        """Opens (or makes) the checkpoints of a run; `meta` has its "config" and "class_names".
 
-        Args:
-          workdir: folder of the run.
-          meta: what to write beside the weights: "config" and "class_names".
-          keep: how many of the newest checkpoints to keep.
-          keep_every: a checkpoint whose step this divides is kept for ever; 0 for none.
+        The newest `keep` are kept, and for ever those whose step `keep_every` divides (0: none).
         """
         policies = ocp.checkpoint_managers
-        preserved: list[Any] = [policies.LatestN(keep)]
-        if keep_every:
-            preserved.append(policies.EveryNSteps(keep_every))
-        super().__init__(workdir / FOLDER, policies.AnyPreservationPolicy(preserved))
-        self._meta = meta | {"versions": library_versions()}
+        kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
+        super().__init__(workdir / reader.FOLDER, policies.AnyPreservationPolicy(kept))
+        self._meta = meta
 
     def save(self, step: int, state: TrainState, extra: dict[str, Any] | None = None) -> None:
-        """Starts saving `state` as `step`; a step that is saved already is left as it is.
-
-        Args:
-          step: the checkpoint's step.
-          state: what to save.
-          extra: more of the run's state, JSON values, for `extra`.
-
-        Raises:
-          UsageError, RuntimeError: see `StepWriter.write`.
-        """
+        """Starts saving `state`, and JSON values for `extra`; a saved step is left as it is."""
         self.wait()
         if step not in self.steps():
             self.write(step, _trees(state), self._meta | {"extra": extra or {}})
 
     def extra(self, step: int) -> dict[str, Any]:
         """What `save` was given besides the state; {} if nothing."""
-        return read_meta(self._folder / str(step)).get("extra", {})
+        return reader.read_meta(self._folder / str(step)).get("extra", {})
 
     def restore(self, step: int, target: TrainState) -> TrainState:
         """The state saved at `step`, with the shapes, dtypes and shardings of `target`.
 
-        Args:
-          step: which.
-          target: a state, or its shapes and shardings: leaves are arrays or ShapeDtypeStruct, each
-            with a sharding, on any mesh.
-
-        Raises:
-          DamagedCheckpointError: a file is missing, cut or changed.
-          UsageError: the checkpoint has converted weights and no optimizer state, or is of another
-            model or optimizer.
+        Raises DamagedCheckpointError where a file is missing, cut or changed, and UsageError where
+        there are only converted weights, or those of another model or optimizer.
         """
         folder = self._folder / str(step)
         verified = self._verify(folder)
-        _check_is_training_state(folder)
-        trees = jax.tree.map(_abstract, _trees(target))
-        with _read_errors(folder, verified):
-            differences = _differences(folder, trees)
-        if differences:
+        if not (folder / "opt_state").is_dir():
+            if "converted" not in reader.read_meta(folder):
+                raise DamagedCheckpointError(folder, "opt_state is missing")
+            fix = f"give another --workdir, and --config.training.init_from={self._folder.parent}"
             raise UsageError(
-                f"{folder} is of another model or optimizer than this config "
-                f"({listed(differences, _MAX_LISTED)}): use the config that it was trained with, "
-                "or another --workdir"
+                f"{self._folder} has converted weights without a training state: {fix}"
             )
-        with _read_errors(folder, verified):
-            items = {name: read_tree(folder / name, tree) for name, tree in trees.items()}
-        number = np.asarray(step, target.step.dtype)
-        array = jax.make_array_from_callback((), target.step.sharding, lambda _: number)
-        return target.replace(step=array, **items)
+        trees = jax.tree.map(_abstract, _trees(target))
+        try:
+            if differing := reader.differences(*_shapes(folder, trees)):
+                text = f"is of another model or optimizer than this config ({differing})"
+                fix = "use the config that it was trained with, or another --workdir"
+                raise UsageError(f"{folder} {text}: {fix}")
+            items = {name: reader.read_tree(folder / name, tree) for name, tree in trees.items()}
+        except (UsageError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # what Orbax and TensorStore raise has many types
+            # Other processes may have read their parts, and wait: they cannot be asked.
+            if verified or jax.process_count() > 1:
+                raise
+            raise DamagedCheckpointError(folder, error) from error
+        number = from_same(np.asarray(step, target.step.dtype), target.step.sharding)
+        return target.replace(step=number, **items)
 
-    def restore_newest(
-        self, target: TrainState, say: Callable[[str], None] = print
-    ) -> tuple[TrainState, int] | None:
+    def restore_newest(self, target: TrainState, say=print) -> tuple[TrainState, int] | None:
         """The newest state that can be read, and its step; None if nothing is saved.
 
-        A damaged checkpoint that is passed over is renamed to broken-STEP, so that its step can be
-        saved again; it is never deleted.
-
-        Args:
-          target: as for `restore`.
-          say: takes a line for each damaged checkpoint, in the first process.
-
-        Raises:
-          UsageError: checkpoints are there and none can be read, or as `restore`.
+        A damaged checkpoint that is passed over is said and renamed to broken-STEP, so that its
+        step can be saved again; it is never deleted. UsageError if none can be read.
         """
         reasons: dict[int, str] = {}
         for step in sorted(self.steps(), reverse=True):
@@ -133,63 +93,44 @@ class Checkpointer(StepWriter):
                 state = self.restore(step, target)
             except DamagedCheckpointError as error:
                 reasons[step] = str(error)
-                continue
-            self._set_aside(reasons, step, say)
-            return state, step
-        if reasons:
-            fix = "put back a copy of one, or start again in another --workdir"
-            raise UsageError(f"no checkpoint can be read ({'; '.join(reasons.values())}): {fix}")
-        return None
+            else:
+                if reasons:
+                    self._set_aside(reasons, step, say)
+                return state, step
+        if not reasons:
+            return None
+        fix = "put back a copy of one, or start again in another --workdir"
+        raise UsageError(f"no checkpoint can be read ({'; '.join(reasons.values())}): {fix}")
 
     def _set_aside(self, reasons: dict[int, str], step: int, say: Callable[[str], None]) -> None:
-        if not reasons:
-            return
         if jax.process_index() == 0:
             for number, reason in reasons.items():
-                new = _free_name(self._folder / f"broken-{number}")
-                (self._folder / str(number)).rename(new)
-                say(f"warning: {reason}: renamed to {new.name}, going on from step {step}")
+                new, copies = f"broken-{number}", itertools.count(2)
+                while (self._folder / new).exists():
+                    new = f"broken-{number}-{next(copies)}"
+                (self._folder / str(number)).rename(self._folder / new)
+                say(f"warning: {reason}: renamed to {new}, going on from step {step}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
 
     def _verify(self, folder: pathlib.Path) -> bool:
         """Whether the files have checksums; each process looks at its share of them."""
-        verified, reason = find_damage(folder, part=jax.process_index(), parts=jax.process_count())
-        reason = _first_of_all_processes(reason)
+        part, parts = jax.process_index(), jax.process_count()
+        verified, reason = reader.find_damage(folder, "", part, parts)
+        if parts > 1:  # all say the first reason, so that all decide alike
+            data = np.frombuffer((reason or "").encode()[:400].ljust(400, b"\0"), np.uint8)
+            rows = multihost_utils.process_allgather(data)
+            texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
+            reason = next(filter(None, texts), None)
         if reason:
-            raise damaged(folder, reason)
+            raise DamagedCheckpointError(folder, reason)
         return verified
-
-
-def write_checkpoint(
-    workdir: pathlib.Path, step: int, items: dict[str, Any], meta: dict[str, Any]
-) -> None:
-    """Writes one checkpoint leaf by leaf, in the layout of `Checkpointer`.
-
-    Args:
-      workdir: an existing folder.
-      step: the checkpoint's step.
-      items: trees of `Deferred` leaves, by item: params, ema_params, opt_state.
-      meta: what to write beside them: "config", "class_names", ...
-
-    Raises:
-      UsageError, RuntimeError: see `StepWriter.write`.
-    """
-    with StepWriter(workdir / FOLDER, deferred=tuple(items)) as writer:
-        writer.write(step, items, meta | {"versions": library_versions()})
-
-
-def listed(problems: list[str], at_most: int) -> str:
-    """The first of the problems, and how many more there are."""
-    more = f"; and {len(problems) - at_most} more" if len(problems) > at_most else ""
-    return "; ".join(problems[:at_most]) + more
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
     """The items of a state that have leaves."""
-    trees = {name: getattr(state, name) for name in _ITEMS}
-    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+    return {k: v for k, v in vars(state).items() if k != "step" and jax.tree.leaves(v)}
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -198,61 +139,13 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _first_of_all_processes(reason: str | None) -> str | None:
-    """The first process's reason that has one, so that all take the same decision."""
-    if jax.process_count() == 1:
-        return reason
-    data = (reason or "").encode()[:400].ljust(400, b"\0")
-    rows = multihost_utils.process_allgather(np.frombuffer(data, np.uint8))
-    texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
-    return next((text for text in texts if text), None)
-
-
-@contextlib.contextmanager
-def _read_errors(folder: pathlib.Path, verified: bool) -> Iterator[None]:
-    """Says that a checkpoint is damaged where reading it fails, unless its files are verified."""
-    try:
-        yield
-    except (UsageError, MemoryError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:  # what Orbax and TensorStore raise has many types, also this one
-        # Other processes may have read their parts, and wait for this one: they cannot be asked.
-        if verified or jax.process_count() > 1:
-            raise
-        raise damaged(folder, error) from error
-
-
-def _check_is_training_state(folder: pathlib.Path) -> None:
-    if (folder / "opt_state").is_dir():
-        return
-    if "converted" not in read_meta(folder):
-        raise damaged(folder, "opt_state is missing")
-    raise UsageError(
-        f"{folder.parent} has converted weights without a training state, so no run can go on "
-        f"from there: give another --workdir, and --config.training.init_from="
-        f"{folder.parent.parent} to start from these weights"
-    )
-
-
-def _differences(folder: pathlib.Path, trees: dict[str, Any]) -> list[str]:
-    """What a target wants otherwise than the checkpoint has it: items, leaves and shapes."""
-    found = []
-    for name, tree in trees.items():
-        if not (folder / name).is_dir():
-            found.append(f"{name} is wanted and not there")
-            continue
-        stored = {path: leaf.shape for path, leaf in stored_leaves(folder / name).items()}
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        wanted = {key_names(path): leaf.shape for path, leaf in leaves}
-        for path in sorted(stored.keys() | wanted.keys()):
-            there, here = (shapes.get(path, "missing") for shapes in (stored, wanted))
-            if there != here:
-                found.append(f"{name} {'.'.join(path)} is {there} there and {here} here")
-    return found
-
-
-def _free_name(path: pathlib.Path) -> pathlib.Path:
-    names = itertools.chain(
-        [path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
-    )
-    return next(name for name in names if not name.exists())
+def _shapes(folder: pathlib.Path, trees: dict[str, Any]) -> tuple[dict, dict]:
+    """The shapes of leaves by item and path, as a checkpoint has them and as trees have them."""
+    there = {
+        (name, *path): leaf.shape
+        for name in trees
+        if (folder / name).is_dir()
+        for path, leaf in reader.stored_leaves(folder / name).items()
+    }
+    leaves = jax.tree_util.tree_leaves_with_path(trees)
+    return there, {reader.path_names(path): leaf.shape for path, leaf in leaves}

@@ -1,91 +1,93 @@
-"""The one reader of steps that `StepWriter` has written, of this version and of older ones."""
+"""The one reader of steps that `StepWriter` has written, of this version and of older ones.
 
+Orbax notices a file that is missing or cut, but not a flipped bit in the data of an array. So a
+step has a checksums.json: CRC-32 finds every single flipped bit, and reads faster than disks do.
+"""
+
+import concurrent.futures
 import functools
 import json
+import os
 import pathlib
+import textwrap
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dico_jax.checkpoints.checksums import find_damage
+from dico_jax.checkpoints.state import TrainState
+from dico_jax.config import with_defaults
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred
+from dico_jax.models import abstract_params
+from dico_jax.ops.cpu import copies_fit
+from dico_jax.parallel.mesh import from_same
 
 FOLDER = "checkpoints"
+CHECKSUMS = "checksums.json"
+_ITEMS = {"ema": "ema_params", "params": "params"}  # by the name of the weights
+_THREADS = 4
+_MAX_LISTED = 10
+
+Path = tuple[str, ...]
 
 
 class DamagedCheckpointError(UsageError):
     """A step of which a file is missing, cut or changed."""
 
-
-def damaged(path: pathlib.Path, reason: object, advice: str = "") -> DamagedCheckpointError:
-    """The error for a step or item that cannot be read for some reason, in a line."""
-    text = " ".join(str(reason).split())
-    if len(text) > 300:  # TensorStore's name every operation and key
-        text = f"{text[:150]} ... {text[-150:]}"
-    return DamagedCheckpointError(f"{path} is damaged ({text}){advice}")
+    def __init__(self, path: pathlib.Path, reason: object, advice: str = ""):
+        text = textwrap.shorten(str(reason), 300)  # TensorStore's name every operation and key
+        super().__init__(f"{path} is damaged ({text}){advice}")
 
 
-def steps_in(folder: pathlib.Path) -> set[int]:
-    """The steps in a folder; one whose save was not finished has no number for its name."""
-    if not folder.is_dir():
-        return set()
-    return {int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()}
-
-
-def saved_steps(workdir: pathlib.Path) -> set[int]:
-    """The steps of the checkpoints of a workdir, or of a converted checkpoint."""
-    return steps_in(workdir / FOLDER)
-
-
-def verify(folder: pathlib.Path, item: str, advice: str = "") -> None:
-    """Raises DamagedCheckpointError where the files of an item differ from their checksums."""
-    _, reason = find_damage(folder, item)
-    if reason:
-        raise damaged(folder, reason, advice)
+def saved_steps(workdir: str | os.PathLike, folder: str = FOLDER) -> set[int]:
+    """The finished steps in a folder of a workdir or of a converted checkpoint."""
+    paths = pathlib.Path(workdir, folder).glob("*")
+    return {int(p.name) for p in paths if p.name.isdecimal() and p.is_dir()}
 
 
 def read_meta(folder: pathlib.Path) -> dict[str, Any]:
-    """The JSON values that lie beside the arrays of the folder of a step.
-
-    Raises:
-      DamagedCheckpointError: they cannot be read.
-    """
+    """The JSON values beside the arrays of a step; DamagedCheckpointError if unreadable."""
     try:
         return json.loads((folder / "meta" / "metadata").read_text())
     except (OSError, ValueError) as error:
-        raise damaged(folder / "meta", error) from error
+        raise DamagedCheckpointError(folder / "meta", error) from error
 
 
 def read_tree(item: pathlib.Path, target: Any) -> Any:
-    """The tree of an item, with the shapes, dtypes and shardings of `target`, of ShapeDtypeStruct.
-
-    Every device reads its own part and nothing else.
-    """
+    """The tree of an item as `target` says, of ShapeDtypeStruct; devices read their own parts."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         return reader.restore(item, args=ocp.args.StandardRestore(target))
 
 
-def stored_leaves(item: pathlib.Path) -> dict[tuple[str, ...], Deferred]:
-    """The leaves of the tree of an item, by path, each read when asked for.
-
-    A path has the keys of dicts, the indices of lists and tuples, and the names of fields.
-    """
+def stored_leaves(item: pathlib.Path) -> dict[Path, Deferred]:
+    """The leaves of the tree of an item by `path_names`, each read when asked for."""
     metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(item))
     leaves = jax.tree_util.tree_leaves_with_path(getattr(metadata, "tree", metadata))
     return {
-        key_names(path): Deferred(leaf.dtype, leaf.shape, functools.partial(_read, item, leaf.name))
-        for path, leaf in leaves
+        path_names(path): Deferred(x.dtype, x.shape, functools.partial(_read, item, x.name))
+        for path, x in leaves
     }
 
 
-def key_names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """A path of JAX's as `stored_leaves` has it."""
+def path_names(path: tuple[Any, ...]) -> Path:
+    """A path of JAX's as keys of dicts, indices of lists and tuples, and names of fields."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def differences(there: Mapping[Path, Any], here: Mapping[Path, Any]) -> str:
+    """The first leaves whose shapes, by path, differ between a checkpoint and what is wanted."""
+    both = {k: [d.get(k, "missing") for d in (there, here)] for k in there.keys() | here.keys()}
+    found = [f"{'.'.join(k)} is {a} there and {b} here" for k, (a, b) in both.items() if a != b]
+    more = f"; and {len(found) - _MAX_LISTED} more" if len(found) > _MAX_LISTED else ""
+    return "; ".join(sorted(found)[:_MAX_LISTED]) + more
 
 
 def _read(item: pathlib.Path, name: str) -> np.ndarray:
@@ -93,3 +95,174 @@ def _read(item: pathlib.Path, name: str) -> np.ndarray:
     files = {"driver": "file", "path": f"{item.absolute()}/"}
     spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": files, "path": f"{name}/"}}
     return np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
+
+
+# Checksums.
+
+
+def verified(folder: pathlib.Path, item: str, advice: str = "") -> pathlib.Path:
+    """The folder of an item of a step, if its files are as their checksums say."""
+    if reason := find_damage(folder, item)[1]:
+        raise DamagedCheckpointError(folder, reason, advice)
+    return folder / item
+
+
+def find_damage(folder: pathlib.Path, item: str = "", part: int = 0, parts: int = 1):
+    """Whether a step has checksums (converted ones have none), and the first difference from them.
+
+    It looks at one item or all, and at a share of the files, for several processes.
+    """
+    if not (folder / CHECKSUMS).exists():
+        return False, None
+    try:
+        files = json.loads((folder / CHECKSUMS).read_text())["files"]
+        names = sorted(name for name in files if not item or name.startswith(f"{item}/"))
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            reasons = pool.map(lambda n: _difference(folder, n, **files[n]), names[part::parts])
+            return True, next(filter(None, reasons), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return True, f"{CHECKSUMS} cannot be read"
+
+
+def write_checksums(folder: pathlib.Path) -> None:
+    """Writes checksums.json: size and CRC-32 of every file of the items of a step."""
+    # Files of the folder itself are left out: Orbax still changes them when it commits.
+    files = sorted(file for file in folder.glob("*/**/*") if file.is_file())
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        sums = {
+            str(file.relative_to(folder)): {"size": file.stat().st_size, "crc32": crc32}
+            for file, crc32 in zip(files, pool.map(_crc32, files), strict=True)
+        }
+    with (folder / CHECKSUMS).open("w") as out:
+        json.dump({"files": sums}, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _difference(folder: pathlib.Path, name: str, size: int, crc32: str) -> str | None:
+    try:
+        if (found := (folder / name).stat().st_size) != size:
+            return f"{name} has {found:,} bytes instead of {size:,}"
+        if _crc32(folder / name) != crc32:
+            return f"{name} has another checksum than when it was written"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _crc32(file: pathlib.Path) -> str:
+    crc = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
+# Weights.
+
+
+class SavedWeights:
+    """The weights of a checkpoint, for reading; UsageError where they are missing or damaged.
+
+    Attributes:
+      folder, step: which checkpoint it is.
+      config: the config it was made with, a dict; fields it did not have yet have their defaults.
+      class_names: of the classes it was trained on.
+      converted: of a converted checkpoint, where it came from; else None.
+      available: the weights that it has, of "ema" and "params".
+    """
+
+    def __init__(self, folder: str, step: int | None = None, flag: str = "--ckpt"):
+        """Opens the newest checkpoint of a workdir or converted checkpoint, or that of `step`."""
+        self.folder = folder
+        path = pathlib.Path(folder).absolute()
+        steps = saved_steps(path)
+        if not steps:
+            lacks = f"holds no {FOLDER}/STEP" if path.is_dir() else ": no such folder"
+            fix = f"{lacks}: give the workdir of a run or a converted checkpoint"
+            raise UsageError(flag, folder, fix)
+        self.step = max(steps) if step is None else step
+        if self.step not in steps:
+            there = ", ".join(map(str, sorted(steps)))
+            raise UsageError("--step", step, f": {folder} has steps {there}")
+        self._path = path / FOLDER / str(self.step)
+        meta = read_meta(self._verified("meta").parent)
+        self.config, self.class_names = with_defaults(meta["config"]), meta["class_names"]
+        self.converted = meta.get("converted")
+        self.available = [name for name, item in _ITEMS.items() if (self._path / item).is_dir()]
+
+    def read(self, weights: str, target: Any) -> Any:
+        """The tree of "ema" or "params", as a tree of ShapeDtypeStruct with shardings says."""
+        return read_tree(self._item(weights), target)
+
+    def leaves(self, weights: str) -> dict[Path, Deferred]:
+        """The arrays of "ema" or "params" by path, each read when asked for."""
+        return stored_leaves(self._item(weights))
+
+    def optimizer_leaves(self) -> dict[Path, Deferred]:
+        """The arrays of the optimizer's state by path, each read when asked for."""
+        if not (self._path / "opt_state").is_dir():
+            raise UsageError(f"{self._path} has weights alone, and no state of an optimizer")
+        return stored_leaves(self._verified("opt_state"))
+
+    def _item(self, weights: str) -> pathlib.Path:
+        if weights not in self.available:
+            there = ", ".join(self.available) or "none"
+            raise UsageError("--weights", weights, f": {self._path} has only {there}")
+        return self._verified(_ITEMS[weights])
+
+    def _verified(self, item: str) -> pathlib.Path:
+        return verified(self._path, item, ": use the checkpoint of another step")
+
+
+class WarmStart:
+    """The weights that a run starts from, averaged ones where there are some.
+
+    Tables of a condition with another number of rows (of classes) start fresh.
+    """
+
+    def __init__(self, folder: str, model: Any):
+        """Opens the newest checkpoint of `folder` and compares shapes; no weights are read."""
+        field = "config.training.init_from"
+        saved = SavedWeights(folder, flag=field)
+        self.folder, self._step = folder, saved.step
+        self._weights = next(iter(saved.available), "ema")
+        self._leaves = saved.leaves(self._weights)
+        here = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(model)).items()}
+        there = {path: tuple(leaf.shape) for path, leaf in self._leaves.items()}
+        self.fresh = [
+            path
+            for path, shape in here.items()
+            if path[0] in model.condition_tables and path in there
+            if there[path][0] != shape[0] and there[path][1:] == shape[1:]
+        ]
+        if found := differences(there | {path: here[path] for path in self.fresh}, here):
+            name = saved.config["model"]["name"]
+            raise UsageError(field, folder, f"has another network ({name}): {found}")
+
+    def __str__(self) -> str:
+        text = f"starting from the weights {self._weights!r} of {self.folder}, step {self._step}"
+        if self.fresh:
+            rows = self._leaves[self.fresh[0]].shape[0]
+            text += f"; the label tables have {rows} rows there, so they start fresh"
+        return text
+
+    def apply(self, state: TrainState) -> TrainState:
+        """A fresh `state` with these weights, in its own shardings and dtypes."""
+        params = flatten_dict(state.params)
+        for path in params.keys() - self.fresh:
+            array = np.asarray(self._leaves[path].read(), params[path].dtype)
+            params[path] = from_same(array, params[path].sharding)
+        tree = unflatten_dict(params)
+        # The average starts as a copy: two names for one buffer could not both be donated.
+        return state.replace(params=tree, ema_params=jax.tree.map(jnp.copy, tree))
+
+
+def weights_fit(folder: str | None) -> Callable[[int], bool]:
+    """Says of a number of devices whether copies of a folder's newest weights fit in memory."""
+    size = 0  # where there is no checkpoint, which is said later
+    if folder and (steps := saved_steps(folder)):
+        step = pathlib.Path(folder, FOLDER, str(max(steps)))
+        items = [(step / item).rglob("*") for item in _ITEMS.values()]
+        size = max(sum(file.stat().st_size for file in files) for files in items)
+    return functools.partial(copies_fit, size)

@@ -3,16 +3,14 @@
 A folder holds one folder per step, with an item (a folder) for every tree of arrays and `meta`
 (JSON). Orbax writes a step in the background to a folder of another name. When all of it is there,
 checksums.json is made, and the folder is renamed to the step's number: a step is there whole or not
-at all, and damage is noticed when it is read. Converted weights have no checksums.
-
-Leaves may be `Deferred`: they are made when their turn comes, so that a tree may be larger than the
-memory. Orbax's own way keeps it all, and a copy of it: 1.9 GB for 0.6 GB of arrays.
+at all. Leaves may be `Deferred`: they are made when their turn comes, so that a tree may be larger
+than the memory. Orbax's own way keeps it all, and a copy of it: 1.9 GB for 0.6 GB of arrays.
 """
 
 import contextlib
 import errno
+import functools
 import logging
-import math
 import os
 import pathlib
 import re
@@ -27,15 +25,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dico_jax.checkpoints.checksums import write_checksums
-from dico_jax.checkpoints.reader import saved_steps
+from dico_jax.checkpoints.reader import saved_steps, write_checksums
 from dico_jax.errors import UsageError
-from dico_jax.files import Deferred
+from dico_jax.files import Deferred, library_versions
 
+_UNFINISHED = "{}.orbax-checkpoint-tmp*"  # as Orbax names the folder of a step
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Leaves of about this many bytes are compressed and written together while the next ones are read.
 _GROUP_BYTES = 32 << 20
-_PAUSE_SECONDS, _QUIET_SECONDS, _MOST_SECONDS = 0.05, 0.5, 10.0
 
 
 class StepWriter:
@@ -47,33 +44,26 @@ class StepWriter:
     def __init__(self, folder: pathlib.Path, preserved: Any = None, deferred: Sequence[str] = ()):
         """Opens (or makes) a folder of steps, and clears what a killed process has left there.
 
-        Args:
-          folder: see above.
-          preserved: Orbax's policy of which steps to keep; all if None.
-          deferred: the items whose leaves are `Deferred`.
+        A policy of Orbax's says which steps are kept; `deferred` names items of `Deferred` leaves.
         """
         # Orbax needs an absolute path; a relative one fails later, in a background thread.
-        self._folder = folder.absolute()
+        self._folder = folder = folder.absolute()
         self._saving = -1  # the step of the save that may still be under way
-        self._failed = False
-        self._deferred, self._quiet = deferred, _Quiet()
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            handler_registry=_registry(deferred) if deferred else None,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=preserved,
-                cleanup_tmp_directories=True,
-                single_host_load_and_broadcast=jax.process_count() > 1,
-                async_options=ocp.options.AsyncOptions(
-                    post_finalization_callback=self._seal,
-                    # Where folders cannot be made, Orbax's threads would wait 5 minutes for them.
-                    create_directories_asynchronously=False,
-                ),
+        self._deferred = deferred
+        _drop_reports()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preserved,
+            cleanup_tmp_directories=True,
+            single_host_load_and_broadcast=jax.process_count() > 1,
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=self._seal,
+                create_directories_asynchronously=False,  # which waits 5 minutes where it cannot
             ),
         )
+        handlers = _registry(deferred) if deferred else None
+        self._manager = ocp.CheckpointManager(folder, options=options, handler_registry=handlers)
 
     def __enter__(self):
-        self._quiet.start()
         return self
 
     def __exit__(self, exc_type, exc, traceback):
@@ -85,39 +75,27 @@ class StepWriter:
             print(f"warning: {error}", file=sys.stderr)  # what ended the run matters more
         finally:
             self._manager.close()
-            if not self._failed:  # what is left of a failed save reports itself to the very end
-                self._quiet.stop()
 
     def steps(self) -> list[int]:
         """The steps saved."""
         return list(self._manager.all_steps())
-
-    def latest_step(self) -> int | None:
-        """The newest step saved, or None."""
-        return self._manager.latest_step()
 
     def remove(self, step: int) -> None:
         """Removes a saved step."""
         self._manager.delete(step)
 
     def write(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Starts writing a step; returns when the arrays may be donated.
+        """Starts writing a step, later than all saved ones; returns when arrays may be donated.
 
-        Args:
-          step: later than all that are saved.
-          items: trees of arrays by name; one without leaves is left out, for Orbax takes none.
-          meta: JSON values.
-
-        Raises:
-          UsageError: this save cannot start, or the one before it failed, for want of space or
-            permission. Nothing of it is left, and the steps before it are as they were.
-          RuntimeError: it failed otherwise.
+        Raises UsageError where this save cannot start, or the one before it failed, for want of
+        space or permission; else RuntimeError. Nothing of it is left, and older steps stay.
         """
         self.wait()
         self._saving = step
         save = ocp.args.PyTreeSave if self._deferred else ocp.args.StandardSave
+        # A tree without leaves is left out, for Orbax takes none.
         args = {name: save(tree) for name, tree in items.items() if jax.tree.leaves(tree)}
-        args["meta"] = ocp.args.JsonSave(dict(meta))
+        args["meta"] = ocp.args.JsonSave({**meta, "versions": library_versions()})
         with self._explained():
             saved = self._manager.save(step, args=ocp.args.Composite(**args))
         if not saved:  # Orbax gives no reason
@@ -129,16 +107,10 @@ class StepWriter:
             self._manager.wait_until_finished()
 
     def _seal(self) -> None:
-        """Adds checksums before the folder is renamed; Orbax calls it in one process.
-
-        Converted weights get none: whoever has them has the file that they are from.
-        """
-        if self._deferred:
-            return
-        folders = _unfinished(self._folder, self._saving)
-        if len(folders) != 1:
-            raise RuntimeError(f"{self._folder} has {folders} for step {self._saving}")
-        write_checksums(folders[0])
+        """Adds checksums before the folder is renamed; Orbax calls it in one process."""
+        if not self._deferred:  # whoever has converted weights has the file that they are from
+            (folder,) = self._folder.glob(_UNFINISHED.format(self._saving))
+            write_checksums(folder)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -146,153 +118,101 @@ class StepWriter:
         try:
             yield
         except Exception as error:
-            self._failed = True
             _remove_unfinished(self._folder, self._saving)
-            raise self._explanation(error) from error
-
-    def _explanation(self, error: Exception) -> Exception:
-        failed = f"{self._folder}: step {self._saving} could not be saved"
-        number = _system_error(error)
-        if number is None:
-            return RuntimeError(f"{failed} ({error})")
-        there = next(path for path in (self._folder, *self._folder.parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        fix = "make room" if number in _NO_ROOM else "mend that"
-        steps = saved_steps(self._folder.parent)
-        then = f"goes on from step {max(steps)}" if steps else "starts from the beginning"
-        return UsageError(
-            f"{failed} ({os.strerror(number)}; {free / 1e6:,.0f} MB free there): {fix} and give "
-            f"the same command again, which {then}"
-        )
-
-
-# Saves that fail.
-
-
-def _unfinished(folder: pathlib.Path, step: int) -> list[pathlib.Path]:
-    return list(folder.glob(f"{step}.orbax-checkpoint-tmp*"))
+            failed = f"{self._folder}: step {self._saving} could not be saved"
+            if (number := _system_error(error)) is None:
+                raise RuntimeError(f"{failed} ({error})") from error
+            there = next(path for path in (self._folder, *self._folder.parents) if path.exists())
+            free = shutil.disk_usage(there).free
+            fix = "make room" if number in _NO_ROOM else "mend that"
+            steps = saved_steps(self._folder.parent)
+            then = f"goes on from step {max(steps)}" if steps else "starts from the beginning"
+            reason = f"{os.strerror(number)}; {free / 1e6:,.0f} MB free there"
+            then = f"{fix} and give the same command again, which {then}"
+            raise UsageError(f"{failed} ({reason}): {then}") from error
 
 
 def _remove_unfinished(folder: pathlib.Path, step: int) -> None:
-    """Removes what a failed save has written, which may be what fills the disk.
-
-    TensorStore's threads cannot be waited for, and may write a file, its folder included, after the
-    others have given up. So it removes until nothing has come for a while; at the latest the next
-    run removes the rest.
-    """
+    """Removes what a failed save has written, which may be what fills the disk."""
     for thread in threading.enumerate():  # those that still write other items
         if type(thread).__module__.startswith("orbax") and thread is not threading.current_thread():
             with contextlib.suppress(Exception):  # it raises what the thread has raised
                 thread.join(timeout=60)
     if jax.process_index():
         return
-    end = time.monotonic() + _MOST_SECONDS
-    quiet = 0.0
-    while quiet < _QUIET_SECONDS and time.monotonic() < end:
-        for unfinished in _unfinished(folder, step):
+    # TensorStore's threads cannot be waited for, and may write a file, its folder included, after
+    # the others have given up. The next run removes what comes later still.
+    for _ in range(20):
+        for unfinished in folder.glob(_UNFINISHED.format(step)):
             shutil.rmtree(unfinished, ignore_errors=True)
-            quiet = 0.0
-        time.sleep(_PAUSE_SECONDS)
-        quiet += _PAUSE_SECONDS
+        time.sleep(0.05)
 
 
-def _system_error(error: BaseException) -> int | None:
-    """The number of the system's error behind this one, or None; TensorStore has it in its text."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno is not None:
-            return seen.errno
-        if match := re.search(r"os_error_code='(\d+)'", str(seen)):
+def _system_error(error: BaseException | None) -> int | None:
+    """The number of the system's error behind this one, as Python or TensorStore say it."""
+    while error is not None:
+        if match := re.search(r"(?:\[Errno |os_error_code=')(\d+)", str(error)):
             return int(match[1])
-        seen = seen.__cause__ or seen.__context__
+        error = error.__cause__ or error.__context__
     return None
 
 
-class _Quiet:
-    """Drops what is printed of failed saves, which `StepWriter` raises itself, once.
+@functools.cache
+def _drop_reports() -> None:
+    """From now on drops what Orbax and asyncio print of failed saves, thousands of lines.
 
-    Orbax logs the traceback of every array that it could not write, and asyncio every task that
-    nobody has waited for: thousands of lines for a full disk.
+    `StepWriter` raises them itself, once.
     """
+    report_others = sys.unraisablehook
 
-    def start(self) -> None:
-        self._loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-        self._hook = sys.unraisablehook
-        for logger in self._loggers:
-            logger.addFilter(self._is_other_record)
-        sys.unraisablehook = self._report_others
+    def is_other(record: logging.LogRecord) -> bool:
+        source = record.pathname if record.name == "absl" else record.getMessage()
+        return record.levelno < logging.ERROR or "orbax" not in source
 
-    def stop(self) -> None:
-        for logger in self._loggers:
-            logger.removeFilter(self._is_other_record)
-        sys.unraisablehook = self._hook
+    def report(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report_others(unraisable)
 
-    def _is_other_record(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.ERROR:
-            return True
-        return "orbax" not in (record.pathname if record.name == "absl" else record.getMessage())
-
-    def _report_others(self, report) -> None:
-        if str(report.exc_value) != "Event loop is closed":
-            self._hook(report)
-
-
-# Leaves that are made when their turn comes.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_other)
+    sys.unraisablehook = report
 
 
 def _registry(items: Sequence[str]) -> Any:
     """Handlers of items of Deferred leaves, and of meta."""
-
-    def handler():
-        types = ocp.type_handlers.create_type_handler_registry(
-            (Deferred, _DeferredHandler()),
-            (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns where it is missing
-        )
-        return ocp.PyTreeCheckpointHandler(type_handler_registry=types)
-
-    return ocp.handlers.create_default_handler_registry(
-        meta=ocp.JsonCheckpointHandler(), **{name: handler() for name in items}
+    types = ocp.type_handlers.create_type_handler_registry(
+        (Deferred, _DeferredHandler(deepcopy_host_arrays=False)),  # nobody else holds the arrays
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns where it is missing
     )
+    handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=types) for name in items}
+    handlers["meta"] = ocp.JsonCheckpointHandler()
+    return ocp.handlers.create_default_handler_registry(**handlers)
 
 
 class _DeferredHandler(ocp.type_handlers.NumpyHandler):
     """Saves Deferred leaves as NumPy arrays, at most two groups of them in memory."""
 
-    def __init__(self):
-        super().__init__(deepcopy_host_arrays=False)  # nobody else holds the arrays
-
     async def serialize(self, values, infos, args=None):
         """Writes the leaves; returns what is still to wait for."""
         args = args or [ocp.SaveArgs()] * len(values)
-        pending: Sequence[Any] = ()
-        try:
+        futures: Sequence[Any] = ()
+        # Waits for all, also where one fails: nobody may still write when the caller cleans up.
+        with contextlib.ExitStack() as waits:
             for group in _groups(values):
-                arrays = [np.asarray(values[i].read()) for i in group]
-                _wait(pending)
-                pending = ()
-                pending = await super().serialize(
-                    arrays, [infos[i] for i in group], [args[i] for i in group]
-                )
-        except BaseException:
-            _wait(pending)  # nobody may still be writing when the caller cleans up
-            raise
-        return pending
+                arrays = [np.asarray(leaf.read()) for leaf in values[group]]
+                waits.close()
+                futures = await super().serialize(arrays, infos[group], args[group])
+                for future in futures:
+                    waits.callback(future.result)
+            waits.pop_all()
+        return futures
 
 
-def _wait(futures: Sequence[Any]) -> None:
-    """Waits for all of them, also where one has failed; raises what failed."""
-    with contextlib.ExitStack() as waits:
-        for future in futures:
-            waits.callback(future.result)
-
-
-def _groups(leaves: Sequence[Deferred]) -> Iterator[list[int]]:
-    """Indices of the leaves, cut into runs of about _GROUP_BYTES."""
-    group: list[int] = []
-    size = 0
-    for i, leaf in enumerate(leaves):
-        group.append(i)
-        size += math.prod(leaf.shape) * leaf.dtype.itemsize
-        if size >= _GROUP_BYTES or i == len(leaves) - 1:
-            yield group
-            group, size = [], 0
+def _groups(leaves: Sequence[Deferred]) -> Iterator[slice]:
+    """The leaves, cut into runs of about _GROUP_BYTES."""
+    start = size = 0
+    for end, leaf in enumerate(leaves, 1):
+        size += leaf.nbytes
+        if size >= _GROUP_BYTES or end == len(leaves):
+            yield slice(start, end)
+            start, size = end, 0

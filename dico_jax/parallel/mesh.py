@@ -4,13 +4,11 @@ Axes: "data" (every device has a whole copy of the state), "fsdp" (devices share
 the batch as well), "tensor" (devices share the channels of a layer and see the same examples).
 """
 
-import dataclasses
-import math
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dico_jax.errors import UsageError
 
@@ -19,41 +17,32 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def create_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of all devices, or the given ones.
+    """A mesh of all devices, or the given ones; -1 for data takes what the others leave.
 
     Devices lie process by process, so that a process feeds one block of rows of every batch, and
     devices that share a layer ("tensor") are on one host as far as it goes.
-
-    Args:
-      devices: all of `jax.devices()` if None.
-      data, fsdp, tensor: sizes of the axes; -1 for data takes what the others leave.
-
-    Raises:
-      UsageError: the sizes do not multiply to the number of devices.
     """
     devices = sorted(
         jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id)
     )
-    count, rest = len(devices), fsdp * tensor
-    sizes = f"mesh.data={data}, config.mesh.fsdp={fsdp} and config.mesh.tensor={tensor}"
-    if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
-        raise UsageError(f"{sizes} must be at least 1 (data may be -1: what is left)")
-    if count % rest or data not in (-1, count // rest):
-        raise UsageError(f"{sizes} do not fit {count} devices: their product must be {count}")
+    if not _sizes_fit(len(devices), data, fsdp, tensor):
+        sizes = f"mesh.data={data}, config.mesh.fsdp={fsdp} and config.mesh.tensor={tensor}"
+        fix = "give sizes of at least 1 (data may be -1) whose product is that number"
+        raise UsageError(f"{sizes} do not fit {len(devices)} devices: {fix}")
     return Mesh(np.asarray(devices).reshape(-1, fsdp, tensor), AXES)
 
 
-def mesh_fits(
-    count: int, batch_size: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1
-) -> bool:
-    """Whether `create_mesh` makes a mesh of so many devices, over which a batch can be split."""
+def _sizes_fit(count: int, data: int, fsdp: int, tensor: int) -> bool:
     rest = fsdp * tensor
-    if min(fsdp, tensor) < 1 or count % rest or data not in (-1, count // rest):
-        return False
-    return batch_size % (count // tensor) == 0
+    return min(fsdp, tensor) > 0 and count % rest == 0 and data in (-1, count // rest)
 
 
-def num_batch_shards(mesh: Mesh) -> int:
+def mesh_fits(count: int, batch_size: int, *, data=-1, fsdp=1, tensor=1) -> bool:
+    """Whether `create_mesh` makes a mesh of so many devices, over which a batch can be split."""
+    return _sizes_fit(count, data, fsdp, tensor) and batch_size % (count // tensor) == 0
+
+
+def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -68,40 +57,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-@dataclasses.dataclass(frozen=True)
-class DataShard:
-    """Which of `count` equal blocks of rows of every batch is `index`."""
-
-    index: int
-    count: int
-
-
-def data_shard(sharding: NamedSharding) -> DataShard:
-    """The block of rows of every batch, lying by `batch_sharding`, that this process has to feed.
+def data_shard(sharding: NamedSharding) -> tuple[int, int]:
+    """Which block of rows of every batch this process has to feed, of how many equal ones.
 
     Processes whose devices share all examples (by "tensor") feed the same block.
     """
-    shards = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
+    shards = num_batch_shards(sharding.mesh)
     slices = sharding.addressable_devices_indices_map((shards,)).values()
     rows = sorted({index[0].indices(shards)[0] for index in slices if index is not None})
     assert rows == list(range(rows[0], rows[0] + len(rows))), "devices lie process by process"
-    return DataShard(rows[0] // len(rows), shards // len(rows))
+    return rows[0] // len(rows), shards // len(rows)
 
 
 def check_batch_size(batch_size: int, num_shards: int, field: str = "data.batch_size") -> None:
     """Raises UsageError unless a batch can be split over the devices."""
     if batch_size < 1 or batch_size % num_shards:
         below = max(batch_size, 0) // num_shards * num_shards
-        choices = [str(b) for b in (below, below + num_shards) if b > 0]
-        raise UsageError(
-            f"{field}={batch_size} does not divide over {num_shards} devices: "
-            f"use {' or '.join(choices)}"
-        )
+        choices = " or ".join(str(b) for b in (below, below + num_shards) if b > 0)
+        fix = f"does not divide over {num_shards} devices: use {choices}"
+        raise UsageError(field, batch_size, fix)
 
 
 def to_global(batch: Any, sharding: NamedSharding) -> Any:
     """A tree of this process's rows of a batch (NumPy) as global arrays, split by `sharding`."""
-    count = data_shard(sharding).count
+    _, count = data_shard(sharding)
 
     def put(x):
         shape = (len(x) * count, *x.shape[1:])
@@ -110,6 +89,6 @@ def to_global(batch: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(put, batch)
 
 
-def from_same(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def from_same(array: np.ndarray, sharding: Sharding) -> jax.Array:
     """A NumPy array that every process has, as a global array of any sharding."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

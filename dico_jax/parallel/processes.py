@@ -10,8 +10,6 @@ import jax
 
 from dico_jax.errors import UsageError
 
-_LATER_SECONDS = 60
-
 
 def initialize(
     coordinator_address: str | None = None,
@@ -22,17 +20,8 @@ def initialize(
     """Joins the other processes of the run, if there are any. Call it before JAX is used.
 
     On Cloud TPU, under Slurm (srun with several tasks), Open MPI and JobSet/GKE with TPUs, JAX
-    finds the others by itself. Elsewhere give all of the first three arguments, to every process.
-
-    Args:
-      coordinator_address: "host:port" of process 0, which all others can reach.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
-      timeout_seconds: how long to wait for the others. Then the process ends with status 2 and one
-        line on stderr.
-
-    Raises:
-      UsageError: an incomplete or wrong description.
+    finds the others by itself. Elsewhere give the first three arguments, to every process. Where
+    the others do not come in time, the process ends with status 2 and one line on stderr.
     """
     given = {
         "--coordinator_address": coordinator_address,
@@ -40,56 +29,43 @@ def initialize(
         "--process_id": process_id,
     }
     missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
-        if not several_processes(os.environ):
-            return
-    elif missing:
+    if len(missing) == len(given) and not several_processes(os.environ):
+        return
+    if 0 < len(missing) < len(given):
         raise UsageError(f"{', '.join(missing)}: give all of {', '.join(given)}, or none")
-    elif (
-        process_id is not None
-        and num_processes is not None
-        and not (0 <= process_id < num_processes)
-    ):
-        raise UsageError(f"--process_id={process_id} must be in 0 to {num_processes - 1}")
+    if not missing and process_id not in range(num_processes or 0):
+        raise UsageError("--process_id", process_id, f"must be in 0 to {(num_processes or 0) - 1}")
     at = coordinator_address or "the address that JAX found"
     # JAX aborts the process with a stack trace when the others do not come; this is sooner.
     timer = threading.Timer(timeout_seconds, _give_up, [at, timeout_seconds])
     timer.daemon = True
     timer.start()
     try:
-        jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
-            initialization_timeout=timeout_seconds + _LATER_SECONDS,
-        )
+        parts = coordinator_address, num_processes, process_id
+        jax.distributed.initialize(*parts, initialization_timeout=timeout_seconds + 60)
     except (RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"this process cannot join the others at {at}: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"this process cannot join the others at {at}: {reason}") from error
     finally:
         timer.cancel()
 
 
 def _give_up(address: str, timeout_seconds: int) -> None:
-    print(
-        f"error: --distributed_timeout={timeout_seconds}: not all processes of this run have "
-        f"joined at {address} in {timeout_seconds} s: check that every one was started, with the "
-        "same address and number of processes, and can reach it",
-        file=sys.stderr,
-        flush=True,
-    )
+    failed = f"not all processes of this run have joined at {address} in {timeout_seconds} s"
+    fix = "check that every one was started, with the same address and number of processes"
+    error = f"error: --distributed_timeout={timeout_seconds}: {failed}: {fix}"
+    print(error, file=sys.stderr, flush=True)
     os._exit(2)  # the main thread is inside JAX and cannot be woken
 
 
 def several_processes(environ: Mapping[str, str]) -> bool:
     """Whether the surroundings say that this process is one of several of a run."""
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
-        if int(environ.get(name, "1")) > 1 and ("SLURM_PROCID" in environ or name[0] == "O"):
-            return True
-    if "JAX_COORDINATOR_ADDRESS" in environ or "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
-        return True
-    # A Cloud TPU VM may be one of a slice; its metadata server tells JAX.
-    return bool(glob.glob("/dev/accel*")) or (
-        bool(glob.glob("/dev/vfio/*")) and "TPU_SKIP_MDS_QUERY" not in environ
+    return (
+        (int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ)
+        or int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+        or "JAX_COORDINATOR_ADDRESS" in environ
+        or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+        # A Cloud TPU VM may be one of a slice; its metadata server tells JAX.
+        or bool(glob.glob("/dev/accel*"))
+        or (bool(glob.glob("/dev/vfio/*")) and "TPU_SKIP_MDS_QUERY" not in environ)
     )

@@ -5,12 +5,14 @@ of the mesh, if any, splits each axis of the parameter. Averages and the optimiz
 their parameter does. An axis that a dimension does not divide by leaves that dimension whole.
 """
 
+import contextlib
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dico_jax.errors import UsageError
@@ -35,65 +37,35 @@ DEFAULT_RULES: tuple[Rule, ...] = (
 
 
 def parse_rules(rules: Sequence) -> tuple[Rule, ...]:
-    """The rules of `config.mesh.rules`, checked.
-
-    Raises:
-      UsageError: something else than (pattern, axes), a pattern that is no regular expression, or
-        an axis that the mesh does not have.
-    """
+    """The rules of `config.mesh.rules`, checked."""
     parsed = []
     for rule in rules:
-        try:
+        with contextlib.suppress(TypeError, ValueError, re.error):
             pattern, axes = rule
-            re.compile(pattern)
-            axes = tuple(axes)
-        except (TypeError, ValueError, re.error) as error:
-            raise UsageError(
-                f"mesh.rules: {rule!r} is not (regular expression, axes): {error}"
-            ) from error
-        used = [axis for axis in axes if axis is not None]
-        if not set(used) <= set(AXES) or len(set(used)) < len(used):
-            raise UsageError(
-                f"mesh.rules: {rule!r} must name each of {', '.join(AXES)} or None, at most once"
-            )
-        parsed.append((pattern, axes))
+            used = [axis for axis in axes if axis is not None]
+            if re.compile(pattern) and set(used) <= set(AXES) and len(set(used)) == len(used):
+                parsed.append((pattern, tuple(axes)))
+                continue
+        needs = f"(regular expression, axes), each of {', '.join(AXES)} at most once, or None"
+        raise UsageError(f"mesh.rules: {rule!r} is not {needs}")
     return tuple(parsed)
 
 
-def partition_spec(
-    path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule]
-) -> PartitionSpec:
-    """How a parameter lies on the mesh.
-
-    Raises:
-      UsageError: the rule has another number of axes than the parameter.
-    """
-    for pattern, axes in rules:
-        if re.search(pattern, path):
-            if len(axes) > len(shape):
-                raise UsageError(
-                    f"mesh.rules: {pattern!r} has {len(axes)} axes, but {path} has shape {shape}"
-                )
-            return PartitionSpec(
-                *(
-                    axis if axis and mesh.shape[axis] > 1 and not size % mesh.shape[axis] else None
-                    for axis, size in zip(axes, shape, strict=False)
-                )
-            )
-    return PartitionSpec()
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule]):
+    """How a parameter lies on the mesh, a PartitionSpec."""
+    pattern, axes = next((rule for rule in rules if re.search(rule[0], path)), ("", ()))
+    if len(axes) > len(shape):
+        problem = f"{pattern!r} has {len(axes)} axes, but {path} has shape {shape}"
+        raise UsageError(f"mesh.rules: {problem}")
+    sizes = dict(mesh.shape) | {None: 1}
+    pairs = zip(axes, shape, strict=False)
+    return PartitionSpec(*(a if sizes[a] > 1 and n % sizes[a] == 0 else None for a, n in pairs))
 
 
 def state_sharding(state: Any, mesh: Mesh, rules: Sequence[Rule] = DEFAULT_RULES) -> Any:
-    """The sharding of every leaf of a state (or of parameters alone).
+    """The NamedSharding of every leaf of a state, or of parameters alone, as the same tree.
 
-    Args:
-      state: a tree of arrays or ShapeDtypeStructs whose dicts are keyed by the parts of parameter
-        paths. What is around these dicts (the optimizer's tuples, say) does not matter.
-      mesh: the mesh.
-      rules: see the module.
-
-    Returns:
-      The same tree with NamedShardings.
+    Dicts are keyed by the parts of parameter paths; what is around them does not matter.
     """
 
     def sharding(path, leaf):
@@ -103,37 +75,20 @@ def state_sharding(state: Any, mesh: Mesh, rules: Sequence[Rule] = DEFAULT_RULES
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def unmet(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> list[str]:
-    """A line for every rule that finds no parameter, and for every parameter that no rule finds.
-
-    Vectors are left out: they are small. Nothing is said where "fsdp" and "tensor" split nothing
-    and nobody has given rules.
-
-    Args:
-      params: the parameter tree.
-      mesh: the mesh.
-      rules: those of `config.mesh.rules`; where there are none, `DEFAULT_RULES` are in force, which
-        are for all published networks: some of them always find nothing.
-    """
-    if not rules and mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
-        return []
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    shapes = {"/".join(str(entry.key) for entry in path): leaf.shape for path, leaf in leaves}
-    lines = [
-        f"mesh.rules: {pattern!r} finds no parameter"
-        for pattern, _ in rules
-        if not any(re.search(pattern, path) for path in shapes)
-    ]
-    patterns = [pattern for pattern, _ in rules or DEFAULT_RULES]
-    return lines + [
-        f"mesh.rules: no rule is for {path} {shape}: every device has all of it"
-        for path, shape in shapes.items()
-        if len(shape) > 1 and not any(re.search(pattern, path) for pattern in patterns)
-    ]
-
-
 def say_unmet(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> None:
-    """Prints what `unmet` finds on the main process's stderr."""
-    if jax.process_index() == 0:
-        for line in unmet(params, mesh, rules):
-            print(line, file=sys.stderr)
+    """Prints which rules of `config.mesh.rules` find no parameter, and which parameters no rule.
+
+    Vectors are left out: they are small. Without rules, `DEFAULT_RULES` are in force, which are for
+    all published networks: some of them always find nothing.
+    """
+    used = rules or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+    if not used or jax.process_index():
+        return
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+    for pattern, _ in rules:
+        if not any(re.search(pattern, path) for path in shapes):
+            print(f"mesh.rules: {pattern!r} finds no parameter", file=sys.stderr)
+    for path, shape in shapes.items():
+        if len(shape) > 1 and not any(re.search(p, path) for p, _ in rules or DEFAULT_RULES):
+            text = f"mesh.rules: no rule is for {path} {shape}: every device has all of it"
+            print(text, file=sys.stderr)

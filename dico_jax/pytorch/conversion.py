@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dico_jax.checkpoints.checkpointer import FOLDER, write_checkpoint
-from dico_jax.checkpoints.saved_weights import SavedWeights
+from dico_jax.checkpoints.reader import FOLDER, SavedWeights
+from dico_jax.checkpoints.writer import StepWriter
 from dico_jax.config import DEFAULTS, config_errors
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred, check_new, new_folder
@@ -143,7 +143,8 @@ def from_pytorch(
             text = json.dumps(config, indent=2, sort_keys=True)
             (folder / "config.json").write_text(text + "\n")
             meta = {"config": config, "class_names": [], "converted": converted}
-            write_checkpoint(folder, step, items, meta)
+            with StepWriter(folder / FOLDER, deferred=tuple(items)) as writer:
+                writer.write(step, items, meta)
     health.warn()
     written = pathlib.PurePath(out) / FOLDER / str(step)
     return f"{network.description()}; {content.source} of {name}\n{written} is written"

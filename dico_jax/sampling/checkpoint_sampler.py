@@ -13,8 +13,8 @@ import tqdm
 from ml_collections import ConfigDict
 
 from dico_jax.autoencoders import WAYS_OUT
-from dico_jax.checkpoints.saved_weights import SavedWeights
-from dico_jax.checkpoints.snapshots import rebuilt_ema, snapshot_steps
+from dico_jax.checkpoints.averages import rebuilt_ema, snapshot_steps
+from dico_jax.checkpoints.reader import SavedWeights
 from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config, sampling_from_config
 from dico_jax.files import library_versions, new_file

@@ -12,8 +12,8 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from dico_jax.checkpoints.averages import EmaSnapshots
 from dico_jax.checkpoints.checkpointer import Checkpointer
-from dico_jax.checkpoints.snapshots import EmaSnapshots
 from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import config_to_dict
 from dico_jax.evaluation.networks import ClassAgreement
@@ -112,8 +112,8 @@ class _Trainer:
                 latents = self.run.to_latents(batch, np.int32(step))
                 self.state, metrics = self.run.train_step(self.state, latents, self.watch.attempt)
                 self._took(step, metrics, batches.waited)
-                due = self._due(step)
-                if due and (back := self.watch.check(self.saver.latest_step())) is not None:
+                due, saved = self._due(step), max(self.saver.steps(), default=None)
+                if due and (back := self.watch.check(saved)) is not None:
                     return self._return_to(back)
                 for action in due:
                     action(step)

@@ -10,9 +10,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dico_jax.autoencoders import make_latents_fn
-from dico_jax.checkpoints.averages import parse_widths
-from dico_jax.checkpoints.state import TrainState, abstract_state, create_state, initializer
-from dico_jax.checkpoints.warm_start import open_warm_start
+from dico_jax.checkpoints.reader import WarmStart, saved_steps
+from dico_jax.checkpoints.state import (
+    TrainState,
+    abstract_state,
+    create_state,
+    initializer,
+    parse_widths,
+)
 from dico_jax.config import check_fields, config_errors
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.pipeline import DeviceBatches, training_batches
@@ -92,7 +97,8 @@ class Run:
             )
         conditions = functools.partial(model.default_conditions, source=self.source)
         self.evaluation = RunEvaluation(config, self.source, self.read, conditions, self.mesh)
-        self._warm_start = open_warm_start(training.init_from, workdir, model)
+        fresh = training.init_from and not saved_steps(workdir)
+        self._warm_start = WarmStart(training.init_from, model) if fresh else None
         check_workdir(workdir, config)
         say_unmet(abstract.params, self.mesh, rules)
         self.workdir = pathlib.Path(workdir)
@@ -146,7 +152,7 @@ class Run:
     def batches(self, start_step: int) -> DeviceBatches:
         """Batches on the mesh, from the one after `start_step` on."""
         data, sharding = self.config.data, meshes.batch_sharding(self.mesh)
-        shard = meshes.data_shard(sharding)
+        index, count = meshes.data_shard(sharding)
         read_condition = self.experiment.model.read_condition
         batches = training_batches(
             self.source,
@@ -158,8 +164,8 @@ class Run:
             horizontal_flip=data.horizontal_flip,
             max_bad_fraction=data.max_bad_fraction,
             num_workers=data.num_workers,
-            process_index=shard.index,
-            process_count=shard.count,
+            process_index=index,
+            process_count=count,
         )
         part = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
         file = self.workdir / f"bad_examples{part}.jsonl"

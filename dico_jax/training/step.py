@@ -11,8 +11,7 @@ import optax
 from clu.metrics import Average
 from jax.sharding import Mesh
 
-from dico_jax.checkpoints.averages import update_ema, update_width_emas
-from dico_jax.checkpoints.state import TrainState, run_keys
+from dico_jax.checkpoints.state import TrainState, run_keys, update_ema, update_width_emas
 from dico_jax.diffusion import Objective
 from dico_jax.models.block_stacks import whole_where_used
 from dico_jax.parallel.mesh import batch_sharding, replicated
