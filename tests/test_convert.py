@@ -492,8 +492,8 @@ def test_warm_start_from_what_does_not_fit(tmp_path):
     for folder, model, message in [
         ("ckpt", {"hidden_size": 4}, r"another network .* is \(96,\) there and \(48,\) here"),
         ("ckpt", {"depth": (1, 1, 1, 2, 1)}, "another network .DiCo.* and missing here"),
-        ("nowhere", {}, "config.training.init_from=.*nowhere: no such folder"),
-        ("data", {}, "config.training.init_from=.*data holds no checkpoint"),
+        ("nowhere", {}, "config.training.init_from=.*nowhere.: no such folder"),
+        ("data", {}, "config.training.init_from=.*data. holds no checkpoint"),
     ]:
         config = warm_config(tmp_path / folder, tmp_path, **model)
         with pytest.raises(UsageError, match=message):
