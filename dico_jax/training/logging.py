@@ -123,13 +123,10 @@ def _open_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any] | No
     id_file = workdir / "wandb_run_id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8] + "\n")
-    where = {
-        "id": id_file.read_text().strip(),
-        "name": workdir.absolute().name,
-        "dir": str(workdir),
-    }
+    name, run_id = workdir.absolute().name, id_file.read_text().strip()
+    which = {"project": project, "id": run_id, "name": name, "resume": "allow"}
     try:
-        run = wandb.init(project=project, resume="allow", config=config or {}, **where)
+        run = wandb.init(dir=str(workdir), config=config or {}, **which)
     except wandb.Error as error:  # not logged in, no such project, no network
         fix = f": it says {error}; run `wandb login`, set WANDB_MODE=offline, or leave it empty"
         raise UsageError("config.logging.wandb_project", project, fix) from error

@@ -26,7 +26,6 @@ from dico_jax.training.watch import NanWatch, Preempted, Preemption, StallWatch,
 from dico_jax.training.workdir import open_workdir, workdir_lock
 
 _STEPS_AHEAD = 2  # of the devices: enough to keep them busy, and few enough to notice a stall
-_OVERVIEW_LINES = 12
 
 
 def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
@@ -34,7 +33,7 @@ def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
 
     Args:
       config: a locked config, see configs/default.py.
-      workdir: folder for config.json, checkpoints/, samples/, metrics.jsonl and events.
+      workdir: its folder, see docs/training.md.
 
     Returns:
       What the classifier says of the final samples, where `config.eval` asks for it.
@@ -102,7 +101,7 @@ class _Trainer:
         if jax.process_index() == 0:
             with new_file(self.run.workdir / "parameters.txt") as file:
                 file.write(f"{overview(params, include_stats='sharding')}\n".encode())
-        return overview(params, include_stats="sharding", max_lines=_OVERVIEW_LINES)
+        return overview(params, include_stats="sharding", max_lines=12)
 
     def _take_steps(self) -> None:
         """Steps to the end, or until the run has to return to an earlier one."""

@@ -61,10 +61,7 @@ def learning_rate_schedule(config, num_steps: int) -> optax.Schedule:
 
 
 def is_kernel(params: Any) -> Any:
-    """A tree of bools: true for kernels of linear layers and convolutions.
-
-    False for biases, label tables and what norms have.
-    """
+    """A tree of bools: true for kernels of linear layers and convolutions alone."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: path[-1].key == "kernel" and leaf.ndim >= 2, params
     )

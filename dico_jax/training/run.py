@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from dico_jax import experiment as experiments
 from dico_jax.autoencoders import make_latents_fn
 from dico_jax.checkpoints.reader import WarmStart, saved_steps
 from dico_jax.checkpoints.state import (
@@ -24,14 +25,6 @@ from dico_jax.data.pipeline import DeviceBatches, training_batches
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.measure import RunEvaluation
 from dico_jax.evaluation.networks import ClassAgreement, class_agreement, require_sklearn
-from dico_jax.experiment import (
-    check_training,
-    experiment_from_config,
-    reader_from_config,
-    sampling_from_config,
-    source_from_config,
-    with_source_options,
-)
 from dico_jax.models import count_parameters
 from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
 from dico_jax.parallel import mesh as meshes
@@ -58,18 +51,18 @@ class Run:
 
     def __init__(self, config: ConfigDict, workdir: str):
         check_fields(config)
-        check_training(config)
+        experiments.check_training(config)
         check_watch(config)
         enable_compilation_cache(config.training.compilation_cache)
         with config_errors():
             self.mesh = create_mesh(**{axis: config.mesh[axis] for axis in meshes.AXES})
             rules = parse_rules(config.mesh.rules)
         self._check_batch_size(config)
-        self.source = source_from_config(config)
-        self.config = config = with_source_options(config, self.source)
-        self.experiment = experiment_from_config(config)
-        process, sampling = sampling_from_config(config)
-        self.read = reader_from_config(config, self.experiment, self.source)
+        self.source = experiments.source_from_config(config)
+        self.config = config = experiments.with_source_options(config, self.source)
+        self.experiment = experiments.experiment_from_config(config)
+        process, sampling = experiments.sampling_from_config(config)
+        self.read = experiments.reader_from_config(config, self.experiment, self.source)
         training, model = config.training, self.experiment.model
         autoencoder, latent_shape = self.experiment.autoencoder, self.experiment.latent_shape
         with config_errors():
@@ -79,13 +72,9 @@ class Run:
             self._init = initializer(model, optimizer, latent_shape, widths)
             abstract = abstract_state(self._init)
             self._sharding = state_sharding(abstract, self.mesh, rules or DEFAULT_RULES)
-            self.to_latents = make_latents_fn(
-                self.source.kind,
-                autoencoder,
-                latent_sampling=config.data.latent_sampling,
-                seed=config.seed,
-                mesh=self.mesh,
-            )
+            draws: dict[str, Any] = {"seed": config.seed, "mesh": self.mesh}
+            draws["latent_sampling"] = config.data.latent_sampling
+            self.to_latents = make_latents_fn(self.source.kind, autoencoder, **draws)
             if count := config.eval.class_agreement_samples:
                 require_sklearn("eval.class_agreement_samples")
                 if "label" not in model.zero_condition(1):
@@ -105,18 +94,12 @@ class Run:
         self.target = jax.tree.map(
             lambda leaf, sharding: leaf.update(sharding=sharding), abstract, self._sharding
         )
-        self.train_step = make_train_step(
-            model,
-            self.experiment.diffusion,
-            optimizer,
-            mesh=self.mesh,
-            seed=config.seed,
-            ema_decay=training.ema_decay,
-            ema_widths=widths,
-            accumulation_steps=training.accumulation_steps,
-            skip_bad_steps=training.on_nan == "skip",
-            sharding=stack_shardings(self._sharding, model.stacked_stages),
-        )
+        options = {name: training[name] for name in ("ema_decay", "accumulation_steps")}
+        options |= {"ema_widths": widths, "skip_bad_steps": training.on_nan == "skip"}
+        options |= {"seed": config.seed, "mesh": self.mesh}
+        options["sharding"] = stack_shardings(self._sharding, model.stacked_stages)
+        trained = model, self.experiment.diffusion, optimizer
+        self.train_step = make_train_step(*trained, **options)
 
     def _check_batch_size(self, config: ConfigDict) -> None:
         shards, parts = meshes.num_batch_shards(self.mesh), config.training.accumulation_steps
@@ -154,19 +137,11 @@ class Run:
         data, sharding = self.config.data, meshes.batch_sharding(self.mesh)
         index, count = meshes.data_shard(sharding)
         read_condition = self.experiment.model.read_condition
-        batches = training_batches(
-            self.source,
-            self.read,
-            read_condition,
-            batch_size=data.batch_size,
-            seed=self.config.seed,
-            start_step=start_step,
-            horizontal_flip=data.horizontal_flip,
-            max_bad_fraction=data.max_bad_fraction,
-            num_workers=data.num_workers,
-            process_index=index,
-            process_count=count,
-        )
+        options = ("batch_size", "horizontal_flip", "max_bad_fraction", "num_workers")
+        how = {name: data[name] for name in options} | {"seed": self.config.seed}
+        how |= {"process_index": index, "process_count": count}
+        examples = self.source, self.read, read_condition
+        batches = training_batches(*examples, start_step=start_step, **how)
         part = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
         file = self.workdir / f"bad_examples{part}.jsonl"
         log = BadExampleLog(self.source, self.read, data.max_bad_fraction, file, read_condition)

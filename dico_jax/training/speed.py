@@ -21,8 +21,6 @@ from dico_jax.ops.cpu import copies_fit
 from dico_jax.parallel.mesh import AXES, mesh_fits
 from dico_jax.training.step import mean_of_steps
 
-# Copies of the parameters in a step: they, their average, gradients, two moments, and one in hand.
-_COPIES_IN_A_STEP = 6
 _CACHE_DIR = "jax_compilation_cache_dir"
 
 # Makers' figures per device for dense bfloat16 products (V100, which has none: float16), in FLOP/s,
@@ -169,7 +167,8 @@ def run_fits(config: ConfigDict) -> Callable[[int], bool]:
     sizes = {axis: mesh[axis] for axis in AXES}
     size, rest = config.data.batch_size, config.data.batch_size % parts
     try:
-        state = _COPIES_IN_A_STEP * 4 * count_parameters(model_from_config(config))
+        # Parameters, their average, gradients, two moments, and one copy in hand: float32.
+        state = 6 * 4 * count_parameters(model_from_config(config))
     except UsageError:  # which the run says
         state = 0
 
@@ -216,9 +215,7 @@ def enable_compilation_cache(setting: str, min_compile_seconds: float = 1.0) -> 
 
 
 def _default_cache() -> str:
-    if jax.default_backend() == "cpu":
-        # XLA compiles for one model of processor, which a home folder on several machines does not
-        # keep apart; loading rejects or mistrusts what it finds (jax-ml/jax#38445).
-        return ""
-    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return getattr(jax.config, _CACHE_DIR) or str(base / "dico_jax" / "xla")
+    if jax.default_backend() == "cpu":  # whose models a home folder does not keep apart: loading
+        return ""  # rejects or mistrusts the programs of another (jax-ml/jax#38445)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return getattr(jax.config, _CACHE_DIR) or f"{base}/dico_jax/xla"
