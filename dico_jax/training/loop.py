@@ -18,7 +18,7 @@ from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import config_to_dict
 from dico_jax.evaluation.networks import ClassAgreement
 from dico_jax.files import new_file
-from dico_jax.models.block_stacks import unstack_blocks
+from dico_jax.models.block_stacks import stack_blocks, unstack_blocks
 from dico_jax.training.logging import Logger
 from dico_jax.training.run import Run
 from dico_jax.training.speed import Meter, Profiler, peak_speed
@@ -55,8 +55,7 @@ def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
 class _Trainer:
     """Takes the steps of a run, and watches over them."""
 
-    def __init__(self, run: Run, stack: contextlib.ExitStack):
-        """Opens what the run reads and writes; `stack` closes it."""
+    def __init__(self, run: Run, stack: contextlib.ExitStack):  # closes what is opened here
         config, training = run.config, run.config.training
         self.run, self.config, self.num_steps = run, config, training.num_steps
         self.preemption = stack.enter_context(Preemption())
@@ -81,7 +80,8 @@ class _Trainer:
 
     def _go_on_from(self, found: tuple[TrainState, int] | None) -> None:
         state, self.start = (self.run.initial_state(), 0) if found is None else found
-        self.state = self.run.pack(state)
+        stages = self.run.experiment.model.stacked_stages
+        self.state = stack_blocks(state, stages, consume=True)
 
     def train(self) -> ClassAgreement | None:
         """Takes all steps that are left, and judges the samples of the final state."""

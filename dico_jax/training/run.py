@@ -26,7 +26,7 @@ from dico_jax.errors import UsageError
 from dico_jax.evaluation.measure import RunEvaluation
 from dico_jax.evaluation.networks import ClassAgreement, class_agreement, require_sklearn
 from dico_jax.models import count_parameters
-from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
+from dico_jax.models.block_stacks import stack_shardings, unstack_blocks
 from dico_jax.parallel import mesh as meshes
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.parallel.sharding import DEFAULT_RULES, parse_rules, say_unmet, state_sharding
@@ -46,7 +46,7 @@ class Run:
       config: complete, with what the source knows of the network.
       source: the training examples; `read` makes arrays of them.
       target: shapes and shardings of the state, as checkpoints have it.
-      train_step: see `make_train_step`; its state is one of `pack`.
+      train_step: see `make_train_step`; its state is one of `stack_blocks`.
     """
 
     def __init__(self, config: ConfigDict, workdir: str):
@@ -128,10 +128,6 @@ class Run:
             print(self._warm_start)
         return state if self._warm_start is None else self._warm_start.apply(state)
 
-    def pack(self, state: TrainState) -> TrainState:
-        """The state as the step has it (`unstack_blocks` undoes it); not to be used any more."""
-        return stack_blocks(state, self.experiment.model.stacked_stages, consume=True)
-
     def batches(self, start_step: int) -> DeviceBatches:
         """Batches on the mesh, from the one after `start_step` on."""
         data, sharding = self.config.data, meshes.batch_sharding(self.mesh)
@@ -148,7 +144,7 @@ class Run:
         return DeviceBatches(batches, lambda batch: meshes.to_global(batch, sharding), log)
 
     def samples(self, state: TrainState, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
-        """Images of the averaged weights of a packed state, in batches: uint8 (n, H, W, C)."""
+        """Images of the averaged weights, in batches: uint8 (n, H, W, C)."""
         weights, size = unstack_blocks(state.ema_params), self.config.sampling.batch_size
         shards = meshes.num_batch_shards(self.mesh)
         return generate_images(self._generate, weights, conditions, size, shards, start)

@@ -85,11 +85,7 @@ class Meter:
         self._waited += waited
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading (see `mean_of_steps`); waits for the steps.
-
-        Besides them "images_per_second"; "data_wait", the fraction of the time in which the next
-        batch was not ready; "mfu", the share of the devices' peak, and "memory_gb" where known.
-        """
+        """Means since the last reading, throughput, and what else docs/training.md names."""
         means, self.pending = mean_of_steps(jax.device_get(self.pending)), []
         seconds = time.monotonic() - self._since
         speed = self._timed_steps * self._batch_size / seconds
@@ -106,8 +102,7 @@ class Meter:
 class Profiler:
     """Traces `profile.num_steps` steps from the `start_step`-th of this process on; 0: none.
 
-    The first step of a process is number 1, and contains compilation. The main process alone
-    traces, its own devices, into the workdir's folder "profile". Use as a context manager.
+    The main process alone traces, its own devices. Use as a context manager.
     """
 
     def __init__(self, profile: ConfigDict, workdir: pathlib.Path, say: Callable = print):
@@ -159,10 +154,7 @@ class Profiler:
 
 
 def run_fits(config: ConfigDict) -> Callable[[int], bool]:
-    """Says of a number of CPU devices whether a run has the mesh, batches and memory for them.
-
-    So that what runs on one device does so on all that it is given; it starts no device itself.
-    """
+    """Says of a number of CPU devices whether a run has the mesh, batches and memory for them."""
     mesh, parts = config.mesh, max(config.training.accumulation_steps, 1)
     sizes = {axis: mesh[axis] for axis in AXES}
     size, rest = config.data.batch_size, config.data.batch_size % parts
@@ -184,15 +176,8 @@ def run_fits(config: ConfigDict) -> Callable[[int], bool]:
 def enable_compilation_cache(setting: str, min_compile_seconds: float = 1.0) -> str | None:
     """Makes JAX keep compiled programs in a folder; to be called before the first compilation.
 
-    Whoever can write to the folder can run code as the user of the run, so it must not be shared
-    with strangers. In a run of many processes the first one writes.
-
-    Args:
-      setting: see `config.training.compilation_cache`.
-      min_compile_seconds: what compiles faster is not kept.
-
-    Returns:
-      The folder in use, or None. A folder that cannot be written is told on stderr, and not used.
+    See `config.training.compilation_cache`; what compiles faster than `min_compile_seconds` is not
+    kept. Returns the folder in use, or None; one that cannot be written is told on stderr.
     """
     folder = _default_cache() if setting == "default" else setting
     if not folder:

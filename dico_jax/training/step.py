@@ -152,11 +152,10 @@ def make_train_step(
 
 
 def quarter_losses(terms: Mapping[str, jax.Array], progress) -> dict[str, Average]:
-    """Loss terms (N,) by how noisy the examples are, in quarters of the way to noise.
+    """Loss terms (N,) by how noisy the examples are: "mse_t0_25" (least noise) to "mse_t75_100".
 
     Sums run over the whole batch, however it is split over devices. An example that is not finite
-    spoils its own quarter alone. The progress (N,) is in [0, 1), see `Objective.progress`. Names
-    are such as "mse_t0_25" (least noise), "mse_t25_50", "mse_t50_75", "mse_t75_100".
+    spoils its own quarter alone. The progress (N,) is in [0, 1), see `Objective.progress`.
     """
     quarter = jnp.floor(progress * 4)
     return {
@@ -169,8 +168,7 @@ def quarter_losses(terms: Mapping[str, jax.Array], progress) -> dict[str, Averag
 def mean_of_steps(steps: list[dict[str, Any]]) -> dict[str, float]:
     """Means over the steps whose flag "finite" is true (over all, if none is), in float64.
 
-    Numbers count once per step, an Average by the number of its values. Means come by name, without
-    "finite", and without an Average of no values at all.
+    Numbers count once per step, an Average by its number of values; one of no values is left out.
     """
     kept = [step for step in steps if step["finite"]] or steps
     means = {}

@@ -44,9 +44,8 @@ class NanWatch:
     """Decides what follows from steps that were not finite, as `config.training.on_nan` says.
 
     It reads the flags of steps where the loop waits anyway, above all before a checkpoint is saved,
-    so every checkpoint is good. Every process reads the same flags and decides alike. `attempt`
-    grows by 1 with every return to a checkpoint: every step is given it, for its draws, and every
-    checkpoint stores it, so that a run in parts takes the same steps.
+    so every checkpoint is good. `attempt` grows by 1 with every return to a checkpoint: every step
+    is given it, for its draws, and every checkpoint stores it, so that a run in parts is as one.
     """
 
     def __init__(self, on_nan: str, attempt: int = 0, say: Callable[[str], None] = print):
@@ -114,9 +113,8 @@ class Preemption:
     """Notices SIGTERM while a run trains. Use as a context manager around training and saving.
 
     Where jax.distributed is initialised, its C++ handler stays in charge, which Python's would
-    replace: it tells the other processes, and all agree on a step. Otherwise Python's handler sets
-    a flag; only the main thread can install that. Further SIGTERMs change nothing, in particular
-    not during the save.
+    replace: all processes agree on a step. Otherwise Python's handler sets a flag; only the main
+    thread can install that. Further SIGTERMs change nothing, in particular not during the save.
     """
 
     def __init__(self):
@@ -152,10 +150,9 @@ def stall_file(workdir: pathlib.Path) -> pathlib.Path:
 class StallWatch:
     """Warns, and adds all stacks to a file, when no step ends for `seconds` (0: never).
 
-    A context manager. The stacks come from the interpreter's own timer (faulthandler), every
-    `seconds` of a stall and also where native code holds Python's lock. The line comes from a
-    thread, as soon as that may run. Before the first step both have more patience. Whatever else
-    takes long between two steps, such as sampling a grid, looks the same.
+    The stacks come from the interpreter's own timer (faulthandler), every `seconds` of a stall and
+    also where native code holds Python's lock; the line comes from a thread, as soon as that may
+    run. Whatever else takes long between two steps, such as sampling a grid, looks the same.
     """
 
     def __init__(self, seconds: float, file: pathlib.Path, say: Callable[[str], None] = print):

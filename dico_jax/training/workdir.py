@@ -39,8 +39,8 @@ def check_workdir(workdir: str, config: ConfigDict) -> None:
         try:
             old = without_gone(json.loads(file.read_text()))
         except ValueError as error:
-            fix = "give another --workdir, or restore the file"
-            raise UsageError(f"{file} is not JSON ({error}): {fix}") from error
+            text = f"{file} is not JSON ({error}): restore it, or give another --workdir"
+            raise UsageError(text) from error
         if differing := _differences(old, config_to_dict(config)):
             text = f"belongs to a run of another config ({'; '.join(differing)})"
             fix = "use these values again, or another --workdir"
