@@ -66,7 +66,6 @@ class Logger:
             self.bar.write(text)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Records numbers of `step`."""
         if self._is_main:
             line = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
             self._metrics.write(json.dumps({"step": step, **line}) + "\n")

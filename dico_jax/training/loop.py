@@ -53,8 +53,6 @@ def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
 
 
 class _Trainer:
-    """Takes the steps of a run, and watches over them."""
-
     def __init__(self, run: Run, stack: contextlib.ExitStack):  # closes what is opened here
         config, training = run.config, run.config.training
         self.run, self.config, self.num_steps = run, config, training.num_steps

@@ -79,7 +79,6 @@ class Meter:
         self._since, self._timed_steps, self._waited = time.monotonic(), 0, 0.0
 
     def add(self, metrics: dict, waited: float) -> None:
-        """Takes the metrics of one step, and the seconds that it waited for its batch."""
         self.pending.append(metrics)
         self._timed_steps += 1
         self._waited += waited

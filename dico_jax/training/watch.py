@@ -56,7 +56,6 @@ class NanWatch:
         self._rollbacks, self._rolled_back_to = 0, -1
 
     def add(self, step: int, finite: jax.Array) -> None:
-        """Takes the flag of one step, without waiting for it."""
         self._flags.append((step, finite))
 
     def check(self, newest_checkpoint: int | None) -> int | None:
