@@ -119,14 +119,6 @@ def test_fields_that_may_change_exist():
     assert set(MUTABLE_SECTIONS) <= DEFAULTS.keys()
 
 
-def test_checkpoint_rules_may_change(tmp_path):
-    config = digits.get_config()
-    open_workdir(str(tmp_path), config)
-    config.training.keep_every_steps = 100
-    config.training.preemption_exit_status = 75
-    open_workdir(str(tmp_path), config)
-
-
 # SIGTERM.
 
 

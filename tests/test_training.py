@@ -225,7 +225,7 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     assert (folder / "config.json").read_text() == before
 
     longer = tiny_config()
-    longer.training.num_steps = 100
+    longer.training.update(num_steps=100, keep_every_steps=3, preemption_exit_status=75)
     longer.sampling.cfg_scale = 2.0
     open_workdir(str(folder), longer)
     assert json.loads((folder / "config.json").read_text())["training"]["num_steps"] == 100
