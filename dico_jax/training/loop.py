@@ -109,8 +109,10 @@ class _Trainer:
                 latents = self.run.to_latents(batch, np.int32(step))
                 self.state, metrics = self.run.train_step(self.state, latents, self.watch.attempt)
                 self._took(step, metrics, batches.waited)
-                due, saved = self._due(step), max(self.saver.steps(), default=None)
-                if due and (back := self.watch.check(saved)) is not None:
+                if not (due := self._due(step)):
+                    continue
+                back = self.watch.check(max(self.saver.steps(), default=None))
+                if back is not None:
                     return self._return_to(back)
                 for action in due:
                     action(step)
