@@ -265,21 +265,21 @@ def test_conversion_by_the_command(good, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"format": "dico_jax.Inception.2"}, "its format dico_jax.Inception.2 is not dico_jax.I"),
-        ({"tensors": {"fc/bias": np.ones(1008, "f4")}}, "is damaged, or was changed after its"),
-        ({"tensors": {"what": np.ones(8, "f4")}}, "its tensors are not those that convert inc"),
+        {"format": "dico_jax.Inception.2"},
+        {"tensors": {"fc/bias": np.ones(1008, "f4")}},
+        {"tensors": {"what": np.ones(8, "f4")}},
     ],
 )
-def test_converted_files_that_were_changed(changes, message, good, tmp_path):
+def test_converted_files_that_were_changed(changes, good, tmp_path):
     out = tmp_path / "a.safetensors"
     convert_inception(good, out)
     with open_tensors(out) as file:
         tensors = {k: v.read() for k, v in file.tensors.items()} | changes.pop("tensors", {})
         metadata = file.metadata | changes
     write_safetensors(out, tensors, metadata)
-    with pytest.raises(UsageError, match=f"^--inception={out}: .*{message}"):
+    with pytest.raises(UsageError, match=f"^--inception={out}: .*it is damaged, was changed, or"):
         load_inception(out)
 
 

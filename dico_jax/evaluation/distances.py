@@ -48,12 +48,9 @@ def frechet_distance(
 
 def rank_warning(count: int, width: int) -> str | None:
     """A warning where `count` rows of `width` numbers have no covariance of full rank, or None."""
-    if count > width:
-        return None
-    return (
-        f"{count} samples are fewer than the {width + 1} that a covariance of {width} features "
-        "needs for full rank: the distance is biased upwards; published figures have 50,000 samples"
-    )
+    too_few = f"{count} samples are fewer than the {width + 1} that {width} features need"
+    fix = "the distance is biased upwards; published figures have 50,000 samples"
+    return None if count > width else f"{too_few}: {fix}"
 
 
 def _root_of_one(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,8 +68,7 @@ def _without_negative(eigenvalues: np.ndarray) -> np.ndarray:
     lowest, peak = float(eigenvalues.min()), float(np.abs(eigenvalues).max())
     if lowest < -_NEGATIVE * peak:
         raise UsageError(
-            f"an eigenvalue is {lowest:.3g} (the largest is {peak:.3g}), which no covariance has: "
-            "compute the statistics again"
+            f"an eigenvalue is {lowest:.3g} (of up to {peak:.3g}): no covariance has it"
         )
     return np.maximum(eigenvalues, 0.0)
 
@@ -241,10 +237,7 @@ def _half_sums(values: np.ndarray) -> np.ndarray:
 
 
 def _sweep(a: list[_Tile], b: list[_Tile], keep: int, **how: bool) -> Any:
-    """The `keep` least scores of every row of a over the rows of b, and the other way round.
-
-    Float64 (N, keep) in rising order, infinite where there are fewer, with the numbers of b's rows.
-    """
+    """The `keep` least scores of every row of a, with the rows of b, and the other way round."""
 
     def nothing(tiles):
         shape = len(tiles[0].rows), keep
@@ -316,10 +309,7 @@ def _decided(found, rounding: float, a: _Rows, a_tiles, b: _Rows, b_tiles, k: in
 
 
 def _settled(lower, upper, columns, rows, a: _Rows, b: _Rows, k: int) -> np.ndarray:
-    """The k-th least score of `rows` of a over `columns` (R, C) of b, by differences.
-
-    Bounds (R, C) tell which ones need not be computed.
-    """
+    """The k-th least score of `rows` of a over `columns` (R, C) of b, exactly where bounds ask."""
     limit = np.partition(upper, k - 1, axis=1)[:, k - 1]
     i, j = np.nonzero(lower <= limit[:, None])
     ours, theirs, exact = rows[i], columns[i, j], np.full(lower.shape, np.inf)

@@ -86,13 +86,13 @@ class Evaluator:
 
     def about(self, samples: dict[str, Any]) -> dict[str, Any]:
         """What a result for these samples says of its origin."""
-        theirs, network = self.reference, self.network
-        reference = {"sha256": theirs.digest, "count": theirs.count, "info": theirs.info}
+        about = self.reference
+        reference = {"sha256": about.digest, "count": about.count, "info": about.info}
         return {
             "metric_names": list(self.metrics),
             "samples": samples,
             "reference": {"path": self.path, **reference},
-            "features": {"name": network.name, "sha256": network.digest},
+            "features": {"name": self.network.name, "sha256": self.network.digest},
         }
 
     def measure(
@@ -147,12 +147,9 @@ def create_evaluator(
     mesh: Mesh,
     flag: str = "--reference",
 ) -> Evaluator:
-    """Opens a reference; of one that has only images, measures them.
+    """Opens a reference, an .npz file or a folder of pictures; of images alone, measures them.
 
-    Args:
-      network: makes the features, of `batch_size` images at a time, on the devices of `mesh`.
-      reference: an .npz file or a folder of pictures; messages call it `flag`.
-      metrics: names of `METRICS`; all that the reference allows if None.
+    Messages call the reference `flag`. `metrics` are names of `METRICS`, or None for all it allows.
     """
     features, name = networks.make_feature_fn(network, batch_size, mesh), f"{flag}={reference}"
     is_file = pathlib.Path(reference).is_file()

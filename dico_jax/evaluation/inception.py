@@ -134,13 +134,10 @@ def resized(images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """uint8 (N, H, W, 3) as the network sees it, as TensorFlow 1 resizes: (N, 299, 299, 3)."""
     x = images
     for axis in (2, 1):  # TensorFlow's order
-        size = x.shape[axis]
-        if size == SIDE:
-            continue
-        lower, upper, weight = resize_tables(size, dtype)
-        low = jnp.take(x, lower, axis=axis).astype(dtype)
-        high = jnp.take(x, upper, axis=axis).astype(dtype)
-        x = low + (high - low) * weight.reshape((-1,) + (1,) * (3 - axis))
+        if x.shape[axis] != SIDE:
+            lower, upper, weight = resize_tables(x.shape[axis], dtype)
+            low, high = (jnp.take(x, rows, axis=axis).astype(dtype) for rows in (lower, upper))
+            x = low + (high - low) * weight.reshape((-1,) + (1,) * (3 - axis))
     return (x.astype(dtype) - 128) / 128
 
 

@@ -91,11 +91,7 @@ def load_inception(
 
 
 def convert_inception(source: str | os.PathLike, out: str | os.PathLike) -> str:
-    """Writes the weights as one float32 .safetensors, which `load_inception` reads.
-
-    Tensors are named by their paths ("Mixed_5b/branch1x1/conv/kernel"), batch norm is not folded.
-    Returns what was found and done.
-    """
+    """Writes the weights as a .safetensors, batch norm not folded; returns what was done."""
     source = os.fspath(source)
     if pathlib.PurePath(out).suffix != ".safetensors":
         raise UsageError(f"--out={out}: name a .safetensors file")
@@ -143,9 +139,6 @@ def _folded(flat: Mapping[str, np.ndarray], dtype: Any) -> Any:
     return unflatten_dict({p: np.asarray(value, dtype) for p, value in params.items()}, sep="/")
 
 
-# Files.
-
-
 def _read(source: str) -> tuple[dict[str, np.ndarray], str]:
     """All numbers of a file of either kind, by path, float32; and its digest."""
     path = local_file(source)
@@ -166,17 +159,12 @@ def _read(source: str) -> tuple[dict[str, np.ndarray], str]:
 
 
 def _read_converted(file: TensorFile) -> tuple[dict[str, np.ndarray], str]:
-    if file.metadata["format"] != FORMAT:
-        raise UsageError(f"its format {file.metadata['format']} is not {FORMAT}: convert it again")
-    if {name: ref.shape for name, ref in file.tensors.items()} != state_shapes():
-        raise UsageError("its tensors are not those that convert inception writes")
-    flat = {name: file.tensors[name].read() for name in state_shapes()}
-    if digest_of(flat) != file.metadata.get("tensors_sha256"):
-        raise UsageError("it is damaged, or was changed after its conversion: convert it again")
-    return flat, file.metadata.get("source_sha256", "")
-
-
-# The published file.
+    about, shapes = file.metadata, {name: ref.shape for name, ref in file.tensors.items()}
+    if about["format"] == FORMAT and shapes == state_shapes():
+        flat = {name: file.tensors[name].read() for name in shapes}
+        if digest_of(flat) == about.get("tensors_sha256"):
+            return flat, about.get("source_sha256", "")
+    raise UsageError("it is damaged, was changed, or is of another version: convert it again")
 
 
 def cache_folder() -> pathlib.Path:
@@ -185,13 +173,11 @@ def cache_folder() -> pathlib.Path:
 
 
 def _folder(variable: str, name: str) -> pathlib.Path:
-    """What an environment variable says, or the folder `name` of the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(os.environ.get(variable) or f"{base}/{name}").expanduser()
 
 
 def _torch_hub() -> pathlib.Path:
-    """Where PyTorch ports keep the file."""
     return _folder("TORCH_HOME", "torch") / "hub" / "checkpoints"
 
 
@@ -211,17 +197,13 @@ def _published_file(flag: str) -> str:
             stream.flush()
             _check_digest(f"{URL}, downloaded to {path},", stream.name, "try again")
     except OSError as error:  # also urllib's
-        raise UsageError(
-            f"{flag} is not given, and {URL} cannot be downloaded "
-            f"({getattr(error, 'reason', None) or error}): put this file into {path.parent}, or "
-            f"give it by {flag}=FILE"
-        ) from error
+        why = f"{URL} cannot be downloaded ({getattr(error, 'reason', None) or error})"
+        fix = f"put this file into {path.parent}, or give it by {flag}=FILE"
+        raise UsageError(f"{flag} is not given, and {why}: {fix}") from error
     return str(path)
 
 
 def _check_digest(what: str, path: str | os.PathLike, fix: str) -> None:
     if (found := file_digest(path)) != PUBLISHED_SHA256:
-        raise UsageError(
-            f"{what} is damaged or another file: its sha256 is {found}, and should be "
-            f"{PUBLISHED_SHA256}; {fix}"
-        )
+        digests = f"its sha256 is {found}, and should be {PUBLISHED_SHA256}"
+        raise UsageError(f"{what} is damaged or another file: {digests}; {fix}")

@@ -129,10 +129,9 @@ class CheckpointSamples:
 
 
 def prepare_reference(path: str, source: Any, out: str, **how: Any) -> str:
-    """Measures pictures and writes their statistics, with the features of each.
+    """Measures pictures and writes their statistics, with the features of each, to `out`.
 
-    Means and covariances that a file has besides its pictures are kept: those of ADM's files are
-    of more pictures than lie in them.
+    Means and covariances of ADM's files are kept: they are of more pictures than lie in them.
 
     Args:
       path: a folder or an .npz file of pictures that are taken as they are.
@@ -168,7 +167,6 @@ def _evaluate(evaluator: Evaluator, batches: Any, about: Any, file: Any) -> dict
 
 
 def _partial_file(out: pathlib.Path) -> pathlib.Path:
-    """Where an evaluation whose result goes to `out` keeps what is known on the way."""
     return out.with_name(f"{out.name}.partial.npz")
 
 
@@ -183,9 +181,6 @@ def table(result: dict[str, Any]) -> str:
     width = max(map(len, result["metrics"]))
     lines += [f"  {name:<{width}}  {value:.6g}" for name, value in result["metrics"].items()]
     return "\n".join(lines + [f"warning: {text}" for text in result["warnings"]])
-
-
-# Numbers over the guidance scale.
 
 
 def _read_results(out: str) -> list[dict[str, Any]]:
@@ -251,12 +246,8 @@ def _scale_of(result: dict[str, Any]) -> float:
 
 
 def _but_scale(result: dict[str, Any]) -> list[Any]:
-    """All that must be equal in one sweep."""
     samples = result["samples"] | {"sampling": result["samples"]["sampling"] | {"cfg_scale": 0}}
     return [samples, *(result[key] for key in ("metric_names", "reference", "features"))]
-
-
-# Training.
 
 
 class RunEvaluation:

@@ -339,6 +339,5 @@ class NpzImages(ImageSet):
 
 
 def _read_header(stream: IO[bytes]) -> Any:
-    """Shape, whether in Fortran order, dtype."""
     is_long = {(1, 0): False, (2, 0): True}[npy.read_magic(stream)]
     return (npy.read_array_header_2_0 if is_long else npy.read_array_header_1_0)(stream)
