@@ -67,9 +67,7 @@ def _root_of_one(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.
 def _without_negative(eigenvalues: np.ndarray) -> np.ndarray:
     lowest, peak = float(eigenvalues.min()), float(np.abs(eigenvalues).max())
     if lowest < -_NEGATIVE * peak:
-        raise UsageError(
-            f"an eigenvalue is {lowest:.3g} (of up to {peak:.3g}): no covariance has it"
-        )
+        raise UsageError(f"an eigenvalue is {lowest:.3g} (of up to {peak:.3g}): compute it again")
     return np.maximum(eigenvalues, 0.0)
 
 
