@@ -25,7 +25,7 @@ import numpy as np
 from dico_jax.autoencoders.kl import KLConfig, abstract_params
 from dico_jax.autoencoders.kl_detection import detect_config, parse_options, read_options
 from dico_jax.errors import UsageError
-from dico_jax.files import check_new
+from dico_jax.files import check_new, file_digest
 from dico_jax.pytorch.hub import file_beside, is_remote, local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, Entry, entries, known_names
 from dico_jax.pytorch.lazy_trees import ByteProgress, Health, deferred_tree
@@ -203,9 +203,7 @@ def convert_vae(
         leaves = jax.tree.leaves(file.leaves)
         nbytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         check_new(out, int(1.02 * nbytes))
-        weights, config = file.read(), file.config
-        with open(file.path, "rb") as stream:
-            source_digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        weights, config, source_digest = file.read(), file.config, file_digest(file.path)
     metadata = {
         "format": FORMAT,
         "config": json.dumps(dataclasses.asdict(config)),

@@ -17,7 +17,7 @@ from dico_jax.errors import UsageError
 from dico_jax.evaluation import distances, networks, statistics
 from dico_jax.evaluation.networks import FeatureFn, FeatureNetwork, Features
 from dico_jax.evaluation.statistics import InceptionScore, Moments, Statistics
-from dico_jax.files import library_versions
+from dico_jax.files import file_digest, library_versions
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000
 _NEIGHBOURS = 3
@@ -159,7 +159,7 @@ def create_evaluator(
         images.name = name
     if not isinstance(found, Statistics):
         found = measure_images(found, network, features, batch_size)
-        digest = statistics.file_digest(reference) if is_file else ""
+        digest = file_digest(reference) if is_file else ""
         found = dataclasses.replace(found, digest=digest)
     weights = found.info.get("network_sha256", network.digest)
     for what, theirs, ours in (

@@ -23,8 +23,7 @@ from dico_jax.autoencoders.weights import naming
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import inception
 from dico_jax.evaluation.networks import FeatureNetwork, Features, digest_of
-from dico_jax.evaluation.statistics import file_digest
-from dico_jax.files import check_new, new_file
+from dico_jax.files import check_new, file_digest, new_file
 from dico_jax.pytorch.hub import local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, entries, known_names
 from dico_jax.pytorch.lazy_trees import ByteProgress, load_params

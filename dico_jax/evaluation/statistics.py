@@ -7,7 +7,6 @@ Read are ADM's layout (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0` with uint8 imag
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from scipy.linalg import blas
 
 from dico_jax.data.image_sets import ImageSet
 from dico_jax.errors import UsageError
-from dico_jax.files import new_file
+from dico_jax.files import file_digest, new_file
 
 # Fastest of 256 to 4096 at a width of 2048 on two cores; a block is 17 MB there.
 _BLOCK_ROWS = 1024
@@ -263,12 +262,6 @@ def load_arrays(path: str | os.PathLike, wrong: str) -> tuple[Any, dict[str, np.
     with _opened(path, wrong) as file:
         arrays = dict(file)
         return json.loads(arrays.pop("about").tobytes()), arrays
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """sha256 (hex) of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _floats(file: Any, path: str, name: str) -> np.ndarray:
