@@ -12,11 +12,7 @@ from dico_jax.errors import TrainingStopped, UsageError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main()`.
-
-    Exits 0 when done, 2 for wrong usage, 1 when training has stopped itself, 130 for Ctrl-C, and as
-    a `SystemExit` says. Of wrong usage one line is printed; other exceptions are bugs.
-    """
+    """Runs `main()`; exits 0, 2 for wrong usage, 1 where training stopped itself, 130 at Ctrl-C."""
     app.run(lambda _: _main(main), flags_parser=_parse_flags)
 
 
@@ -119,10 +115,7 @@ def take_action(argv: list[str], actions: Collection[str]) -> str | None:
 
 
 def check_action(command: str, action: str | None, actions: Mapping[str, tuple[str, str]]) -> str:
-    """The action, if it is one of `actions`, has the flags it needs, and none of another one.
-
-    `actions` has, per action, the names of the flags it needs, and of those it may have.
-    """
+    """The action, if it is there (with the flags it needs, may have) and has no other's flags."""
     if action not in actions:
         said = f"{action!r} is unknown" if action else "what to do is missing"
         raise UsageError(f"{said}: use {' or '.join(f'{command} {name}' for name in actions)}")

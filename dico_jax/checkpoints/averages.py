@@ -86,8 +86,7 @@ def list_snapshots(workdir: str, last_step: int) -> list[Snapshot]:
 def rebuilt_ema(workdir: str, width: float, step: int | None = None) -> Any:
     """The averaged weights of any width, after a step that has snapshots (None: the newest).
 
-    Returns a parameter tree of float32 NumPy arrays; a width that was tracked comes back to the
-    bit. UsageError: no snapshots, none of that step, too few for that width, or a damaged one.
+    A parameter tree of float32 NumPy arrays; a width that was tracked comes back to the bit.
     """
     steps = snapshot_steps(workdir)
     if not steps:

@@ -30,10 +30,7 @@ class Checkpointer(StepWriter):
     """Saves (in the background) and restores the states of one run. Use as a context manager."""
 
     def __init__(self, workdir: pathlib.Path, meta: dict, keep: int, keep_every: int = 0):
-        """Opens (or makes) the checkpoints of a run; `meta` has its "config" and "class_names".
-
-        The newest `keep` are kept, and for ever those whose step `keep_every` divides (0: none).
-        """
+        """Opens a run's checkpoints; keeps the newest ones, and all that `keep_every` divides."""
         policies = ocp.checkpoint_managers
         kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         super().__init__(workdir / reader.FOLDER, policies.AnyPreservationPolicy(kept))
@@ -50,11 +47,7 @@ class Checkpointer(StepWriter):
         return reader.read_meta(self._folder / str(step)).get("extra", {})
 
     def restore(self, step: int, target: TrainState) -> TrainState:
-        """The state saved at `step`, with the shapes, dtypes and shardings of `target`.
-
-        Raises DamagedCheckpointError where a file is missing, cut or changed, and UsageError where
-        there are only converted weights, or those of another model or optimizer.
-        """
+        """The state saved at `step`, with the shapes, dtypes and shardings of `target`."""
         folder = self._folder / str(step)
         verified = self._verify(folder)
         if not (folder / "opt_state").is_dir():

@@ -108,10 +108,7 @@ def verified(folder: pathlib.Path, item: str, advice: str = "") -> pathlib.Path:
 
 
 def find_damage(folder: pathlib.Path, item: str = "", part: int = 0, parts: int = 1):
-    """Whether a step has checksums (converted ones have none), and the first difference from them.
-
-    It looks at one item or all, and at a share of the files, for several processes.
-    """
+    """Whether a step has checksums, and what differs first of an item or all, or of a share."""
     if not (folder / CHECKSUMS).exists():
         return False, None
     try:
@@ -216,10 +213,7 @@ class SavedWeights:
 
 
 class WarmStart:
-    """The weights that a run starts from, averaged ones where there are some.
-
-    Tables of a condition with another number of rows (of classes) start fresh.
-    """
+    """The weights that a run starts from; tables with another number of rows start fresh."""
 
     def __init__(self, folder: str, model: Any):
         """Opens the newest checkpoint of `folder` and compares shapes; no weights are read."""

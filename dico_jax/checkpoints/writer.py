@@ -36,10 +36,7 @@ _GROUP_BYTES = 32 << 20
 
 
 class StepWriter:
-    """Writes the steps of one folder, in the background. Use as a context manager.
-
-    With several processes, all of them make every call, with the same arguments.
-    """
+    """Writes the steps of one folder, in the background; all processes make every call alike."""
 
     def __init__(self, folder: pathlib.Path, preserved: Any = None, deferred: Sequence[str] = ()):
         """Opens (or makes) a folder of steps, and clears what a killed process has left there.
@@ -159,10 +156,7 @@ def _system_error(error: BaseException | None) -> int | None:
 
 @functools.cache
 def _drop_reports() -> None:
-    """From now on drops what Orbax and asyncio print of failed saves, thousands of lines.
-
-    `StepWriter` raises them itself, once.
-    """
+    """From now on drops what Orbax and asyncio print of failed saves, which are raised once."""
     report_others = sys.unraisablehook
 
     def is_other(record: logging.LogRecord) -> bool:

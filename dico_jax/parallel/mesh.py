@@ -58,10 +58,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def data_shard(sharding: NamedSharding) -> tuple[int, int]:
-    """Which block of rows of every batch this process has to feed, of how many equal ones.
-
-    Processes whose devices share all examples (by "tensor") feed the same block.
-    """
+    """Which block of rows of every batch this process has to feed, of how many equal ones."""
     shards = num_batch_shards(sharding.mesh)
     slices = sharding.addressable_devices_indices_map((shards,)).values()
     rows = sorted({index[0].indices(shards)[0] for index in slices if index is not None})

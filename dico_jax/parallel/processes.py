@@ -19,9 +19,8 @@ def initialize(
 ) -> None:
     """Joins the other processes of the run, if there are any. Call it before JAX is used.
 
-    On Cloud TPU, under Slurm (srun with several tasks), Open MPI and JobSet/GKE with TPUs, JAX
-    finds the others by itself. Elsewhere give the first three arguments, to every process. Where
-    the others do not come in time, the process ends with status 2 and one line on stderr.
+    Where JAX does not find the others by itself, give the first three arguments. Where they do not
+    come in time, the process ends with status 2 and one line on stderr.
     """
     given = {
         "--coordinator_address": coordinator_address,

@@ -63,10 +63,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequenc
 
 
 def state_sharding(state: Any, mesh: Mesh, rules: Sequence[Rule] = DEFAULT_RULES) -> Any:
-    """The NamedSharding of every leaf of a state, or of parameters alone, as the same tree.
-
-    Dicts are keyed by the parts of parameter paths; what is around them does not matter.
-    """
+    """The NamedSharding of every leaf of a state, or of parameters alone, as the same tree."""
 
     def sharding(path, leaf):
         keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
