@@ -12,13 +12,7 @@ from ml_collections import ConfigDict
 from dico_jax import experiment as experiments
 from dico_jax.autoencoders import make_latents_fn
 from dico_jax.checkpoints.reader import WarmStart, saved_steps
-from dico_jax.checkpoints.state import (
-    TrainState,
-    abstract_state,
-    create_state,
-    initializer,
-    parse_widths,
-)
+from dico_jax.checkpoints.state import abstract_state, create_state, initializer, parse_widths
 from dico_jax.config import check_fields, config_errors
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.pipeline import DeviceBatches, training_batches
@@ -121,8 +115,8 @@ class Run:
             f"steps {start} to {self.config.training.num_steps} in {self.workdir}"
         )
 
-    def initial_state(self) -> TrainState:
-        """A fresh state, or that of `config.training.init_from`."""
+    def initial_state(self) -> Any:
+        """A fresh `TrainState`, or that of `config.training.init_from`."""
         state = create_state(self._init, self.config.seed, self._sharding)
         if self._warm_start is not None and jax.process_index() == 0:
             print(self._warm_start)
@@ -143,13 +137,13 @@ class Run:
         log = BadExampleLog(self.source, self.read, data.max_bad_fraction, file, read_condition)
         return DeviceBatches(batches, lambda batch: meshes.to_global(batch, sharding), log)
 
-    def samples(self, state: TrainState, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
+    def samples(self, state: Any, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
         """Images of the averaged weights, in batches: uint8 (n, H, W, C)."""
         weights, size = unstack_blocks(state.ema_params), self.config.sampling.batch_size
         shards = meshes.num_batch_shards(self.mesh)
         return generate_images(self._generate, weights, conditions, size, shards, start)
 
-    def save_grid(self, step: int, state: TrainState) -> np.ndarray:
+    def save_grid(self, step: int, state: Any) -> np.ndarray:
         """Writes samples/step_N.png, a row per condition, and returns it."""
         sampling, model = self.config.sampling, self.experiment.model
         conditions, names = model.grid_conditions(sampling.grid_rows, self.source)
@@ -161,7 +155,7 @@ class Run:
             save_png(self.workdir / "samples" / f"step_{step:07d}.png", grid)
         return grid
 
-    def judge(self, state: TrainState) -> ClassAgreement | None:
+    def judge(self, state: Any) -> ClassAgreement | None:
         """Samples every class in turn and asks a classifier fitted on the real pictures."""
         if not (count := self.config.eval.class_agreement_samples):
             return None
