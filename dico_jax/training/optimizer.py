@@ -43,7 +43,6 @@ def create_optimizer(config, num_steps: int) -> optax.GradientTransformation:
 def learning_rate_schedule(config, num_steps: int) -> optax.Schedule:
     """The learning rate by the number of steps taken: `schedule(n)` is that of step n + 1.
 
-    So the rate of a training step is `schedule(state.step)` of the state that goes into it.
     It rises in a straight line to `learning_rate`, which step `warmup_steps` has, and then stays,
     or follows half a cosine wave down to its minimum, which step `num_steps` has. Arguments and
     errors are those of `create_optimizer`.

@@ -36,11 +36,8 @@ from dico_jax.training.workdir import check_workdir
 class Run:
     """What a run consists of. Building it checks everything and changes nothing.
 
-    Attributes:
-      config: complete, with what the source knows of the network.
-      source: the training examples; `read` makes arrays of them.
-      target: shapes and shardings of the state, as checkpoints have it.
-      train_step: see `make_train_step`; its state is one of `stack_blocks`.
+    `config` is complete, with what the source knows; `target` has the shapes and the shardings
+    of the state, as checkpoints have it; that of `train_step` is one of `stack_blocks`.
     """
 
     def __init__(self, config: ConfigDict, workdir: str):

@@ -48,10 +48,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def peak_speed(model, latent_shape, devices: Iterable[jax.Device]) -> float | None:
-    """Images per second if the devices did the network's own arithmetic at their bfloat16 peak.
-
-    None where the peak of one is not known. See `training_flops`, whatever dtype it runs in.
-    """
+    """Images per second if the network ran at the devices' bfloat16 peak; None if unknown."""
     peaks = [peak_flops(device.device_kind) for device in devices]
     return None if None in peaks else sum(filter(None, peaks)) / training_flops(model, latent_shape)
 
@@ -64,10 +61,7 @@ def peak_memory_gb(devices: Iterable[jax.Device] | None = None) -> float | None:
 
 
 class Meter:
-    """Means of step metrics and how fast the steps were, in units of `peak` too (`peak_speed`).
-
-    Metrics stay on the devices until they are read, so that steps are not waited for one by one.
-    """
+    """Means of step metrics, which stay on the devices until they are read, and throughput."""
 
     def __init__(self, batch_size: int, peak: float | None = None):
         self._batch_size, self._peak = batch_size, peak
@@ -75,7 +69,6 @@ class Meter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Forgets the time since the last reading and its steps, for throughput and wait."""
         self._since, self._timed_steps, self._waited = time.monotonic(), 0, 0.0
 
     def add(self, metrics: dict, waited: float) -> None:

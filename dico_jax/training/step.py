@@ -104,20 +104,14 @@ def make_train_step(
     """The jitted step (state, batch, attempt=0) -> (state, metrics).
 
     Every draw follows from (seed, state.step, attempt), so a step's result depends on nothing else;
-    the state is donated. Batches are split over the mesh.
-
-    Args:
-      model, diffusion, optimizer, seed, ema_decay, ema_widths, accumulation_steps: as in configs.
-      mesh: the devices.
-      skip_bad_steps: leave out the update of a step whose loss or gradients are not finite.
-      sharding: of the state, see `dico_jax.parallel.sharding`; whole on every device if None.
+    the state is donated. Batches are split over the mesh, the state by `sharding`; whole if None.
+    `skip_bad_steps` leaves out the update of a step whose loss or gradients are not finite.
     """
     sharding = replicated(mesh) if sharding is None else sharding
     params_sharding = sharding.params if isinstance(sharding, TrainState) else sharding
 
     def train_step(state: TrainState, batch: dict, attempt):
-        key = jax.random.fold_in(run_keys(seed)[1], state.step)
-        key = attempt_key(key, attempt)
+        key = attempt_key(jax.random.fold_in(run_keys(seed)[1], state.step), attempt)
         t, noise = diffusion.draw(key, batch["x"])
         drop_key = jax.random.split(key, 3)[2]
         null = model.null_condition(len(t))

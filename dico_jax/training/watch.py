@@ -59,10 +59,7 @@ class NanWatch:
         self._flags.append((step, finite))
 
     def check(self, newest_checkpoint: int | None) -> int | None:
-        """Reads the flags since the last check; TrainingStopped if the run cannot go on.
-
-        Returns None to go on, or the step to return to, which is 0 for the initial state.
-        """
+        """Reads the flags since the last check: None to go on, or the step to return to (or 0)."""
         flags, self._flags = jax.device_get(self._flags), []
         for step, finite in flags:
             self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
