@@ -259,7 +259,6 @@ def _joined(best: list[tuple[jax.Array, jax.Array]]) -> tuple[np.ndarray, np.nda
 
 @functools.partial(jax.jit, static_argnames=("half", "skip_own"))
 def _met(best_rows, best_columns, rows: _Tile, columns: _Tile, *, half, skip_own):
-    """The least scores of both tiles, after they have met."""
     contracted = ((1,), (1,)), ((), ())
     products = lax.dot_general(rows.rows, columns.rows, contracted, precision=lax.Precision.HIGHEST)
     return (

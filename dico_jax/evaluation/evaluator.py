@@ -235,7 +235,6 @@ def measure_images(
 def _shown(
     batches: Batches, start: int, count: int, name: str | None, progress: bool = True
 ) -> Iterator[np.ndarray]:
-    """The batches from `start` on, with a bar that moves as they are used."""
     shown = {"unit": "image", "dynamic_ncols": True, "disable": not progress}
     with tqdm.tqdm(total=count, initial=start, desc=name, **shown) as bar:
         for images in batches(start) if start < count else ():

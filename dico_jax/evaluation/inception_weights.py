@@ -75,8 +75,7 @@ def load_inception(
     """The network with the weights of a file, or the published ones.
 
     Without a path they are looked for in the cache folder ($DICO_JAX_CACHE, or else
-    $XDG_CACHE_HOME/dico_jax or ~/.cache/dico_jax), then where torch.hub would have put them, then
-    downloaded into the cache folder, and their digest is checked.
+    $XDG_CACHE_HOME/dico_jax or ~/.cache/dico_jax), then in torch.hub's, then downloaded.
 
     Args:
       path: a .pth or .safetensors, hf://OWNER/REPO/FILE, or None.
@@ -139,7 +138,7 @@ def _folded(flat: Mapping[str, np.ndarray], dtype: Any) -> Any:
 
 
 def _read(source: str) -> tuple[dict[str, np.ndarray], str]:
-    """All numbers of a file of either kind, by path, float32; and its digest."""
+    """All numbers of a file, by path, float32; and its digest."""
     path = local_file(source)
     with open_tensors(path) as file:
         if file.metadata.get("format", "").startswith(FORMAT):
@@ -181,7 +180,6 @@ def _torch_hub() -> pathlib.Path:
 
 
 def _published_file(flag: str) -> str:
-    """The path of the published file, which is downloaded where it is not there yet."""
     for path in (folder / name for folder in (cache_folder(), _torch_hub()) for name in FILE_NAMES):
         if path.is_file():
             _check_digest(str(path), path, "remove it")

@@ -208,8 +208,6 @@ def train_classifier(
 
 
 class _Subset:
-    """Some examples of a source."""
-
     def __init__(self, source: Source, indices: np.ndarray):
         self._source, self._indices = source, indices
         self.kind, self.class_names = source.kind, source.class_names
@@ -226,7 +224,6 @@ class _Subset:
 
 
 def _pictures(source: Any, read: Reader, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of all pictures, and their labels; the last one is smaller."""
     for first in range(0, len(source), size):
         examples = [source[i] for i in range(first, min(first + size, len(source)))]
         images = np.stack([read(example["image"], False) for example in examples])
