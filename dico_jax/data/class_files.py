@@ -16,11 +16,11 @@ from dico_jax.data.paths import (
     MAX_FILE_BYTES,
     Listing,
     is_hidden,
-    is_picture_name,
     join,
     list_folder,
     open_file,
     path_errors,
+    picture_names,
     printable,
     read_picture_file,
     required_path,
@@ -56,7 +56,7 @@ class ClassFiles:
         # A third of the memory of a list of strings, and pickled 20 times faster.
         names = itertools.chain.from_iterable(files.values())
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._ends = np.cumsum(np.fromiter(map(len, [b"", *encoded]), np.int64))
         self._names = b"".join(encoded)
 
     def _locate(self, index) -> tuple[int, int, str, str]:
@@ -94,7 +94,7 @@ class FolderSource(ClassFiles):
             classes = dict(zip(top.folders, names, strict=True))
         files, skipped = sort_files(path, top.files, classes)
         for name, listing in sorted(zip(top.folders, listings, strict=True)):
-            for other in sorted(filter(is_picture_name, listing.others)):
+            for other in sorted(picture_names(listing.others)):
                 skipped[printable(f"{name}/{other}")] = "it is not a file, or a broken link"
         super().__init__(path, files, skipped)
 
@@ -123,7 +123,7 @@ class ZipSource(ClassFiles):
         path = required_path(path, "a zip file with one folder of pictures per class")
         infos, size = _directory(path)
         visible = {i.filename: i for i in infos if not any(map(is_hidden, i.filename.split("/")))}
-        self._prefix = prefix = _common_folders(filter(is_picture_name, visible))
+        self._prefix = prefix = _common_folders(picture_names(visible))
         loose: list[str] = []
         classes: dict[str, list[str]] = {}
         for name in visible:
@@ -212,24 +212,24 @@ def sort_files(
 
     `loose` are names beside the class folders, those in `classes` are "1.jpg" or "deeper/1.jpg".
     """
-    skipped = dict.fromkeys(filter(is_picture_name, loose), "it lies beside the class folders")
+    skipped = dict.fromkeys(picture_names(loose), "it lies beside the class folders")
     if not classes:
         what = f"it has no folders of pictures ({len(skipped)} pictures lie in no folder)"
         raise wrong_path(path, f"{what}: give one folder of pictures per class (one is enough)")
     files: dict[str, list[str]] = {}
-    for class_name in sorted(classes):
-        pictures = files[class_name] = sorted(filter(is_picture_name, classes[class_name]))
+    for class_name, names in sorted(classes.items()):
+        pictures = files[class_name] = sorted(picture_names(names))
         if deep := next((name for name in pictures if "/" in name), None):
             what = f"pictures lie deeper than CLASS/FILE ({printable(f'{class_name}/{deep}')})"
             raise wrong_path(path, f"{what}: give or pack the folder that holds the classes")
-        for name in set(classes[class_name]).difference(pictures):
+        for name in set(names).difference(pictures) if len(pictures) < len(names) else ():
             if name and "/" not in name:
                 suffix = os.path.splitext(name)[1]
                 skipped[f"{class_name}/{name}"] = f"its suffix {suffix!r} is not a picture's"
     skipped = {printable(name): skipped[name] for name in sorted(skipped)}
     if empty := [printable(name) for name, pictures in files.items() if not pictures]:
-        others = [name for name in skipped if name.partition("/")[0] in empty]
-        hint = f" (skipped in them: {len(others)}, such as {others[0]})" if others else ""
+        inside = [name for name in skipped if name.partition("/")[0] in empty]
+        hint = f" (skipped in them: {len(inside)}, such as {inside[0]})" if inside else ""
         what = f"no pictures in the class folders {', '.join(empty)}{hint}"
         raise wrong_path(path, f"{what}: fill or remove them")
     return files, skipped

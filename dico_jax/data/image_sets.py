@@ -9,10 +9,10 @@ import numpy as np
 
 from dico_jax.data.class_files import FolderSource
 from dico_jax.data.paths import (
-    is_picture_name,
     join,
     list_folder,
     path_errors,
+    picture_names,
     printable,
     read_picture_file,
 )
@@ -71,7 +71,7 @@ class FolderImages(ImageSet):
             folders, files, others = list_folder(path)
         names = sorted(set(files) - _BESIDE_SAMPLES)
         self._path, self._flag, self._source = path, flag, None
-        self._names = list(filter(is_picture_name, names))
+        self._names = picture_names(names)
         others += set(names).difference(self._names)
         if self._names:
             others += [f"{name}/" for name in folders]

@@ -5,7 +5,7 @@ Local files are read directly, everything else through etils.epath.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, NamedTuple
 
 from etils import epath
@@ -15,6 +15,8 @@ from dico_jax.errors import UsageError
 
 # Larger than a file of MAX_PIXELS, even without compression (0.7 GB).
 MAX_FILE_BYTES = 1 << 30
+
+_LEFT_BEHIND = {"Thumbs.db", "desktop.ini", "__MACOSX"}
 
 
 class Listing(NamedTuple):
@@ -59,33 +61,37 @@ def printable(name: str) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a name is one that file managers and archivers leave behind, or starts with a dot."""
-    if name.startswith("."):
+    if name[:1] == ".":
         return name not in (".", "..")
-    return name in ("Thumbs.db", "desktop.ini", "__MACOSX")
+    return name in _LEFT_BEHIND
 
 
-def is_picture_name(name: str) -> bool:
-    """Whether a name has the suffix of a picture."""
-    return name[name.rfind(".") :].lower() in picture_suffixes()
+def picture_names(names: Iterable[str]) -> list[str]:
+    """Those with the suffix of a picture."""
+    suffixes = picture_suffixes()
+    return [name for name in names if name[name.rfind(".") :].lower() in suffixes]
 
 
 def list_folder(path: str) -> Listing:
     """What is in a folder; an OSError if it cannot be listed."""
-    listing = Listing([], [], [])
+    found: tuple[list[str], list[str], list[str]] = ([], [], [])
     if is_remote(path):
         # The first step of a walk tells files and folders apart in one request.
         for _, folders, files in epath.Path(path).walk(on_error=_fail):
-            listing.folders.extend(name.rstrip("/") for name in folders)
             # A bucket may have an empty object in the place of a folder.
-            listing.files.extend(filter(None, files))
+            found = [name.rstrip("/") for name in folders], list(filter(None, files)), []
             break
     else:
+        folders, files, others = found
         with os.scandir(path) as entries:
-            for entry in entries:
-                # Known from the listing, but for links.
-                kind = 1 if entry.is_file() else 0 if entry.is_dir() else 2
-                listing[kind].append(entry.name)
-    return Listing(*([name for name in names if not is_hidden(name)] for names in listing))
+            for entry in entries:  # which knows what it is, but for links
+                if entry.is_file():
+                    files.append(entry.name)
+                else:
+                    (folders if entry.is_dir() else others).append(entry.name)
+    return Listing(
+        *([n for n in names if n[0] != "." and n not in _LEFT_BEHIND] for names in found)
+    )
 
 
 def _fail(error: OSError) -> None:
