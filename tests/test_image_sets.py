@@ -61,7 +61,9 @@ def test_folders_that_are_refused(folder, tmp_path):
 
     (folder / "notes.txt").write_text("x")
     (folder / "more").mkdir()
-    refused(r"--samples=.* holds more than the pictures to be measured \(more/, notes.txt\)")
+    refused(
+        r"--samples=.* holds more than the pictures to be measured \(2, such as more/, notes.txt\)"
+    )
     (folder / "notes.txt").unlink()
     (folder / "more").rmdir()
     write(folder / "000004.png", PICTURES[4, :4])

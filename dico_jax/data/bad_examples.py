@@ -36,11 +36,8 @@ class BadExampleLog:
     ):
         """Takes up what the file already has, and what the source skipped when it was opened.
 
-        Args:
-          source: the examples.
-          read, read_condition: their readers, which raise BadExample, see `data.pipeline`.
-          max_bad_fraction: of all examples; more is a UsageError, from here and `add_skipped`.
-          file: made when there is something to write; None keeps no file.
+        `read` and `read_condition` are the readers of its examples. More bad ones than the fraction
+        are a UsageError, here and later. The file is made when there is something to write.
         """
         self._source, self._fraction, self._file = source, max_bad_fraction, file
         self._read, self._read_condition = read, read_condition
@@ -62,14 +59,12 @@ class BadExampleLog:
 
     def _examine(self, index: int) -> None:
         """Reads an example once more, here, for the reason."""
-        name = self._source.example_id(index)
-        if name not in self.bad:
-            try:
-                example = self._source[index]
-                self._read(example["image"], False)
-                self._read_condition(example)
-            except BadExample as error:
-                self._note(name, str(error))
+        try:
+            example = self._source[index]
+            self._read(example["image"], False)
+            self._read_condition(example)
+        except BadExample as error:
+            self._note(self._source.example_id(index), str(error))
 
     def _note(self, name: str, reason: str) -> None:
         if name not in self.bad:

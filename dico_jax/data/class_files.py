@@ -32,10 +32,7 @@ from dico_jax.data.pictures import BadExample, one_line
 _LISTERS = 16
 
 # What is kept of a zip file's entry to read it: attributes of ZipInfo.
-_FIELDS = {
-    "header_offset": np.int64,
-    "compress_size": np.int64,
-    "file_size": np.int64,
+_FIELDS = dict.fromkeys(("header_offset", "compress_size", "file_size"), np.int64) | {
     "CRC": np.uint32,
     "compress_type": np.uint16,
     "flag_bits": np.uint16,
@@ -104,11 +101,10 @@ class FolderSource(ClassFiles):
 
 def _names_below(folder: str, listing: Listing) -> list[str]:
     """Names of all files in a listed folder and deeper."""
-    names = listing.files
-    for name in sorted(listing.folders):
+    for name in listing.folders:
         deeper = join(folder, name)
-        names += [f"{name}/{file}" for file in _names_below(deeper, list_folder(deeper))]
-    return names
+        listing.files.extend(f"{name}/{file}" for file in _names_below(deeper, list_folder(deeper)))
+    return listing.files
 
 
 class ZipSource(ClassFiles):
@@ -168,8 +164,8 @@ def _common_folders(pictures: Iterable[str]) -> str:
 
 def _entries(path: str, infos: Sequence[zipfile.ZipInfo], size: int) -> np.ndarray:
     """The `_FIELDS` of each entry, checked."""
-    rows = map(operator.attrgetter(*_FIELDS), infos)
     try:
+        rows = map(operator.attrgetter(*_FIELDS), infos)
         entries = np.fromiter(rows, list(_FIELDS.items()), len(infos))
     except OverflowError as error:
         raise wrong_path(path, "it declares an impossible size: copy it again") from error

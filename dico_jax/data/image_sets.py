@@ -23,16 +23,10 @@ from dico_jax.errors import UsageError
 
 # What `dico_jax.sample` writes beside its images.
 _BESIDE_SAMPLES = {"grid.png", "sampling.json"}
-_MAX_LISTED = 3
 
 
 class ImageSet:
-    """Pictures of one size, read batch by batch.
-
-    Attributes:
-      name: what it is, for messages and results.
-      shape: (H, W, C) of a picture.
-    """
+    """Pictures of one `shape` (H, W, C), read batch by batch; `name` is for messages, results."""
 
     name: str
     shape: tuple[int, int, int]
@@ -50,8 +44,7 @@ class ImageSet:
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Pictures start to stop (all by default) in their order: uint8 (<= size, H, W, C).
 
-        They are decoded in threads. One that cannot be read, or has another size than the first,
-        is a UsageError.
+        One that cannot be read, or has another shape, is a UsageError.
         """
         indices = np.arange(len(self))[start:stop]
         if len(indices):
@@ -82,9 +75,8 @@ class FolderImages(ImageSet):
         else:
             raise UsageError(f"{flag}={path}: there are no pictures in it")
         if others:
-            listed = ", ".join(printable(name) for name in sorted(others)[:_MAX_LISTED])
-            more = f" and {len(others) - _MAX_LISTED} more" if len(others) > _MAX_LISTED else ""
-            what = f"more than the pictures to be measured ({listed}{more})"
+            listed = ", ".join(printable(name) for name in sorted(others)[:3])
+            what = f"more than the pictures to be measured ({len(others)}, such as {listed})"
             raise UsageError(f"{flag}={path} holds {what}: move them elsewhere")
         super().__init__(f"{flag}={path}", len(self._source or self._names))
 

@@ -1,7 +1,4 @@
-"""Local and gs:// paths of data: listing, reading, and errors that name them.
-
-Local files are read directly, everything else through etils.epath.
-"""
+"""Local and gs:// paths of data: listing, reading, and errors that name them."""
 
 import contextlib
 import os
@@ -20,7 +17,7 @@ _LEFT_BEHIND = {"Thumbs.db", "desktop.ini", "__MACOSX"}
 
 
 class Listing(NamedTuple):
-    """The names in a folder that are not hidden, in no order; `others` are broken links, pipes."""
+    """The names in a folder that are not hidden; `others` are broken links, pipes and so on."""
 
     folders: list[str]
     files: list[str]
@@ -33,7 +30,7 @@ def is_remote(path: str) -> bool:
 
 
 def wrong_path(path: str, what: str) -> UsageError:
-    """The error about `data.path`; `what` says what is wrong and what to do."""
+    """The error about `data.path`, with the fix."""
     return UsageError(f"data.path={path}: {what}")
 
 
@@ -117,13 +114,10 @@ def read_picture_file(path: str) -> bytes:
 
 @contextlib.contextmanager
 def path_errors(path: str) -> Iterator[None]:
-    """Turns what opening or listing `data.path` may raise into a UsageError that names it.
-
-    Of a bucket that is anything: its client libraries have errors of many classes.
-    """
+    """Turns what opening or listing `data.path` may raise into a UsageError that names it."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # the client libraries of buckets have errors of many classes
         if isinstance(error, UsageError) or not (isinstance(error, OSError) or is_remote(path)):
             raise
         fix = ": pip install 'dico_jax[gcs]'" if isinstance(error, ImportError) else ""

@@ -35,15 +35,10 @@ def one_line(error: Exception) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PictureReader:
-    """Makes the square middle of pictures: decoded, cropped, mirrored if asked.
+    """Makes the square middle of pictures, `size` pixels, of 3 (RGB) or 1 (grey) `channels`.
 
     Transparent pictures are laid over white, 16-bit grey is scaled to 8 bits, and of animated ones
-    the first frame is taken.
-
-    Attributes:
-      size: side of the result in pixels.
-      channels: 3 for RGB or 1 for grey.
-      exif_rotation: whether to turn pictures as their EXIF data say; damaged ones say nothing.
+    the first frame is taken. EXIF data that are damaged rotate nothing.
     """
 
     size: int
@@ -85,8 +80,6 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
     width, height = (round(side * scale) for side in picture.size)
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    if width == height:
-        return picture
     left, top = (width - size) // 2, (height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
@@ -106,9 +99,7 @@ def _formats() -> tuple[str, ...]:
 
 def _decode(data: bytes, size: int, exif_rotation: bool) -> Image.Image:
     """An encoded picture, its first frame, in mode "L" or "RGB"."""
-    # Pillow's decoders raise errors of any class for damaged data. They read from memory here, so
-    # that none of them tells of a disk or network.
-    try:
+    try:  # Pillow's decoders raise errors of any class for damaged data
         picture: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
         _check_size(picture.size, size)
         picture.load()
@@ -129,9 +120,8 @@ def _check_size(picture_size: tuple[int, int], size: int) -> None:
     """Refuses a picture before it takes the memory: decoded, or with a short side of `size`."""
     short, long = sorted(picture_size)
     if short * long > MAX_PIXELS or size * size * long > MAX_PIXELS * short:
-        shown = "{}x{}".format(*picture_size)
-        what = "too many, or too narrow to cut a square out of"
-        raise BadExample(f"{shown} pixels are {what}: the limit is {MAX_PIXELS}")
+        what = f"{picture_size} pixels are too many, or too narrow to cut a square out of"
+        raise BadExample(f"{what}: the limit is {MAX_PIXELS}")
 
 
 def _plain(picture: Image.Image) -> Image.Image:
@@ -146,9 +136,7 @@ def _plain(picture: Image.Image) -> Image.Image:
         paper = Image.new("RGB", picture.size, "white")
         paper.paste(picture, mask=picture.getchannel("A"))
         return paper
-    if mode == "1":
-        return picture.convert("L")
-    return picture if mode in ("L", "RGB") else picture.convert("RGB")
+    return picture if mode in ("L", "RGB") else picture.convert("L" if mode == "1" else "RGB")
 
 
 def _from_wide_grey(picture: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ from dico_jax.errors import UsageError
 
 
 class Source(Protocol):
-    """An indexed sequence of examples, which is read by threads and pickled into worker processes.
+    """An indexed sequence of examples, read by threads and pickled into worker processes.
 
     Its repr tells what it reads and is the same in every process.
 
@@ -90,9 +90,8 @@ class DigitsSource(_Arrays):
 class ArraySource(_Arrays):
     """Two NumPy files in a folder, memory-mapped: `examples.npy` and `labels.npy`.
 
-    `examples.npy` is (N, H, W, 1 or 3), uint8 pixels; or (N, H, W, C), scaled float latents; or
-    (N, 2, H, W, C), where the second latents of each pair are those of the mirrored picture
-    (latents cannot be mirrored afterwards). `labels.npy` is (N,) integers from 0.
+    `examples.npy` has uint8 pixels (N, H, W, 1 or 3), scaled float latents (N, H, W, C), or those
+    of each picture and its mirror image (N, 2, H, W, C). `labels.npy` has (N,) integers from 0.
     """
 
     def __init__(self, path: str | None):
