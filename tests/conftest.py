@@ -1,10 +1,14 @@
 """Test setup, done before jax is imported.
 
 Eight CPU devices, so that meshes are really tested; and a compiler in a hurry: the tests compile
-much and compute little.
+much and compute little. What takes it longest is kept for the other tests of the same session, its
+workers and the commands that they start.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 from tests.commands import HURRY
 
@@ -14,6 +18,13 @@ _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
     [_given, *(flag for flag in _FLAGS if flag.split("=")[0] not in _given)]
 ).strip()
+
+if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.mkdtemp(prefix="dico_jax_tests_")
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
