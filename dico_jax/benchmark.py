@@ -1,14 +1,11 @@
 r"""Measures how fast the networks are, and what they need.
 
 python -m dico_jax.benchmark forward|train|sample --model=DiCo-S [--compare=DiT-S/2 ...]
-    A forward pass, a training step or the sampler, with random weights, on all devices: times,
-    images per second, FLOPs, utilisation, memory, seconds of compilation.
-
+    A forward pass, a training step or the sampler, with random weights, on all devices.
 python -m dico_jax.benchmark table [--image_size=256]
     Parameters and multiply-adds of all published models, beside the papers' figures.
 
-With --out the result is written as JSON, with the times of all runs and how it was made.
-docs/benchmark.md explains the numbers.
+With --out the result is written as JSON; docs/benchmark.md explains the numbers.
 """
 
 import dataclasses
@@ -54,7 +51,11 @@ def main(action: str | None) -> None:
 
     action = cli.check_action("benchmark", action, _ACTIONS)
     options: dict[str, Any] = {name: flag.value for name, flag in _OPTIONS.items()}
-    options |= {"compare": tuple(options["compare"]), "ceiling_sizes": _ceiling_sizes()}
+    sizes = options["ceiling_sizes"]
+    if not all(re.fullmatch(r"[1-9]\d*", size) for size in sizes):
+        text = ",".join(sizes)
+        raise UsageError(f"--ceiling_sizes={text}: give numbers from 1 on, such as 2048,4096")
+    options |= {"compare": tuple(options["compare"]), "ceiling_sizes": tuple(map(int, sizes))}
     file = None if _OUT.value is None else result_path(_OUT.value, ".json")
     result = _table() if action == "table" else _measure(Options(action, **options))
     if file is not None:
@@ -62,11 +63,8 @@ def main(action: str | None) -> None:
         write_json(file, result | {"argv": ["dico_jax.benchmark", action, *sys.argv[1:]]})
 
 
-# Late imports: --help answers before JAX is imported.
-
-
 def _measure(options: Options) -> dict[str, Any]:
-    import jax
+    import jax  # late, as all that needs it: --help answers before
 
     from dico_jax.ops.cpu import use_all_cores
     from dico_jax.parallel.mesh import mesh_fits
@@ -90,14 +88,6 @@ def _table() -> dict[str, Any]:
     print(table_text(rows))
     print("published:", "; ".join(SOURCES.values()))
     return {"action": "table", "settings": {"image_size": image_size}, "models": rows, **about()}
-
-
-def _ceiling_sizes() -> tuple[int, ...]:
-    sizes = _OPTIONS["ceiling_sizes"].value
-    if not all(re.fullmatch(r"[1-9]\d*", size) for size in sizes):
-        text = ",".join(sizes)
-        raise UsageError(f"--ceiling_sizes={text}: give numbers from 1 on, such as 2048,4096")
-    return tuple(map(int, sizes))
 
 
 if __name__ == "__main__":

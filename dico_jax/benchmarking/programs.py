@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,6 @@ from dico_jax.training.step import make_train_step
 
 LOOPS_NOTE = "the program has loops, whose bodies XLA counts once"
 NO_COUNT_NOTE = "XLA gives no count on this platform"
-_SMALL = 0.02  # standard deviation of parameters that are no kernels
 
 
 class Plan(NamedTuple):
@@ -73,15 +72,11 @@ def plan_sample(config: ConfigDict, mesh: Mesh) -> Plan:
     return Plan(function, abstract_params(model), arrays, passes * forward_flops(model, shape))
 
 
-PLANS: Mapping[str, Callable[[ConfigDict, Mesh], Plan]] = {
-    "forward": plan_forward,
-    "train": plan_train,
-    "sample": plan_sample,
-}
+PLANS = {"forward": plan_forward, "train": plan_train, "sample": plan_sample}
 
 
 def _network(config: ConfigDict):
-    """The network, (H, W, C) of its input, and random latents, timesteps, and conditions."""
+    """The network, (H, W, C) of its input, and random latents, timesteps and conditions."""
     experiment, size = experiment_from_config(config), config.data.batch_size
     model, shape, rng = experiment.model, experiment.latent_shape, np.random.default_rng(0)
     x, t = rng.standard_normal((size, *shape), np.float32), rng.integers(0, 1000, size, np.int32)
@@ -136,13 +131,12 @@ def xla_counts(compiled: Compiled, num_devices: int) -> dict[str, Any]:
 
 def memory_gb(compiled: Compiled) -> dict[str, float] | None:
     """What a program needs on a device, in GB (1e9 bytes); None where XLA does not say."""
-    stats = compiled.executable.memory_analysis()
-    return stats and {
-        "arguments": stats.argument_size_in_bytes / 1e9,
-        "outputs": stats.output_size_in_bytes / 1e9,
-        "outputs_not_in_place": (stats.output_size_in_bytes - stats.alias_size_in_bytes) / 1e9,
-        "temporaries": stats.temp_size_in_bytes / 1e9,
-    }
+    if (stats := compiled.executable.memory_analysis()) is None:
+        return None
+    outputs, in_place = stats.output_size_in_bytes, stats.alias_size_in_bytes
+    sizes = {"arguments": stats.argument_size_in_bytes, "outputs": outputs}
+    sizes |= {"outputs_not_in_place": outputs - in_place, "temporaries": stats.temp_size_in_bytes}
+    return {name: size / 1e9 for name, size in sizes.items()}
 
 
 class Program(NamedTuple):
@@ -172,18 +166,16 @@ def make_program(action: str, config: ConfigDict, mesh: Mesh) -> Program:
 
 
 def draw(abstract: Any, sharding: Sharding) -> Any:
-    """Random parameters of the given shapes, none of them zero, or a state that has them.
+    """Random parameters, or a state that has them: as fresh ones have gates of zero, these do not.
 
-    The networks' own initial values have gates of zero, so that their blocks add nothing. Here
-    kernels are normal with variance 1 / fan-in, and everything else is normal and small. They are
-    drawn on the host, because compiling initialisers takes longer.
+    They are drawn on the host, because compiling initialisers takes longer.
     """
     rng = np.random.default_rng(0)
 
     def leaf(path, like):
         keys = [str(entry.key) for entry in path]
         shape = like.shape[1:] if STACK in keys else like.shape
-        scale = 1 / math.sqrt(math.prod(shape[:-1])) if keys[-1] == "kernel" else _SMALL
+        scale = 1 / math.sqrt(math.prod(shape[:-1])) if keys[-1] == "kernel" else 0.02
         values = rng.standard_normal(like.shape, np.float32)
         return jax.device_put(np.multiply(values, np.float32(scale), out=values), sharding)
 

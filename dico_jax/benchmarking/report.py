@@ -17,8 +17,7 @@ SOURCES = {
     "DiCo": "DiCo, arXiv 2505.11196, and the README of its release",
     "DiT": "DiT, arXiv 2212.09748, table 1 (patches of 4), and the README of its release (XL/2)",
 }
-# What papers say, as it is written there: parameters, and by the side of the images multiply-adds,
-# which the papers call FLOPs.
+# What papers say: parameters, and by the side of the images multiply-adds, which they call FLOPs.
 PUBLISHED: dict[str, tuple[str | None, dict[int, str]]] = {
     "DiCo-S": ("33.1M", {256: "4.25G"}),
     "DiCo-B": ("130.0M", {256: "16.88G"}),
@@ -35,10 +34,9 @@ PUBLISHED: dict[str, tuple[str | None, dict[int, str]]] = {
 
 def about() -> dict[str, Any]:
     """How a result was made: versions and the date."""
-    jaxlib, python = importlib.metadata.version("jaxlib"), platform.python_version()
+    more = {"jaxlib": importlib.metadata.version("jaxlib"), "python": platform.python_version()}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    versions = library_versions() | {"jaxlib": jaxlib, "python": python}
-    return {"versions": versions, "date_utc": date}
+    return {"versions": library_versions() | more, "date_utc": date}
 
 
 def result_text(result: Mapping[str, Any]) -> str:
@@ -57,10 +55,9 @@ def result_text(result: Mapping[str, Any]) -> str:
     ratio = "{model} is {times_as_fast:.2f} times as fast as {compared_with}"
     lines += [ratio.format(**row) for row in result["comparison"]]
     if ceiling := result["ceiling"]:
-        best = _giga(ceiling["flops_per_second_per_device"])
+        best = f"ceiling: {_giga(ceiling['flops_per_second_per_device'])}FLOP/s per device"
         sizes = ", ".join(str(found["size"]) for found in ceiling["sizes"])
-        matrices = f"products of {ceiling['dtype']} matrices of {sizes}"
-        lines.append(f"ceiling: {best}FLOP/s per device, {matrices}")
+        lines.append(f"{best}, products of {ceiling['dtype']} matrices of {sizes}")
     if peak := result["maker_peak_bfloat16_flops_per_second_per_device"]:
         lines.append(f"maker's peak: {_giga(peak)}FLOP/s per device in bfloat16")
     if memory := result["peak_memory_gb_of_a_device"]:
@@ -120,8 +117,7 @@ def model_table(image_size: int) -> list[dict[str, Any]]:
     if image_size < step or image_size % step:
         below = image_size // step * step
         choices = " or ".join(str(size) for size in (below, below + step) if size > 0)
-        fix = f"must be a multiple of {step}, which the latents of all models divide by"
-        raise UsageError(f"--image_size={image_size} {fix}: use {choices}")
+        raise UsageError(f"--image_size={image_size} must be a multiple of {step}: use {choices}")
     side = image_size // _DOWNSAMPLING
     none: tuple[str | None, dict[int, str]] = (None, {})
     return [

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import re
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -58,28 +57,17 @@ def measure(
 
 def summary(times: Sequence[float]) -> dict[str, Any]:
     """The seconds of a function's runs for JSON, with the unit in the names."""
-    p10, p90 = map(float, np.percentile(times, (10, 90)))
-    return {
-        "median_seconds": statistics.median(times),
-        "p10_seconds": p10,
-        "p90_seconds": p90,
-        "min_seconds": min(times),
-        "max_seconds": max(times),
-        "times_seconds": list(times),
-    }
+    percentiles = {"median": 50, "p10": 10, "p90": 90, "min": 0, "max": 100}
+    found = {f"{k}_seconds": float(np.percentile(times, v)) for k, v in percentiles.items()}
+    return found | {"times_seconds": list(times)}
 
 
 def run_benchmark(
     options: Options, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Measures; `report` is told what is being done.
+    """Measures, and gives the result as docs/benchmark.md describes it, ready for JSON.
 
-    Returns:
-      The result as docs/benchmark.md describes it, ready for JSON.
-
-    Raises:
-      UsageError: naming the flag, its value and the fix; also where memory does not suffice.
-      FloatingPointError: a program computes numbers that are not finite.
+    `report` is told what is being done. FloatingPointError for results that are not finite.
     """
     if options.ceiling_sizes and not options.ceiling:
         raise UsageError("--ceiling_sizes has no effect with --noceiling: leave one out")
@@ -110,7 +98,7 @@ def run_benchmark(
         row["mfu_of_ceiling"] = ceiling and of_one / ceiling["flops_per_second_per_device"]
         row["mfu_of_maker_peak"] = peak and of_one / peak
     device = mesh.devices.flat[0]
-    ratios = [row["median_seconds"] / rows[0]["median_seconds"] for row in rows[1:]]
+    ratios = [row["median_seconds"] / rows[0]["median_seconds"] for row in rows]
     idle = {"action", "devices", *(() if options.action == "sample" else ("steps", "cfg_scale"))}
     settings = dataclasses.asdict(options)
     return {
@@ -118,8 +106,8 @@ def run_benchmark(
         "settings": {name: settings[name] for name in settings if name not in idle},
         "models": rows,
         "comparison": [
-            {"model": options.model, "compared_with": row["model"], "times_as_fast": ratio}
-            for row, ratio in zip(rows[1:], ratios, strict=True)
+            {"model": options.model, "compared_with": name, "times_as_fast": ratio}
+            for name, ratio in zip(options.compare, ratios[1:], strict=True)
         ],
         "ceiling": ceiling,
         "maker_peak_bfloat16_flops_per_second_per_device": peak,
@@ -162,7 +150,7 @@ def _measured(
 
 
 def _figures(name: str, config: ConfigDict, program: Program, times: Sequence[float], mesh: Mesh):
-    experiment, median = experiment_from_config(config), statistics.median(times)
+    experiment, median = experiment_from_config(config), summary(times)["median_seconds"]
     size, counts = config.data.batch_size, xla_counts(program.compiled, mesh.size)
     flops = counts["flops_per_run_by_xla"]
     return {
@@ -193,12 +181,11 @@ def _errors(options: Options, name: str) -> Iterator[None]:
     """Names flags instead of fields, and makes one line of a lack of memory."""
     size = options.batch_size
     smaller = f"--batch_size={size // 2}" if size > 1 else "a smaller --image_size"
-    smaller += ", or --dtype=bfloat16, more devices"
-    smaller += ", --remat=blocks" * (options.action == "train")
+    others = "--dtype=bfloat16, more devices" + ", --remat=blocks" * (options.action == "train")
     flags = {"name": "model" if name == options.model else "compare", "num_steps": "steps"}
-    short = f"--batch_size={size}: {{}} for {name} in {options.dtype}; use {smaller}"
+    wanted = f"{name} in {options.dtype}; use {smaller}, or {others}"
     try:
-        with _memory_errors(short):
+        with _memory_errors(f"--batch_size={size}: {{}} for {wanted}"):
             yield
     except UsageError as error:
         field = r"(?<![\w.])(?:config\.)?(?:model|data|sampling)\.(\w+)(?=\W)"
@@ -224,11 +211,7 @@ def _memory_errors(message: str) -> Iterator[None]:
 def measure_ceiling(
     mesh: Mesh, dtype: str, sizes: Sequence[int] = (), seconds: float = 1.0
 ) -> dict[str, Any]:
-    """What the devices can do at best: products of square matrices, on all devices at a time.
-
-    Products follow one another, each of the result of the one before. The best of the sizes'
-    medians counts; no sizes are those that suit the platform.
-    """
+    """What the devices can do at best: products of square matrices, by the best size's median."""
     platform = mesh.devices.flat[0].platform
     products = 1 if platform == "cpu" else 8  # per run, so that starting a run does not count
     rows = []
@@ -238,18 +221,15 @@ def measure_ceiling(
         found = summary(measure(run, warmup=1, repeats=5, seconds=seconds)[""])
         flops = 2 * size**3 * products / found["median_seconds"]
         rows.append({"size": size, "flops_per_second_per_device": flops, **found})
-    best = max(row["flops_per_second_per_device"] for row in rows)
-    about = {"flops_per_second_per_device": best, "dtype": dtype, "products_per_run": products}
-    return about | {"sizes": rows}
+    best = {"flops_per_second_per_device": max(row["flops_per_second_per_device"] for row in rows)}
+    return best | {"dtype": dtype, "products_per_run": products, "sizes": rows}
 
 
 def _product(mesh: Mesh, dtype: str, size: int, products: int) -> Callable[[], Any]:
     split = PartitionSpec(mesh.axis_names)
 
     def multiply(a, b):
-        for _ in range(products):
-            a = a @ b
-        return a
+        return functools.reduce(jnp.matmul, [b] * products, a)
 
     def draw(key):
         key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))

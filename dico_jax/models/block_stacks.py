@@ -58,15 +58,13 @@ class Stage(nn.Module):
         return x
 
     def _stacked(self, params, names):
-        """The parameters of all blocks in one tree, cast first, so that what is copied is small."""
+        """The parameters of all blocks, cast first, so that what is copied is small."""
         if STACK in params:
             return jax.tree.map(lambda leaf: leaf.astype(self.dtype), params[STACK])
         blocks = (params[name] for name in names)
         return jax.tree.map(lambda *b: jnp.stack([x.astype(self.dtype) for x in b]), *blocks)
 
     def _pure_block(self):
-        """A block as a function (params, x, c) to the next x."""
-
         def run(params, x, c):
             return self.block(parent=None).apply({"params": params}, x, c)
 
@@ -78,10 +76,7 @@ class Stage(nn.Module):
 
 
 def map_stacks(function: Callable[..., Any], tree: Any, stages: Sequence[str]) -> Any:
-    """Joins the blocks of all `stages` in a tree that has parameters inside, such as a state.
-
-    `function` makes one leaf of the leaves of all blocks of a stage; no stages, no change.
-    """
+    """A tree with parameters inside, such as a state, its blocks joined leaf by leaf."""
 
     def is_parameters(node):
         return isinstance(node, dict) and bool(stages) and set(stages) <= node.keys()
@@ -147,9 +142,8 @@ def _of_stack(place):
 
 
 def _with_axes(place, change):
-    if not isinstance(place, NamedSharding):  # a single device
-        return place
-    return NamedSharding(place.mesh, PartitionSpec(*change(place.spec)))
+    known = isinstance(place, NamedSharding)  # else a single device
+    return NamedSharding(place.mesh, PartitionSpec(*change(place.spec))) if known else place
 
 
 class _Shared(nn.Partitioned):

@@ -68,10 +68,7 @@ def weighted(module, x, kernel_shape, kernel_init=xavier_uniform):
 
 
 class Dense(nn.Module):
-    """A linear layer over channels, or a 1x1 convolution; kernel (C, features).
-
-    Then the exact GELU if `with_gelu`, or, with a gate (N, features), times the gate.
-    """
+    """A linear layer over channels; then the exact GELU, or times a gate (N, features)."""
 
     features: int
     dtype: jnp.dtype
@@ -169,7 +166,7 @@ class DepthwiseConvGelu(nn.Module):
 
 
 class Named(nn.Module):
-    """A layer, made by `layer(name=...)`, one level deeper in the parameters, at `inner`."""
+    """A layer, made by `layer(name=inner)`, one level deeper in the parameters."""
 
     inner: str
     layer: Callable[..., nn.Module]

@@ -25,8 +25,7 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """3x3 convolution of x (N, H, W, C) by kernel (3, 3, C, D), zero padding 1 and stride 1.
 
     Few input channels, or an input smaller than the kernel, make one product of all nine
-    neighbours. Few output channels make one product whose results are shifted and added. Both keep
-    matrix units filled, where a convolution would not. What is left is a convolution.
+    neighbours; few output channels one whose results are shifted and added.
     """
     _, height, width, channels = x.shape
     features = kernel.shape[-1]

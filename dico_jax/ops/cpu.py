@@ -1,8 +1,7 @@
 """All that exists for XLA on CPU alone: functions computed apart, Winograd, cores, memory.
 
 Left alone, XLA for CPU computes an elementwise result again in every loop that reads it, and gives
-sums to a library (YNNPACK) that adds a few elements at a time. `apart` and `with_sums` tell it what
-to do. On other platforms the plain functions run.
+sums to a library (YNNPACK) that adds a few elements at a time: `apart` and `with_sums` prevent it.
 """
 
 import ctypes
@@ -31,10 +30,9 @@ Function = Callable[..., Any]
 
 
 def apart(function: Function, *operands: jax.Array, on_cpu: Function | None = None) -> Any:
-    """The arrays function(*operands), each computed once on CPU, from operands computed once.
+    """The arrays function(*operands), on CPU each computed once, by `on_cpu` if it is given.
 
-    A sum over the batch does not belong into it: devices that split the batch would have to wait
-    for each other inside. `on_cpu` takes its place on CPU, with the same results.
+    No sum over the batch may be inside: devices that split it would have to wait for each other.
     """
     if sum(x.size for x in operands) < LARGE:
         return function(*operands)
@@ -155,13 +153,13 @@ def _transformed(matrix, parts):
     return tuple(combined(row, column) for row in matrix for column in matrix)
 
 
-def _square(arrays):
+def _transformed_square(matrix, arrays):
     side = round(len(arrays) ** 0.5)
-    return [arrays[k : k + side] for k in range(0, len(arrays), side)]
+    return _transformed(matrix, [arrays[k : k + side] for k in range(0, len(arrays), side)])
 
 
 def _of_products(*products):
-    return _transformed(_RESULT, _square(products))
+    return _transformed_square(_RESULT, products)
 
 
 def _inputs(x):
@@ -214,7 +212,7 @@ def _kernel_gradient(x, kernel, dy):
         return lax.dot_general(v, w, (((0,), (0,)), ((), ())))
 
     def of_sums(*sums):
-        return jnp.stack(_transformed(_KERNEL.T, _square(sums))).reshape(kernel.shape)
+        return jnp.stack(_transformed_square(_KERNEL.T, sums)).reshape(kernel.shape)
 
     sums = [product(v, w) for v, w in zip(_inputs(x), apart(of_results, dy), strict=True)]
     return apart(of_sums, *sums)
@@ -225,10 +223,8 @@ def use_all_cores(
 ) -> None:
     """Makes devices of the cores where there is no accelerator; call it before JAX is used.
 
-    Operations that XLA splits over threads leave cores idle between them; images that are split
-    over devices do not. At most 8, because every device has its own copy of the weights, and as
-    many as fit. A number that XLA_FLAGS or JAX_NUM_CPU_DEVICES names stays. With `keep_memory`
-    glibc's malloc keeps memory from run to run, where JAX will run on CPU.
+    At most 8, because every device has its own copy of the weights, and as many as fit. A number
+    that XLA_FLAGS or JAX_NUM_CPU_DEVICES names stays. See `_keep_freed_memory` for `keep_memory`.
     """
     named = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not named and jax.config.values["jax_num_cpu_devices"] == -1:
@@ -255,8 +251,7 @@ def _cpu_only() -> bool:
 def _keep_freed_memory() -> None:
     """Makes glibc's malloc keep what a run frees for the next one, in pages of 2 MB.
 
-    XLA takes the memory of all activations anew for every run, and the kernel would clear it again:
-    a quarter of a training step's time. Pages are named while malloc has them, which touches none.
+    Else the kernel clears the memory of all activations again: a quarter of a training step's time.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
@@ -269,7 +264,7 @@ def _keep_freed_memory() -> None:
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     page, pages = os.sysconf("SC_PAGESIZE"), os.sysconf("SC_PHYS_PAGES") // 2
     block = libc.malloc(pages * page)
-    if block:  # else the system does not promise that much: all works, with small pages
+    if block:  # else the system does not promise that much; naming pages touches none
         start = -(-block // page) * page
         libc.madvise(start, (pages - 1) * page, madv_hugepage)
         libc.free(block)

@@ -1,7 +1,7 @@
 """Linear layers over channels, or 1x1 convolutions, with gradients of their own.
 
-Biases and gates get gradients that are summed in float32 or better. The kernel's is a product that
-needs one of its arrays in another order: written as here, XLA for CPU moves the smaller ones only.
+Biases and gates get gradients that are summed in float32 or better; XLA for CPU brings the smaller
+ones of the arrays into another order.
 """
 
 import jax

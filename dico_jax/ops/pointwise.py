@@ -1,7 +1,7 @@
 """GELU, vectors over positions, and modulated layer normalisation, with gradients of their own.
 
-Derived gradients keep more arrays, and sum as many terms as there are positions in the dtype of the
-activations: in bfloat16 a sum of ones stops at 256.
+Derived gradients keep more arrays (of the norm four as large as x), and sum over positions in the
+dtype of the activations: in bfloat16 a sum of ones stops at 256.
 """
 
 import math
@@ -18,10 +18,7 @@ EPSILON = 1e-6
 
 @Operation
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, by erf as PyTorch takes it; JAX's takes erfc, which costs more.
-
-    The gradient keeps x and the result, which what follows keeps anyway; the derived one keeps erf.
-    """
+    """The exact GELU, by erf as PyTorch takes it; JAX's takes erfc, which costs more."""
     return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
@@ -104,10 +101,7 @@ def layer_norm(x: jax.Array) -> jax.Array:
 
 @Operation
 def norm_modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """`layer_norm` of x (N, ..., C), times 1 + scale (N, C), plus shift (N, C).
-
-    The gradient keeps x; the derived one keeps and reads four arrays as large.
-    """
+    """`layer_norm` of x (N, ..., C), times 1 + scale (N, C), plus shift (N, C)."""
     return layer_norm(x) * (1 + _over(scale, x)) + _over(shift, x)
 
 
