@@ -208,16 +208,11 @@ def normal_kl(mean1, log_variance1, mean2, log_variance2) -> jax.Array:
 
 
 def discretized_gaussian_log_likelihood(x, mean, log_scale) -> jax.Array:
-    """The log-probability of 8-bit data under a Gaussian, per element, in nats.
+    """The log-probability of 8-bit data x in [-1, 1] (or latents) under a Gaussian, in nats.
 
     DDPM (arXiv 2006.11239) equation 13: the mass of a bin of width 2/255 around x, the bins at -1
     and 1 reaching to infinity, with the tanh approximation of the normal distribution function that
     the published models are trained with. A mass below 1e-12 counts as 1e-12.
-
-    Args:
-      x: data in [-1, 1] (latents are treated alike).
-      mean: the Gaussian's mean, to broadcast against x.
-      log_scale: the logarithm of its standard deviation.
     """
     # The mass is the difference of two sigmoids, F(a) - F(b). Subtracted as such, as the published
     # code does, it is rounding noise in float32 from four standard deviations on; its logarithm
@@ -246,15 +241,8 @@ def vb_terms(
     """One term of the variational bound per example: (N,), in bits per dimension.
 
     DDPM (arXiv 2006.11239) equation 5: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and at index
-    0 the negative log-likelihood of x_0, see `discretized_gaussian_log_likelihood`.
-
-    Args:
-      diffusion: the process and the meaning of the output.
-      model_output: what the model returned for x_t, (N, ..., C) or (N, ..., 2C).
-      x0: clean data, (N, ..., C).
-      x_t: `q_sample(diffusion, x0, t, noise)`.
-      t: (N,) indices into the (respaced) process.
-      clip_denoised: clip the predicted x_0 to [-1, 1].
+    0 the negative log-likelihood of x_0, see `discretized_gaussian_log_likelihood`. Arguments are
+    those of `p_mean_variance` and `q_posterior`.
     """
     x0, x_t, model_output = as_float(x0, x_t, model_output)
     q = q_posterior(diffusion, x0, x_t, t)

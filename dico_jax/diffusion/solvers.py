@@ -190,18 +190,8 @@ def ddim_step(
     """One step of DDIM (arXiv 2010.02502), equations 12 and 16.
 
     The noise is derived anew from the predicted x_0, which counts where that was clipped. The
-    model's variance is not used.
-
-    Args:
-      objective, model_output, x, i, clip_denoised: as for `ddpm_step`.
-      noise: standard normal of x's shape; without effect at index 0; may be None with eta=0.
-      eta: a Python number from 0 (deterministic) to 1 (the posterior's variance).
-
-    Returns:
-      x at point i and the predicted x_0, (N, ..., C), in float32 or better.
-
-    Raises:
-      UsageError: another eta, or a number of output channels that does not fit.
+    model's variance is not used. Arguments and results are those of `ddpm_step`, but noise may be
+    None with eta=0; eta is a Python number from 0 (deterministic) to 1 (the posterior's variance).
     """
     check_eta(eta)
     x, model_output = as_float(x, model_output)

@@ -97,14 +97,9 @@ def from_pytorch(
       image_size: side in pixels of the images; None for that of the run, or 256.
       num_classes: where the label tables have as many rows, there is no null class.
       num_heads: of a DiT of no published width.
-      training: from a training checkpoint, write the whole state (`params`, `ema_params`,
-        `opt_state`), so that the run can go on.
+      training: write the whole state of a training checkpoint, so that the run can go on.
 
-    Returns:
-      What was found and done, in two lines.
-
-    Raises:
-      UsageError: something cannot be read, does not fit, or may not be written; nothing is left.
+    Returns what was found and done, in two lines; after a UsageError nothing is left.
     """
     source, out = os.fspath(source), os.fspath(out)
     if model is not None:
@@ -178,11 +173,7 @@ def to_pytorch(
       rate_of: gives the learning rate for a config and a number of steps taken; needed for training
         checkpoints of runs whose rate changes.
 
-    Returns:
-      What was done, in a line.
-
-    Raises:
-      UsageError: something is missing, or may not be written; nothing is left.
+    Returns what was done, in a line; after a UsageError nothing is left.
     """
     ckpt, out = os.fspath(ckpt), os.fspath(out)
     suffix = pathlib.PurePath(out).suffix.lower()
@@ -295,15 +286,8 @@ def converted_config(
 ) -> dict[str, Any]:
     """A complete config, as plain JSON values, for weights that came without one.
 
-    Args:
-      model: the fields of `config.model` that the weights decide.
-      size_divisor: of the network.
-      image_size: side of the images in pixels; None takes it from the run's arguments, from the
-        position table, or as 256, in this order.
-      tokens: rows of the position table of a DiT.
-      arguments: of the training script, as a training checkpoint has them.
-      optimizer: fields of `config.optimizer`; None for the published ones.
-      step: how many steps the weights were trained, as far as is known.
+    `model` are its fields that the weights decide. An image_size of None is that of the run's
+    `arguments`, of the position table's `tokens`, or 256, in this order.
     """
     config = copy.deepcopy(DEFAULTS)
     downsampling = _LATENT_DOWNSAMPLING

@@ -12,10 +12,6 @@ def local_file(name: str | os.PathLike) -> str:
     """The path of a file: `name` itself, or where huggingface_hub has put hf://OWNER/REPO/FILE.
 
     Of an index of sharded .safetensors, the shards are fetched too.
-
-    Raises:
-      UsageError: the name is not of that form, huggingface_hub is not installed, or the download
-        failed.
     """
     name = os.fspath(name)
     if not is_remote(name):

@@ -98,13 +98,7 @@ class Health:
 def load_params(tensors: Mapping[str, Any], abstract_params: Any, key_map: KeyMap) -> Any:
     """The parameter tree of a state dict, read now: float32 NumPy arrays, C-contiguous.
 
-    Args:
-      tensors: lazy tensors by name, see `torch_files.select_weights`.
-      abstract_params: the tree to fill (arrays or ShapeDtypeStructs).
-      key_map: of the network.
-
-    Raises:
-      UsageError: tensors are missing, unexpected, misshapen, or hold no floats; all are listed.
+    UsageError: tensors are missing, unexpected, misshapen, or hold no floats; all are listed.
     """
     health = Health()
     tree = deferred_tree(tensors, entries(abstract_params, key_map), key_map, health)

@@ -47,14 +47,9 @@ class AdamWState(NamedTuple):
 def read_adamw(state_dict: object, declared: Iterable[str], wanted: list[Entry]) -> AdamWState:
     """AdamW's state from PyTorch's `state_dict`, tensors unread but for the step counters.
 
-    Args:
-      state_dict: the optimizer's, with lazy tensors.
-      declared: the names of all tensors of the model, in the order of its own state dict.
-      wanted: the trained parameters.
-
-    Raises:
-      UsageError: it is no state of AdamW over one group of these parameters, or one that Optax's
-        AdamW does not have. All missing and misshapen averages are listed.
+    `declared` are the names of all tensors of the model, in order, `wanted` the trained parameters.
+    UsageError: it is no state of AdamW over one group of these that Optax's AdamW could have; all
+    missing and misshapen averages are listed.
     """
     state, group = _parts(state_dict)
     numbers = _numbers(group, list(declared))

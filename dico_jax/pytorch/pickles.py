@@ -87,20 +87,13 @@ class Storage:
 def load(stream: PickleBytes, where: str, size: int, storage: Callable[[Any], Storage]) -> Any:
     """The value of the pickle that begins where the stream is, which is left behind it.
 
-    Args:
-      stream: the bytes.
-      where: what messages call it, with its file.
-      size: of the file; its tensors may not be far larger.
-      storage: gives the storage of a persistent id.
+    Messages call it `where`. `size` is the file's: its tensors may not be far larger. `storage`
+    gives the storage of a persistent id.
 
-    Returns:
-      A tree of dict, OrderedDict, list, tuple, argparse.Namespace, str, int, float, bool, None,
-      np.dtype (for a torch dtype) and Deferred (for a tensor or parameter). torch.Size becomes a
-      tuple. Attributes of an OrderedDict (`_metadata` of a state dict) are dropped.
-
-    Raises:
-      UsageError: it asks for anything else, is malformed, contains itself, or would be far larger
-        in memory than any checkpoint.
+    The value is a tree of dict, OrderedDict, list, tuple, argparse.Namespace, str, int, float,
+    bool, None, np.dtype (for a torch dtype) and Deferred (for a tensor or parameter). torch.Size
+    becomes a tuple; attributes of an OrderedDict are dropped. UsageError: it asks for anything
+    else, is malformed, contains itself, or would be far larger than any checkpoint.
     """
     with refusing(where, "is refused"):
         tree = _Unpickler(stream, storage).load()

@@ -86,11 +86,6 @@ def write_safetensors(
       tensors: by name: arrays (also of JAX) or `Deferred`, made one at a time, of `DTYPES`.
       metadata: strings by name; by default {"format": "pt"}, which some readers want to see.
       on_bytes: called with the number of bytes whenever some were written.
-
-    Raises:
-      UsageError: the folder is missing, not writable or full.
-      TypeError: a dtype that is none of `DTYPES`.
-      ValueError: a name that is no string, or a lazy tensor that is not what it had announced.
     """
     metadata = {"format": "pt"} if metadata is None else dict(metadata)
     for name in (*metadata, *metadata.values(), *tensors):

@@ -85,9 +85,6 @@ class InputFile:
     """An ordinary file, read by byte ranges; threads may share it.
 
     `on_bytes` is called with the number of bytes whenever tensor data was read.
-
-    Raises:
-      UsageError: there is no such file, it is a folder or a device, or it may not be read.
     """
 
     def __init__(self, path: str | os.PathLike, on_bytes: Callable[[int], object] | None = None):

@@ -30,13 +30,8 @@ _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.co
 class TensorFile(contextlib.ExitStack):
     """An open file of tensors; a context manager, after which tensors cannot be read (ValueError).
 
-    Attributes:
-      path: the file, as it was given.
-      format: "pt", "safetensors" or "sharded safetensors".
-      tree: what the file holds, with a Deferred for each tensor. From .pt: dict, OrderedDict,
-        list, tuple, argparse.Namespace, str, int, float, bool, None, np.dtype. From .safetensors:
-        a dict of tensors by name.
-      metadata: strings by name (only .safetensors have them).
+    `format` is "pt", "safetensors" or "sharded safetensors"; `tree` what the file holds, with a
+    Deferred for each tensor, see `pickles.load`, or a dict of tensors; `metadata` are strings.
     """
 
     def __init__(
@@ -62,14 +57,9 @@ def open_tensors(
     """Opens a .pt, .pth or .safetensors file, or the index of sharded .safetensors.
 
     Only the structure is read here. The format follows from the suffix (.pt, .pth, .bin, .ckpt;
-    .safetensors; .json for an index), without one of these from the first bytes.
-
-    Args:
-      path: the file.
-      on_bytes: called with the number of bytes whenever some of a tensor were read.
-
-    Raises:
-      UsageError: the file is missing, damaged, of another kind, or holds something that is refused.
+    .safetensors; .json for an index), without one of these from the first bytes. `on_bytes` is
+    called with the number of bytes whenever some of a tensor were read. UsageError: the file is
+    missing, damaged, of another kind, or holds something that is refused.
     """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1].lower()
@@ -105,10 +95,6 @@ def select_weights(tree: object, weights: str = "auto") -> Weights:
       tree: a TensorFile, its tree, or a tree of arrays.
       weights: "ema", "model", or "auto": the EMA weights where there are some. A plain state dict
         answers to "auto" and "model".
-
-    Raises:
-      UsageError: the checkpoint has no such weights (it says which it has), they hold values that
-        are no tensors, or `weights` is none of the three.
     """
     name = tree.path if isinstance(tree, TensorFile) else "the checkpoint"
     if weights not in ("auto", "ema", "model"):

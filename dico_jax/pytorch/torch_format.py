@@ -230,10 +230,8 @@ def write_pt(
       on_bytes: called with the number of bytes whenever some of a tensor were written.
 
     Raises:
-      UsageError: the folder is missing, not writable or full.
       TypeError: the tree holds something else, or a tensor whose dtype is none of `DTYPES`.
-      ValueError: the tree is nested more than 64 levels deep or holds itself, or a lazy tensor is
-        not what it had announced.
+      ValueError: it is nested more than 64 levels deep, or a lazy tensor is not as announced.
     """
     tensors: list[Any] = []
     pickled = io.BytesIO()

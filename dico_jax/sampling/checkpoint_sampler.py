@@ -80,9 +80,6 @@ class CheckpointSampler:
           seed: decides, with an image's index, all its noise.
           overrides: fields of `config.sampling` to change.
           vae: in place of the config's autoencoder, see `choose_autoencoder`.
-
-        Raises:
-          UsageError: no such checkpoint or autoencoder, or options that cannot work.
         """
         saved = SavedWeights(ckpt, None if ema_width is not None else step)
         config = ConfigDict(saved.config)
@@ -146,16 +143,8 @@ class CheckpointSampler:
     def save(self, out: str, *, num_images: int, classes: str = "all", npz: str | None = None):
         """Writes OUT/000000.png and on, grid.png and sampling.json (how they were made).
 
-        Images that an earlier call with the same settings left are kept and not made again.
-
-        Args:
-          out: the folder.
-          num_images: how many images.
-          classes: see `ClassConditional.parse_conditions`.
-          npz: also write all images as arr_0 (uint8 NHWC) and their labels as arr_1 into this file.
-
-        Raises:
-          UsageError: a wrong class, or a folder that holds images made in another way.
+        Images that an earlier call with the same settings left are kept and not made again; with
+        others it is refused. `npz` also gets all images, arr_0 (uint8 NHWC), and labels, arr_1.
         """
         conditions = self.conditions(num_images, classes)
         folder = pathlib.Path(out)

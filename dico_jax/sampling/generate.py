@@ -84,14 +84,10 @@ def make_generate_fn(
       objective: with the steps of sampling.
       autoencoder: decodes; its weights are put on the devices once.
       latent_shape: (H, W, C) of the network's input.
-      options: how to sample.
+      options: how to sample; guidance without a null condition is a UsageError.
       mesh: images are split over it.
       load: reads the autoencoder's weights now; False leaves that, and what may be wrong with
         them, to the first images.
-
-    Raises:
-      UsageError: guidance is asked of a model without a null condition, or the weights of the
-        autoencoder cannot be read.
     """
     sample_latents = make_latents_fn(model, objective, latent_shape, options)
 
@@ -127,14 +123,8 @@ def generate_images(
 ) -> Iterator[np.ndarray]:
     """Images start, start + 1, ... batch by batch: uint8 (<= batch_size, H, W, C).
 
-    Args:
-      generate: see `make_generate_fn`.
-      params: the weights.
-      conditions: a tree of arrays (N, ...), those of every image from 0 on.
-      batch_size: images at a time. Every batch has the same size on the devices (one compilation),
-        rounded up to a multiple of num_devices; what is over at the end is cut off.
-      num_devices: size of the mesh.
-      start: the first image to make.
+    `conditions` are a tree of arrays (N, ...), those of every image from 0 on. Every batch has one
+    size on the devices, a multiple of num_devices; what is over at the end is cut off.
     """
     count = len(jax.tree.leaves(conditions)[0])
     size = -(-min(batch_size, count) // num_devices) * num_devices

@@ -17,15 +17,7 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
 
 
 def image_grid(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
-    """Rows of images, each with a label at its left.
-
-    Args:
-      rows: per row, uint8 (N, H, W, 1 or 3); N may differ between rows.
-      labels: one text per row.
-
-    Returns:
-      uint8 (height, width, 3).
-    """
+    """Rows of uint8 images (N, H, W, 1 or 3), each with a label at its left: uint8 (H, W, 3)."""
     height, width = rows[0].shape[1:3]
     zoom = max(1, _MIN_CELL // max(height, width))
     height, width, columns = height * zoom, width * zoom, max(map(len, rows))
