@@ -154,10 +154,8 @@ def _picture_channels(config: ConfigDict, experiment: Experiment) -> int:
     if experiment.autoencoder.encode_moments is not None:
         return 3
     if name != "identity":
-        fix = (
-            f"cannot encode the pictures of config.data.source={config.data.source!r}: use "
-            "'sd_vae', or prepare latents with dico_jax.prepare"
-        )
+        what = f"cannot encode the pictures of config.data.source={config.data.source!r}"
+        fix = f"{what}: use 'sd_vae', or prepare latents with dico_jax.prepare"
         raise UsageError("autoencoder.name", name, fix)
     if channels not in (1, 3):
         fix = "does not fit pictures without an autoencoder: use 3, or 1 for grey"
@@ -173,11 +171,9 @@ def _check_latents(
         _check_prepared(config, experiment, source)
         channels //= 2  # means and log variances
     if (height, width, channels) != experiment.latent_shape:
-        raise UsageError(
-            f"data.image_size={config.data.image_size} with "
-            f"config.model.in_channels={config.model.in_channels} needs examples of shape "
-            f"{experiment.latent_shape}, but {source!r} has {(height, width, channels)}"
-        )
+        what = f"with config.model.in_channels={config.model.in_channels} needs examples of shape"
+        fix = f"{what} {experiment.latent_shape}, but {source!r} has {(height, width, channels)}"
+        raise UsageError("data.image_size", config.data.image_size, fix)
 
 
 def _check_prepared(config: ConfigDict, experiment: Experiment, source: PreparedLatents) -> None:
@@ -187,11 +183,9 @@ def _check_prepared(config: ConfigDict, experiment: Experiment, source: Prepared
     wanted = source.manifest.plan.encoder_digest
     found = experiment.autoencoder.encoder_digest  # reads the weights
     if found is not None and found != wanted:
-        raise UsageError(
-            f"autoencoder.path={config.autoencoder.path} is not the autoencoder that encoded "
-            f"{source!r} (encoders {found[:12]} and {wanted[:12]}): use that one, or prepare the "
-            "latents again"
-        )
+        what = f"is not the autoencoder that encoded {source!r}"
+        fix = f"{what} (encoders {found[:12]} and {wanted[:12]}): use that one, or prepare again"
+        raise UsageError(f"autoencoder.path={config.autoencoder.path} {fix}")
 
 
 def check_training(config: ConfigDict) -> None:

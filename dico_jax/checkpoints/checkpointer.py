@@ -54,9 +54,8 @@ class Checkpointer(StepWriter):
             if "converted" not in reader.read_meta(folder):
                 raise DamagedCheckpointError(folder, "opt_state is missing")
             fix = f"give another --workdir, and --config.training.init_from={self._folder.parent}"
-            raise UsageError(
-                f"{self._folder} has converted weights without a training state: {fix}"
-            )
+            what = "has converted weights without a training state"
+            raise UsageError(f"{self._folder} {what}: {fix}")
         trees = jax.tree.map(_abstract, _trees(target))
         try:
             if differing := reader.differences(*_shapes(folder, trees)):

@@ -123,11 +123,9 @@ def split_output(diffusion: Diffusion, model_output, num_channels: int):
     """
     expected = num_channels * (2 if diffusion.learns_variance else 1)
     if model_output.shape[-1] != expected:
-        raise UsageError(
-            f"the model returned {model_output.shape[-1]} channels for data of {num_channels}, and "
-            f"variance={diffusion.variance!r} needs {expected}: give the model and the diffusion "
-            "the same learn_sigma"
-        )
+        what = f"the model returned {model_output.shape[-1]} channels for data of {num_channels}"
+        fix = f"needs {expected}: give the model and the diffusion the same learn_sigma"
+        raise UsageError(f"{what}, and variance={diffusion.variance!r} {fix}")
     if not diffusion.learns_variance:
         return model_output, None
     return model_output[..., :num_channels], model_output[..., num_channels:]

@@ -47,11 +47,9 @@ def classifier_free_guidance(
     guided = CFG_CHANNELS[cfg_channels](num_channels)
     cond, uncond = as_float(cond, uncond)
     if cond.shape != uncond.shape or cond.shape[-1] not in (num_channels, 2 * num_channels):
-        raise UsageError(
-            f"guidance of outputs {cond.shape} (condition) and {uncond.shape} (null) for "
-            f"num_channels={num_channels}: both must have {num_channels} or {2 * num_channels} "
-            "channels, on the last axis, and one shape"
-        )
+        what = f"guidance of outputs {cond.shape} (condition) and {uncond.shape} (null)"
+        fix = f"both must have {num_channels} or {2 * num_channels} channels and one shape"
+        raise UsageError(f"{what} for num_channels={num_channels}: {fix}")
     scale = jnp.asarray(scale, cond.dtype)
     mixed = uncond[..., :guided] + scale * (cond[..., :guided] - uncond[..., :guided])
     return jnp.concatenate([mixed, cond[..., guided:]], axis=-1)

@@ -159,10 +159,8 @@ def respaced_timesteps(
         else:
             counts = [operator.index(n) for n in np.atleast_1d(np.asarray(respacing))]
     except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"{shown} is not understood: use '' (all steps), a number such as '250', numbers per "
-            "section such as '10,15,20', or 'ddim50'"
-        ) from error
+        fix = "use '' (all steps), a number such as '250', '10,15,20' (per section), or 'ddim50'"
+        raise UsageError(f"{shown} is not understood: {fix}") from error
     return (_strided if strided else _sections)(num_steps, counts, shown)
 
 
@@ -172,27 +170,23 @@ def _strided(num_steps: int, counts: list[int], shown: str) -> np.ndarray:
     count = counts[0]
     if len(counts) > 1 or count not in lengths:
         near = sorted(lengths, key=lambda n: abs(n - count))[:2]
-        raise UsageError(
-            f"{shown}: no whole stride over {num_steps} timesteps keeps exactly {count} of them; "
-            f"use {' or '.join(repr(f'ddim{n}') for n in sorted(near)) or repr('')}"
-        )
+        fix = f"use {' or '.join(repr(f'ddim{n}') for n in sorted(near)) or repr('')}"
+        what = f"no whole stride over {num_steps} timesteps keeps exactly {count} of them"
+        raise UsageError(f"{shown}: {what}; {fix}")
     return np.arange(0, num_steps, lengths[count], dtype=np.int64)
 
 
 def _sections(num_steps: int, counts: list[int], shown: str) -> np.ndarray:
     if min(counts, default=0) < 0 or sum(counts) < 1:
-        raise UsageError(
-            f"{shown} must keep at least 1 timestep, and none of its numbers be below 0"
-        )
+        fix = "must keep at least 1 timestep, and none of its numbers be below 0"
+        raise UsageError(f"{shown} {fix}")
     size, remainder = divmod(num_steps, len(counts))
     kept, start = [], 0
     for index, count in enumerate(counts):
         length = size + (index < remainder)
         if count > length:
-            raise UsageError(
-                f"{shown}: section {index + 1} of {len(counts)} has {length} timesteps (of "
-                f"{num_steps}) and cannot keep {count}; use at most {length} there"
-            )
+            what = f"section {index + 1} of {len(counts)} has {length} timesteps (of {num_steps})"
+            raise UsageError(f"{shown}: {what} and cannot keep {count}; use at most {length} there")
         kept.append(start + _spread(length, count))
         start += length
     return np.concatenate(kept)

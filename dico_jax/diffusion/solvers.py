@@ -251,10 +251,8 @@ def sample_loop(
     """
     solver = find_solver(sampler)(eta)
     if solver.draws_noise and noise_fn is None:
-        raise UsageError(
-            f"sampler={sampler!r} with eta={eta} draws noise at every step: give a noise_fn, or "
-            "use sampler='ddim' with eta=0"
-        )
+        fix = "draws noise at every step: give a noise_fn, or use sampler='ddim' with eta=0"
+        raise UsageError(f"sampler={sampler!r} with eta={eta} {fix}")
     draw = noise_fn if solver.draws_noise else None
     path = Path(objective, model_fn, clip_denoised)
 

@@ -299,10 +299,9 @@ class NpzImages(ImageSet):
                 nbytes = file.zip.getinfo("arr_0.npy").file_size - stream.tell()
         wrong = len(shape) != 4 or 0 in shape or shape[3] not in (1, 3) or dtype != np.uint8
         if wrong or fortran_order or nbytes != math.prod(shape):
-            raise UsageError(
-                f"{path}, arr_0 is {dtype}{list(shape)}{' in Fortran order' * fortran_order} of "
-                f"{nbytes} bytes: uint8 images from 0 to 255 (N, H, W, 1 or 3) are expected"
-            )
+            what = f"{dtype}{list(shape)}{' in Fortran order' * fortran_order} of {nbytes} bytes"
+            fix = "uint8 images from 0 to 255 (N, H, W, 1 or 3) are expected"
+            raise UsageError(f"{path}, arr_0 is {what}: {fix}")
         self._count, self.shape = shape[0], shape[1:]
 
     def __len__(self):

@@ -309,11 +309,9 @@ def converted_config(
     data["image_size"] = image_size or said.get("image_size", data["image_size"])
     step_size = downsampling * size_divisor
     if data["image_size"] % step_size:
-        raise UsageError(
-            "config.data.image_size", data["image_size"],
-            f"must be a multiple of {step_size} (latents are {downsampling} times smaller, and the "
-            f"network's input must divide by {size_divisor}): give another --image_size",
-        )  # fmt: skip
+        what = f"latents are {downsampling} times smaller, and divide by {size_divisor}"
+        fix = f"must be a multiple of {step_size} ({what}): give another --image_size"
+        raise UsageError("config.data.image_size", data["image_size"], fix)
     return config
 
 

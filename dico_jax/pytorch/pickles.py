@@ -107,10 +107,9 @@ def load(stream: PickleBytes, where: str, size: int, storage: Callable[[Any], St
                 raise ValueError(f"it stands for over {_MAX_VALUES} values, by shared ones")
     # A few bytes of expanded tensors could ask for terabytes.
     if total > _MAX_TOTAL_FACTOR * size + _MAX_TOTAL_FREE:
-        raise UsageError(
-            f"{where}: the file is {size} bytes long, and its tensors would be {total} bytes: "
-            "refused, as views of a few stored numbers; save them with .contiguous()"
-        )
+        what = f"the file is {size} bytes long, and its tensors would be {total} bytes: refused"
+        fix = "save views of a few stored numbers with .contiguous()"
+        raise UsageError(f"{where}: {what}; {fix}")
     return tree
 
 

@@ -197,10 +197,8 @@ def tensor(
     span = 1 + sum((d - 1) * s for d, s in zip(shape, strides, strict=True))
     needed = (offset + span) * dtype.itemsize if math.prod(shape) else 0
     if needed > blob.nbytes:
-        raise UsageError(
-            f"{where} reaches past its storage: shape {list(shape)}, strides {list(strides)} and "
-            f"offset {offset} need {needed} bytes of {blob.nbytes}"
-        )
+        what = f"shape {list(shape)}, strides {list(strides)} and offset {offset} need {needed}"
+        raise UsageError(f"{where} reaches past its storage: {what} bytes of {blob.nbytes}")
 
     def read() -> np.ndarray:
         if not math.prod(shape):
@@ -209,9 +207,8 @@ def tensor(
         blob.read_into(offset * dtype.itemsize, raw.data)
         # Any other byte makes a NumPy bool that is neither true nor false.
         if dtype == np.bool_ and raw.max() > 1:
-            raise UsageError(
-                f"{blob.file.name} is damaged: a bool in {shown(blob.name)} is not 0/1"
-            )
+            what = f"a bool in {shown(blob.name)} is not 0/1"
+            raise UsageError(f"{blob.file.name} is damaged: {what}")
         steps = tuple(s * dtype.itemsize for s in strides)
         return np.asarray(np.ndarray(shape, dtype, raw.data, 0, steps), order="C")
 

@@ -151,15 +151,13 @@ def _root(file: InputFile, names: list[str]) -> str:
     roots = [n[: -len("data.pkl")] for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
     if any(n.endswith("/constants.pkl") and n.count("/") == 1 for n in names):
         how = "torch.save(torch.jit.load(old).state_dict(), new)"
-        raise UsageError(
-            f"{file.name} is a TorchScript archive; save its weights with PyTorch: {how}"
-        )
+        what = "is a TorchScript archive; save its weights with PyTorch"
+        raise UsageError(f"{file.name} {what}: {how}")
     if len(roots) != 1:
         hold = "several data.pkl" if roots else "no FOLDER/data.pkl"
         what = ", ".join(shown(n, 40) for n in names[:3])
-        raise UsageError(
-            f"{file.name} is a zip file with {hold}: torch.save did not write it (it has {what})"
-        )
+        why = f"with {hold}: torch.save did not write it"
+        raise UsageError(f"{file.name} is a zip file {why} (it has {what})")
     return roots[0]
 
 

@@ -49,10 +49,8 @@ def _vae_errors(vae: str | None) -> Iterator[None]:
         if not text.startswith(field):
             raise
         said = f"config.{text}" if vae is None else text.replace(field, "--vae=", 1)
-        raise UsageError(
-            f"{said.removesuffix(WAYS_OUT)}; give --vae=FILE, or --vae={PREVIEW} for small "
-            "false-colour pictures"
-        ) from error
+        fix = f"give --vae=FILE, or --vae={PREVIEW} for small false-colour pictures"
+        raise UsageError(f"{said.removesuffix(WAYS_OUT)}; {fix}") from error
 
 
 class CheckpointSampler:

@@ -37,10 +37,9 @@ def make_latents_fn(
     Arguments and errors are those of `make_generate_fn`.
     """
     if options.cfg_scale != 1.0 and model.null_condition(1) is None:
-        raise UsageError(
-            f"sampling.cfg_scale={options.cfg_scale} needs a model that was trained to do without "
-            "its condition (model.class_dropout_prob above 0): use sampling.cfg_scale=1"
-        )
+        what = "needs a model that was trained to do without its condition"
+        fix = f"{what} (model.class_dropout_prob above 0): use sampling.cfg_scale=1"
+        raise UsageError("sampling.cfg_scale", options.cfg_scale, fix)
 
     def sample_latents(params, indices, conditions):
         keys = image_keys(options.seed, indices)
