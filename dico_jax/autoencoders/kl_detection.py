@@ -107,15 +107,7 @@ def _checked(options: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def detect_config(shapes: Shapes, options: Mapping[str, Any]) -> KLConfig:
-    """The sizes that names and shapes show, with the options that they do not show.
-
-    Args:
-      shapes: of a state dict, see `key_maps.known_names`.
-      options: fields of `KLConfig`; without norm_num_groups and scaling_factor, the defaults.
-
-    Raises:
-      UsageError: these are no weights of such a network, or the options say otherwise.
-    """
+    """The sizes that shapes show, with `options` (or defaults) for those that they do not."""
     widths, depth = _levels(shapes)
     if not any(key.startswith("quant_conv.") for key in shapes):
         what = "the file has no quant_conv (use_quant_conv=False), as newer autoencoders"

@@ -47,10 +47,7 @@ RELEASED = re.compile(r"hf://stabilityai/sd-vae-ft-(ema|mse)/.")
 _CONFIG = "config.json"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # Prefixes of what belongs to each half.
-_PARTS = {
-    "encoder": ("encoder.", "quant_conv."),
-    "decoder": ("decoder.", "post_quant_conv."),
-}
+_PARTS = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +107,8 @@ def open_kl(
 ) -> Iterator[KLFile]:
     """Opens the file, folder or address of an autoencoder; a context manager.
 
-    Args:
-      source: as the module says.
-      norm_num_groups, scaling_factor: in place of what config.json says, or 32 and 0.18215.
-
-    Raises:
-      UsageError: it cannot be read, is no autoencoder or one that this network is not; all missing,
-        unexpected and misshapen tensors are listed.
+    The options are in place of what config.json says, or 32 and 0.18215. UsageError: it is no such
+    autoencoder; all missing, unexpected and misshapen tensors are listed.
     """
     path, config_path = _locate(os.fspath(source))
     with open_tensors(path) as file:
@@ -154,9 +146,6 @@ def _locate(source: str) -> tuple[str, str | None]:
     return str(path), str(config) if config.is_file() else None
 
 
-# Files that `convert vae` wrote.
-
-
 def _converted_tensors(file: TensorFile) -> dict[str, Deferred]:
     refs = {tuple(name.split("/")): ref for name, ref in file.tensors.items()}
     try:
@@ -188,10 +177,7 @@ def convert_vae(
 
     Tensors are named by their paths in the tree ("encoder/conv_in/kernel"). The metadata say what
     it is: "format", "config" (JSON), "encoder_sha256", "decoder_sha256", and of the file that it
-    was made of "source_name" and "source_sha256".
-
-    Returns:
-      What was found and done, in two lines; errors as of `open_kl`, and nothing is left then.
+    was made of "source_name" and "source_sha256". Returns what was found and done, in two lines.
     """
     source, out = os.fspath(source), os.fspath(out)
     if pathlib.PurePath(out).suffix != ".safetensors":

@@ -97,9 +97,6 @@ def _read(item: pathlib.Path, name: str) -> np.ndarray:
     return np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
 
 
-# Checksums.
-
-
 def verified(folder: pathlib.Path, item: str, advice: str = "") -> pathlib.Path:
     """The folder of an item of a step, if its files are as their checksums say."""
     if reason := find_damage(folder, item)[1]:
@@ -153,9 +150,6 @@ def _crc32(file: pathlib.Path) -> str:
         while chunk := stream.read(1 << 20):
             crc = zlib.crc32(chunk, crc)
     return f"{crc:08x}"
-
-
-# Weights.
 
 
 class SavedWeights:

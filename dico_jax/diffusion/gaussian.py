@@ -153,12 +153,6 @@ def p_mean_variance(
       t: (N,) or () indices into the (respaced) process.
       clip_denoised: clip the predicted x_0 to [-1, 1] (for pixels, not for latents).
       denoised_fn: applied to the predicted x_0, before clipping.
-
-    Returns:
-      At index 0 the variance of "fixed_small" is 0, and its log variance that of index 1.
-
-    Raises:
-      UsageError: a number of output channels that does not fit.
     """
     x, model_output = as_float(x, model_output)
     prediction, variance_channels = split_output(diffusion, model_output, x.shape[-1])
@@ -252,11 +246,7 @@ def vb_terms(
 
 
 def training_losses(
-    diffusion: Diffusion,
-    model_fn: Callable[[jax.Array, jax.Array], jax.Array],
-    x0,
-    t,
-    noise,
+    diffusion: Diffusion, model_fn: Callable[[jax.Array, jax.Array], jax.Array], x0, t, noise
 ) -> dict[str, jax.Array]:
     """The loss and its parts for one batch, per example.
 
@@ -268,9 +258,8 @@ def training_losses(
       diffusion: the process, the meaning of the output, and the loss.
       model_fn: model_fn(x_t, timesteps) is the model's output, (N, ..., C) or (N, ..., 2C); the
         timesteps (N,), int32, are those of the original process.
-      x0: clean data, (N, ..., C).
+      x0, noise: clean data (N, ..., C), and standard normal of its shape.
       t: (N,) indices into the (respaced) process.
-      noise: standard normal, of x0's shape.
 
     Returns:
       Arrays (N,): "loss", what to minimise; "mse" of the prediction (with loss="kl" for information

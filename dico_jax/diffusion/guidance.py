@@ -63,7 +63,7 @@ def guided_model_fn(
     num_channels: int,
     cfg_channels: str = "first_three",
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """A model of (x, t) that is guided towards the condition, for `sample_loop`.
+    """A model of (x, t), (N, ..., C) and (N,), that is guided to the condition, for `sample_loop`.
 
     Args:
       model_fn: model_fn(x, t, condition) is the model's output.
@@ -73,12 +73,6 @@ def guided_model_fn(
         guidance; every other number, and every array (traced or not), on 2N.
       num_channels: C, the channels of the data.
       cfg_channels: a key of `CFG_CHANNELS`, see `classifier_free_guidance`.
-
-    Returns:
-      f(x, t): (N, ..., C) and (N,) to the guided output.
-
-    Raises:
-      UsageError: an unknown cfg_channels.
     """
     check_cfg_channels(cfg_channels)
     if isinstance(scale, numbers.Number) and scale == 1:

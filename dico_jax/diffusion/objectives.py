@@ -49,10 +49,8 @@ class Objective(abc.ABC):
     ) -> Self:
         """The objective of the fields of `config.diffusion`.
 
-        Args:
-          options: the fields.
-          learn_sigma: whether the network's output has a second half, for the variance.
-          num_steps: of sampling; None for training.
+        `learn_sigma`: whether the network's output has a second half, for the variance;
+        `num_steps`: of sampling, None for training.
         """
 
     # Training.

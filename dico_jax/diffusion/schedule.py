@@ -64,15 +64,7 @@ def make_schedule(
     """The tables of `beta_schedule(noise_schedule, num_steps)` on the steps that respacing keeps.
 
     The betas of the short process are recomputed from the kept alpha-bars (improved DDPM, arXiv
-    2102.09672, equation 19): its marginals are the original ones.
-
-    Args:
-      noise_schedule: "linear" or "squaredcos_cap_v2".
-      num_steps: steps of the original process.
-      respacing: which of them are kept, see `respaced_timesteps`.
-
-    Raises:
-      UsageError: an unknown schedule, or a number of steps or a respacing that cannot be had.
+    2102.09672, equation 19): its marginals are the original ones. See `respaced_timesteps`.
     """
     betas = beta_schedule(noise_schedule, num_steps)
     kept = respaced_timesteps(num_steps, respacing)

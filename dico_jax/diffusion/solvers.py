@@ -76,8 +76,7 @@ def _alpha_sigma(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
 class Solver(abc.ABC):
     """A way from noise to data: `init`, then `step` T times, then `end`, over a carry of its own.
 
-    Attributes:
-      eta: how much fresh noise a step adds, for solvers that have it (`takes_eta`).
+    `eta` is how much fresh noise a step adds, for solvers that have it (`takes_eta`).
     """
 
     takes_eta: ClassVar[bool] = False
@@ -100,16 +99,11 @@ class Solver(abc.ABC):
 
     @abc.abstractmethod
     def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
-        """Step i.
+        """Step i, traced int32 () from T - 1 to 0, of the carry of the step before.
 
-        Args:
-          path: calls the network, as often as one likes.
-          carry: of the step before.
-          i: traced int32 (), from T - 1 to 0.
-          noise: standard normal like x; None unless `draws_noise`.
-
-        Returns:
-          The next carry, with the dtypes of this one; and x at point i with the x_0 predicted.
+        `path` calls the network, as often as one likes; noise is standard normal like x, or None
+        unless `draws_noise`. Returns the next carry, with the dtypes of this one, and x at point i
+        with the x_0 predicted.
         """
 
     def end(self, path: Path, carry: Any) -> jax.Array:
@@ -172,11 +166,7 @@ def ddpm_step(
       noise: standard normal of x's shape; without effect at index 0.
       clip_denoised: clip the predicted x_0 to [-1, 1].
 
-    Returns:
-      x at point i and the predicted x_0, (N, ..., C), in float32 or better.
-
-    Raises:
-      UsageError: a number of output channels that does not fit.
+    Returns x at point i and the predicted x_0, (N, ..., C), in float32 or better.
     """
     if not isinstance(objective, Diffusion):
         return ddim_step(objective, model_output, x, i, noise, eta=1.0, clip_denoised=clip_denoised)
@@ -244,10 +234,6 @@ def sample_loop(
 
     Returns:
       The samples (N, ..., C), in float32 or better; with return_trajectory, samples and Trajectory.
-
-    Raises:
-      UsageError: an unknown sampler, an eta it does not have, missing noise, or a model whose
-        channels do not fit the diffusion.
     """
     solver = find_solver(sampler)(eta)
     if solver.draws_noise and noise_fn is None:

@@ -62,14 +62,10 @@ def evaluate_files(
     *,
     num_samples: int | None = None,
 ) -> dict[str, Any]:
-    """Measures pictures in files, prints a table, and writes `out`; see docs/evaluation.md.
+    """Measures pictures in files, prints a table, and writes `out`, a new JSON file.
 
-    Args:
-      path: a folder of pictures or an .npz file with arr_0.
-      reference: an .npz file or a folder of pictures.
-      options: how.
-      out: a new JSON file for the result.
-      num_samples: so many of the first pictures; all if None.
+    `path` is a folder of pictures or an .npz file with arr_0, of which `num_samples` may be taken,
+    `reference` an .npz file or a folder. Returns the result, see docs/evaluation.md.
     """
     file = None if out is None else result_path(out, ".json")
     images = open_images(path, "--samples")
@@ -93,12 +89,7 @@ def evaluate_checkpoint(
     sweep_cfg: str | None = None,
     **sampler_options,
 ) -> Any:
-    """Measures samples of a checkpoint, which are never written; else as `evaluate_files`.
-
-    `classes` are those of `CheckpointSampler.conditions`, `ckpt` and `sampler_options` its own.
-    With `sweep_cfg`, see `parse_sweep`, every guidance scale that `out`, {"sweep": [a result per
-    scale]}, lacks is measured, and a plot of all lies beside it.
-    """
+    """Measures samples of a checkpoint, which are never written; else as `evaluate_files`."""
     scales, results = None, []
     if sweep_cfg is not None:
         scales, results = parse_sweep(sweep_cfg), _read_results(str(out))
@@ -129,15 +120,11 @@ class CheckpointSamples:
 
 
 def prepare_reference(path: str, source: Any, out: str, **how: Any) -> str:
-    """Measures pictures and writes their statistics, with the features of each, to `out`.
+    """Measures pictures and writes their statistics, with the features of each, as a new .npz file.
 
-    Means and covariances of ADM's files are kept: they are of more pictures than lie in them.
-
-    Args:
-      path: a folder or an .npz file of pictures that are taken as they are.
-      source: in place of them, the examples of a source, how they are read, and how many at most.
-      out: a new .npz file.
-      **how: of `Options`.
+    Means and covariances that a file has besides its pictures are kept: those of ADM's files are
+    of more pictures than lie in them. `source` is in place of a path the examples of a source, how
+    they are read, and how many at most. Returns what was done, in a line.
     """
     file, options = result_path(out, ".npz"), Options(**how)
     if source is None:

@@ -162,10 +162,10 @@ def load_classifier(path: str | os.PathLike) -> Classifier:
 def train_classifier(
     source: Source, read: Reader, *, max_steps: int = _MAX_STEPS, seed: int = 0
 ) -> Classifier:
-    """Trains a classifier on pictures, nine tenths of them; the others tell its accuracy.
+    """Trains a classifier on labelled pictures, nine tenths of them; the others tell its accuracy.
 
     It takes ten epochs, but at least 300 and at most `max_steps` steps of 128 pictures; `seed`
-    decides their order and initial weights.
+    decides order and initial weights.
     """
     num_classes, kind = len(source.class_names), source.kind
     if kind != "pictures" or num_classes < 2 or len(source) < 2 * _HELD_OUT:
@@ -248,12 +248,10 @@ class ClassAgreement:
 def class_agreement(
     images: np.ndarray, labels: np.ndarray, source: Source, read: Reader
 ) -> ClassAgreement:
-    """Judges images by a support vector classifier, fitted on three quarters of the real ones.
+    """Judges generated images, uint8 (N, H, W, C), by how many are taken for their labels (N,).
 
-    Args:
-      images: uint8 (N, H, W, C), generated.
-      labels: (N,) ints, the classes asked for.
-      source, read: the real pictures, as `train_classifier` takes them.
+    A support vector classifier (RBF kernel) is fitted on three quarters of the real pictures of
+    `source`, and its own accuracy is taken on the rest. Needs scikit-learn.
     """
     require_sklearn("class_agreement")
     from sklearn import model_selection, svm

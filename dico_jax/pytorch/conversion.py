@@ -205,9 +205,6 @@ def to_pytorch(
     return f"{what} of {saved.config['model']['name']}, step {saved.step}: {out} is written"
 
 
-# From a file.
-
-
 @dataclasses.dataclass(frozen=True)
 class _Content:
     """What is taken from a file, tensors unread."""
@@ -313,9 +310,6 @@ def converted_config(
         fix = f"must be a multiple of {step_size} ({what}): give another --image_size"
         raise UsageError("config.data.image_size", data["image_size"], fix)
     return config
-
-
-# From a checkpoint.
 
 
 def _state_dict(

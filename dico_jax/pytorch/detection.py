@@ -89,10 +89,6 @@ def detect_model(
       num_classes: where it is known. With as many rows in the label tables there is no null class.
       likely_classes: the same from a source that may be wrong: used where it fits.
       num_heads: of a DiT, which is needed where its width is none of the published ones.
-
-    Raises:
-      UsageError: no network has such tensors, the file is of another family than `name`, or a size
-        cannot be told; the message says what to give.
     """
     family = _family(shapes)
     if name is not None and MODELS[name][0].__name__ != family:

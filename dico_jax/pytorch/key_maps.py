@@ -80,16 +80,12 @@ class KeyMap:
     """How a network's state dict differs from the plain rules above. All patterns are regexes.
 
     Attributes:
-      declaration: names of modules, with spaces between, in the order in which the published code
-        declares them, which is the order of its state dict. Names of different levels may mix, and
-        numbers need no mention.
+      declaration: names of modules in the order in which the published code declares them, which
+        is that of its state dict. Names of different levels may mix; numbers need no mention.
       conv1x1: matches modules whose (in, out) kernel PyTorch keeps as a convolution.
-      constants: matches tensors of the state dict that follow from the architecture and are no
-        weights; they may be absent.
-      renames: (pattern, replacement), applied in order to the name that a path gives: for modules
-        that could not carry the published name, for prefixes and collections.
-      aliases: (pattern, replacement), applied in order to the names in a file: other names that
-        files of the same network have.
+      constants: matches tensors that follow from the architecture and may be absent.
+      renames: (pattern, replacement), applied in order to the name that a path gives.
+      aliases: (pattern, replacement), applied in order to the names in a file, for its other names.
       loose_ones: whether a file's tensor may have more axes of length 1 at its end.
     """
 
@@ -238,18 +234,10 @@ def _closest(keys: list[str], others: list[str]) -> list[tuple[str, str]]:
 def from_state_dict(
     state_dict: Mapping[str, np.ndarray], abstract_params: Any, key_map: KeyMap
 ) -> Any:
-    """The parameter tree of a PyTorch state dict.
+    """The parameter tree of a PyTorch state dict, key to array in PyTorch's names and layouts.
 
-    Args:
-      state_dict: key to array, in PyTorch's names and layouts.
-      abstract_params: the tree to fill, see `dico_jax.models.abstract_params`.
-      key_map: of the network's family, from `KEY_MAPS`.
-
-    Returns:
-      A tree like `abstract_params` of NumPy arrays (views where possible), dtypes unchanged.
-
-    Raises:
-      UsageError: tensors are missing, left over or of another shape; all of them are listed.
+    It is like `abstract_params`, of NumPy arrays (views where possible), dtypes unchanged.
+    UsageError: tensors are missing, left over or of another shape; all of them are listed.
     """
     wanted, tensors = entries(abstract_params, key_map), known_names(state_dict, key_map)
     arrays = {key: np.asarray(value) for key, value in tensors.items()}

@@ -194,9 +194,6 @@ class _Unpickler(_MACHINE):
     )
 
 
-# What may be called.
-
-
 def _tensor_v2(storage: Any, *rest: Any) -> Deferred:
     if type(storage) is not Storage or storage.dtype is None:
         raise ValueError("a tensor of no storage of numbers")

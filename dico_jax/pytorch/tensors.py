@@ -224,10 +224,7 @@ def _are_counts(values: object) -> bool:
 
 
 def values_in(tree: object, where: str = "the tree", level: int = 0) -> Iterator[object]:
-    """All values in a tree of dicts, lists, tuples and Namespaces, itself included, in order.
-
-    Shared values come every time. UsageError: it is deeper than 64 levels or contains itself.
-    """
+    """All values in a tree of dicts, lists, tuples and Namespaces, itself included."""
     if level > _MAX_DEPTH:
         deep = f"is nested more than {_MAX_DEPTH} levels deep, or contains itself"
         raise UsageError(f"{where} {deep}")

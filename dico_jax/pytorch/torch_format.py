@@ -99,10 +99,9 @@ def _refuse_other(file: InputFile, start: bytes) -> None:
 
 
 def _entries(file: InputFile) -> dict[str, Blob]:
-    """The entries of a zip file by name.
+    """The entries of a zip file by name; what torch.save never writes is refused.
 
-    What torch.save never writes is refused: compressed entries (so that none can grow when it is
-    read), entries that share bytes or names, anything before, after or in place of the directory.
+    Such as compressed entries, which could grow, and entries that share bytes or names.
     """
     _check_end(file)
     blobs: dict[str, Blob] = {}
@@ -161,9 +160,6 @@ def _root(file: InputFile, names: list[str]) -> str:
     return roots[0]
 
 
-# Files of before version 1.6.
-
-
 def _legacy_tree(file: InputFile) -> Any:
     stream = pickles.PickleBytes(file.read(0, min(file.size, _MAX_LEGACY)))
     stream.seek(len(_LEGACY))
@@ -206,9 +202,6 @@ def _legacy_tree(file: InputFile) -> Any:
         what = f"is {file.size} bytes long, and its storages end at byte {at}"
         raise UsageError(f"{file.name} {what}; {AGAIN}")
     return tree
-
-
-# Writing.
 
 
 def write_pt(

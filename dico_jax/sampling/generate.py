@@ -32,10 +32,7 @@ GenerateFn = Callable[[Any, np.ndarray, Any], jax.Array]
 def make_latents_fn(
     model: Any, objective: Objective, latent_shape: tuple[int, int, int], options: SamplingOptions
 ) -> Callable[[Any, jax.Array, Any], jax.Array]:
-    """The function (params, indices (N,), conditions) -> latents (N, H, W, C), to be jitted.
-
-    Arguments and errors are those of `make_generate_fn`.
-    """
+    """The function (params, indices (N,), conditions) -> latents (N, H, W, C), to be jitted."""
     if options.cfg_scale != 1.0 and model.null_condition(1) is None:
         what = "needs a model that was trained to do without its condition"
         fix = f"{what} (model.class_dropout_prob above 0): use sampling.cfg_scale=1"
@@ -113,12 +110,7 @@ def make_generate_fn(
 
 
 def generate_images(
-    generate: GenerateFn,
-    params,
-    conditions: Any,
-    batch_size: int,
-    num_devices: int,
-    start: int = 0,
+    generate: GenerateFn, params, conditions: Any, batch_size: int, num_devices: int, start: int = 0
 ) -> Iterator[np.ndarray]:
     """Images start, start + 1, ... batch by batch: uint8 (<= batch_size, H, W, C).
 

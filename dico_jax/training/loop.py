@@ -31,12 +31,7 @@ _STEPS_AHEAD = 2  # of the devices: enough to keep them busy, and few enough to 
 def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
     """Trains what `config` describes in `workdir`, from its newest checkpoint if it has one.
 
-    Args:
-      config: a locked config, see configs/default.py.
-      workdir: its folder, see docs/training.md.
-
-    Returns:
-      What the classifier says of the final samples, where `config.eval` asks for it.
+    Returns what the classifier says of the final samples, where `config.eval` asks for it.
 
     Raises:
       UsageError: something in the config or the workdir cannot work; nothing is changed then.
