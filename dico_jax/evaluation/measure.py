@@ -89,7 +89,10 @@ def evaluate_checkpoint(
     sweep_cfg: str | None = None,
     **sampler_options,
 ) -> Any:
-    """Measures samples of a checkpoint, which are never written; else as `evaluate_files`."""
+    """Measures samples of a checkpoint, which are never written; else as `evaluate_files`.
+
+    With `sweep_cfg`, such as "1,1.5" (see `parse_sweep`), at every scale, and plots them beside `out`.
+    """
     scales, results = None, []
     if sweep_cfg is not None:
         scales, results = parse_sweep(sweep_cfg), _read_results(str(out))
