@@ -91,7 +91,7 @@ def evaluate_checkpoint(
 ) -> Any:
     """Measures samples of a checkpoint, which are never written; else as `evaluate_files`.
 
-    With `sweep_cfg`, such as "1,1.5" (see `parse_sweep`), at every scale, and plots them beside `out`.
+    With `sweep_cfg`, see `parse_sweep`, at every scale, with a plot beside `out`.
     """
     scales, results = None, []
     if sweep_cfg is not None:
