@@ -9,11 +9,12 @@ from tests.commands import call, compiler_flags
 
 # The shorter run has a narrower network, which learns faster, and compiles in less of a hurry than
 # other tests: its steps take longer than the compiler.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_steps", "learning_rate", "width", "sampling_steps", "lowest", "xla_flags"),
     [
         (250, 0.01, 16, 25, 75, compiler_flags(1)),
-        pytest.param(400, 0.004, 24, 50, 85, "", marks=pytest.mark.slow),
+        (400, 0.004, 24, 50, 85, ""),
     ],
     ids=["shorter", "longer"],
 )

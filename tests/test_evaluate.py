@@ -122,6 +122,7 @@ def test_an_interrupted_evaluation_goes_on(folder, tmp_path, monkeypatch):
         evaluate_files(images, reference, options(folder), str(tmp_path / "b.json"))
 
 
+@pytest.mark.slow
 def test_two_processes_measure_as_one(folder, tmp_path):
     args = [*arguments(folder), f"--samples={folder / 'images'}", "--batch_size=8"]
     outputs = call_together(2, 2, "dico_jax.evaluate", *args, f"--out={tmp_path / 'a.json'}")
@@ -176,6 +177,7 @@ def test_a_reference_of_pictures(folder):
         assert found["reference"]["count"] == 30
 
 
+@pytest.mark.slow
 def test_a_sweep_over_guidance(folder, tmp_path):
     out = tmp_path / "sweep.json"
     args = [f"--ckpt={folder / 'run'}", "--steps=2", "--num_samples=20", f"--out={out}"]

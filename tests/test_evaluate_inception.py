@@ -40,6 +40,7 @@ def write_as_adm(path, features, **more):
 
 
 @golden.requires_golden
+@pytest.mark.slow
 def test_from_a_file_of_adm(weights_file, features, tmp_path):  # noqa: F811
     """Statistics of ADM with images."""
     paths = {name: tmp_path / f"{name}.npz" for name in ("adm", "samples")}

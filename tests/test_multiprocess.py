@@ -74,6 +74,7 @@ def test_processes_and_meshes_train_alike(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_the_cores_are_devices_or_one_is(tmp_path):
     """A batch of 6 divides over 2 or 3 devices, one of 7 over none that most machines have."""
     args = [*QUICK, "--config.data.batch_size=6", f"--workdir={tmp_path / 'run'}"]

@@ -33,6 +33,7 @@ def curve(workdir):
     return [line for line in lines if any(key.startswith("eval/") for key in line)]
 
 
+@pytest.mark.slow
 def test_a_curve_that_goes_on_after_an_interruption(tmp_path, monkeypatch):
     short = config(every_steps=100)
     short.training.num_steps = 2

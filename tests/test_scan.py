@@ -160,6 +160,7 @@ def test_parameters_lie_and_start_as_in_separate_blocks(family, way):
     assert programs[0] == programs[1]
 
 
+@pytest.mark.slow
 def test_the_program_has_one_size_for_all_depths():
     def size(function, *args):
         """Number of equations, those of inner functions included."""
