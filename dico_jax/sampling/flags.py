@@ -1,13 +1,11 @@
 """The flags of commands that sample a checkpoint: which weights, and how."""
 
-import inspect
+import ast
+import pathlib
 import re
 from typing import Any
 
 from absl import flags
-
-from dico_jax.config import DEFAULTS
-from dico_jax.configs import default
 
 CLASSES = flags.DEFINE_string(
     "classes", "all",
@@ -38,14 +36,14 @@ _DEFINE: dict[type, Any] = {
 
 def _define_overrides() -> dict[str, flags.FlagHolder]:
     """A flag for every field of config.sampling that changes an image, explained as it is there."""
-    source = inspect.getsource(default.get_config)
+    # The file is read, not run: --help answers before ml_collections is imported.
+    text = (pathlib.Path(__file__).parents[1] / "configs" / "default.py").read_text()
     found = {}
-    for field, value in DEFAULTS["sampling"].items():
+    fields = r"((?: *#.*\n)*) *config\.sampling\.(\w+) = (.+)"
+    for comment, field, value in re.findall(fields, text):
         if field != "batch_size" and not field.startswith("grid_"):
-            above = re.search(rf"((?: *#.*\n)+) *config\.sampling\.{field} =", source)
-            comment = above[1] if above else ""
             meaning = " ".join(line.strip(" #") for line in comment.splitlines())
-            define = _DEFINE[type(value)]
+            define = _DEFINE[type(ast.literal_eval(value))]
             found[field] = define(_NAMES.get(field, field), None, f"{meaning} [config]")
     return found
 
