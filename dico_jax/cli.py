@@ -1,10 +1,11 @@
 """What every command shares: flags, one-line errors, exit statuses. It imports no JAX."""
 
+import ast
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -46,6 +47,17 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     return rest
+
+
+def config_fields() -> dict[str, tuple[Any, str]]:
+    """Per field "section.name" of configs/default.py its default, None if not set, and meaning."""
+    # The file is read, not run: --help answers before ml_collections is imported.
+    text = (pathlib.Path(__file__).parent / "configs" / "default.py").read_text()
+    found = {}
+    for comment, field, value in re.findall(r"((?: *#.*\n)*)    config\.(\w+\.\w+) = (.*)", text):
+        default = None if "config_dict." in value else ast.literal_eval(value)
+        found[field] = default, " ".join(comment.replace("#", " ").split())
+    return found
 
 
 def _unknown_field(argv: Sequence[str]) -> UsageError | None:

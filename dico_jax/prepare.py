@@ -19,9 +19,7 @@ python -m dico_jax.prepare classifier --source=folder --path=DIR --out=FILE.npz 
     Trains the small classifier for --features of evaluate and config.eval.features.
 """
 
-import ast
 import dataclasses
-import pathlib
 import re
 import sys
 import time
@@ -60,14 +58,11 @@ _FLAGS = flags.FLAGS
 
 
 def _define_flags() -> None:
-    # The file is read, not run: --help answers before ml_collections is imported.
-    text = (pathlib.Path(__file__).parent / "configs" / "default.py").read_text()
-    written = dict(re.findall(r"^    config\.(\w+\.\w+) = (.*)", text, re.MULTILINE))
+    fields = cli.config_fields()
     string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
     kinds: dict[type, Any] = {bool: flags.DEFINE_bool, int: integer, float: number}
     for flag, row in _OF_CONFIG.items():
-        value = written[_FIELDS.get(flag, f"data.{flag}")]
-        default = None if "placeholder" in value else ast.literal_eval(value)
+        default, _ = fields[_FIELDS.get(flag, f"data.{flag}")]
         kinds.get(type(default), string)(flag, default, *row)
     string("out", None, "latents: folder, local or gs://; others: a new .npz file.")
     string("source", None, "folder, zip, tfds, array_record, arrays or digits.")

@@ -127,7 +127,7 @@ def prepare_reference(path: str, source: Any, out: str, **how: Any) -> str:
 
     Means and covariances that a file has besides its pictures are kept: those of ADM's files are
     of more pictures than lie in them. `source` is in place of a path the examples of a source, how
-    they are read, and how many at most. Returns what was done, in a line.
+    they are read, and how many at most; `how` are fields of `Options`. Returns what was done.
     """
     file, options = result_path(out, ".npz"), Options(**how)
     if source is None:

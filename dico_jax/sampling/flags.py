@@ -1,11 +1,10 @@
 """The flags of commands that sample a checkpoint: which weights, and how."""
 
-import ast
-import pathlib
-import re
 from typing import Any
 
 from absl import flags
+
+from dico_jax import cli
 
 CLASSES = flags.DEFINE_string(
     "classes", "all",
@@ -36,14 +35,11 @@ _DEFINE: dict[type, Any] = {
 
 def _define_overrides() -> dict[str, flags.FlagHolder]:
     """A flag for every field of config.sampling that changes an image, explained as it is there."""
-    # The file is read, not run: --help answers before ml_collections is imported.
-    text = (pathlib.Path(__file__).parents[1] / "configs" / "default.py").read_text()
     found = {}
-    fields = r"((?: *#.*\n)*) *config\.sampling\.(\w+) = (.+)"
-    for comment, field, value in re.findall(fields, text):
-        if field != "batch_size" and not field.startswith("grid_"):
-            meaning = " ".join(line.strip(" #") for line in comment.splitlines())
-            define = _DEFINE[type(ast.literal_eval(value))]
+    for name, (default, meaning) in cli.config_fields().items():
+        section, field = name.split(".")
+        if section == "sampling" and field != "batch_size" and not field.startswith("grid_"):
+            define = _DEFINE[type(default)]
             found[field] = define(_NAMES.get(field, field), None, f"{meaning} [config]")
     return found
 
