@@ -46,7 +46,6 @@ _SWEEP_CFG = flags.DEFINE_string(
     "sweep_cfg", None, "--ckpt: guidance scales from:to:step, such as 1.0:2.0:0.1."
 )
 
-_CPU_TUNING = cli.define_cpu_tuning()
 _JOIN = cli.define_distributed_flags()
 for _module in (cli, sampler_flags):
     flags.adopt_module_key_flags(_module)  # so that --help shows them
@@ -56,11 +55,7 @@ def main() -> None:
     """Measures, prints and writes."""
     _check()
     # Late imports: --help answers before JAX is imported.
-    if _CPU_TUNING.value:
-        from dico_jax.checkpoints.reader import weights_fit
-        from dico_jax.ops.cpu import use_all_cores
-
-        use_all_cores(keep_memory=True, fits=weights_fit(_CKPT.value))
+    sampler_flags.use_all_cores(_CKPT.value)
     _JOIN()
     from dico_jax.evaluation import measure
 

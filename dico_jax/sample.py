@@ -11,7 +11,6 @@ _CKPT = flags.DEFINE_string(
 _OUT = flags.DEFINE_string("out", None, "Folder for 000000.png and on, grid.png.", required=True)
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 100, "Number of images.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time [config].", lower_bound=1)
-_CPU_TUNING = cli.define_cpu_tuning()
 for _module in (cli, sampler_flags):
     flags.adopt_module_key_flags(_module)  # so that --help shows them
 _NPZ = flags.DEFINE_string(
@@ -22,11 +21,7 @@ _NPZ = flags.DEFINE_string(
 def main() -> None:
     """Parses flags, samples and saves."""
     # Late imports: --help answers before JAX is imported.
-    if _CPU_TUNING.value:
-        from dico_jax.checkpoints.reader import weights_fit
-        from dico_jax.ops.cpu import use_all_cores
-
-        use_all_cores(keep_memory=True, fits=weights_fit(_CKPT.value))
+    sampler_flags.use_all_cores(_CKPT.value)
     from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 
     sampler = CheckpointSampler(_CKPT.value, **sampler_flags.sampler_arguments(_BATCH_SIZE.value))

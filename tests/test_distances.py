@@ -172,9 +172,30 @@ def test_a_saved_score_goes_on_exactly(tmp_path):
 def test_zero_probabilities_are_no_nan():
     """Ten classes, each predicted with certainty: the score is ten."""
     certain = np.tile(np.eye(10), (3, 1))
-    assert np.allclose(score_of(certain, probabilities=True), [10, 0])
-    assert np.allclose(score_of(2000 * certain), [10, 0])  # their exponentials are zeros
-    assert np.allclose(score_of(np.zeros((7, 10))), [1, 0])
+    assert np.allclose(score_of(certain, 10, probabilities=True), [10, 0])
+    assert np.allclose(score_of(2000 * certain, 10), [10, 0])  # their exponentials are zeros
+    assert np.allclose(score_of(np.zeros((7, 10)), 4), [1, 0])
+
+
+def test_the_score_does_not_depend_on_the_order_of_classes():
+    """Ten classes, 50 samples of each, in chunks of 100: two classes are in a chunk by order."""
+    certain = 2000 * np.eye(10)[np.arange(500) % 10]
+    by_class = certain[np.argsort(np.arange(500) % 10, kind="stable")]
+    assert score_of(by_class, 100)[0] == pytest.approx(2)
+
+    def dealt(rows, batch):
+        score = InceptionScore(10, 100, total=len(rows))
+        for start in range(0, len(rows), batch):
+            score.update(rows[start : start + batch])
+        return score.result()
+
+    assert dealt(by_class, 500)[0] == pytest.approx(9.6, abs=0.15)
+    assert dealt(certain, 500)[0] == pytest.approx(9.6, abs=0.15)
+    assert dealt(by_class, 7) == dealt(by_class, 500)
+
+
+def test_one_chunk_has_no_deviation():
+    assert score_of(np.zeros((7, 10)))[1] is None
 
 
 def test_samples_that_cannot_be_scored():

@@ -43,6 +43,9 @@ def test_a_folder_in_its_order(folder):
     assert sizes == [3, 1]
     np.testing.assert_array_equal(found, PICTURES[2:6])
     assert list(images.batches(3, 7)) == []
+    images.take(4)
+    drawn = np.sort(np.random.RandomState(2020).permutation(7)[:4])
+    np.testing.assert_array_equal(all_of(images, 3)[1], PICTURES[drawn])
 
 
 def test_a_folder_of_classes_and_grey_pictures(tmp_path):

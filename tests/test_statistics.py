@@ -68,6 +68,9 @@ def test_adm_files_with_statistics_and_images(tmp_path, save):
     assert np.array_equal(np.concatenate(batches), images)
     assert np.array_equal(np.concatenate(list(found.images.batches(3, 2, 9))), images[2:9])
     assert list(found.images.batches(3, 10)) == []
+    found.images.take(4)
+    drawn = np.sort(np.random.RandomState(2020).permutation(len(images))[:4])
+    assert np.array_equal(np.concatenate(list(found.images.batches(3))), images[drawn])
 
 
 def test_files_of_images_alone(tmp_path):

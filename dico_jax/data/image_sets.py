@@ -1,7 +1,7 @@
 """Sets of pictures to be measured: every one once, in order, all of one size."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -22,6 +22,7 @@ from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 
 # What `dico_jax.sample` writes beside its images.
+_SEED = 2020
 _BESIDE_SAMPLES = {"grid.png", "sampling.json"}
 
 
@@ -31,22 +32,27 @@ class ImageSet:
     name: str
     shape: tuple[int, int, int]
 
-    def __init__(self, name: str, count: int):
-        self.name, self._count = name, count
-        self.shape = self._load(0).shape
+    def __init__(self, name: str, indices: Sequence[int] | np.ndarray):
+        self.name, self._indices = name, np.asarray(indices)
+        self.shape = self._load(int(self._indices[0])).shape
 
     def _load(self, index: int) -> np.ndarray:
         raise NotImplementedError
 
     def __len__(self):
-        return self._count
+        return len(self._indices)
+
+    def take(self, count: int) -> None:
+        """Leaves so many, which a fixed seed draws: the first may all be of a few classes."""
+        drawn = np.random.RandomState(_SEED).permutation(len(self))[:count]
+        self._indices = self._indices[np.sort(drawn)]
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Pictures start to stop (all by default) in their order: uint8 (<= size, H, W, C).
 
         One that cannot be read, or has another shape, is a UsageError.
         """
-        indices = np.arange(len(self))[start:stop]
+        indices = self._indices[start:stop]
         if len(indices):
             pictures = grain.MapDataset.source(indices).map(self._load)
             yield from read_ahead(pictures.batch(size), num_workers=0)
@@ -78,7 +84,7 @@ class FolderImages(ImageSet):
             listed = ", ".join(printable(name) for name in sorted(others)[:3])
             what = f"more than the pictures to be measured ({len(others)}, such as {listed})"
             raise UsageError(f"{flag}={path} holds {what}: move them elsewhere")
-        super().__init__(f"{flag}={path}", len(self._source or self._names))
+        super().__init__(f"{flag}={path}", range(len(self._source or self._names)))
 
     def _load(self, index):
         source = self._source
@@ -106,11 +112,10 @@ class SourceImages(ImageSet):
             raise UsageError(f"{source!r} has {source.kind}: pictures are needed")
         self._source, self._read = source, read
         count = len(source) if limit is None else min(limit, len(source))
-        self._indices = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
-        super().__init__(repr(source), count)
+        super().__init__(repr(source), np.linspace(0, len(source) - 1, count).round().astype(int))
 
     def _load(self, index):
-        position = int(self._indices[index])
+        position = int(index)
         try:
             return self._read(self._source[position]["image"], False)
         except BadExample as error:

@@ -69,10 +69,7 @@ def make_schedule(
     betas = beta_schedule(noise_schedule, num_steps)
     kept = respaced_timesteps(num_steps, respacing)
     alphas_cumprod = np.cumprod(1.0 - betas)[kept]
-    return _tables(1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1]), kept)
-
-
-def _tables(betas: np.ndarray, timestep_map: np.ndarray) -> Schedule:
+    betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
     alphas = 1.0 - betas
     alphas_cumprod = np.cumprod(alphas)
     prev = np.append(1.0, alphas_cumprod[:-1])
@@ -85,7 +82,7 @@ def _tables(betas: np.ndarray, timestep_map: np.ndarray) -> Schedule:
         posterior_log_variance_clipped=np.log(replace_first(posterior_variance, betas)),
         posterior_mean_coef1=betas * np.sqrt(prev) / (1.0 - alphas_cumprod),
         posterior_mean_coef2=(1.0 - prev) * np.sqrt(alphas) / (1.0 - alphas_cumprod),
-        timestep_map=timestep_map,
+        timestep_map=kept,
     )
 
 

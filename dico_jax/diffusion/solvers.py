@@ -114,10 +114,7 @@ class Solver(abc.ABC):
 class Ddpm(Solver):
     """Ancestral sampling, see `ddpm_step`."""
 
-    @property
-    def draws_noise(self) -> bool:
-        """Always."""
-        return True
+    draws_noise = True
 
     def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
         """One evaluation of the network."""

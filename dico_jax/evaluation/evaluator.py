@@ -16,11 +16,12 @@ from dico_jax.data.image_sets import FolderImages, ImageSet
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import distances, networks, statistics
 from dico_jax.evaluation.networks import FeatureFn, FeatureNetwork, Features
-from dico_jax.evaluation.statistics import InceptionScore, Moments, Statistics
+from dico_jax.evaluation.statistics import SPLIT_SIZE, InceptionScore, Moments, Statistics
 from dico_jax.files import file_digest, library_versions
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000
 _NEIGHBOURS = 3
+_NO_DEVIATION = f"inception_score_std is null: it needs more than {SPLIT_SIZE:,} samples"
 _SAVE_EVERY = 5000  # images between two notes of what is known so far
 METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid")
 _OF_ALL_FEATURES = {"precision_recall", "kid"}  # for which features are kept: 8 kB an image
@@ -29,10 +30,11 @@ Batches = Callable[[int], Iterator[np.ndarray]]  # the images from one on, uint8
 
 
 class FeatureSummary:
-    """What is kept of the features of a set of images, batch by batch: sums, and perhaps all."""
+    """What is kept of the features of `total` images, batch by batch: sums, and perhaps all."""
 
-    def __init__(self, network: FeatureNetwork, keep_features: bool):
-        self.pool, self.score = Moments(network.width), InceptionScore(network.num_classes)
+    def __init__(self, network: FeatureNetwork, keep_features: bool, total: int):
+        self.pool = Moments(network.width)
+        self.score = InceptionScore(network.num_classes, total=total)
         self.spatial = Moments(network.spatial_width) if network.spatial_width else None
         self._parts = {"pool": self.pool, "spatial": self.spatial, "score": self.score}
         self._kept = [np.empty((0, network.width), np.float32)] if keep_features else None
@@ -103,11 +105,12 @@ class Evaluator:
         `partial` is a file for what is known on the way; if it is there, this goes on from it.
         """
         keep = bool(set(self.metrics) & _OF_ALL_FEATURES)
-        summary, about = FeatureSummary(self.network, keep), self.about(samples)
+        about, count = self.about(samples), samples["count"]
+        summary = FeatureSummary(self.network, keep, count)
         if partial is not None and partial.exists():
             summary.load(partial, about | {"keeps_features": keep})
         noted = summary.pool.count
-        for images in _shown(batches, noted, samples["count"], None, progress):
+        for images in _shown(batches, noted, count, None, progress):
             summary.add(self.features(images))
             is_due = summary.pool.count - noted >= _SAVE_EVERY and jax.process_index() == 0
             if partial is not None and is_due:
@@ -115,10 +118,12 @@ class Evaluator:
                 noted = summary.pool.count
         ranked = bool({"fid", "sfid"} & set(self.metrics))
         rank = distances.rank_warning(summary.pool.count, self.network.width) if ranked else None
+        metrics = _numbers(summary, self.reference, self.metrics)
+        no_std = metrics.get("inception_score_std", 0) is None and _NO_DEVIATION
         return {
-            "metrics": _numbers(summary, self.reference, self.metrics),
+            "metrics": metrics,
             **about,
-            "warnings": [text for text in (self.network.warning, rank) if text],
+            "warnings": [text for text in (self.network.warning, rank, no_std) if text],
             "versions": library_versions(),
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -216,7 +221,7 @@ def measure_images(
 ) -> Statistics:
     """The statistics of all pictures of a set, with the features of each."""
     network.check_images(images.shape, images.name)
-    summary = FeatureSummary(network, keep_features=True)
+    summary = FeatureSummary(network, keep_features=True, total=len(images))
     for batch in _shown(lambda start: images.batches(batch_size), 0, len(images), "reference"):
         summary.add(features(batch))
     pool, spatial = summary.pool, summary.spatial
@@ -242,8 +247,8 @@ def _shown(
             bar.update(len(images))
 
 
-def _numbers(ours: Any, theirs: Any, metrics: Collection[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _numbers(ours: Any, theirs: Any, metrics: Collection[str]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
     if "fid" in metrics:
         moments = ours.pool.mean, ours.pool.covariance
         found["fid"] = distances.frechet_distance(*moments, theirs.mean, theirs.covariance)

@@ -74,7 +74,8 @@ def evaluate_files(
     count = len(images) if num_samples is None else num_samples
     if count > len(images):
         raise UsageError("--num_samples", num_samples, f": {images.name} has {len(images)} images")
-    batches = functools.partial(images.batches, options.batch_size, stop=count)
+    images.take(count)
+    batches = functools.partial(images.batches, options.batch_size)
     return _evaluate(evaluator, batches, {"images": images.name, "count": count}, file)
 
 
@@ -97,29 +98,18 @@ def evaluate_checkpoint(
     if sweep_cfg is not None:
         scales, results = parse_sweep(sweep_cfg), _read_results(str(out))
     file = None if out is None else pathlib.Path(out) if scales else result_path(out, ".json")
-    samples = CheckpointSamples(CheckpointSampler(ckpt, **sampler_options), num_samples, classes)
+    sampler = CheckpointSampler(ckpt, **sampler_options)
+    samples = functools.partial(sampler.images, sampler.conditions(num_samples, classes))
     evaluator = options.evaluator(reference)
+
+    def about(scale: float | None = None) -> dict[str, Any]:
+        if scale is not None:
+            sampler.set_guidance(scale)
+        return sampler.about(classes) | {"count": num_samples}
+
     if scales is None or file is None:
-        return _evaluate(evaluator, samples, samples.about, file)
-    return _sweep(evaluator, samples, scales, results, file)
-
-
-class CheckpointSamples:
-    """Samples of a checkpoint; called with the number of the first one, gives batches of them."""
-
-    def __init__(self, sampler: CheckpointSampler, count: int, classes: str):
-        self.sampler, self._count, self._classes = sampler, count, classes
-        self._conditions = sampler.conditions(count, classes)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What a result says of them."""
-        settings = json.loads(json.dumps(self.sampler.settings | {"classes": self._classes}))
-        del settings["sampling"]["batch_size"]  # it does not change an image
-        return settings | {"count": self._count}
-
-    def __call__(self, start: int) -> Iterator[np.ndarray]:
-        return self.sampler.images(self._conditions, start=start)
+        return _evaluate(evaluator, samples, about(), file)
+    return _sweep(evaluator, samples, about, scales, results, file)
 
 
 def prepare_reference(path: str, source: Any, out: str, **how: Any) -> str:
@@ -169,7 +159,8 @@ def table(result: dict[str, Any]) -> str:
         f"{features['name']} ({features['sha256'][:8]})"
     ]
     width = max(map(len, result["metrics"]))
-    lines += [f"  {name:<{width}}  {value:.6g}" for name, value in result["metrics"].items()]
+    for name, value in result["metrics"].items():
+        lines.append(f"  {name:<{width}}  {'null' if value is None else f'{value:.6g}'}")
     return "\n".join(lines + [f"warning: {text}" for text in result["warnings"]])
 
 
@@ -184,21 +175,21 @@ def _read_results(out: str) -> list[dict[str, Any]]:
         raise UsageError("--out", out, "is no result of a sweep: give another name") from error
 
 
-def _sweep(evaluator: Evaluator, samples: Any, scales: Any, results: Any, file: Any) -> Any:
+def _sweep(evaluator: Evaluator, samples: Any, about: Any, scales: Any, results: Any, file: Any):
     for scale in scales:
-        samples.sampler.set_guidance(scale)
-        about = _but_scale(evaluator.about(samples.about))
-        if any(_but_scale(result) != about for result in results):
+        found = about(scale)
+        new = _but_scale(evaluator.about(found))
+        if any(_but_scale(result) != new for result in results):
             raise UsageError("--out", file, "is of another sweep: give another name")
         if scale not in map(_scale_of, results):
             partial = _partial_file(file.with_name(f"{file.stem}-{scale}.json"))
-            results.append(evaluator.measure(samples, samples.about, partial))
+            results.append(evaluator.measure(samples, found, partial))
             if jax.process_index() == 0:
                 write_json(file, {"sweep": results})
             partial.unlink(missing_ok=True)
-        found = next(result for result in results if _scale_of(result) == scale)["metrics"]
-        numbers = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
-        print(f"guidance scale {scale}: {numbers}")
+        metrics = next(result for result in results if _scale_of(result) == scale)["metrics"]
+        numbers = [f"{name} {value:.6g}" for name, value in metrics.items() if value is not None]
+        print(f"guidance scale {scale}: {', '.join(numbers)}")
     plot_sweep(file.with_suffix(".png"), sorted(results, key=_scale_of))
     return results
 
@@ -307,7 +298,8 @@ class RunEvaluation:
         assert evaluator is not None, "open() comes first"
         batches = functools.partial(samples, self._conditions(np.arange(about["count"])))
         found = evaluator.measure(batches, about, progress=False)["metrics"]
-        return {f"{evaluator.network.name}/{name}": value for name, value in found.items()}
+        name = evaluator.network.name
+        return {f"{name}/{key}": value for key, value in found.items() if value is not None}
 
     def _against(self, network: networks.FeatureNetwork, reference: str) -> Evaluator:
         metrics, flag = self._options.metrics or None, "config.eval.reference"

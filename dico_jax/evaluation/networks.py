@@ -171,9 +171,10 @@ def train_classifier(
     if kind != "pictures" or num_classes < 2 or len(source) < 2 * _HELD_OUT:
         has = f"{len(source)} {kind} of {num_classes} classes"
         raise UsageError(f"{source!r} has {has}: a classifier needs 20 pictures of two classes")
-    indices = np.arange(len(source))
-    held = indices[_HELD_OUT // 2 :: _HELD_OUT]
-    train = _Subset(source, np.setdiff1d(indices, held))
+    # By chance: every tenth could be one class, where they are stored in turn.
+    drawn = np.random.RandomState(seed).permutation(len(source))
+    parts = np.split(drawn, [-(len(source) // _HELD_OUT)])
+    train, held = (_Subset(source, np.sort(part)) for part in parts)
     size = min(_BATCH_SIZE, len(train))
     num_steps = min(max(_EPOCHS * len(train) // size, _MIN_STEPS), max_steps)
     network = ConvClassifier(num_classes)
@@ -199,7 +200,7 @@ def train_classifier(
     classify = jax.jit(functools.partial(network.apply, {"params": params}))
     right = [
         np.argmax(classify(images)[1], axis=-1) == labels
-        for images, labels in _pictures(_Subset(source, held), read, size)
+        for images, labels in _pictures(held, read, size)
     ]
     accuracy = float(np.mean(np.concatenate(right)))
     info = {"source": repr(source), "num_steps": num_steps, "seed": seed, "accuracy": accuracy}

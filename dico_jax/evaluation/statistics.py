@@ -25,6 +25,7 @@ from dico_jax.files import file_digest, new_file
 # Fastest of 256 to 4096 at a width of 2048 on two cores; a block is 17 MB there.
 _BLOCK_ROWS = 1024
 SPLIT_SIZE = 5000  # samples in a chunk of the published Inception Score
+_SEED = 2020  # of the order in which samples are dealt to chunks
 _ASYMMETRY = 1e-4  # of a covariance stored in float16
 _METADATA, _VERSION = "dico_jax", 1  # array with the JSON of our own files
 _ABOUT = ("features", "count", "info")
@@ -63,19 +64,17 @@ def check_moments(mean: Any, covariance: Any, what: str) -> tuple[np.ndarray, np
     return mean, covariance
 
 
-class _Streamed:
-    """Sums over blocks of rows, so that batches do not even change the rounding."""
+class Moments:
+    """Mean and covariance of rows of `width` numbers; a large common offset costs no digits.
 
-    def __init__(self, width: int, **sums: Any):
-        self._waiting, self._sums = [np.empty((0, width))], sums
+    Rows are added in blocks, so that batches do not even change the rounding.
+    """
 
-    def _blocks(self, rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-        self._waiting.append(rows)
-        if sum(map(len, self._waiting)) >= size:
-            rows = np.concatenate(self._waiting)
-            whole = len(rows) // size * size
-            self._waiting = [rows[whole:]]
-            yield from np.split(rows[:whole], whole // size)
+    def __init__(self, width: int):
+        # Of the outer products of centred rows, only the upper triangle is kept up to date.
+        scatter = np.zeros((width, width), order="F")
+        self._waiting = [np.empty((0, width))]
+        self._sums: dict[str, Any] = {"count": 0, "mean": np.zeros(width), "scatter": scatter}
 
     def to_arrays(self) -> dict[str, Any]:
         """Everything as arrays, to be saved; what goes on from them goes on exactly."""
@@ -86,15 +85,6 @@ class _Streamed:
         self._waiting = [arrays["pending"]]
         self._sums = {name: arrays[name] for name in self._sums}
 
-
-class Moments(_Streamed):
-    """Mean and covariance of rows of `width` numbers; a large common offset costs no digits."""
-
-    def __init__(self, width: int):
-        # Of the outer products of centred rows, only the upper triangle is kept up to date.
-        scatter = np.zeros((width, width), order="F")
-        super().__init__(width, count=0, mean=np.zeros(width), scatter=scatter)
-
     @property
     def count(self) -> int:
         """How many rows there were."""
@@ -103,8 +93,13 @@ class Moments(_Streamed):
     def update(self, rows: Any) -> None:
         """Adds rows (N, width) of any floating dtype; none, and UsageError, where one is wrong."""
         rows = check_rows(rows, "features", self.count, len(self._sums["mean"]))
-        for block in self._blocks(rows.astype(np.float64), _BLOCK_ROWS):
-            self._add(block)
+        self._waiting.append(rows.astype(np.float64))
+        if sum(map(len, self._waiting)) >= _BLOCK_ROWS:
+            rows = np.concatenate(self._waiting)
+            whole = len(rows) // _BLOCK_ROWS * _BLOCK_ROWS
+            self._waiting = [rows[whole:]]
+            for block in np.split(rows[:whole], whole // _BLOCK_ROWS):
+                self._add(block)
 
     def merge(self, other: "Moments") -> None:
         """Adds all rows of `other`, which stays as it is."""
@@ -148,47 +143,59 @@ class Moments(_Streamed):
         return delta * np.sqrt(before * count / total)
 
 
-class InceptionScore(_Streamed):
+class InceptionScore:
     """exp(mean KL(p(class | image) || p(class))) of `split_size` samples at a time, averaged.
 
     Salimans et al., arXiv 1606.03498. A probability of 0 contributes 0; published code gives NaN.
     """
 
-    def __init__(self, num_classes: int, split_size: int = SPLIT_SIZE):
-        super().__init__(num_classes, split_size=split_size, scores=np.empty(0))
+    def __init__(self, num_classes: int, split_size: int = SPLIT_SIZE, total: int | None = None):
+        """Of `total` samples, a fixed seed decides which are in one chunk; else their order does.
 
-    @property
-    def count(self) -> int:
-        """How many samples there were."""
-        chunks = len(self._sums["scores"]) * int(self._sums["split_size"])
-        return chunks + sum(map(len, self._waiting))
+        Samples often come class by class, and a chunk of a few classes has a far lower score.
+        """
+        places = None if total is None else np.random.RandomState(_SEED).permutation(total)
+        self._split_size, self._places, self.count = split_size, places, 0
+        # Of each chunk the sums of p and of p log(p), and how many samples it has.
+        self._sums = np.zeros((0, num_classes + 2))
+
+    def to_arrays(self) -> dict[str, Any]:
+        """See `Moments`."""
+        return {"count": self.count, "sums": self._sums}
+
+    def restore(self, arrays: Mapping[str, Any]) -> None:
+        """See `Moments`."""
+        self.count, self._sums = int(arrays["count"]), arrays["sums"]
 
     def update(self, logits: Any) -> None:
         """Adds samples by their logits without bias (N, classes); none where one is wrong."""
-        width = self._waiting[0].shape[1]
+        width = self._sums.shape[1] - 2
         logits = check_rows(logits, "logits", self.count, width).astype(np.float64)
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         self.update_probabilities(exponentials / exponentials.sum(axis=1, keepdims=True))
 
     def update_probabilities(self, probabilities: Any) -> None:
         """Adds samples by their class probabilities (N, classes), as they are."""
-        rows, size = np.asarray(probabilities, np.float64), int(self._sums["split_size"])
-        scores = [_score(chunk) for chunk in self._blocks(rows, size)]
-        self._sums["scores"] = np.append(self._sums["scores"], scores)
+        rows = np.asarray(probabilities, np.float64)
+        places = np.arange(self.count, self.count + len(rows))
+        chunks = (places if self._places is None else self._places[places]) // self._split_size
+        more = max(0, int(chunks.max(initial=-1)) + 1 - len(self._sums))
+        self._sums = np.pad(self._sums, ((0, more), (0, 0)))
+        for chunk, row in zip(chunks, rows, strict=True):  # one by one, whatever the batches
+            self._sums[chunk] += np.append(row, (_sum_p_log_p(row), 1))
+        self.count += len(rows)
 
-    def result(self) -> tuple[float, float]:
-        """Mean and standard deviation (divided by their number) over the chunks."""
+    def result(self) -> tuple[float, float | None]:
+        """Mean and standard deviation (divided by their number) over the chunks; None for one."""
         if not self.count:
             raise UsageError("no samples: there is no Inception Score")
-        rest = np.concatenate(self._waiting)
-        scores = np.append(self._sums["scores"], [_score(rest)] if len(rest) else [])
-        return float(np.mean(scores)), float(np.std(scores))
+        means = [chunk[:-1] / chunk[-1] for chunk in self._sums if chunk[-1]]
+        scores = [math.exp(mean[-1] - _sum_p_log_p(mean[:-1])) for mean in means]
+        return float(np.mean(scores)), float(np.std(scores)) if len(scores) > 1 else None
 
 
-def _score(probabilities: np.ndarray) -> float:
-    mean = probabilities.mean(axis=0)
-    ratio = np.divide(probabilities, mean, out=np.ones_like(probabilities), where=probabilities > 0)
-    return float(np.exp(np.mean(np.sum(probabilities * np.log(ratio), axis=1))))
+def _sum_p_log_p(p: np.ndarray) -> float:
+    return float(np.sum(p * np.log(p, out=np.zeros_like(p), where=p > 0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,22 +309,20 @@ class NpzImages(ImageSet):
             what = f"{dtype}{list(shape)}{' in Fortran order' * fortran_order} of {nbytes} bytes"
             fix = "uint8 images from 0 to 255 (N, H, W, 1 or 3) are expected"
             raise UsageError(f"{path}, arr_0 is {what}: {fix}")
-        self._count, self.shape = shape[0], shape[1:]
-
-    def __len__(self):
-        return self._count
+        self._indices, self.shape = np.arange(shape[0]), shape[1:]
 
     def batches(self, size, start=0, stop=None):
         """See `ImageSet`."""
-        start, stop, _ = slice(start, stop).indices(len(self))
-        nbytes = math.prod(self.shape)
+        indices, nbytes = self._indices[start:stop], math.prod(self.shape)
         with _opened(self._path) as file, file.zip.open("arr_0.npy") as stream:
             _read_header(stream)
-            stream.seek(start * nbytes, os.SEEK_CUR)
-            for first in range(start, stop, size):
-                count = min(size, stop - first)
-                batch = np.frombuffer(stream.read(count * nbytes), np.uint8)
-                yield batch.reshape(count, *self.shape)
+            begin = stream.tell()
+            for first in range(0, len(indices), size):
+                batch, part = b"", indices[first : first + size]
+                for run in np.split(part, np.flatnonzero(np.diff(part) > 1) + 1):
+                    stream.seek(begin + int(run[0]) * nbytes)
+                    batch += stream.read(len(run) * nbytes)
+                yield np.frombuffer(batch, np.uint8).reshape(-1, *self.shape)
 
 
 def _read_header(stream: IO[bytes]) -> Any:

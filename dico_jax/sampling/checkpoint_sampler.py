@@ -101,12 +101,11 @@ class CheckpointSampler:
         else:
             self._params = jax.device_put(rebuilt_ema(ckpt, ema_width, step), sharding)
             used_step = snapshot_steps(ckpt)[-1] if step is None else step
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "ckpt": str(pathlib.Path(ckpt).absolute()),
             "step": used_step,
             "weights": weights if ema_width is None else f"ema_width={ema_width}",
             "seed": seed,
-            "sampling": config.sampling.to_dict(),
             "autoencoder": {
                 **config.autoencoder.to_dict(),
                 "path": config.autoencoder.path if digest else None,  # read, or of no use
@@ -125,7 +124,12 @@ class CheckpointSampler:
         """Changes the guidance scale of all images from now on."""
         self._config.sampling.cfg_scale = cfg_scale
         self._generate = self._make_generate_fn()
-        self.settings["sampling"] = self._config.sampling.to_dict()
+
+    def about(self, classes: str) -> dict[str, Any]:
+        """What decides the images of these classes, and where it is from, as JSON has it."""
+        sampling = self._config.sampling.to_dict()
+        del sampling["batch_size"]  # how many at a time does not change an image
+        return json.loads(json.dumps(self.settings | {"sampling": sampling, "classes": classes}))
 
     def conditions(self, num_images: int, classes: str = "all") -> Any:
         """The conditions of all images, see `ClassConditional.parse_conditions`."""
@@ -146,7 +150,7 @@ class CheckpointSampler:
         """
         conditions = self.conditions(num_images, classes)
         folder = pathlib.Path(out)
-        _claim_folder(folder, self.settings | {"classes": classes}, library_versions())
+        _claim_folder(folder, self.about(classes), library_versions())
         files = [folder / f"{i:06d}.png" for i in range(num_images)]
         done = next((i for i, file in enumerate(files) if not file.exists()), num_images)
         with tqdm.tqdm(total=num_images, initial=done, unit="image", dynamic_ncols=True) as bar:
@@ -181,9 +185,6 @@ def _claim_folder(folder: pathlib.Path, settings: dict, versions: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError("--out", folder, f"cannot be made: {error}") from error
-    settings = json.loads(json.dumps(settings))
-    # How many at a time does not change an image.
-    settings["sampling"].pop("batch_size")
     if file.exists():
         old, new = (_decisive(s) for s in (json.loads(file.read_text())["settings"], settings))
         if old != new:

@@ -25,6 +25,8 @@ _VAE = flags.DEFINE_string(
 )  # fmt: skip
 _SEED = flags.DEFINE_integer("seed", 0, "Decides, with an image's index, all its noise.")
 
+_CPU_TUNING = cli.define_cpu_tuning()
+
 _NAMES = {"num_steps": "steps"}  # of flags, where the field is named otherwise
 _DEFINE: dict[type, Any] = {
     str: flags.DEFINE_string,
@@ -49,6 +51,15 @@ _OVERRIDES = _define_overrides()  # by the name of the field
 NAMES = tuple(
     flag.name for flag in (CLASSES, _STEP, _WEIGHTS, _EMA_WIDTH, _VAE, _SEED, *_OVERRIDES.values())
 )
+
+
+def use_all_cores(ckpt: str | None) -> None:
+    """Does what --cpu_tuning says, before JAX is used, for the weights of a checkpoint."""
+    if _CPU_TUNING.value:
+        from dico_jax.checkpoints.reader import weights_fit  # late: --help answers before JAX
+        from dico_jax.ops import cpu
+
+        cpu.use_all_cores(keep_memory=True, fits=weights_fit(ckpt))
 
 
 def sampler_arguments(batch_size: int | None) -> dict[str, Any]:
