@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
+from dico_jax.sampling.generate import NotFiniteError
+from dico_jax.sampling.grids import load_png
 from tests.commands import ROOT, assert_refused, call
+from tests.test_generation import without_class
 
 COMMANDS = sorted(
     f"dico_jax.{file.stem}"
@@ -177,6 +181,22 @@ def test_sample_rebuilds_averages(workdir, tmp_path):
     assert_refused(call("dico_jax.sample", *args, "--step=3"), "--step=3", "steps 2, 4")
 
 
+def test_sample_keeps_what_is_finite(workdir, tmp_path):
+    sampler = CheckpointSampler(str(workdir), overrides={"num_steps": 2})
+    whole, sampler._params = sampler._params, without_class(sampler._params, 3)
+    with pytest.raises(NotFiniteError, match=r"^2 of 4 images are not finite \(0, 2\)"):
+        sampler.save(str(tmp_path), num_images=4, classes="3,1")
+    files = ["000001.png", "000003.png", "sampling.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == files
+    kept = (tmp_path / "000001.png").read_bytes()
+    # They go on from there, and a file that a power cut has left empty or cut is made again.
+    (tmp_path / "000003.png").write_bytes(kept[:60])
+    sampler._params = whole
+    sampler.save(str(tmp_path), num_images=4, classes="3,1")
+    assert (tmp_path / "000001.png").read_bytes() == kept
+    assert [load_png(tmp_path / f"{i:06d}.png").shape for i in range(4)] == [(8, 8, 1)] * 4
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
@@ -187,6 +207,7 @@ def test_sample_rebuilds_averages(workdir, tmp_path):
         (["--sampler=euler"], ["sampler='euler'", "ddpm, ddim"]),
         (["--steps=0"], ["num_steps=0", "at least 1"]),
         (["--cfg_scale=-1"], ["cfg_scale=-1"]),
+        (["--cfg_scale=inf"], ["cfg_scale=inf", "finite"]),
         (["--step=3"], ["--step=3", "has steps 4"]),
         (["--ckpt=/no/such/folder"], ["--ckpt=/no/such/folder", "no such folder"]),
         (["--ckpt=tests"], ["--ckpt=tests holds no checkpoint"]),

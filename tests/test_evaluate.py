@@ -206,7 +206,8 @@ def test_a_sweep_over_guidance(folder, tmp_path):
 def test_sweeps():
     assert parse_sweep("1.0:2.0:0.1") == (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0)
     assert parse_sweep("1:2:0.6") == (1.0, 1.6)
-    for text in ("1:2", "2:1:0.1", "1:2:0", "a:b:c", "1:2:-1", "-1:2:1", "nan:2:1"):
+    wrong = "1:2 2:1:0.1 1:2:0 a:b:c 1:2:-1 -1:2:1 nan:2:1 0:inf:1 0:1:1e-9"
+    for text in wrong.split():
         with pytest.raises(UsageError, match=f"--sweep_cfg={text}: write the first scale"):
             parse_sweep(text)
 

@@ -16,7 +16,7 @@ from dico_jax.evaluation.networks import class_agreement, mean_pairwise_distance
 from dico_jax.models import create_model
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.parallel.sharding import state_sharding
-from dico_jax.sampling.generate import generate_images, make_generate_fn
+from dico_jax.sampling.generate import NotFiniteError, generate_images, make_generate_fn
 from dico_jax.sampling.grids import image_grid, load_png, save_png
 from tests import golden
 
@@ -86,11 +86,36 @@ def test_options_matter():
         ({"cfg_channels": "two"}, "sampling.cfg_channels='two' is unknown: use 'first_three'"),
         ({"ddim_eta": 2.0}, r"sampling.ddim_eta=2.0 must be from 0 .* to 1"),
         ({"cfg_scale": float("nan")}, "sampling.cfg_scale=nan must be at least 0"),
+        ({"cfg_scale": float("inf")}, "sampling.cfg_scale=inf must be at least 0 and finite"),
     ],
 )
 def test_wrong_options(options, message):
     with pytest.raises(UsageError, match=message):
         SamplingOptions(**options)
+
+
+def without_class(params, label):
+    """Parameters with NaN for one class."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.at[label].set(np.nan) if "y_embedder" in str(path) else x, params
+    )
+
+
+def test_images_that_are_not_finite_are_counted_and_never_shown():
+    generate, params = generator(create_mesh(jax.devices()[:1]), seed=0)
+    params, labels, seen = without_class(params, 3), np.arange(10), []
+    with pytest.raises(NotFiniteError, match=r"^1 of 2 images are not finite \(3\): "):
+        seen.extend(generate_images(generate, params, labels, 2, 1))
+    assert len(seen) == 1
+    assert np.array_equal(seen[0], make_images(1, 2)[:2])
+
+
+@pytest.mark.parametrize("labels", [[0, 10], [-1], [[1]], [1.5], []])
+def test_labels_that_a_model_does_not_have_are_refused(labels):
+    model = create_model("DiCo", num_classes=10, class_dropout_prob=0.0)
+    with pytest.raises(UsageError, match=r"labels, .*: integers \(N,\) from 0 to 9 are expected"):
+        model.as_condition(np.array(labels))
+    assert model.as_condition([3, 9])["label"].tolist() == [3, 9]
 
 
 def test_guidance_needs_a_null_class():
@@ -147,8 +172,9 @@ def test_the_autoencoders_weights_are_an_argument(load):
     model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
     params, indices = golden.drawn_params(model, 3, "A"), np.arange(2, dtype=np.int32)
     for _ in range(2):
-        images = generate(params, indices, indices)
+        images, finite = generate(params, indices, indices)
     assert images.shape == (2, 8, 8, 1)
+    assert finite.all()
     assert len(loaded) == len(decoded) == 1
     assert isinstance(decoded[0], jax.core.Tracer)
 

@@ -267,9 +267,8 @@ def training_losses(
     """
     x0, noise = as_float(x0, noise)
     x_t = q_sample(diffusion, x0, t, noise)
-    x0, noise, x_t, output = as_float(
-        x0, noise, x_t, model_fn(x_t, original_timesteps(diffusion, t))
-    )
+    output = model_fn(x_t, original_timesteps(diffusion, t))
+    x0, noise, x_t, output = as_float(x0, noise, x_t, output)
     prediction, variance_channels = split_output(diffusion, output, x0.shape[-1])
     target = noise if diffusion.prediction == "noise" else x0
     mse = mean_flat(jnp.square(target - prediction))

@@ -77,17 +77,15 @@ def guided_model_fn(
     check_cfg_channels(cfg_channels)
     if isinstance(scale, numbers.Number) and scale == 1:
         return lambda x, t: model_fn(x, t, condition)
-    condition = jax.tree.map(jnp.asarray, condition)
-    null = jax.tree.map(
-        lambda a, n: jnp.broadcast_to(jnp.asarray(n, a.dtype), a.shape), condition, null
-    )
-    pairs = jax.tree.map(_interleave, condition, null)
+
+    def pair(a, n):
+        return _interleave(a := jnp.asarray(a), jnp.broadcast_to(jnp.asarray(n, a.dtype), a.shape))
+
+    pairs, how = jax.tree.map(pair, condition, null), (scale, num_channels, cfg_channels)
 
     def guided(x, t):
         output = model_fn(_interleave(x, x), _interleave(t, t), pairs)
-        return classifier_free_guidance(
-            output[0::2], output[1::2], scale, num_channels, cfg_channels
-        )
+        return classifier_free_guidance(output[0::2], output[1::2], *how)
 
     return guided
 

@@ -272,5 +272,5 @@ class SamplingOptions:
         find_solver(self.sampler, "sampling.sampler")
         check_cfg_channels(self.cfg_channels, "sampling.cfg_channels")
         check_eta(self.ddim_eta, "sampling.ddim_eta")
-        if not self.cfg_scale >= 0:
-            raise UsageError("sampling.cfg_scale", self.cfg_scale, "must be at least 0; 1 is none")
+        if not 0 <= self.cfg_scale < np.inf:
+            raise UsageError("sampling.cfg_scale", self.cfg_scale, "must be at least 0 and finite")

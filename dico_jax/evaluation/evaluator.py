@@ -18,6 +18,7 @@ from dico_jax.evaluation import distances, networks, statistics
 from dico_jax.evaluation.networks import FeatureFn, FeatureNetwork, Features
 from dico_jax.evaluation.statistics import SPLIT_SIZE, InceptionScore, Moments, Statistics
 from dico_jax.files import file_digest, library_versions
+from dico_jax.sampling.generate import NotFiniteError
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000
 _NEIGHBOURS = 3
@@ -36,7 +37,8 @@ class FeatureSummary:
         self.pool = Moments(network.width)
         self.score = InceptionScore(network.num_classes, total=total)
         self.spatial = Moments(network.spatial_width) if network.spatial_width else None
-        self._parts = {"pool": self.pool, "spatial": self.spatial, "score": self.score}
+        parts = {"pool": self.pool, "spatial": self.spatial, "logits": self.score}
+        self._parts = {name: part for name, part in parts.items() if part is not None}
         self._kept = [np.empty((0, network.width), np.float32)] if keep_features else None
 
     @property
@@ -49,9 +51,8 @@ class FeatureSummary:
 
     def add(self, features: Features) -> None:
         """Adds the next images; UsageError where a feature is not finite."""
-        for part, rows in zip(self._parts.values(), features, strict=True):
-            if part is not None:
-                part.update(rows)
+        for name, part in self._parts.items():
+            part.update(getattr(features, name))
         if self._kept is not None:
             self._kept.append(features.pool)
 
@@ -59,8 +60,7 @@ class FeatureSummary:
         """Writes the summary, to go on later; `about` says what it is of."""
         arrays = {} if self._kept is None else {"kept": self.pool_features}
         for name, part in self._parts.items():
-            if part is not None:
-                arrays |= {f"{name}/{key}": value for key, value in part.to_arrays().items()}
+            arrays |= {f"{name}/{key}": value for key, value in part.to_arrays().items()}
         statistics.save_arrays(path, about, arrays)
 
     def load(self, path: pathlib.Path, about: dict[str, Any]) -> None:
@@ -71,8 +71,7 @@ class FeatureSummary:
             what = f"was left by an evaluation of something else ({differing})"
             raise UsageError(f"{path} {what}: give another --out, or remove it")
         for name, part in self._parts.items():
-            if part is not None:
-                part.restore({key: arrays[f"{name}/{key}"] for key in part.to_arrays()})
+            part.restore({key: arrays[f"{name}/{key}"] for key in part.to_arrays()})
         self._kept = self._kept and [arrays["kept"]]
 
 
@@ -119,6 +118,9 @@ class Evaluator:
         ranked = bool({"fid", "sfid"} & set(self.metrics))
         rank = distances.rank_warning(summary.pool.count, self.network.width) if ranked else None
         metrics = _numbers(summary, self.reference, self.metrics)
+        for name, value in metrics.items():
+            if value is not None and not np.isfinite(value):
+                raise NotFiniteError(f"{name} is {value}: features or statistics are too large")
         no_std = metrics.get("inception_score_std", 0) is None and _NO_DEVIATION
         return {
             "metrics": metrics,

@@ -17,22 +17,15 @@ from ml_collections import ConfigDict
 from dico_jax.data.image_sets import SourceImages
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
+from dico_jax.evaluation import evaluator as evaluators
 from dico_jax.evaluation import networks
-from dico_jax.evaluation.evaluator import (
-    Evaluator,
-    check_metrics,
-    check_there,
-    choose_metrics,
-    create_evaluator,
-    create_network,
-    measure_images,
-    open_images,
-)
+from dico_jax.evaluation.evaluator import Evaluator, check_there, create_network, measure_images
 from dico_jax.evaluation.statistics import save_statistics
 from dico_jax.files import result_path, write_json
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 
+_MAX_SCALES = 1000
 _MAX_OWN_PICTURES = 50_000
 _PLOTTED = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score"}
 
@@ -51,7 +44,7 @@ class Options:
         check_there(reference, flag)  # before weights are loaded
         network, size = create_network(self.features, self.inception), self.batch_size
         how: Any = {"batch_size": size, "mesh": create_mesh(), "flag": flag}
-        return create_evaluator(network, reference, self.metrics, **how)
+        return evaluators.create_evaluator(network, reference, self.metrics, **how)
 
 
 def evaluate_files(
@@ -68,7 +61,7 @@ def evaluate_files(
     `reference` an .npz file or a folder. Returns the result, see docs/evaluation.md.
     """
     file = None if out is None else result_path(out, ".json")
-    images = open_images(path, "--samples")
+    images = evaluators.open_images(path, "--samples")
     evaluator = options.evaluator(reference)
     evaluator.network.check_images(images.shape, images.name)
     count = len(images) if num_samples is None else num_samples
@@ -198,7 +191,7 @@ def parse_sweep(text: str) -> tuple[float, ...]:
     """The numbers from A to B by steps of C, both ends included, of "A:B:C"; or UsageError."""
     try:
         first, last, step = (decimal.Decimal(part) for part in text.split(":"))
-        if not (first >= 0 and step > 0 and last >= first):
+        if not (0 <= first <= last < 1e9 and step > 0 and last - first < _MAX_SCALES * step):
             raise ValueError
     except (ValueError, ArithmeticError) as error:
         fix = ": write the first scale, the last and the step, such as 1.0:2.0:0.1"
@@ -243,17 +236,16 @@ class RunEvaluation:
         mesh: Mesh,
     ):
         """Loads what is there; `conditions` makes, of indices (N,), what the network is told."""
-        self._options, self._conditions = config.eval, conditions
-        self._source, self._read = source, read
+        self._conditions, self._source, self._read = conditions, source, read
         self._how: Any = {"batch_size": config.sampling.batch_size, "mesh": mesh}
         self._network: networks.FeatureNetwork | None = None
         self._evaluator: Evaluator | None = None
-        options, kind = config.eval, source.kind
+        self._options, options, kind = config.eval, config.eval, source.kind
         if not options.every_steps:
             return
         if options.num_samples < 2:
             raise UsageError("config.eval.num_samples", options.num_samples, "must be at least 2")
-        check_metrics(options.metrics, "config.eval.")
+        evaluators.check_metrics(options.metrics, "config.eval.")
         if kind != "pictures" and (options.features == "classifier" or options.reference is None):
             raise UsageError(
                 f"config.data.source has {kind}, not pictures: give config.eval.reference, an .npz "
@@ -289,7 +281,7 @@ class RunEvaluation:
         found = measure_images(images, network, features, self._how["batch_size"])
         if is_first:
             save_statistics(own, found)
-        chosen = choose_metrics(self._options.metrics or None, found, str(own))
+        chosen = evaluators.choose_metrics(self._options.metrics or None, found, str(own))
         self._evaluator = Evaluator(network, features, found, chosen, str(own))
 
     def __call__(self, samples: Callable[[Any, int], Iterator[np.ndarray]]) -> dict[str, float]:
@@ -303,4 +295,4 @@ class RunEvaluation:
 
     def _against(self, network: networks.FeatureNetwork, reference: str) -> Evaluator:
         metrics, flag = self._options.metrics or None, "config.eval.reference"
-        return create_evaluator(network, reference, metrics, **self._how, flag=flag)
+        return evaluators.create_evaluator(network, reference, metrics, **self._how, flag=flag)

@@ -207,6 +207,12 @@ class ClassConditional(Denoiser):
 
     def as_condition(self, condition):
         labels = condition["label"] if isinstance(condition, Mapping) else condition
+        if not isinstance(labels, jax.core.Tracer):  # a table has no row for others
+            labels, last = np.asarray(labels), self.num_classes - (self.null_class is None)
+            right = labels.ndim == 1 and labels.dtype.kind in "iu" and labels.size
+            if not right or labels.min() < 0 or labels.max() > last:
+                found = f"labels, {labels.dtype}{list(labels.shape)}, are {str(labels)[:100]}"
+                raise UsageError(f"{found}: integers (N,) from 0 to {last} are expected")
         return {"label": labels.astype(np.int32)}
 
     def zero_condition(self, n):

@@ -20,8 +20,8 @@ from dico_jax.experiment import experiment_from_config, sampling_from_config
 from dico_jax.files import library_versions, new_file
 from dico_jax.models import abstract_params
 from dico_jax.parallel.mesh import create_mesh, replicated
-from dico_jax.sampling.generate import GenerateFn, generate_images, make_generate_fn
-from dico_jax.sampling.grids import image_grid, load_png, save_png
+from dico_jax.sampling import generate as generation
+from dico_jax.sampling.grids import image_grid, is_png, load_png, save_png
 
 _GRID_SIDE = 10
 PREVIEW = "preview"  # of --vae
@@ -90,7 +90,7 @@ class CheckpointSampler:
             autoencoder = self.experiment.autoencoder
             digest = autoencoder.decoder_digest  # reads the weights, and may fail
         self.class_names, self._config, self._mesh = saved.class_names, config, create_mesh()
-        self._generate = self._make_generate_fn()
+        self.set_guidance(config.sampling.cfg_scale)
         sharding = replicated(self._mesh)
         if ema_width is None:
             target = jax.tree.map(
@@ -114,16 +114,13 @@ class CheckpointSampler:
             },
         }
 
-    def _make_generate_fn(self) -> GenerateFn:
-        process, options = sampling_from_config(self._config)
-        experiment = self.experiment
-        parts = experiment.model, process, experiment.autoencoder, experiment.latent_shape
-        return make_generate_fn(*parts, options, self._mesh)
-
     def set_guidance(self, cfg_scale: float) -> None:
         """Changes the guidance scale of all images from now on."""
         self._config.sampling.cfg_scale = cfg_scale
-        self._generate = self._make_generate_fn()
+        process, options = sampling_from_config(self._config)
+        made = self.experiment
+        parts = made.model, process, made.autoencoder, made.latent_shape
+        self._generate = generation.make_generate_fn(*parts, options, self._mesh)
 
     def about(self, classes: str) -> dict[str, Any]:
         """What decides the images of these classes, and where it is from, as JSON has it."""
@@ -138,9 +135,16 @@ class CheckpointSampler:
         )
 
     def images(self, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
-        """Images `start`, start + 1, ... of the conditions of all from 0 on: uint8 (N, H, W, C)."""
-        given = self._generate, self._params, conditions, self._config.sampling.batch_size
-        return generate_images(*given, self._mesh.size, start)
+        """Images `start`, start + 1, ... of the conditions of all from 0 on: uint8 (N, H, W, C).
+
+        NotFiniteError where one is not finite.
+        """
+        return generation.generate_images(*self._given(conditions), start)
+
+    def _given(self, conditions: Any) -> tuple[generation.GenerateFn, Any, Any, int, int]:
+        told = self.experiment.model.as_condition(conditions)
+        size = self._config.sampling.batch_size
+        return self._generate, self._params, told, size, self._mesh.size
 
     def save(self, out: str, *, num_images: int, classes: str = "all", npz: str | None = None):
         """Writes OUT/000000.png and on, grid.png and sampling.json (how they were made).
@@ -152,16 +156,20 @@ class CheckpointSampler:
         folder = pathlib.Path(out)
         _claim_folder(folder, self.about(classes), library_versions())
         files = [folder / f"{i:06d}.png" for i in range(num_images)]
-        done = next((i for i, file in enumerate(files) if not file.exists()), num_images)
+        lacking = [i for i, file in enumerate(files) if not is_png(file)]
+        done, bad, given = num_images - len(lacking), [], self._given(conditions)
         with tqdm.tqdm(total=num_images, initial=done, unit="image", dynamic_ncols=True) as bar:
-            index = done
-            for batch in self.images(conditions, start=done) if done < num_images else ():
-                for image in batch:
-                    with new_file(files[index]) as stream:  # half of one would be kept later
-                        save_png(stream, image)
-                    index += 1
-                bar.update(len(batch))
-        save_png(folder / "grid.png", self._grid(files, conditions))
+            for part, images, finite in generation.generate_batches(*given, lacking):
+                for i in np.flatnonzero(finite):
+                    with new_file(files[part[i]]) as stream:  # half of one would be kept later
+                        save_png(stream, images[i])
+                bad += part[~finite].tolist()
+                bar.update(len(part))
+                if not finite.any():  # nor will those to come be, most likely
+                    break
+        generation.check_finite(bad, bar.n - done)
+        with new_file(folder / "grid.png") as stream:
+            save_png(stream, self._grid(files, conditions))
         if npz is not None:
             _write_npz(npz, files, self.experiment.model.named_arrays(conditions))
 

@@ -5,28 +5,26 @@ noise follows from (seed, i).
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dico_jax import diffusion
 from dico_jax.autoencoders import Autoencoder, to_uint8
-from dico_jax.diffusion import (
-    Objective,
-    SamplingOptions,
-    guided_model_fn,
-    image_keys,
-    initial_noise,
-    sample_loop,
-    step_noise,
-)
-from dico_jax.errors import UsageError
+from dico_jax.diffusion import Objective, SamplingOptions
+from dico_jax.errors import TrainingStopped, UsageError
 from dico_jax.models.block_stacks import whole_where_used
 from dico_jax.parallel.mesh import batch_sharding, from_same, replicated
 
-GenerateFn = Callable[[Any, np.ndarray, Any], jax.Array]
+GenerateFn = Callable[[Any, np.ndarray, Any], tuple[jax.Array, jax.Array]]
+
+
+class NotFiniteError(TrainingStopped):
+    """Images, or a score of them, that are NaN or infinite, and are not shown as if they were."""
 
 
 def make_latents_fn(
@@ -39,8 +37,8 @@ def make_latents_fn(
         raise UsageError("sampling.cfg_scale", options.cfg_scale, fix)
 
     def sample_latents(params, indices, conditions):
-        keys = image_keys(options.seed, indices)
-        model_fn = guided_model_fn(
+        keys = diffusion.image_keys(options.seed, indices)
+        model_fn = diffusion.guided_model_fn(
             lambda x, t, condition: model.apply({"params": params}, x, t, condition),
             conditions,
             model.null_condition(len(indices)),
@@ -48,11 +46,11 @@ def make_latents_fn(
             num_channels=latent_shape[-1],
             cfg_channels=options.cfg_channels,
         )
-        return sample_loop(
+        return diffusion.sample_loop(
             objective,
             model_fn,
-            initial_noise(keys, latent_shape),
-            lambda i: step_noise(keys, i, latent_shape),
+            diffusion.initial_noise(keys, latent_shape),
+            lambda i: diffusion.step_noise(keys, i, latent_shape),
             sampler=options.sampler,
             eta=options.ddim_eta,
         )
@@ -70,10 +68,10 @@ def make_generate_fn(
     *,
     load: bool = True,
 ) -> GenerateFn:
-    """The jitted function (params, indices (N,), conditions) -> uint8 images (N, H, W, C).
+    """The jitted function (params, indices (N,), conditions) -> images, and which are finite.
 
-    Conditions are a tree of arrays (N, ...), see `Denoiser`. N must divide over the mesh, see
-    `generate_images`.
+    Those are uint8 (N, H, W, C) and bool (N,). Conditions are a tree of arrays (N, ...), see
+    `Denoiser`. N must divide over the mesh, see `generate_batches`.
 
     Args:
       model: the network.
@@ -89,7 +87,9 @@ def make_generate_fn(
 
     def generate(decoder_params, params, indices, conditions):
         latents = sample_latents(params, indices, conditions)
-        return to_uint8(autoencoder.decode(decoder_params, latents))
+        decoded = autoencoder.decode(decoder_params, latents)
+        finite = [jnp.isfinite(x).all(axis=(1, 2, 3)) for x in (latents, decoded)]
+        return to_uint8(decoded), finite[0] & finite[1]
 
     split, whole = batch_sharding(mesh), replicated(mesh)
     # The network's parameters stay as they lie: a run may share them among devices.
@@ -112,15 +112,35 @@ def make_generate_fn(
 def generate_images(
     generate: GenerateFn, params, conditions: Any, batch_size: int, num_devices: int, start: int = 0
 ) -> Iterator[np.ndarray]:
-    """Images start, start + 1, ... batch by batch: uint8 (<= batch_size, H, W, C).
+    """Images start, ... of `generate_batches`, uint8 (n, H, W, C); NotFiniteError for bad ones."""
+    indices = np.arange(start, len(jax.tree.leaves(conditions)[0]))
+    given = generate, params, conditions, batch_size, num_devices, indices
+    for part, images, finite in generate_batches(*given):
+        check_finite(part[~finite], len(part))
+        yield images
+
+
+def generate_batches(
+    generate: GenerateFn, params, conditions: Any, batch_size: int, num_devices: int, indices: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of images `indices` (N,), their numbers (n,), uint8 (n, H, W, C), and which are finite (n,).
 
     `conditions` are a tree of arrays (N, ...), those of every image from 0 on. Every batch has one
     size on the devices, a multiple of num_devices; what is over at the end is cut off.
     """
-    count = len(jax.tree.leaves(conditions)[0])
+    count = max(1, len(jax.tree.leaves(conditions)[0]))
     size = -(-min(batch_size, count) // num_devices) * num_devices
-    for first in range(start, count, size):
-        indices = np.arange(first, min(first + size, count), dtype=np.int32)
-        padded = np.pad(indices, (0, size - len(indices)), mode="edge")
+    for first in range(0, len(indices), size):
+        part = np.asarray(indices[first : first + size], np.int32)
+        padded = np.pad(part, (0, size - len(part)), mode="edge")
         told = jax.tree.map(lambda leaf, rows=padded: leaf[rows], conditions)
-        yield np.asarray(generate(params, padded, told))[: len(indices)]
+        images, finite = jax.device_get(generate(params, padded, told))
+        yield part, images[: len(part)], finite[: len(part)]
+
+
+def check_finite(bad: Sequence[int] | np.ndarray, count: int) -> None:
+    """NotFiniteError if there are `bad` images, by their numbers, among `count`."""
+    if len(bad):
+        listed = ", ".join(map(str, bad[:10])) + ", ..." * (len(bad) > 10)
+        fix = "use the weights of another step, a lower guidance scale, or model.dtype float32"
+        raise NotFiniteError(f"{len(bad)} of {count} images are not finite ({listed}): {fix}")

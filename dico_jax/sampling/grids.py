@@ -11,11 +11,6 @@ _PAPER = (255, 255, 255)
 _INK = (0, 0, 0)
 
 
-def to_rgb(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 1 or 3) to (H, W, 3)."""
-    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
-
-
 def image_grid(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
     """Rows of uint8 images (N, H, W, 1 or 3), each with a label at its left: uint8 (H, W, 3)."""
     height, width = rows[0].shape[1:3]
@@ -33,7 +28,8 @@ def image_grid(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
         top = _GAP + r * (height + _GAP)
         draw.text((margin - 6, top + height // 2), label, fill=_INK, font=font, anchor="rm")
         for c, image in enumerate(images):
-            cell = Image.fromarray(to_rgb(image)).resize((width, height), Image.Resampling.NEAREST)
+            rgb = np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+            cell = Image.fromarray(rgb).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(cell, (margin + _GAP + c * (width + _GAP), top))
     return np.asarray(sheet)
 
@@ -41,6 +37,16 @@ def image_grid(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
 def save_png(path, image: np.ndarray) -> None:
     """Writes uint8 (H, W, 1 or 3) as a PNG file, or into a stream."""
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, "PNG")
+
+
+def is_png(path) -> bool:
+    """Whether a file is there and a whole PNG: a power cut leaves empty or cut ones."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+            return True
+    except Exception:  # of many classes
+        return False
 
 
 def load_png(path) -> np.ndarray:
