@@ -4,7 +4,6 @@ Every wrong field ends in a UsageError that starts with its full name, `config.a
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -34,18 +33,15 @@ class Experiment:
 
 def model_from_config(config: ConfigDict) -> Denoiser:
     """The network of a config."""
+    defaults = DEFAULTS["model"]
     with config_errors():
-        return create_model(config.model.name, **_model_options(config))
-
-
-def _model_options(config: ConfigDict) -> dict[str, Any]:
-    """The options of `config.model`, but for those of other networks that nobody has set."""
-    known, defaults = model_options(config.model.name), DEFAULTS["model"]
-    return {
-        name: value
-        for name, value in config.model.items()
-        if name != "name" and value is not None and (name in known or value != defaults[name])
-    }
+        known = {*model_options(config.model.name), "name"}
+        options = {  # but for those of other networks that nobody has set
+            name: value
+            for name, value in config.model.items()
+            if value is not None and (name in known or value != defaults[name])
+        }
+        return create_model(**options)
 
 
 def experiment_from_config(config: ConfigDict) -> Experiment:
@@ -59,21 +55,18 @@ def experiment_from_config(config: ConfigDict) -> Experiment:
             name = config.autoencoder.name
             fix = f"does not fit config.autoencoder.name={name!r}: use {autoencoder.channels}"
             raise UsageError("model.in_channels", model.in_channels, fix)
-        side = _latent_side(config.data.image_size, autoencoder.downsampling, model.size_divisor)
+        image_size, shrinks = config.data.image_size, autoencoder.downsampling
+        step = shrinks * model.size_divisor
+        if image_size < step or image_size % step:
+            below = image_size // step * step
+            fix = (
+                f"must be a multiple of {step} (the autoencoder shrinks images by {shrinks}, the "
+                f"network's input must divide by {model.size_divisor}): use "
+                f"{f'{below} or ' * (below > 0)}{below + step}"
+            )
+            raise UsageError("data.image_size", image_size, fix)
+    side = image_size // shrinks
     return Experiment(model, diffusion, autoencoder, (side, side, model.in_channels))
-
-
-def _latent_side(image_size: int, downsampling: int, size_divisor: int) -> int:
-    step = downsampling * size_divisor
-    if image_size < step or image_size % step:
-        below = image_size // step * step
-        fix = (
-            f"must be a multiple of {step} (the autoencoder shrinks images by {downsampling}, the "
-            f"network's input must divide by {size_divisor}): use "
-            f"{f'{below} or ' * (below > 0)}{below + step}"
-        )
-        raise UsageError("data.image_size", image_size, fix)
-    return image_size // downsampling
 
 
 def sampling_from_config(config: ConfigDict) -> tuple[Objective, SamplingOptions]:
@@ -104,12 +97,8 @@ def with_source_options(config: ConfigDict, source: Source) -> ConfigDict:
     """The config with the options of the network that are not set and that the source knows."""
     with config_errors():
         network, _ = find_model(config.model.name)
-    options = config.model.to_dict()
-    completed = network.complete_options(options, source)
-    if completed == options:
-        return config
     config = config.copy_and_resolve_references()
-    config.model.update(completed)
+    config.model.update(network.complete_options(config.model.to_dict(), source))
     return config
 
 
@@ -168,24 +157,22 @@ def _check_latents(
 ) -> None:
     height, width, channels = source.image_shape
     if isinstance(source, PreparedLatents):
-        _check_prepared(config, experiment, source)
         channels //= 2  # means and log variances
+        if experiment.autoencoder.name == "identity":
+            fix = "does not fit prepared latents: use 'sd_vae', or 'latent_preview' to do without"
+            raise UsageError("autoencoder.name", "identity", fix)
+        wanted = source.manifest.plan.encoder_digest
+        found = experiment.autoencoder.encoder_digest  # reads the weights
+        if found is not None and found != wanted:
+            what = f"is not the autoencoder that encoded {source!r}"
+            fix = (
+                f"{what} (encoders {found[:12]} and {wanted[:12]}): use that one, or prepare again"
+            )
+            raise UsageError(f"autoencoder.path={config.autoencoder.path} {fix}")
     if (height, width, channels) != experiment.latent_shape:
         what = f"with config.model.in_channels={config.model.in_channels} needs examples of shape"
         fix = f"{what} {experiment.latent_shape}, but {source!r} has {(height, width, channels)}"
         raise UsageError("data.image_size", config.data.image_size, fix)
-
-
-def _check_prepared(config: ConfigDict, experiment: Experiment, source: PreparedLatents) -> None:
-    if experiment.autoencoder.name == "identity":
-        fix = "does not fit prepared latents: use 'sd_vae', or 'latent_preview' to do without it"
-        raise UsageError("autoencoder.name", "identity", fix)
-    wanted = source.manifest.plan.encoder_digest
-    found = experiment.autoencoder.encoder_digest  # reads the weights
-    if found is not None and found != wanted:
-        what = f"is not the autoencoder that encoded {source!r}"
-        fix = f"{what} (encoders {found[:12]} and {wanted[:12]}): use that one, or prepare again"
-        raise UsageError(f"autoencoder.path={config.autoencoder.path} {fix}")
 
 
 def check_training(config: ConfigDict) -> None:

@@ -1,15 +1,21 @@
 """metrics.jsonl, TensorBoard events and Weights & Biases."""
 
+import contextlib
+import errno
 import importlib.machinery
 import json
+import os
+import pathlib
 import struct
 import sys
+import time
 import types
 
 import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from dico_jax.errors import UsageError
 from dico_jax.training.logging import Logger, require_wandb
@@ -146,3 +152,80 @@ def test_weights_and_biases_that_is_not_installed(tmp_path, monkeypatch):
         require_wandb("dico")
     with pytest.raises(UsageError, match="wandb"):
         Logger(tmp_path, 0, 10, "dico")
+
+
+NO_WRITES = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.ESTALE, errno.EACCES]
+
+
+@pytest.mark.parametrize("number", NO_WRITES)
+def test_files_that_cannot_be_written_for_a_while(tmp_path, monkeypatch, capfd, number):
+    """One warning each, training goes on, and nothing is lost, damaged or written twice."""
+    real = pathlib.Path.open
+
+    def failing(self, mode="r", *args, **kwargs):
+        stream = real(self, mode, *args, **kwargs)
+        if mode != "ab":
+            return stream
+
+        def write(data):
+            if not left:
+                raise OSError(number, os.strerror(number))
+            return os.write(stream.fileno(), data[: left.pop()])
+
+        stack = contextlib.ExitStack()
+        stack.enter_context(stream)
+        stack.write = write
+        return stack
+
+    with Logger(tmp_path, 0, 10) as log:
+        left = [3, 5]  # bytes that a full disk still takes
+        monkeypatch.setattr(pathlib.Path, "open", failing)
+        for step in range(1, 4):
+            log.scalars(step, {"loss": float(step)})
+        log.image(3, "samples", np.zeros((4, 2, 3), np.uint8))
+        monkeypatch.undo()
+        log.scalars(4, {"loss": 4.0})
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    events = read_events(file)
+    steps = [(event.step, value.tag) for event in events for value in event.summary.value]
+    expected = [(1, "loss"), (2, "loss"), (3, "loss"), (3, "samples"), (4, "loss")]
+    assert steps == expected
+    said = [line for line in "".join(capfd.readouterr()).splitlines() if "warning: " in line]
+    assert len(said) == 2, said
+    for line, name in zip(said, ("metrics.jsonl", file.name), strict=True):
+        assert f"{tmp_path / name} cannot be written ({os.strerror(number)}): make room" in line
+
+
+def test_event_files_have_right_checksums(tmp_path):
+    with Logger(tmp_path, 0, 1) as log:
+        log.scalars(1, {"loss": 1.0})
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    data = file.read_bytes()
+    while data:
+        length = struct.unpack("<Q", data[:8])[0]
+        event, rest = data[12 : 12 + length], data[12 + length :]
+        assert struct.unpack("<I", data[8:12])[0] == masked_crc32c(data[:8])
+        assert struct.unpack("<I", rest[:4])[0] == masked_crc32c(event)
+        data = rest[4:]
+
+
+def test_weights_and_biases_that_ends_is_said_once_and_never_waited_for_long(
+    tmp_path, wandb, monkeypatch, capfd
+):
+    def fail(values):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with Logger(tmp_path, 0, 10, "dico") as log:
+        wandb.runs[-1].log = fail
+        for step in (1, 2):
+            log.scalars(step, {"loss": 1.0})
+    said = "".join(capfd.readouterr())
+    assert said.count("warning: Weights & Biases gets no more numbers (") == 1
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+    monkeypatch.setattr("dico_jax.training.logging._LAST_WORDS", 0.1)
+    with Logger(tmp_path, 2, 10, "dico"):
+        wandb.runs[-1].finish = lambda exit_code: time.sleep(60)
+        started = time.monotonic()
+    assert time.monotonic() - started < 10

@@ -1,14 +1,19 @@
 """FID and its family during training."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 
+from dico_jax.checkpoints.reader import saved_steps
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import networks
+from dico_jax.evaluation.measure import RunEvaluation
 from dico_jax.evaluation.statistics import Statistics, open_reference
 from dico_jax.training.loop import train
+from dico_jax.training.watch import Preempted
 from tests.test_training import tiny_config
 
 
@@ -89,3 +94,46 @@ def test_latents_have_no_pictures(tmp_path):
     np.savez(tmp_path / "c.npz", x=np.zeros(3))
     refused(match, features="inception")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_save_comes_first_and_what_only_looks_may_fail(tmp_path, monkeypatch, capfd):
+    options = config(every_steps=2)
+    options.sampling.grid_every_steps = 2
+    (tmp_path / "samples").write_text("a file")
+    calls = []
+
+    def fail(self, samples):
+        calls.append(max(saved_steps(tmp_path)))
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile\tmeasuring")
+
+    monkeypatch.setattr(RunEvaluation, "__call__", fail)
+    monkeypatch.setattr(RunEvaluation, "open", lambda self, workdir: None)
+    train(options, str(tmp_path))
+    assert calls == sorted(saved_steps(tmp_path)) == [2, 4]
+    said = "".join(capfd.readouterr())
+    for step in (2, 4):
+        failed = f"of step {step} failed, training goes on: "
+        assert f"warning: the evaluation {failed}RESOURCE_EXHAUSTED: Out of memory while me" in said
+        assert f"warning: the grid {failed}" in said
+
+
+def test_sigterm_is_heeded_between_batches_of_samples(tmp_path, monkeypatch):
+    options = config(every_steps=3)
+    seen = []
+
+    def measure(self, samples):
+        for images in samples(self._conditions(np.arange(64))):
+            seen.append(len(images))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunEvaluation, "__call__", measure)
+    monkeypatch.setattr(RunEvaluation, "open", lambda self, workdir: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Preempted) as ended:
+            train(options, str(tmp_path))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == options.training.preemption_exit_status
+    assert seen == [16]  # of 64
+    assert saved_steps(tmp_path) == {2, 3}  # 3 was not due

@@ -125,14 +125,14 @@ def test_fields_that_may_change_exist():
 def test_sigterm_is_noticed_and_does_not_interrupt():
     before = signal.getsignal(signal.SIGTERM)
     with Preemption() as preemption:
-        assert not preemption.requested(1)
+        assert not preemption.requested()
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.requested(2)
-        assert preemption.requested(3)
+        assert preemption.requested()
+        assert preemption.requested()
     assert signal.getsignal(signal.SIGTERM) is before
     with Preemption() as preemption:
-        assert not preemption.requested(4)
+        assert not preemption.requested()
 
 
 def test_sigterm_after_the_save_changes_the_exit_status_no_more():
@@ -325,7 +325,7 @@ with workdir_lock(str(workdir), index), Preemption() as preemption:
             time.sleep(0.02 * (1 + index))  # one is ahead of the other
             if step == 10:
                 (workdir / f"ready_{index}").touch()
-            if preemption.requested(step):
+            if preemption.requested():
                 saver.save(step, state(step))
                 saver.wait()
                 print("saved", step, flush=True)

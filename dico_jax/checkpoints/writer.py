@@ -98,6 +98,11 @@ class StepWriter:
         if not saved:  # Orbax gives no reason
             raise RuntimeError(f"Orbax refused to save step {step} in {self._folder}")
 
+    def check(self) -> None:
+        """Raises what `write` raises, where the save in the background has failed by now."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
         """Waits until the save in the background is finished; raises what `write` raises."""
         with self._explained():

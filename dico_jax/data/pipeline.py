@@ -121,10 +121,9 @@ class DeviceBatches(Iterator, contextlib.AbstractContextManager):
             index, skipped = batch["index"], batch.pop("skipped")
             return put(batch), index, skipped
 
-        ahead = grain.experimental.ThreadPrefetchIterDataset(
-            batches.map(to_devices), prefetch_buffer_size=_BATCHES_AHEAD
-        )
-        self._iterator, self._log = iter(ahead), log
+        ahead = grain.experimental.ThreadPrefetchIterDataset
+        self._iterator = iter(ahead(batches.map(to_devices), prefetch_buffer_size=_BATCHES_AHEAD))
+        self._log = log
         self.waited = 0.0  # seconds, for the newest batch
 
     def __next__(self) -> Any:

@@ -22,9 +22,8 @@ def create_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1)
     Devices lie process by process, so that a process feeds one block of rows of every batch, and
     devices that share a layer ("tensor") are on one host as far as it goes.
     """
-    devices = sorted(
-        jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id)
-    )
+    devices = jax.devices() if devices is None else devices
+    devices = sorted(devices, key=lambda d: (d.process_index, d.id))
     if not _sizes_fit(len(devices), data, fsdp, tensor):
         sizes = f"mesh.data={data}, config.mesh.fsdp={fsdp} and config.mesh.tensor={tensor}"
         fix = "give sizes of at least 1 (data may be -1) whose product is that number"
@@ -77,13 +76,8 @@ def check_batch_size(batch_size: int, num_shards: int, field: str = "data.batch_
 
 def to_global(batch: Any, sharding: NamedSharding) -> Any:
     """A tree of this process's rows of a batch (NumPy) as global arrays, split by `sharding`."""
-    _, count = data_shard(sharding)
-
-    def put(x):
-        shape = (len(x) * count, *x.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, x, shape)
-
-    return jax.tree.map(put, batch)
+    count, put = data_shard(sharding)[1], jax.make_array_from_process_local_data
+    return jax.tree.map(lambda x: put(sharding, x, (len(x) * count, *x.shape[1:])), batch)
 
 
 def from_same(array: np.ndarray, sharding: Sharding) -> jax.Array:

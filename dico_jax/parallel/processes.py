@@ -22,16 +22,13 @@ def initialize(
     Where JAX does not find the others by itself, give the first three arguments. Where they do not
     come in time, the process ends with status 2 and one line on stderr.
     """
-    given = {
-        "--coordinator_address": coordinator_address,
-        "--num_processes": num_processes,
-        "--process_id": process_id,
-    }
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given) and not several_processes(os.environ):
+    names = "--coordinator_address", "--num_processes", "--process_id"
+    parts = coordinator_address, num_processes, process_id
+    missing = [name for name, value in zip(names, parts, strict=True) if value is None]
+    if len(missing) == len(names) and not several_processes(os.environ):
         return
-    if 0 < len(missing) < len(given):
-        raise UsageError(f"{', '.join(missing)}: give all of {', '.join(given)}, or none")
+    if 0 < len(missing) < len(names):
+        raise UsageError(f"{', '.join(missing)}: give all of {', '.join(names)}, or none")
     if not missing and process_id not in range(num_processes or 0):
         raise UsageError("--process_id", process_id, f"must be in 0 to {(num_processes or 0) - 1}")
     at = coordinator_address or "the address that JAX found"
@@ -40,7 +37,6 @@ def initialize(
     timer.daemon = True
     timer.start()
     try:
-        parts = coordinator_address, num_processes, process_id
         jax.distributed.initialize(*parts, initialization_timeout=timeout_seconds + 60)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -50,10 +46,10 @@ def initialize(
 
 
 def _give_up(address: str, timeout_seconds: int) -> None:
-    failed = f"not all processes of this run have joined at {address} in {timeout_seconds} s"
-    fix = "check that every one was started, with the same address and number of processes"
-    error = f"error: --distributed_timeout={timeout_seconds}: {failed}: {fix}"
-    print(error, file=sys.stderr, flush=True)
+    failed = f"not all processes of this run have joined at {address} in {timeout_seconds} s: check"
+    fix = "that every one was started, with the same address and number of processes"
+    text = f"error: --distributed_timeout={timeout_seconds}: {failed} {fix}"
+    print(text, file=sys.stderr, flush=True)
     os._exit(2)  # the main thread is inside JAX and cannot be woken
 
 

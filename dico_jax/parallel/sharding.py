@@ -78,8 +78,7 @@ def say_unmet(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> None:
     Vectors are left out: they are small. Without rules, `DEFAULT_RULES` are in force, which are for
     all published networks: some of them always find nothing.
     """
-    used = rules or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
-    if not used or jax.process_index():
+    if jax.process_index() or not (rules or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1):
         return
     shapes = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
     for pattern, _ in rules:
@@ -87,5 +86,5 @@ def say_unmet(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> None:
             print(f"mesh.rules: {pattern!r} finds no parameter", file=sys.stderr)
     for path, shape in shapes.items():
         if len(shape) > 1 and not any(re.search(p, path) for p, _ in rules or DEFAULT_RULES):
-            text = f"mesh.rules: no rule is for {path} {shape}: every device has all of it"
-            print(text, file=sys.stderr)
+            text = f"no rule is for {path} {shape}: every device has all of it"
+            print(f"mesh.rules: {text}", file=sys.stderr)

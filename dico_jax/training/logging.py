@@ -6,59 +6,71 @@ import importlib.util
 import json
 import math
 import pathlib
+import socket
+import struct
+import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from dico_jax.errors import UsageError
 from dico_jax.files import new_file
 
+_LAST_WORDS = 20.0  # seconds that W&B has to send what it has not sent yet
 
-class Logger:
+
+class Logger(contextlib.AbstractContextManager):
     """What a run reports to. Use as a context manager; silent but in the main process.
 
-    metrics.jsonl has one JSON object a line. What an interrupted run left of steps after the one
-    that it goes on from is dropped there, and TensorBoard forgets it; W&B shows it twice.
-    UsageError: W&B refuses.
+    metrics.jsonl has a JSON object a line. What an interrupted run left of later steps than it goes
+    on from is dropped, and TensorBoard forgets it; W&B shows it twice. UsageError: W&B refuses.
     """
 
     def __init__(
         self, workdir: pathlib.Path, start_step: int, num_steps: int, wandb_project="", config=None
     ):
         self._workdir, self._is_main = workdir, jax.process_index() == 0
-        uses_wandb = self._is_main and wandb_project
-        self._wandb = _open_wandb(wandb_project, workdir, config) if uses_wandb else None
-        shape = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5}
-        self.bar: Any = tqdm.tqdm(
-            total=num_steps, initial=start_step, disable=not self._is_main, **shape
-        )
+        project = wandb_project if self._is_main else ""
+        self._wandb = _open_wandb(project, workdir, config) if project else None
+        shape: Any = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5, "total": num_steps}
+        self.bar: Any = tqdm.tqdm(initial=start_step, disable=not self._is_main, **shape)
         self._open(start_step)
 
     def _open(self, step: int) -> None:
-        self._files = contextlib.ExitStack()
         if self._is_main:
             file = self._workdir / "metrics.jsonl"
             _drop_lines_after(file, step)
-            self._metrics = self._files.enter_context(file.open("a"))
+            self._metrics = _Appended(file, self.say)
             # Two event files of one second would have one name, and the second replace the first.
-            events = {"purge_step": step + 1, "filename_suffix": f".{time.time_ns()}"}
-            writer = tensorboardX.SummaryWriter(str(self._workdir), **events)
-            self._events = self._files.enter_context(writer)
+            now, host = time.time_ns(), socket.gethostname()
+            name = f"events.out.tfevents.{now // 10**9}.{host}.{now}"
+            self._events = _Appended(self._workdir / name, self.say)
+            self._add_event(file_version="brain.Event:2")
+            self._add_event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def __enter__(self):
-        return self
+    def _add_event(self, **fields) -> None:
+        event = Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(event))
+        parts = [data + struct.pack("<I", masked_crc32c(data)) for data in (length, event)]
+        self._events.add(b"".join(parts))
 
     def __exit__(self, exception_type, *_):
         self.bar.close()
-        self._files.close()
-        if self._wandb:
-            self._wandb.finish(exit_code=int(exception_type is not None))
+        for file in (self._metrics, self._events) if self._is_main else ():
+            file.add(b"")
+        # In a thread, for it waits for a server that may be away.
+        last = "finish", int(exception_type is not None)
+        thread = threading.Thread(target=self._ask_wandb, args=last, daemon=True)
+        thread.start()
+        thread.join(_LAST_WORDS)
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
@@ -68,36 +80,63 @@ class Logger:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self._is_main:
             line = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-            self._metrics.write(json.dumps({"step": step, **line}) + "\n")
-            self._metrics.flush()
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log({"step": step, **values})
+            self._metrics.add((json.dumps({"step": step, **line}) + "\n").encode())
+            numbers = [value for pair in values.items() for value in summary.scalar(*pair).value]
+            self._add_event(step=step, summary=summary.Summary(value=numbers))
+        self._ask_wandb("log", {"step": step, **values})
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Records a picture, uint8 (H, W, 3)."""
         if self._is_main:
-            self._events.add_image(name, image, step, dataformats="HWC")
+            self._add_event(step=step, summary=summary.image(name, image, dataformats="HWC"))
         if self._wandb:
-            self._wandb.log({"step": step, name: importlib.import_module("wandb").Image(image)})
+            picture = importlib.import_module("wandb").Image(image)
+            self._ask_wandb("log", {"step": step, name: picture})
+
+    def _ask_wandb(self, method: str, what: Any) -> None:
+        try:
+            if self._wandb:
+                getattr(self._wandb, method)(what)
+        except Exception as error:  # its process may have ended, or the disk be full
+            self._wandb = None
+            self.say(f"warning: Weights & Biases gets no more numbers ({error}); training goes on")
 
     def rewind(self, step: int) -> None:
         """Drops what was recorded after `step`, which the run has returned to."""
-        self._files.close()
         self._open(step)
         self.bar.n = self.bar.last_print_n = step
         self.bar.unpause()
         self.bar.refresh()
 
 
+class _Appended:
+    """A file to add records to. Where that fails it is said once, and they wait."""
+
+    def __init__(self, file: pathlib.Path, say: Callable[[str], None]):
+        self._file, self._say = file, say
+        self._waiting, self._failed = b"", False
+
+    def add(self, record: bytes) -> None:
+        self._waiting += record
+        try:  # anew every time: a file system that was away takes no old handle
+            with self._file.open("ab", buffering=0) as stream:
+                while self._waiting:
+                    self._waiting = self._waiting[stream.write(self._waiting) :]
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                text = (
+                    f"warning: {self._file} cannot be written ({error.strerror}): make room there"
+                )
+                self._say(f"{text}, or mend that; training goes on, and the numbers follow then")
+            self._failed = True
+
+
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:
     """Drops the lines that a run which goes on after `step` writes again, and half a line."""
 
     def stays(line: str) -> bool:
-        if not line.endswith("\n"):
-            return False
-        values = json.loads(line)
+        values = json.loads(line) if line.endswith("\n") else {"step": math.inf}
         # The classifier's judgement comes after the last save.
         return (values["step"], "eval/agreement" in values) <= (step, False)
 
@@ -122,10 +161,10 @@ def _open_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any] | No
     id_file = workdir / "wandb_run_id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8] + "\n")
-    name, run_id = workdir.absolute().name, id_file.read_text().strip()
-    which = {"project": project, "id": run_id, "name": name, "resume": "allow"}
+    which: Any = {"project": project, "id": id_file.read_text().strip(), "resume": "allow"}
+    which |= {"name": workdir.absolute().name, "dir": str(workdir), "config": config or {}}
     try:
-        run = wandb.init(dir=str(workdir), config=config or {}, **which)
+        run = wandb.init(**which)
     except wandb.Error as error:  # not logged in, no such project, no network
         fix = f": it says {error}; run `wandb login`, set WANDB_MODE=offline, or leave it empty"
         raise UsageError("config.logging.wandb_project", project, fix) from error

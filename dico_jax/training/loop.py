@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -79,22 +79,18 @@ class _Trainer:
     def train(self) -> ClassAgreement | None:
         """Takes all steps that are left, and judges the samples of the final state."""
         self.log.say(self.run.describe(self.start))
-        self.log.say(self._overview())
-        while self.start < self.num_steps:
-            self._take_steps()
-        result = self.run.judge(self.state)
-        if result is not None:
-            self.log.say(str(result))
-            self.log.scalars(self.start, {f"eval/{k}": v for k, v in vars(result).items()})
-        return result
-
-    def _overview(self) -> str:
-        """The top of parameters.txt: shapes, sizes and shardings of all parameters."""
         overview, params = parameter_overview.get_parameter_overview, self.run.target.params
         if jax.process_index() == 0:
             with new_file(self.run.workdir / "parameters.txt") as file:
                 file.write(f"{overview(params, include_stats='sharding')}\n".encode())
-        return overview(params, include_stats="sharding", max_lines=12)
+        self.log.say(overview(params, include_stats="sharding", max_lines=12))
+        while self.start < self.num_steps:
+            self._take_steps()
+        result = self.run.judge(functools.partial(self._samples, self.num_steps))
+        if result is not None:
+            self.log.say(str(result))
+            self.log.scalars(self.start, {f"eval/{k}": v for k, v in vars(result).items()})
+        return result
 
     def _take_steps(self) -> None:
         """Steps to the end, or until the run has to return to an earlier one."""
@@ -121,21 +117,22 @@ class _Trainer:
         self.watch.add(step, metrics["finite"])
         self.meter.add(metrics, waited)
         self.stall.step_done(step)
+        self.saver.check()
         self.log.bar.update(1)
         if self.profiler.step_done(step, metrics) or step == self.start + 1:
             self._rested(step)  # what has passed so far was compilation
 
     def _due(self, step: int) -> list[Callable[[int], None]]:
-        """What is to be done after a step, in order."""
+        """What is to be done after a step, in order: what is not to be lost comes first."""
         training, grid_every = self.config.training, self.config.sampling.grid_every_steps
-        last, preempted = step == self.num_steps, self.preemption.requested(step)
+        last, preempted = step == self.num_steps, self.preemption.requested()
         rules = (
             (self._report, last or step % training.log_every_steps == 0),
-            (self._save_grid, grid_every > 0 and step % grid_every == 0),
-            (self._evaluate, self.run.evaluation.is_due(step, self.num_steps)),
             (self._keep_averages, self.snapshots.is_due(step)),
             (self._save, last or preempted or step % training.checkpoint_every_steps == 0),
             (self._leave, preempted and not last),
+            (self._save_grid, grid_every > 0 and step % grid_every == 0),
+            (self._evaluate, self.run.evaluation.is_due(step, self.num_steps)),
         )
         return [action for action, is_due in rules if is_due]
 
@@ -147,13 +144,32 @@ class _Trainer:
         self.log.bar.set_postfix(shown, refresh=False)
 
     def _save_grid(self, step: int) -> None:
-        self.log.image(step, "samples", self.run.save_grid(step, self.state))
-        self._rested(step)
+        with self._looking(step, "grid") as samples:
+            self.log.image(step, "samples", self.run.save_grid(step, samples))
 
     def _evaluate(self, step: int) -> None:
-        numbers = self.run.evaluation(functools.partial(self.run.samples, self.state))
-        self.log.scalars(step, {f"eval/{name}": value for name, value in numbers.items()})
+        with self._looking(step, "evaluation") as samples:
+            numbers = self.run.evaluation(samples)
+            self.log.scalars(step, {f"eval/{name}": value for name, value in numbers.items()})
+
+    @contextlib.contextmanager
+    def _looking(self, step: int, what: str) -> Iterator[Callable]:
+        """Around what shows how the run goes: where it fails, the run goes on."""
+        self.saver.wait()
+        try:
+            yield functools.partial(self._samples, step)
+        except Exception as error:
+            text = " ".join(str(error).split())[:500] or type(error).__name__
+            self.log.say(f"warning: the {what} of step {step} failed, training goes on: {text}")
         self._rested(step)
+
+    def _samples(self, step: int, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
+        """Batches of images of the averaged weights; where SIGTERM comes, saves and ends."""
+        for images in self.run.samples(self.state, conditions, start):
+            if self.preemption.requested():
+                self._save(step)
+                self._leave(step)
+            yield images
 
     def _keep_averages(self, step: int) -> None:
         self.snapshots.save(step, unstack_blocks(self.state.width_emas))
@@ -176,6 +192,5 @@ class _Trainer:
         del self.state  # two may not fit
         self.meter.pending.clear()
         self.saver.wait()
-        found = self.saver.restore_newest(self.run.target, self.log.say) if step else None
-        self._go_on_from(found)
+        self._go_on_from(self.saver.restore_newest(self.run.target, self.log.say) if step else None)
         self.log.rewind(self.start)

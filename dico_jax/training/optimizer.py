@@ -31,13 +31,10 @@ def create_optimizer(config, num_steps: int) -> optax.GradientTransformation:
         "weight_decay": config.weight_decay,
         "mask": is_kernel if config.weight_decay_mask == "kernels" else None,
     }
-    if config.name == "adamw":
-        optimizer = optax.adamw(eps=config.eps, **options)
-    else:
-        optimizer = optax.lion(**options)
-    if config.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    return optimizer
+    is_adamw = config.name == "adamw"
+    optimizer = optax.adamw(eps=config.eps, **options) if is_adamw else optax.lion(**options)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(clip, optimizer) if config.clip_norm else optimizer
 
 
 def learning_rate_schedule(config, num_steps: int) -> optax.Schedule:
@@ -53,10 +50,9 @@ def learning_rate_schedule(config, num_steps: int) -> optax.Schedule:
     if config.schedule == "cosine":
         lowest = config.min_learning_rate_ratio
         then = optax.cosine_decay_schedule(rate, num_steps - warmup, alpha=lowest)
-    if not warmup:
-        return lambda taken: then(taken + 1)
-    joined = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), then], [warmup])
-    return lambda taken: joined(taken + 1)  # Optax counts from 0: the first step would do nothing
+    if warmup:
+        then = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), then], [warmup])
+    return lambda taken: then(taken + 1)  # Optax counts from 0: the first step would do nothing
 
 
 def is_kernel(params: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from dico_jax.data.pipeline import DeviceBatches, training_batches
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.measure import RunEvaluation
 from dico_jax.evaluation.networks import ClassAgreement, class_agreement, require_sklearn
+from dico_jax.files import new_file
 from dico_jax.models import count_parameters
 from dico_jax.models.block_stacks import stack_shardings, unstack_blocks
 from dico_jax.parallel import mesh as meshes
@@ -48,7 +49,11 @@ class Run:
         with config_errors():
             self.mesh = create_mesh(**{axis: config.mesh[axis] for axis in meshes.AXES})
             rules = parse_rules(config.mesh.rules)
-        self._check_batch_size(config)
+        shards, parts = meshes.num_batch_shards(self.mesh), config.training.accumulation_steps
+        meshes.check_batch_size(size := config.data.batch_size, shards, "config.data.batch_size")
+        if size % (shards * parts):
+            fix = f"does not divide the {size // shards} examples of a batch on each device"
+            raise UsageError("config.training.accumulation_steps", parts, fix)
         self.source = experiments.source_from_config(config)
         self.config = config = experiments.with_source_options(config, self.source)
         self.experiment = experiments.experiment_from_config(config)
@@ -63,9 +68,10 @@ class Run:
             self._init = initializer(model, optimizer, latent_shape, widths)
             abstract = abstract_state(self._init)
             self._sharding = state_sharding(abstract, self.mesh, rules or DEFAULT_RULES)
-            draws: dict[str, Any] = {"seed": config.seed, "mesh": self.mesh}
-            draws["latent_sampling"] = config.data.latent_sampling
-            self.to_latents = make_latents_fn(self.source.kind, autoencoder, **draws)
+            draws: Any = {"seed": config.seed, "latent_sampling": config.data.latent_sampling}
+            self.to_latents = make_latents_fn(
+                self.source.kind, autoencoder, mesh=self.mesh, **draws
+            )
             if count := config.eval.class_agreement_samples:
                 require_sklearn("eval.class_agreement_samples")
                 if "label" not in model.zero_condition(1):
@@ -82,9 +88,7 @@ class Run:
         check_workdir(workdir, config)
         say_unmet(abstract.params, self.mesh, rules)
         self.workdir = pathlib.Path(workdir)
-        self.target = jax.tree.map(
-            lambda leaf, sharding: leaf.update(sharding=sharding), abstract, self._sharding
-        )
+        self.target = jax.tree.map(lambda a, s: a.update(sharding=s), abstract, self._sharding)
         options = {name: training[name] for name in ("ema_decay", "accumulation_steps")}
         options |= {"ema_widths": widths, "skip_bad_steps": training.on_nan == "skip"}
         options |= {"seed": config.seed, "mesh": self.mesh}
@@ -92,20 +96,11 @@ class Run:
         trained = model, self.experiment.diffusion, optimizer
         self.train_step = make_train_step(*trained, **options)
 
-    def _check_batch_size(self, config: ConfigDict) -> None:
-        shards, parts = meshes.num_batch_shards(self.mesh), config.training.accumulation_steps
-        size = config.data.batch_size
-        meshes.check_batch_size(size, shards, "config.data.batch_size")
-        if size % (shards * parts):
-            fix = f"does not divide the {size // shards} examples of a batch on each device"
-            raise UsageError("config.training.accumulation_steps", parts, fix)
-
     def describe(self, start: int) -> str:
         """One line of what is about to be trained, where and from which step on."""
-        kind, shape = self.mesh.devices.flat[0].device_kind, ""
-        if self.mesh.size > self.mesh.shape["data"]:
-            axes = [f"{name} {size}" for name, size in self.mesh.shape.items() if size > 1]
-            shape = f" ({' x '.join(axes)})"
+        kind, axes = self.mesh.devices.flat[0].device_kind, dict(self.mesh.shape)
+        sizes = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
+        shape = f" ({sizes})" if self.mesh.size > axes["data"] else ""
         return (
             f"{self.config.model.name}, {count_parameters(self.experiment.model):,} parameters; "
             f"{len(self.source):,} examples; {self.mesh.size} x {kind}{shape}; "
@@ -124,11 +119,10 @@ class Run:
         data, sharding = self.config.data, meshes.batch_sharding(self.mesh)
         index, count = meshes.data_shard(sharding)
         read_condition = self.experiment.model.read_condition
+        how = {"seed": self.config.seed, "process_index": index, "process_count": count}
         options = ("batch_size", "horizontal_flip", "max_bad_fraction", "num_workers")
-        how = {name: data[name] for name in options} | {"seed": self.config.seed}
-        how |= {"process_index": index, "process_count": count}
-        examples = self.source, self.read, read_condition
-        batches = training_batches(*examples, start_step=start_step, **how)
+        how |= {name: data[name] for name in options} | {"start_step": start_step}
+        batches = training_batches(self.source, self.read, read_condition, **how)
         part = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
         file = self.workdir / f"bad_examples{part}.jsonl"
         log = BadExampleLog(self.source, self.read, data.max_bad_fraction, file, read_condition)
@@ -140,22 +134,23 @@ class Run:
         shards = meshes.num_batch_shards(self.mesh)
         return generate_images(self._generate, weights, conditions, size, shards, start)
 
-    def save_grid(self, step: int, state: Any) -> np.ndarray:
+    def save_grid(self, step: int, samples: Callable) -> np.ndarray:
         """Writes samples/step_N.png, a row per condition, and returns it."""
         sampling, model = self.config.sampling, self.experiment.model
         conditions, names = model.grid_conditions(sampling.grid_rows, self.source)
         repeated = jax.tree.map(lambda a: np.repeat(a, sampling.grid_columns, axis=0), conditions)
-        images = np.concatenate(list(self.samples(state, repeated)))
+        images = np.concatenate(list(samples(repeated)))
         grid = image_grid(np.split(images, len(names)), names)
         if jax.process_index() == 0:
             (self.workdir / "samples").mkdir(exist_ok=True)
-            save_png(self.workdir / "samples" / f"step_{step:07d}.png", grid)
+            with new_file(self.workdir / "samples" / f"step_{step:07d}.png") as file:
+                save_png(file, grid)
         return grid
 
-    def judge(self, state: Any) -> ClassAgreement | None:
+    def judge(self, samples: Callable) -> ClassAgreement | None:
         """Samples every class in turn and asks a classifier fitted on the real pictures."""
         if not (count := self.config.eval.class_agreement_samples):
             return None
         asked = self.experiment.model.default_conditions(np.arange(count), self.source)
-        images = np.concatenate(list(self.samples(state, asked)))
+        images = np.concatenate(list(samples(asked)))
         return class_agreement(images, asked["label"], self.source, self.read)

@@ -81,12 +81,8 @@ class Meter:
         means, self.pending = mean_of_steps(jax.device_get(self.pending)), []
         seconds = time.monotonic() - self._since
         speed = self._timed_steps * self._batch_size / seconds
-        known = {
-            "images_per_second": speed,
-            "data_wait": self._waited / seconds,
-            "mfu": self._peak and speed / self._peak,
-            "memory_gb": peak_memory_gb(),
-        }
+        known: Any = {"images_per_second": speed, "data_wait": self._waited / seconds}
+        known |= {"mfu": self._peak and speed / self._peak, "memory_gb": peak_memory_gb()}
         self.restart_clock()
         return means | {name: value for name, value in known.items() if value is not None}
 
@@ -115,25 +111,23 @@ class Profiler:
 
     def step_done(self, step: int, metrics: Any) -> bool:
         """To be called when a step is dispatched; whether a trace was started or ended just now."""
-        if self._steps_done >= self._last:
-            return False
         self._steps_done += 1
+        if not self._first - 1 <= self._steps_done <= self._last:
+            return False
         self._metrics = metrics
         self._step.close()
         if self._steps_done == self._last:
             self._stop(wait=True)
-        elif self._steps_done == self._first - 1:
-            jax.block_until_ready(metrics)  # the steps before are not part of the profile
+        else:
             self._start(step + 1)
-        elif self._steps_done >= self._first:
-            self._annotate(step + 1)
         return self._steps_done in (self._first - 1, self._last)
 
     def _start(self, step: int) -> None:
-        jax.profiler.start_trace(self._folder)
-        self._annotate(step)
-
-    def _annotate(self, step: int) -> None:
+        """Starts the trace, if it is time, and what it calls this step."""
+        if self._steps_done == self._first - 1:
+            if self._steps_done:  # those steps are not part of the profile
+                jax.block_until_ready(self._metrics)
+            jax.profiler.start_trace(self._folder)
         self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
 
     def _stop(self, wait: bool) -> None:
@@ -171,15 +165,19 @@ def enable_compilation_cache(setting: str, min_compile_seconds: float = 1.0) -> 
     See `config.training.compilation_cache`; what compiles faster than `min_compile_seconds` is not
     kept. Returns the folder in use, or None; one that cannot be written is told on stderr.
     """
-    folder = _default_cache() if setting == "default" else setting
+    folder = setting
+    if setting == "default":
+        # Not on CPUs, whose models a home folder does not keep apart: loading rejects or mistrusts
+        # the programs of another (jax-ml/jax#38445).
+        base = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/dico_jax/xla"
+        folder = "" if jax.default_backend() == "cpu" else getattr(jax.config, _CACHE_DIR) or base
     if not folder:
         return None
     if "://" not in folder:
         folder = str(pathlib.Path(folder).expanduser().absolute())
         try:
             pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             text = f"warning: config.training.compilation_cache={setting!r} cannot be written"
             print(f"{text} ({error}); programs are compiled anew in every run", file=sys.stderr)
@@ -189,10 +187,3 @@ def enable_compilation_cache(setting: str, min_compile_seconds: float = 1.0) -> 
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)  # JAX knows the filesystem
     compilation_cache.reset_cache()  # or a folder that was in use before would stay
     return folder
-
-
-def _default_cache() -> str:
-    if jax.default_backend() == "cpu":  # whose models a home folder does not keep apart: loading
-        return ""  # rejects or mistrusts the programs of another (jax-ml/jax#38445)
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return getattr(jax.config, _CACHE_DIR) or f"{base}/dico_jax/xla"

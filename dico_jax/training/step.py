@@ -38,11 +38,10 @@ def drop_conditions(key, conditions, probability: float, null):
 
     One draw for all arrays of an example. The published code draws it inside the network.
     """
-    count = len(jax.tree.leaves(conditions)[0])
-    dropped = jax.random.bernoulli(key, probability, (count,))
+    dropped = jax.random.bernoulli(key, probability, (len(jax.tree.leaves(conditions)[0]),))
 
     def drop(leaf, nothing):
-        return jnp.where(dropped.reshape(count, *[1] * (leaf.ndim - 1)), nothing, leaf)
+        return jnp.where(dropped.reshape(-1, *[1] * (leaf.ndim - 1)), nothing, leaf)
 
     return jax.tree.map(drop, conditions, null)
 
@@ -74,11 +73,8 @@ def apply_gradients(
     """The state after one optimizer step, but for its `width_emas`, and the norms of the step."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    norms = {
-        "grad_norm": optax.tree.norm(grads),
-        "update_norm": optax.tree.norm(updates),
-        "param_norm": optax.tree.norm(params),
-    }
+    trees = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
+    norms = {name: optax.tree.norm(tree) for name, tree in trees.items()}
     ema_params = update_ema(state.ema_params, params, ema_decay)
     return TrainState(state.step + 1, params, ema_params, opt_state, state.width_emas), norms
 
@@ -132,16 +128,12 @@ def make_train_step(
         width_emas = update_width_emas(state.width_emas, new.params, new.step, ema_widths)
         metrics = jax.tree.map(jnp.float32, means | norms)
         quartered = {name: terms[name] for name in diffusion.quartered}
-        quarters = quarter_losses(quartered, diffusion.progress(t))
-        metrics |= quarters | {"finite": finite}
+        metrics |= quarter_losses(quartered, diffusion.progress(t)) | {"finite": finite}
         return new.replace(width_emas=width_emas), metrics
 
-    compiled = jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(sharding, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(sharding, replicated(mesh)),
-    )
+    whole = replicated(mesh)
+    given, made = (sharding, batch_sharding(mesh), whole), (sharding, whole)
+    compiled = jax.jit(train_step, donate_argnums=0, in_shardings=given, out_shardings=made)
     return lambda state, batch, attempt=0: compiled(state, batch, jnp.int32(attempt))
 
 
@@ -164,15 +156,12 @@ def mean_of_steps(steps: list[dict[str, Any]]) -> dict[str, float]:
 
     Numbers count once per step, an Average by its number of values; one of no values is left out.
     """
-    kept = [step for step in steps if step["finite"]] or steps
-    means = {}
+    kept, means = [step for step in steps if step["finite"]] or steps, {}
     for name in kept[0]:
-        mean = functools.reduce(Average.merge, (_average(step[name]) for step in kept))
+        values = (step[name] for step in kept)
+        averages = (v if isinstance(v, Average) else Average(total=v, count=1) for v in values)
+        exact = (jax.tree.map(np.float64, average) for average in averages)
+        mean = functools.reduce(Average.merge, exact)
         if name != "finite" and mean.count > 0:
             means[name] = float(mean.compute())
     return means
-
-
-def _average(value: Any) -> Average:
-    average = value if isinstance(value, Average) else Average(total=value, count=1)
-    return jax.tree.map(np.float64, average)

@@ -22,7 +22,6 @@ POLICIES = ("stop", "skip", "rollback")
 MAX_SKIPPED_IN_A_ROW = 100
 MAX_ROLLBACKS = 3
 
-_NEW_WORKDIR = "with a lower --config.optimizer.learning_rate in a new workdir"
 _LOOK = "look for examples that are not finite"
 _GO_ON = "start again with --config.training.on_nan=skip or =rollback to go on from there"
 _LOWEST = {"training.stall_warning_seconds": 0, "profile.start_step": 0, "profile.num_steps": 1}
@@ -90,15 +89,14 @@ class NanWatch:
             self._stop(f"{step}, after {MAX_ROLLBACKS} returns to step {target}", newest_checkpoint)
         self._rollbacks += 1
         self.attempt += 1
-        count = f"(return {self._rollbacks} of at most {MAX_ROLLBACKS})"
-        go_on = f"going on from step {target} with other noise {count}"
-        self._say(f"warning: {self._bad} {step}; {go_on}")
+        count = f"with other noise (return {self._rollbacks} of at most {MAX_ROLLBACKS})"
+        self._say(f"warning: {self._bad} {step}; going on from step {target} {count}")
         return target
 
     def _stop(self, steps: str, newest: int | None, advice: str = _LOOK) -> NoReturn:
-        saved = f"the newest good checkpoint is step {newest}"
-        saved = "no checkpoint has been saved yet" if newest is None else saved
-        raise TrainingStopped(f"{self._bad} {steps}; {saved}: {advice}, or start {_NEW_WORKDIR}")
+        saved = "the newest good checkpoint is step" if newest else "no checkpoint has been saved"
+        text = f"{self._bad} {steps}; {saved} {newest or 'yet'}: {advice}, or start with a lower"
+        raise TrainingStopped(f"{text} --config.optimizer.learning_rate in a new workdir")
 
 
 class Preempted(SystemExit):
@@ -115,7 +113,7 @@ class Preemption:
 
     def __init__(self):
         self._requested, self._agreed = False, jax.distributed.is_initialized()
-        self._previous = None
+        self._asked, self._previous = 0, None
 
     def __enter__(self):
         if not self._agreed and threading.current_thread() is threading.main_thread():
@@ -130,10 +128,11 @@ class Preemption:
     def _notice(self, signum, frame):
         self._requested = True
 
-    def requested(self, step: int) -> bool:
-        """Whether to save now and end, the same in all processes; to be asked after every step."""
-        if self._agreed and not self._requested:  # on the next step that none has reached
-            self._requested = multihost_utils.reached_preemption_sync_point(step)
+    def requested(self) -> bool:
+        """Whether to save now and end; all processes ask equally often, and have one answer."""
+        if self._agreed and not self._requested:  # on the next question that none has asked
+            self._asked += 1
+            self._requested = multihost_utils.reached_preemption_sync_point(self._asked)
         return self._requested
 
 
@@ -174,8 +173,8 @@ class StallWatch:
         faulthandler.cancel_dump_traceback_later()
         self._closed.set()
         self._thread.join()
-        if self._file is not sys.__stderr__:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self._file is not sys.__stderr__:
                 self._file.close()
                 if not self._path.stat().st_size:
                     self._path.unlink()
