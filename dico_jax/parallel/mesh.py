@@ -22,8 +22,7 @@ def create_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1)
     Devices lie process by process, so that a process feeds one block of rows of every batch, and
     devices that share a layer ("tensor") are on one host as far as it goes.
     """
-    devices = jax.devices() if devices is None else devices
-    devices = sorted(devices, key=lambda d: (d.process_index, d.id))
+    devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
     if not _sizes_fit(len(devices), data, fsdp, tensor):
         sizes = f"mesh.data={data}, config.mesh.fsdp={fsdp} and config.mesh.tensor={tensor}"
         fix = "give sizes of at least 1 (data may be -1) whose product is that number"

@@ -48,8 +48,7 @@ def initialize(
 def _give_up(address: str, timeout_seconds: int) -> None:
     failed = f"not all processes of this run have joined at {address} in {timeout_seconds} s: check"
     fix = "that every one was started, with the same address and number of processes"
-    text = f"error: --distributed_timeout={timeout_seconds}: {failed} {fix}"
-    print(text, file=sys.stderr, flush=True)
+    print(f"error: --distributed_timeout={timeout_seconds}: {failed} {fix}", file=sys.stderr)
     os._exit(2)  # the main thread is inside JAX and cannot be woken
 
 

@@ -42,8 +42,7 @@ def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir_lock(workdir, jax.process_index()))
         open_workdir(workdir, run.config)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("the workdir is open")
+        multihost_utils.sync_global_devices("the workdir is open")
         return _Trainer(run, stack).train()
 
 

@@ -111,9 +111,8 @@ def make_train_step(
         t, noise = diffusion.draw(key, batch["x"])
         drop_key = jax.random.split(key, 3)[2]
         null = model.null_condition(len(t))
-        if null is not None and model.condition_dropout > 0:
-            probability, conditions = model.condition_dropout, batch["condition"]
-            conditions = drop_conditions(drop_key, conditions, probability, null)
+        if null is not None and (dropout := model.condition_dropout) > 0:
+            conditions = drop_conditions(drop_key, batch["condition"], dropout, null)
             batch = batch | {"condition": conditions}
         given = state.params, model, diffusion, batch, t, noise
         grads, terms = gradients(*given, accumulation_steps, params_sharding)

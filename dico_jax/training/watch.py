@@ -42,9 +42,9 @@ def check_watch(config: ConfigDict) -> None:
 class NanWatch:
     """Decides what follows from steps that were not finite, as `config.training.on_nan` says.
 
-    It reads the flags of steps where the loop waits anyway, above all before a checkpoint is saved,
-    so every checkpoint is good. `attempt` grows by 1 with every return to a checkpoint: every step
-    is given it, for its draws, and every checkpoint stores it, so that a run in parts is as one.
+    It reads the flags of steps where the loop waits anyway, above all before a save, so that every
+    checkpoint is good. `attempt` grows by 1 with every return to a checkpoint: steps are given it,
+    for their draws, and checkpoints store it, so that a run in parts is as one.
     """
 
     def __init__(self, on_nan: str, attempt: int = 0, say: Callable[[str], None] = print):
@@ -76,10 +76,10 @@ class NanWatch:
 
     def metrics(self) -> dict[str, float]:
         """What to log: steps skipped since the last call, or returns to a checkpoint so far."""
-        if self._on_nan == "skip":
-            skipped, self._skipped = self._skipped, 0
-            return {"skipped_steps": float(skipped)}
-        return {"rollbacks": float(self.attempt)} if self._on_nan == "rollback" else {}
+        skipped, self._skipped = self._skipped, 0
+        known = {"skip": {"skipped_steps": float(skipped)}}
+        known |= {"rollback": {"rollbacks": float(self.attempt)}}
+        return known.get(self._on_nan, {})
 
     def _roll_back(self, step: int, newest_checkpoint: int | None) -> int:
         target = newest_checkpoint or 0
