@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and the arrays that go into them."""
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -26,11 +27,7 @@ class Deferred:
 
     def __init__(self, dtype: Any, shape: tuple[int, ...], make: Callable[[], Any]):
         self.dtype, self.shape, self.read = np.dtype(dtype), tuple(shape), make
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
 
 
 def is_tensor(value: object) -> bool:
@@ -54,48 +51,54 @@ def write_array(stream: BinaryIO, tensor: Any, on_bytes: Callable | None, name: 
 
 
 @contextlib.contextmanager
-def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A stream whose bytes appear as file `path` when the block ends, and nowhere when it fails."""
-    target, temporary = _beside(path)
-    if target.is_dir():
-        raise UsageError(f"{path} is a folder; name the file to write")
-    try:
-        with _os_errors(path):
-            with temporary.open("xb") as stream:
-                yield stream
-            temporary.replace(target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+def new_file(path: str | os.PathLike, survives: bool = True) -> Iterator[BinaryIO]:
+    """A stream whose bytes appear as file `path` when the block ends, and nowhere when it fails.
+
+    `survives`: also a power cut from then on, which costs the time of a disk's write.
+    """
+    with _appearing(path, survives) as temporary, temporary.open("xb") as stream:
+        yield stream
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A folder that appears as `path` when the block ends, and nowhere when it fails."""
-    target, temporary = _beside(path)
-    try:
-        with _os_errors(path):
-            temporary.mkdir()
+    with _appearing(path) as temporary:
+        temporary.mkdir()
         yield temporary
-        with _os_errors(path):
-            temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _beside(path: str | os.PathLike) -> tuple[pathlib.Path, pathlib.Path]:
-    """The path, and a free one in the same folder."""
-    # Not tempfile's: those are private to the user, whatever the umask says.
-    target = pathlib.Path(path).absolute()
-    return target, target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
-def _os_errors(path: str | os.PathLike) -> Iterator[None]:
+def _appearing(path: str | os.PathLike, survives: bool = True) -> Iterator[pathlib.Path]:
+    # Not tempfile's: those are private to the user, whatever the umask says.
+    target = pathlib.Path(path).absolute()
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        yield
+        yield temporary
+        if survives:
+            sync(temporary, *temporary.rglob("*"))
+        temporary.replace(target)
+        if survives:
+            sync(target.parent)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(*paths: pathlib.Path) -> None:
+    """Puts what files hold, and which files folders have, on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # of file systems that cannot do it for folders
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def check_new(path: str | os.PathLike, nbytes: int) -> None:
@@ -133,5 +136,4 @@ def file_digest(path: str | os.PathLike) -> str:
 
 def library_versions() -> dict[str, str]:
     """This project's version, and that of each library that decides numbers, by package."""
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    return {"dico_jax": __version__} | versions
+    return {"dico_jax": __version__} | {n: importlib.metadata.version(n) for n in _LIBRARIES}

@@ -14,13 +14,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dico_jax.checkpoints import writer
+from dico_jax.checkpoints.averages import weights_digest
 from dico_jax.checkpoints.checkpointer import Checkpointer
 from dico_jax.checkpoints.reader import (
     CHECKSUMS,
     DamagedCheckpointError,
     SavedWeights,
-    find_damage,
     saved_steps,
+    verified,
 )
 from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import with_defaults
@@ -138,6 +139,14 @@ def test_a_saved_step_is_left_alone_and_an_older_one_refused(workdir):
         assert_same(saver.restore(10, abstract(make_state())), make_state(10))
 
 
+def find_damage(folder, *args, **share):
+    try:
+        verified(folder, *args, **share)
+    except DamagedCheckpointError as error:
+        return error.reason
+    return None
+
+
 def flip(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -158,18 +167,18 @@ def files_of(folder):
 
 def test_any_damage_of_any_file_is_found(workdir):
     folder = workdir / "checkpoints" / "10"
-    assert find_damage(folder) == (True, None)
+    assert find_damage(folder) is None
     seen = 0
     for item in ("params", "ema_params", "opt_state", "meta"):
-        assert find_damage(folder, item) == (True, None)
+        assert find_damage(folder, item) is None
         for file in files_of(folder / item):
             whole = file.read_bytes()
             for damage in DAMAGES.values():
                 damage(file)
-                assert str(file.relative_to(folder)) in find_damage(folder)[1]
-                assert find_damage(folder, item)[1]
+                assert str(file.relative_to(folder)) in find_damage(folder)
+                assert find_damage(folder, item)
                 parts = [find_damage(folder, part=part, parts=3) for part in range(3)]
-                assert sum(reason is not None for _, reason in parts) == 1
+                assert sum(reason is not None for reason in parts) == 1
                 file.write_bytes(whole)
             seen += 1
     assert seen > 20
@@ -216,12 +225,82 @@ def test_top_level_files_and_checksums(workdir):
     assert "checksums.json cannot be read" in said[0]
 
 
+def forget_checksums(folder):
+    """Makes a step one of a version that had no checksums, or not of conversions."""
+    (folder / CHECKSUMS).unlink()
+    meta = json.loads((folder / "meta" / "metadata").read_text())
+    assert meta.pop("checksums") == "crc32"
+    (folder / "meta" / "metadata").write_text(json.dumps(meta))
+
+
+def remove_sums(folder, name):
+    sums = json.loads((folder / CHECKSUMS).read_text())
+    (folder / CHECKSUMS).write_text(
+        json.dumps(sums | {"files": {k: v for k, v in sums["files"].items() if name not in k}})
+    )
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda folder: (folder / CHECKSUMS).unlink(), "it is missing"),
+        (lambda folder: remove_sums(folder, ""), "it lacks"),
+        (lambda folder: remove_sums(folder, "ema_params"), "it lacks ema_params/"),
+        (lambda folder: (folder / CHECKSUMS).write_text("[]"), "checksums.json cannot be read"),
+        (lambda folder: (folder / CHECKSUMS).write_text('{"files": []}'), "it lacks"),
+        (lambda folder: (folder / CHECKSUMS).write_text('{"files": {"meta/x": 1}}'), "it lacks"),
+        (lambda folder: (shutil.rmtree(folder), shutil.copytree(folder.with_name("5"), folder)),
+         "as that of step 10: it is that of step 5"),
+    ],
+)  # fmt: skip
+def test_what_checksums_do_not_guard_is_damage(workdir, harm, reason):
+    folder = workdir / "checkpoints" / "10"
+    harm(folder)
+    with (
+        Checkpointer(workdir, META, keep=10) as saver,
+        pytest.raises(DamagedCheckpointError, match=reason),
+    ):
+        saver.restore(10, abstract(make_state()))
+    with pytest.raises(UsageError, match="10 is damaged"):
+        SavedWeights(str(workdir)).leaves("ema")
+
+
+@pytest.mark.parametrize("name", ["lr[1e-4]", "a*b?", "[", "x[!a]/run"])
+def test_folders_that_look_like_patterns(tmp_path, name):
+    save(tmp_path / name, 5)
+    assert_same(restore_newest(tmp_path / name)[0], make_state(5))
+    target = abstract(make_state()).ema_params
+    assert_same(SavedWeights(str(tmp_path / name)).read("ema", target), make_state(5).ema_params)
+    save(tmp_path / name, 10, keep=1)
+    assert {path.name for path in (tmp_path / name / "checkpoints").iterdir()} == {"10"}
+
+
+def test_digests_of_weights_are_those_of_their_files(workdir, tmp_path):
+    digests = {
+        (step, weights): weights_digest(str(workdir), step, weights)
+        for step in (5, 10)
+        for weights in ("ema", "params")
+    }
+    assert len(set(digests.values())) == 4
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    assert weights_digest(str(copy), 10) == digests[10, "ema"]
+    # As of a conversion that an earlier version made: from the files themselves.
+    forget_checksums(copy / "checkpoints" / "10")
+    assert weights_digest(str(copy), 10) == digests[10, "ema"]
+    flip(largest(copy / "checkpoints" / "10" / "ema_params"))
+    assert weights_digest(str(copy), 10) != digests[10, "ema"]
+    assert weights_digest(str(copy), 10, "params") == digests[10, "params"]
+    (copy / "checkpoints" / "5" / CHECKSUMS).write_text("[]")
+    with pytest.raises(DamagedCheckpointError):
+        weights_digest(str(copy), 5)
+
+
 @pytest.mark.parametrize("damage", ["deleted", "emptied", "cut"])
 def test_damage_without_checksums(workdir, damage):
-    """As of a checkpoint that was converted: what Orbax and TensorStore notice themselves."""
+    """As of an older version's: what Orbax and TensorStore notice themselves."""
     folder = workdir / "checkpoints" / "10"
-    (folder / CHECKSUMS).unlink()
-    assert find_damage(folder) == (False, None)
+    forget_checksums(folder)
+    assert find_damage(folder) is None
     for name in ("manifest.ocdbt", "array_metadatas/process_0", "largest"):
         shutil.copytree(folder, workdir / "copy")
         params = folder / "params"
@@ -366,10 +445,10 @@ def test_what_ended_the_run_is_not_hidden_by_a_failed_save(workdir, small_files,
 
 
 def test_other_errors_of_a_save_keep_their_name(workdir, monkeypatch):
-    def broken(folder):
+    def broken(*args):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(writer, "write_checksums", broken)
+    monkeypatch.setattr(writer, "checksums", broken)
     with pytest.raises(RuntimeError, match="step 15 could not be saved .a bug"):
         save(workdir, 15)
     assert saved_steps(workdir) == {5, 10}

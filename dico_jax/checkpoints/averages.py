@@ -2,14 +2,14 @@
 
 Every power-function average is a sum over the same trajectory, so the weights of the snapshots are
 those that bring the sum of their power functions closest to the wanted one (EDM2, appendix C).
-
 WORKDIR/ema_snapshots has one folder per step with an item for each width ("width_0_05") and `meta`
-(the widths). They are float32: rounded to float16, what is rebuilt of other widths would be 2e-4
-off, and 3e-3 at widths far from theirs, instead of 1e-5 and 5e-4.
+(the widths). In float16 other widths would be 2e-4 to 3e-3 off, instead of 1e-5 to 5e-4.
 """
 
 import contextlib
 import functools
+import hashlib
+import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,6 @@ FOLDER = "ema_snapshots"
 _MAX_MISFIT = 0.05
 # Snapshots of smaller weights are not read; of 1,000 they would change nothing in float32.
 _NEGLIGIBLE = 1e-10
-_ADVICE = ": restore it, or remove its step's folder to do without that step"
 
 
 class Snapshot(NamedTuple):
@@ -42,10 +41,9 @@ class Snapshot(NamedTuple):
 
 
 class EmaSnapshots(contextlib.ExitStack):
-    """Keeps the averages of one run, written in the background. Use as a context manager."""
+    """Keeps the averages of one run every so many steps, unless that is 0; a context manager."""
 
     def __init__(self, workdir: pathlib.Path, every_steps: int, last_step: int | None = None):
-        """Opens (or makes) the snapshots of `workdir`; does nothing if `every_steps` is 0."""
         super().__init__()
         self._every, self._last = every_steps, last_step
         if every_steps:
@@ -95,8 +93,8 @@ def rebuilt_ema(workdir: str, width: float, step: int | None = None) -> Any:
         raise UsageError("--ema_width", width, fix)
     step = steps[-1] if step is None else step
     if step not in steps:
-        there = ", ".join(map(str, steps))
-        raise UsageError("--step", step, f": {workdir} has snapshots of averages of steps {there}")
+        fix = f": {workdir} has snapshots of averages of steps {', '.join(map(str, steps))}"
+        raise UsageError("--step", step, fix)
     return rebuild(list_snapshots(workdir, step), step, width)
 
 
@@ -147,6 +145,20 @@ def solve_weights(steps, widths, target_step, target_width) -> tuple[np.ndarray,
     return units * scales, math.sqrt(max(0.0, 1 - 2 * units @ products + units @ gram @ units))
 
 
+def weights_digest(folder: str, step: int, weights: str = "ema", rebuilt: bool = False) -> str:
+    """sha256 (hex) of the weights of a step of a run or conversion, by their files' checksums.
+
+    `rebuilt`: of all that `rebuilt_ema` makes averages of after that step, whatever their width.
+    """
+    name, item = (FOLDER, "") if rebuilt else (reader.FOLDER, reader.ITEMS[weights])
+    sums = []
+    for kept in [s for s in snapshot_steps(folder) if s <= step] if rebuilt else [step]:
+        path = pathlib.Path(folder, name, str(kept))
+        recorded = reader.recorded_checksums(path, item)
+        sums.append(recorded or reader.checksums(path, reader.files_of(path, item)))
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
 def _log_inner_product(t1, gamma1, t2, gamma2):
     """The log of the integral of two densities (gamma + 1) * x ** gamma / t ** (gamma + 1)."""
     # Each is over [0, t], and 0 beyond: so the integral ends at the smaller t. A ratio of times is
@@ -164,9 +176,9 @@ def _add(weight: np.float32, leaf: np.ndarray, total: np.ndarray | None = None) 
 
 
 def _read(folder: pathlib.Path, name: str) -> Any:
-    item = reader.verified(folder, name, _ADVICE)
+    item = reader.verified(folder, name)
     try:
         leaves = {path: leaf.read() for path, leaf in reader.stored_leaves(item).items()}
     except (OSError, ValueError, KeyError) as error:
-        raise reader.DamagedCheckpointError(item, error, _ADVICE) from error
+        raise reader.DamagedCheckpointError(item, error, reader.ADVICE) from error
     return flax.traverse_util.unflatten_dict(leaves)

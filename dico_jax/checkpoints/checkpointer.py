@@ -3,9 +3,8 @@
 WORKDIR/checkpoints has one folder per step with an item for every field of `TrainState` but the
 step, and `meta` (config, class names, versions). The items are apart so that sampling reads the
 averaged weights alone. A run needs no other state: data order and randomness follow from the step.
-
-A converted checkpoint has the same layout, with `ema_params` alone or with all items; its meta also
-says, under "converted", where it came from (see docs/conversion.md).
+Converted weights have the same layout, with `ema_params` alone or all items; their meta also says,
+under "converted", where they came from.
 """
 
 import itertools
@@ -27,10 +26,9 @@ from dico_jax.parallel.mesh import from_same
 
 
 class Checkpointer(StepWriter):
-    """Saves (in the background) and restores the states of one run. Use as a context manager."""
+    """Saves (in the background), keeps and restores the states of one run; a context manager."""
 
     def __init__(self, workdir: pathlib.Path, meta: dict, keep: int, keep_every: int = 0):
-        """Opens a run's checkpoints; keeps the newest ones, and all that `keep_every` divides."""
         policies = ocp.checkpoint_managers
         kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         super().__init__(workdir / reader.FOLDER, policies.AnyPreservationPolicy(kept))
@@ -49,16 +47,24 @@ class Checkpointer(StepWriter):
     def restore(self, step: int, target: TrainState) -> TrainState:
         """The state saved at `step`, with the shapes, dtypes and shardings of `target`."""
         folder = self._folder / str(step)
-        verified = self._verify(folder)
+        self._verify(folder)
         if not (folder / "opt_state").is_dir():
             if "converted" not in reader.read_meta(folder):
                 raise DamagedCheckpointError(folder, "opt_state is missing")
-            fix = f"give another --workdir, and --config.training.init_from={self._folder.parent}"
-            what = "has converted weights without a training state"
-            raise UsageError(f"{self._folder} {what}: {fix}")
+            what = f"{self._folder} has converted weights without a training state: give another "
+            fix = f"--workdir, and --config.training.init_from={self._folder.parent}"
+            raise UsageError(what + fix)
         trees = jax.tree.map(_abstract, _trees(target))
         try:
-            if differing := reader.differences(*_shapes(folder, trees)):
+            there = {
+                (name, *path): leaf.shape
+                for name in trees
+                if (folder / name).is_dir()
+                for path, leaf in reader.stored_leaves(folder / name).items()
+            }
+            leaves = jax.tree_util.tree_leaves_with_path(trees)
+            here = {reader.path_names(path): leaf.shape for path, leaf in leaves}
+            if differing := reader.differences(there, here):
                 text = f"is of another model or optimizer than this config ({differing})"
                 fix = "use the config that it was trained with, or another --workdir"
                 raise UsageError(f"{folder} {text}: {fix}")
@@ -67,17 +73,16 @@ class Checkpointer(StepWriter):
             raise
         except Exception as error:  # what Orbax and TensorStore raise has many types
             # Other processes may have read their parts, and wait: they cannot be asked.
-            if verified or jax.process_count() > 1:
+            if (folder / reader.CHECKSUMS).exists() or jax.process_count() > 1:
                 raise
             raise DamagedCheckpointError(folder, error) from error
         number = from_same(np.asarray(step, target.step.dtype), target.step.sharding)
         return target.replace(step=number, **items)
 
     def restore_newest(self, target: TrainState, say=print) -> tuple[TrainState, int] | None:
-        """The newest state that can be read, and its step; None if nothing is saved.
+        """The newest state that can be read, and its step; None if none is saved, or a UsageError.
 
-        A damaged checkpoint that is passed over is said and renamed to broken-STEP, so that its
-        step can be saved again; it is never deleted. UsageError if none can be read.
+        A damaged one is said and renamed to broken-STEP, so that its step can be saved again.
         """
         reasons: dict[int, str] = {}
         for step in sorted(self.steps(), reverse=True):
@@ -86,8 +91,7 @@ class Checkpointer(StepWriter):
             except DamagedCheckpointError as error:
                 reasons[step] = str(error)
             else:
-                if reasons:
-                    self._set_aside(reasons, step, say)
+                self._set_aside(reasons, step, say)
                 return state, step
         if not reasons:
             return None
@@ -95,21 +99,23 @@ class Checkpointer(StepWriter):
         raise UsageError(f"no checkpoint can be read ({'; '.join(reasons.values())}): {fix}")
 
     def _set_aside(self, reasons: dict[int, str], step: int, say: Callable[[str], None]) -> None:
-        if jax.process_index() == 0:
-            for number, reason in reasons.items():
-                new, copies = f"broken-{number}", itertools.count(2)
-                while (self._folder / new).exists():
-                    new = f"broken-{number}-{next(copies)}"
-                (self._folder / str(number)).rename(self._folder / new)
-                say(f"warning: {reason}: renamed to {new}, going on from step {step}")
-        if jax.process_count() > 1:
+        for number, reason in reasons.items() if jax.process_index() == 0 else ():
+            new, copies = f"broken-{number}", itertools.count(2)
+            while (self._folder / new).exists():
+                new = f"broken-{number}-{next(copies)}"
+            (self._folder / str(number)).rename(self._folder / new)
+            say(f"warning: {reason}: renamed to {new}, going on from step {step}")
+        if reasons and jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
 
-    def _verify(self, folder: pathlib.Path) -> bool:
-        """Whether the files have checksums; each process looks at its share of them."""
-        part, parts = jax.process_index(), jax.process_count()
-        verified, reason = reader.find_damage(folder, "", part, parts)
+    def _verify(self, folder: pathlib.Path) -> None:
+        """Compares the files with their checksums; each process looks at its share of them."""
+        parts, reason = jax.process_count(), None
+        try:
+            reader.verified(folder, "", jax.process_index(), parts)
+        except DamagedCheckpointError as error:
+            reason = error.reason
         if parts > 1:  # all say the first reason, so that all decide alike
             data = np.frombuffer((reason or "").encode()[:400].ljust(400, b"\0"), np.uint8)
             rows = multihost_utils.process_allgather(data)
@@ -117,7 +123,6 @@ class Checkpointer(StepWriter):
             reason = next(filter(None, texts), None)
         if reason:
             raise DamagedCheckpointError(folder, reason)
-        return verified
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
@@ -129,15 +134,3 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     if leaf.sharding is None:  # Orbax would ask for the devices that it was saved on
         raise ValueError(f"the target of a restore needs shardings, and {leaf} has none")
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _shapes(folder: pathlib.Path, trees: dict[str, Any]) -> tuple[dict, dict]:
-    """The shapes of leaves by item and path, as a checkpoint has them and as trees have them."""
-    there = {
-        (name, *path): leaf.shape
-        for name in trees
-        if (folder / name).is_dir()
-        for path, leaf in reader.stored_leaves(folder / name).items()
-    }
-    leaves = jax.tree_util.tree_leaves_with_path(trees)
-    return there, {reader.path_names(path): leaf.shape for path, leaf in leaves}

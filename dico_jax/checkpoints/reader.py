@@ -6,12 +6,13 @@ step has a checksums.json: CRC-32 finds every single flipped bit, and reads fast
 
 import concurrent.futures
 import functools
+import glob
 import json
 import os
 import pathlib
 import textwrap
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -32,9 +33,10 @@ from dico_jax.parallel.mesh import from_same
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
-_ITEMS = {"ema": "ema_params", "params": "params"}  # by the name of the weights
+ITEMS = {"ema": "ema_params", "params": "params"}  # by the name of the weights
 _THREADS = 4
 _MAX_LISTED = 10
+ADVICE = ": restore it, or use another step"
 
 Path = tuple[str, ...]
 
@@ -43,8 +45,15 @@ class DamagedCheckpointError(UsageError):
     """A step of which a file is missing, cut or changed."""
 
     def __init__(self, path: pathlib.Path, reason: object, advice: str = ""):
-        text = textwrap.shorten(str(reason), 300)  # TensorStore's name every operation and key
-        super().__init__(f"{path} is damaged ({text}){advice}")
+        self.reason = textwrap.shorten(str(reason), 300)  # TensorStore's name every operation
+        super().__init__(f"{path} is damaged ({self.reason}){advice}")
+
+
+class LiteralPath(type(epath.Path())):  # type: ignore[misc]
+    """A path in which Orbax finds its files whatever its name: in others a [1] is a pattern."""
+
+    def glob(self, pattern):
+        return (self / name for name in glob.glob(pattern, root_dir=self))
 
 
 def saved_steps(workdir: str | os.PathLike, folder: str = FOLDER) -> set[int]:
@@ -64,17 +73,15 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any]:
 def read_tree(item: pathlib.Path, target: Any) -> Any:
     """The tree of an item as `target` says, of ShapeDtypeStruct; devices read their own parts."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        return reader.restore(item, args=ocp.args.StandardRestore(target))
+        return reader.restore(LiteralPath(item), args=ocp.args.StandardRestore(target))
 
 
 def stored_leaves(item: pathlib.Path) -> dict[Path, Deferred]:
     """The leaves of the tree of an item by `path_names`, each read when asked for."""
-    metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(item))
+    metadata = ocp.StandardCheckpointHandler().metadata(LiteralPath(item))
     leaves = jax.tree_util.tree_leaves_with_path(getattr(metadata, "tree", metadata))
-    return {
-        path_names(path): Deferred(x.dtype, x.shape, functools.partial(_read, item, x.name))
-        for path, x in leaves
-    }
+    read = functools.partial(functools.partial, _read, item)
+    return {path_names(path): Deferred(x.dtype, x.shape, read(x.name)) for path, x in leaves}
 
 
 def path_names(path: tuple[Any, ...]) -> Path:
@@ -97,59 +104,59 @@ def _read(item: pathlib.Path, name: str) -> np.ndarray:
     return np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
 
 
-def verified(folder: pathlib.Path, item: str, advice: str = "") -> pathlib.Path:
-    """The folder of an item of a step, if its files are as their checksums say."""
-    if reason := find_damage(folder, item)[1]:
-        raise DamagedCheckpointError(folder, reason, advice)
+def verified(folder: pathlib.Path, item: str = "", part: int = 0, parts: int = 1) -> pathlib.Path:
+    """The folder of an item or all of a step, whose files, or a share, are as checksums say."""
+    files = recorded_checksums(folder, item) or {}
+    try:
+        for name, found in checksums(folder, sorted(files)[part::parts]).items():
+            if found != files[name]:
+                reason = f"{name} has {found['size']:,} bytes that are not those that were written"
+                raise DamagedCheckpointError(folder, reason, ADVICE)
+    except OSError as error:
+        reason = f"{os.path.relpath(error.filename, folder)} cannot be read ({error.strerror})"
+        raise DamagedCheckpointError(folder, reason, ADVICE) from error
     return folder / item
 
 
-def find_damage(folder: pathlib.Path, item: str = "", part: int = 0, parts: int = 1):
-    """Whether a step has checksums, and what differs first of an item or all, or of a share."""
-    if not (folder / CHECKSUMS).exists():
-        return False, None
+def recorded_checksums(folder: pathlib.Path, item: str = "") -> dict[str, Any] | None:
+    """The sums of an item or all, if they guard all that is there; None: none were written."""
     try:
-        files = json.loads((folder / CHECKSUMS).read_text())["files"]
-        names = sorted(name for name in files if not item or name.startswith(f"{item}/"))
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            reasons = pool.map(lambda n: _difference(folder, n, **files[n]), names[part::parts])
-            return True, next(filter(None, reasons), None)
-    except (OSError, ValueError, KeyError, TypeError):
-        return True, f"{CHECKSUMS} cannot be read"
+        sums, step = json.loads((folder / CHECKSUMS).read_text()), int(folder.name)
+        files = sums["files"]
+        wrong = [f"it lacks {name}" for name in files_of(folder, item) if name not in files]
+        if sums.get("step", step) != step:
+            wrong = [f"it is that of step {sums['step']}"]
+        if not wrong:
+            return {name: files[name] for name in files if name.startswith(f"{item}/" * bool(item))}
+    except FileNotFoundError:
+        if not read_meta(folder).get("checksums"):
+            return None
+        wrong = ["it is missing"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        wrong = [f"{error}"]
+    reason = f"{CHECKSUMS} cannot be read as that of step {folder.name}: {wrong[0]}"
+    raise DamagedCheckpointError(folder, reason, ADVICE)
 
 
-def write_checksums(folder: pathlib.Path) -> None:
-    """Writes checksums.json: size and CRC-32 of every file of the items of a step."""
-    # Files of the folder itself are left out: Orbax still changes them when it commits.
-    files = sorted(file for file in folder.glob("*/**/*") if file.is_file())
+def files_of(folder: pathlib.Path, item: str = "") -> list[str]:
+    """The files of an item or all items; Orbax changes those of the folder when it commits."""
+    found = folder.glob(f"{item or '*'}/**/*")
+    return sorted(str(file.relative_to(folder)) for file in found if file.is_file())
+
+
+def checksums(folder: pathlib.Path, files: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and CRC-32 of files by their paths in a folder."""
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        sums = {
-            str(file.relative_to(folder)): {"size": file.stat().st_size, "crc32": crc32}
-            for file, crc32 in zip(files, pool.map(_crc32, files), strict=True)
-        }
-    with (folder / CHECKSUMS).open("w") as out:
-        json.dump({"files": sums}, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
+        sums = pool.map(lambda name: _checksum(folder / name), files)
+        return dict(zip(files, sums, strict=True))
 
 
-def _difference(folder: pathlib.Path, name: str, size: int, crc32: str) -> str | None:
-    try:
-        if (found := (folder / name).stat().st_size) != size:
-            return f"{name} has {found:,} bytes instead of {size:,}"
-        if _crc32(folder / name) != crc32:
-            return f"{name} has another checksum than when it was written"
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
-    return None
-
-
-def _crc32(file: pathlib.Path) -> str:
-    crc = 0
+def _checksum(file: pathlib.Path) -> dict[str, Any]:
+    size = crc = 0
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):
-            crc = zlib.crc32(chunk, crc)
-    return f"{crc:08x}"
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return {"size": size, "crc32": f"{crc:08x}"}
 
 
 class SavedWeights:
@@ -174,13 +181,13 @@ class SavedWeights:
             raise UsageError(flag, folder, fix)
         self.step = max(steps) if step is None else step
         if self.step not in steps:
-            there = ", ".join(map(str, sorted(steps)))
-            raise UsageError("--step", step, f": {folder} has steps {there}")
+            fix = f": {folder} has steps {', '.join(map(str, sorted(steps)))}"
+            raise UsageError("--step", step, fix)
         self._path = path / FOLDER / str(self.step)
-        meta = read_meta(self._verified("meta").parent)
+        meta = read_meta(verified(self._path, "meta").parent)
         self.config, self.class_names = with_defaults(meta["config"]), meta["class_names"]
         self.converted = meta.get("converted")
-        self.available = [name for name, item in _ITEMS.items() if (self._path / item).is_dir()]
+        self.available = [name for name, item in ITEMS.items() if (self._path / item).is_dir()]
 
     def read(self, weights: str, target: Any) -> Any:
         """The tree of "ema" or "params", as a tree of ShapeDtypeStruct with shardings says."""
@@ -194,16 +201,13 @@ class SavedWeights:
         """The arrays of the optimizer's state by path, each read when asked for."""
         if not (self._path / "opt_state").is_dir():
             raise UsageError(f"{self._path} has weights alone, and no state of an optimizer")
-        return stored_leaves(self._verified("opt_state"))
+        return stored_leaves(verified(self._path, "opt_state"))
 
     def _item(self, weights: str) -> pathlib.Path:
         if weights not in self.available:
             there = ", ".join(self.available) or "none"
             raise UsageError("--weights", weights, f": {self._path} has only {there}")
-        return self._verified(_ITEMS[weights])
-
-    def _verified(self, item: str) -> pathlib.Path:
-        return verified(self._path, item, ": use the checkpoint of another step")
+        return verified(self._path, ITEMS[weights])
 
 
 class WarmStart:
@@ -216,8 +220,8 @@ class WarmStart:
         self.folder, self._step = folder, saved.step
         self._weights = next(iter(saved.available), "ema")
         self._leaves = saved.leaves(self._weights)
-        here = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(model)).items()}
-        there = {path: tuple(leaf.shape) for path, leaf in self._leaves.items()}
+        trees = flatten_dict(abstract_params(model)), self._leaves
+        here, there = ({path: tuple(x.shape) for path, x in tree.items()} for tree in trees)
         self.fresh = [
             path
             for path, shape in here.items()
@@ -251,6 +255,6 @@ def weights_fit(folder: str | None) -> Callable[[int], bool]:
     size = 0  # where there is no checkpoint, which is said later
     if folder and (steps := saved_steps(folder)):
         step = pathlib.Path(folder, FOLDER, str(max(steps)))
-        items = [(step / item).rglob("*") for item in _ITEMS.values()]
+        items = [(step / item).rglob("*") for item in ITEMS.values()]
         size = max(sum(file.stat().st_size for file in files) for files in items)
     return functools.partial(copies_fit, size)

@@ -1,8 +1,8 @@
 """The one writer of steps, on Orbax: states of runs, snapshots of averages, converted weights.
 
 A folder holds one folder per step, with an item (a folder) for every tree of arrays and `meta`
-(JSON). Orbax writes a step in the background to a folder of another name. When all of it is there,
-checksums.json is made, and the folder is renamed to the step's number: a step is there whole or not
+(JSON). Orbax writes a step in the background to a folder of another name, which gets the step's
+number when all of it is there, with checksums.json, and on the disk: a step is there whole or not
 at all. Leaves may be `Deferred`: they are made when their turn comes, so that a tree may be larger
 than the memory. Orbax's own way keeps it all, and a copy of it: 1.9 GB for 0.6 GB of arrays.
 """
@@ -10,6 +10,8 @@ than the memory. Orbax's own way keeps it all, and a copy of it: 1.9 GB for 0.6 
 import contextlib
 import errno
 import functools
+import itertools
+import json
 import logging
 import os
 import pathlib
@@ -25,9 +27,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dico_jax.checkpoints.reader import saved_steps, write_checksums
+from dico_jax.checkpoints.reader import CHECKSUMS, LiteralPath, checksums, files_of, saved_steps
 from dico_jax.errors import UsageError
-from dico_jax.files import Deferred, library_versions
+from dico_jax.files import Deferred, library_versions, sync
 
 _UNFINISHED = "{}.orbax-checkpoint-tmp*"  # as Orbax names the folder of a step
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,14 +38,14 @@ _GROUP_BYTES = 32 << 20
 
 
 class StepWriter:
-    """Writes the steps of one folder, in the background; all processes make every call alike."""
+    """Writes the steps of one folder, in the background; all processes make every call alike.
+
+    A policy of Orbax's says which steps are kept; `deferred` names items of `Deferred` leaves. What
+    a killed process has left of a step is cleared.
+    """
 
     def __init__(self, folder: pathlib.Path, preserved: Any = None, deferred: Sequence[str] = ()):
-        """Opens (or makes) a folder of steps, and clears what a killed process has left there.
-
-        A policy of Orbax's says which steps are kept; `deferred` names items of `Deferred` leaves.
-        """
-        # Orbax needs an absolute path; a relative one fails later, in a background thread.
+        # In the background Orbax fails late on relative paths and folders that it cannot make.
         self._folder = folder = folder.absolute()
         self._saving = -1  # the step of the save that may still be under way
         self._deferred = deferred
@@ -52,13 +54,11 @@ class StepWriter:
             preservation_policy=preserved,
             cleanup_tmp_directories=True,
             single_host_load_and_broadcast=jax.process_count() > 1,
-            async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=self._seal,
-                create_directories_asynchronously=False,  # which waits 5 minutes where it cannot
-            ),
+            temporary_path_class=_NewStep,
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
-        handlers = _registry(deferred) if deferred else None
-        self._manager = ocp.CheckpointManager(folder, options=options, handler_registry=handlers)
+        more = {"options": options, "handler_registry": _registry(deferred) if deferred else None}
+        self._manager = ocp.CheckpointManager(LiteralPath(folder), **more)
 
     def __enter__(self):
         return self
@@ -74,11 +74,9 @@ class StepWriter:
             self._manager.close()
 
     def steps(self) -> list[int]:
-        """The steps saved."""
         return list(self._manager.all_steps())
 
     def remove(self, step: int) -> None:
-        """Removes a saved step."""
         self._manager.delete(step)
 
     def write(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -90,9 +88,9 @@ class StepWriter:
         self.wait()
         self._saving = step
         save = ocp.args.PyTreeSave if self._deferred else ocp.args.StandardSave
-        # A tree without leaves is left out, for Orbax takes none.
         args = {name: save(tree) for name, tree in items.items() if jax.tree.leaves(tree)}
-        args["meta"] = ocp.args.JsonSave({**meta, "versions": library_versions()})
+        more = {"versions": library_versions(), "checksums": "crc32"}
+        args["meta"] = ocp.args.JsonSave({**meta, **more})
         with self._explained():
             saved = self._manager.save(step, args=ocp.args.Composite(**args))
         if not saved:  # Orbax gives no reason
@@ -108,12 +106,6 @@ class StepWriter:
         with self._explained():
             self._manager.wait_until_finished()
 
-    def _seal(self) -> None:
-        """Adds checksums before the folder is renamed; Orbax calls it in one process."""
-        if not self._deferred:  # whoever has converted weights has the file that they are from
-            (folder,) = self._folder.glob(_UNFINISHED.format(self._saving))
-            write_checksums(folder)
-
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Turns an error of the save under way into one that says what is to be done."""
@@ -125,13 +117,29 @@ class StepWriter:
             if (number := _system_error(error)) is None:
                 raise RuntimeError(f"{failed} ({error})") from error
             there = next(path for path in (self._folder, *self._folder.parents) if path.exists())
-            free = shutil.disk_usage(there).free
+            reason = (
+                f"{os.strerror(number)}; {shutil.disk_usage(there).free / 1e6:,.0f} MB free there"
+            )
             fix = "make room" if number in _NO_ROOM else "mend that"
             steps = saved_steps(self._folder.parent)
             then = f"goes on from step {max(steps)}" if steps else "starts from the beginning"
-            reason = f"{os.strerror(number)}; {free / 1e6:,.0f} MB free there"
-            then = f"{fix} and give the same command again, which {then}"
-            raise UsageError(f"{failed} ({reason}): {then}") from error
+            fix += f" and give the same command again, which {then}"
+            raise UsageError(f"{failed} ({reason}): {fix}") from error
+
+
+class _NewStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """The folder of a step while it is written."""
+
+    async def finalize(self) -> None:
+        """Gives it its checksums and its name; one process calls it, before older steps go."""
+        folder, final = pathlib.Path(self.get()), pathlib.Path(self.get_final())
+        if not final.name.isdecimal():  # an item of a step
+            return await super().finalize()
+        sums = {"step": int(final.name), "files": checksums(folder, files_of(folder))}
+        (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+        sync(folder, *folder.rglob("*"))
+        await super().finalize()  # which writes files of its own, without which a step can be read
+        sync(final.parent, final, *final.iterdir())
 
 
 def _remove_unfinished(folder: pathlib.Path, step: int) -> None:
@@ -140,11 +148,9 @@ def _remove_unfinished(folder: pathlib.Path, step: int) -> None:
         if type(thread).__module__.startswith("orbax") and thread is not threading.current_thread():
             with contextlib.suppress(Exception):  # it raises what the thread has raised
                 thread.join(timeout=60)
-    if jax.process_index():
-        return
     # TensorStore's threads cannot be waited for, and may write a file, its folder included, after
     # the others have given up. The next run removes what comes later still.
-    for _ in range(20):
+    for _ in range(0 if jax.process_index() else 20):
         for unfinished in folder.glob(_UNFINISHED.format(step)):
             shutil.rmtree(unfinished, ignore_errors=True)
         time.sleep(0.05)
@@ -179,10 +185,10 @@ def _drop_reports() -> None:
 
 def _registry(items: Sequence[str]) -> Any:
     """Handlers of items of Deferred leaves, and of meta."""
-    types = ocp.type_handlers.create_type_handler_registry(
-        (Deferred, _DeferredHandler(deepcopy_host_arrays=False)),  # nobody else holds the arrays
-        (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns where it is missing
-    )
+    deferred = _DeferredHandler(deepcopy_host_arrays=False)  # nobody else holds the arrays
+    arrays = ocp.type_handlers.ArrayHandler()  # Orbax warns where it is missing
+    pairs = (Deferred, deferred), (jax.Array, arrays)
+    types = ocp.type_handlers.create_type_handler_registry(*pairs)
     handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=types) for name in items}
     handlers["meta"] = ocp.JsonCheckpointHandler()
     return ocp.handlers.create_default_handler_registry(**handlers)
@@ -194,24 +200,17 @@ class _DeferredHandler(ocp.type_handlers.NumpyHandler):
     async def serialize(self, values, infos, args=None):
         """Writes the leaves; returns what is still to wait for."""
         args = args or [ocp.SaveArgs()] * len(values)
+        groups = np.cumsum([leaf.nbytes for leaf in values]) // _GROUP_BYTES
+        rows = zip(groups, values, infos, args, strict=True)
         futures: Sequence[Any] = ()
         # Waits for all, also where one fails: nobody may still write when the caller cleans up.
         with contextlib.ExitStack() as waits:
-            for group in _groups(values):
-                arrays = [np.asarray(leaf.read()) for leaf in values[group]]
+            for _, group in itertools.groupby(rows, lambda row: row[0]):
+                _, leaves, *rest = zip(*group, strict=True)
+                arrays = [np.asarray(leaf.read()) for leaf in leaves]
                 waits.close()
-                futures = await super().serialize(arrays, infos[group], args[group])
+                futures = await super().serialize(arrays, *rest)
                 for future in futures:
                     waits.callback(future.result)
             waits.pop_all()
         return futures
-
-
-def _groups(leaves: Sequence[Deferred]) -> Iterator[slice]:
-    """The leaves, cut into runs of about _GROUP_BYTES."""
-    start = size = 0
-    for end, leaf in enumerate(leaves, 1):
-        size += leaf.nbytes
-        if size >= _GROUP_BYTES or end == len(leaves):
-            yield slice(start, end)
-            start, size = end, 0

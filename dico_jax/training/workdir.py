@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import json
 import os
@@ -10,14 +9,13 @@ import pathlib
 import socket
 import sys
 from collections.abc import Iterator
-from typing import IO
 
 import jax
 from ml_collections import ConfigDict
 
 from dico_jax.config import DEFAULTS, config_to_dict, flatten, without_gone
 from dico_jax.errors import UsageError
-from dico_jax.files import new_file
+from dico_jax.files import write_json
 
 # Fields by section, and whole sections, that may change between two runs in one workdir: they
 # decide how long a run goes on, how fast it is and what it reports, not what it computes.
@@ -58,9 +56,7 @@ def open_workdir(workdir: str, config: ConfigDict) -> pathlib.Path:
     check_workdir(workdir, config)
     with _made(workdir) as path:
         if jax.process_index() == 0:
-            text = json.dumps(config_to_dict(config), indent=2, sort_keys=True) + "\n"
-            with new_file(path / "config.json") as file:
-                file.write(text.encode())
+            write_json(path / "config.json", dict(sorted(config_to_dict(config).items())))
         return path
 
 
@@ -68,33 +64,28 @@ def open_workdir(workdir: str, config: ConfigDict) -> pathlib.Path:
 def workdir_lock(workdir: str, process_index: int = 0) -> Iterator[None]:
     """While it lasts, no other run gets this folder, which is made; the first process takes it.
 
-    The lock is the kernel's (flock on WORKDIR/.lock), so it ends with the process, however that
-    ends. On NFS it also holds against other hosts; on file systems that keep locks to themselves,
-    such as a bucket mounted by gcsfuse, it holds on this host only. UsageError: another run has it.
+    The lock is the kernel's (flock on WORKDIR/.lock) and ends with the process. It holds against
+    other hosts on NFS, and not on a bucket mounted by gcsfuse. UsageError: another run has it.
     """
     with contextlib.ExitStack() as stack:
         if process_index == 0:
             with _made(workdir) as path:  # not "w": it may be another run's
                 file = stack.enter_context((path / ".lock").open("a+"))
-                _lock(file, workdir)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError) as error:
+                    file.seek(0)
+                    text = f"is in use by another run ({file.read().strip() or 'just started'})"
+                    fix = "wait for its end, stop it, or give another --workdir"
+                    raise UsageError("--workdir", workdir, f"{text}: {fix}") from error
+                except OSError as error:
+                    text = f"warning: --workdir={workdir} cannot be locked ({error.strerror})"
+                    print(f"{text}: see to it that no other run uses it", file=sys.stderr)
                 since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
                 file.flush()
         yield
-
-
-def _lock(file: IO[str], workdir: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            file.seek(0)
-            text = f"is in use by another run ({file.read().strip() or 'just started'})"
-            fix = "wait for its end, stop it, or give another --workdir"
-            raise UsageError("--workdir", workdir, f"{text}: {fix}") from error
-        text = f"warning: --workdir={workdir} cannot be locked ({error.strerror})"
-        print(f"{text}: see to it that no other run uses it", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -113,14 +104,11 @@ def _differences(old: dict, new: dict) -> list[str]:
     """What may not change between two configs and does."""
     # Fields that are newer than the run have done what their defaults do.
     before, now = flatten(json.loads(json.dumps(DEFAULTS))) | flatten(old), flatten(new)
+    mutable = {f"{section}.{n}" for section, names in MUTABLE_FIELDS.items() for n in names.split()}
+    mutable |= {field for field in before | now if field.partition(".")[0] in MUTABLE_SECTIONS}
     ends = {"training.num_steps"} if now["optimizer.schedule"] != "constant" else set()
     return [
         f"config.{field} was {json.dumps(before.get(field))}, is {json.dumps(now.get(field))}"
         for field in sorted(before.keys() | now.keys())
-        if before.get(field) != now.get(field) and (field in ends or not _may_change(field))
+        if before.get(field) != now.get(field) and field not in mutable - ends
     ]
-
-
-def _may_change(field: str) -> bool:
-    section, _, name = field.partition(".")
-    return section in MUTABLE_SECTIONS or name in MUTABLE_FIELDS.get(section, "").split()
