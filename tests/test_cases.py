@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -35,7 +36,8 @@ class Done:
 @pytest.fixture
 def case(tmp_path):
     def run(name):
-        env = os.environ | {"PROJECT": str(ROOT), "W": str(tmp_path), "T": "300"}
+        path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+        env = os.environ | {"PROJECT": str(ROOT), "W": str(tmp_path), "T": "300", "PATH": path}
         done = subprocess.run(
             ["bash", FOLDER / name / "repro.sh"],
             env=env, capture_output=True, text=True, timeout=1200, check=False,
