@@ -151,7 +151,7 @@ def _picture_channels(config: ConfigDict, experiment: Experiment) -> int:
     return channels
 
 
-def _check_latents(config: ConfigDict, experiment: Experiment, source: Any) -> None:
+def _check_latents(config: ConfigDict, experiment: Experiment, source) -> None:
     height, width, channels = source.image_shape
     if source.kind == "moments":
         channels //= 2  # means and log variances

@@ -168,8 +168,7 @@ class Denoiser(nn.Module):
         self, text: str, num_images: int, seed: int, class_names: Sequence[str] = ()
     ) -> Condition:
         """The conditions of all images, (num_images, ...), that the flag --classes asks for."""
-        fix = f": {type(self).__name__} has no parse_conditions to read it with"
-        raise UsageError("--classes", text, fix)
+        raise UsageError("--classes", text, f": {type(self).__name__} has no parse_conditions")
 
     def class_labels(self, conditions: Condition) -> Any:
         """The classes (N,) that images of these conditions are of; None if they have none."""
@@ -272,7 +271,6 @@ class ClassConditional(Denoiser):
         raise UsageError("--classes", text, f"{fix}'all' or 'random'{hint}")
 
     def class_labels(self, conditions):
-        """Labels, int64."""
         return np.asarray(self.as_condition(conditions)["label"], np.int64)
 
     def named_arrays(self, conditions):
