@@ -24,8 +24,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dico_jax.models import abstract_params, create_model
-from dico_jax.pytorch.key_maps import KEY_MAPS, state_dict_shapes
+from dico_jax.models import create_model
+from dico_jax.pytorch.detection import parameters
 from dico_jax.pytorch.optimizer_state import AdamWState, write_adamw
 from dico_jax.pytorch.torch_files import Deferred, write_pt
 
@@ -37,7 +37,7 @@ OPTIONS = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_d
 def random_state_dict(name: str, seed: int) -> dict[str, Deferred]:
     """A state dict of random weights, made when they are written."""
     model = create_model(name)
-    shapes = state_dict_shapes(abstract_params(model), KEY_MAPS[type(model).__name__])
+    shapes = {entry.key: entry.torch_shape for entry in parameters(model)}
     generator = np.random.Generator(np.random.SFC64(seed))
 
     def make(shape):

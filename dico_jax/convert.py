@@ -21,7 +21,7 @@ With --training the whole state of a run goes over: both sets of weights, AdamW'
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
@@ -38,27 +38,18 @@ _WEIGHTS = flags.DEFINE_string(
     "to_pytorch: ema or params [ema].",
 )  # fmt: skip
 _TRAINING = flags.DEFINE_bool("training", False, "Convert the whole state of a training run.")
-_MODEL = flags.DEFINE_string("model", None, "from_pytorch: its name [found from the shapes].")
-_IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", None, "from_pytorch: side of the images in pixels [the run's, or 256].",
-    lower_bound=1,
-)  # fmt: skip
-_NUM_CLASSES = flags.DEFINE_integer(
-    "num_classes", None, "from_pytorch: number of classes [one less than rows in the label table].",
-    lower_bound=1,
-)  # fmt: skip
-_NUM_HEADS = flags.DEFINE_integer(
-    "num_heads", None, "from_pytorch: attention heads of a DiT of no published width.",
-    lower_bound=1,
-)  # fmt: skip
-_NORM_NUM_GROUPS = flags.DEFINE_integer(
-    "norm_num_groups", None, "vae: groups of its GroupNorm [config.json beside the file, or 32].",
-    lower_bound=1,
-)  # fmt: skip
-_SCALING_FACTOR = flags.DEFINE_float(
+flags.DEFINE_string("model", None, "from_pytorch: its name [found from the shapes].")
+for _name, _text in {
+    "image_size": "from_pytorch: side of the images in pixels [the run's, or 256].",
+    "num_classes": "from_pytorch: number of classes [one less than rows in the label table].",
+    "num_heads": "from_pytorch: attention heads of a DiT [its args', or those of the width].",
+    "norm_num_groups": "vae: groups of its GroupNorm [config.json beside the file, or 32].",
+}.items():
+    flags.DEFINE_integer(_name, None, _text, lower_bound=1)
+flags.DEFINE_float(
     "scaling_factor", None, "vae: of its latents [config.json beside the file, or 0.18215].",
 )  # fmt: skip
-_STEP = flags.DEFINE_integer("step", None, "to_pytorch: of the checkpoint [the newest].")
+flags.DEFINE_integer("step", None, "to_pytorch: of the checkpoint [the newest].")
 
 # Per action, the flags that it needs, and those that it may have.
 _ACTIONS = {
@@ -72,28 +63,21 @@ _WEIGHTS_OF = {"from_pytorch": ("auto", "ema", "model"), "to_pytorch": ("ema", "
 
 def main(action: str | None) -> None:
     """Parses flags and converts."""
-    print(_CONVERT[_check(action)](flags.FLAGS))
+    action = _check(action)
+    given = {name: flags.FLAGS[name].value for name in " ".join(_ACTIONS[action]).split()}
+    print(_CONVERT[action](**{name: value for name, value in given.items() if value is not None}))
 
 
 # Late imports: --help answers before JAX is imported.
 
 
-def _from_pytorch(given: flags.FlagValues) -> str:
+def _from_pytorch(input: str, out: str, **options: Any) -> str:
     from dico_jax.pytorch.conversion import from_pytorch
 
-    return from_pytorch(
-        given.input,
-        given.out,
-        model=_MODEL.value,
-        weights=_WEIGHTS.value or "auto",
-        image_size=_IMAGE_SIZE.value,
-        num_classes=_NUM_CLASSES.value,
-        num_heads=_NUM_HEADS.value,
-        training=_TRAINING.value,
-    )
+    return from_pytorch(input, out, **options)
 
 
-def _to_pytorch(given: flags.FlagValues) -> str:
+def _to_pytorch(ckpt: str, out: str, **options: Any) -> str:
     from ml_collections import ConfigDict
 
     from dico_jax.experiment import experiment_from_config
@@ -107,33 +91,22 @@ def _to_pytorch(given: flags.FlagValues) -> str:
         optimizer = ConfigDict(config["optimizer"])
         return float(learning_rate_schedule(optimizer, config["training"]["num_steps"])(step))
 
-    return to_pytorch(
-        given.ckpt,
-        given.out,
-        step=_STEP.value,
-        weights=_WEIGHTS.value or "ema",
-        training=_TRAINING.value,
-        side_of=side_of,
-        rate_of=rate_of,
-    )
+    return to_pytorch(ckpt, out, side_of=side_of, rate_of=rate_of, **options)
 
 
-def _vae(given: flags.FlagValues) -> str:
+def _vae(input: str, out: str, **options: Any) -> str:
     from dico_jax.autoencoders.weights import convert_vae
 
-    groups, scaling_factor = _NORM_NUM_GROUPS.value, _SCALING_FACTOR.value
-    return convert_vae(
-        given.input, given.out, norm_num_groups=groups, scaling_factor=scaling_factor
-    )
+    return convert_vae(input, out, **options)
 
 
-def _inception(given: flags.FlagValues) -> str:
+def _inception(input: str, out: str) -> str:
     from dico_jax.evaluation.inception_weights import convert_inception
 
-    return convert_inception(given.input, given.out)
+    return convert_inception(input, out)
 
 
-_CONVERT = {
+_CONVERT: dict[str, Callable[..., str]] = {
     "from_pytorch": _from_pytorch,
     "to_pytorch": _to_pytorch,
     "vae": _vae,

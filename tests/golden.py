@@ -83,7 +83,8 @@ def nhwc(x):
 def drawn_params(model, seed, kind, sha256=None):
     """The parameter tree of a DiCo or DiT with recipe weights, through the production key map."""
     from dico_jax.models import abstract_params
-    from dico_jax.pytorch.key_maps import KEY_MAPS, from_state_dict, state_dict_shapes
+    from dico_jax.pytorch.key_maps import KEY_MAPS
+    from tests.state_dicts import from_state_dict, state_dict_shapes
 
     key_map, abstract = KEY_MAPS[type(model).__name__], abstract_params(model)
     weights = draw(state_dict_shapes(abstract, key_map), seed, kind)

@@ -24,13 +24,9 @@ from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params, create_model
 from dico_jax.models.dit import position_embedding
 from dico_jax.parallel.mesh import create_mesh, replicated
+from dico_jax.pytorch import run_config
 from dico_jax.pytorch.conversion import from_pytorch, load_pytorch, to_pytorch
-from dico_jax.pytorch.key_maps import (
-    KEY_MAPS,
-    from_state_dict,
-    state_dict_shapes,
-    to_state_dict,
-)
+from dico_jax.pytorch.key_maps import KEY_MAPS
 from dico_jax.pytorch.tensors import DTYPES
 from dico_jax.pytorch.torch_files import open_tensors, write_pt
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
@@ -41,6 +37,7 @@ from tests import golden
 from tests.commands import call
 from tests.golden import TINY, distance, nhwc
 from tests.pytorch_files import assert_same, flat, write_shards
+from tests.state_dicts import from_state_dict, state_dict_shapes, to_state_dict
 
 SMALL = {**TINY, "hidden_size": 8}  # of the training checkpoint
 DIT = {"hidden_size": 64, "depth": 3, "num_heads": 4, "patch_size": 2, "num_classes": 10}
@@ -411,6 +408,49 @@ def test_a_run_goes_on_from_pytorch_and_back_to_it(step, tmp_path, monkeypatch):
         assert 0 < max(moved.values()) < 3e-4  # two steps of 1e-4
     else:
         assert max(moved.values()) == 0
+
+
+def test_what_does_not_show_in_weights_goes_there_and_back(tmp_path):
+    """The heads of a DiT of a published width, and the noise schedule: in the arguments."""
+    shapes = {"hidden_size": 384, "depth": 1, "num_heads": 4, "patch_size": 8, "num_classes": 2}
+    write_random(tmp_path / "a.pt", "DiT", **shapes)
+    with open_tensors(tmp_path / "a.pt") as file:
+        args = {"num_heads": 4, "noise_schedule": "cosine", "diffusion_steps": 50}
+        args |= {"image_size": 64, "class_dropout_prob": 0.25}
+        write_pt(tmp_path / "b.pt", {"ema": file.tree, "args": argparse.Namespace(**args)})
+    from_pytorch(tmp_path / "b.pt", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["model"]["name"] == "DiT"
+    assert config["model"]["num_heads"] == 4
+    assert config["model"]["class_dropout_prob"] == 0.25
+    assert config["diffusion"]["noise_schedule"] == "squaredcos_cap_v2"
+    assert config["diffusion"]["diffusion_steps"] == 50
+    saved = SavedWeights(str(tmp_path / "run"), None)
+    assert vars(run_config.written_arguments(saved, 4)).items() >= args.items() - {
+        ("noise_schedule", "cosine")
+    }
+    saved.converted["arguments"] = {}  # a run of our own
+    found = vars(run_config.written_arguments(saved, 4))
+    again = run_config.read_arguments({"args": argparse.Namespace(**found)})
+    assert {**args, "noise_schedule": "squaredcos_cap_v2"}.items() <= again.items()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"model": "SiT-S/4"}, "args.model='SiT-S/4' is of another objective"),
+        ({"prediction": "velocity"}, "args.prediction='velocity' is of another"),
+        ({"transport": {"path_type": "Linear"}}, "args.path_type='Linear' is of another"),
+        ({"noise_schedule": "sigmoid"}, "args.noise_schedule='sigmoid' is none of linear"),
+    ],
+)
+def test_other_objectives_are_refused(args, message, tmp_path):
+    write_random(tmp_path / "a.pt", "DiT", **DIT)
+    for kind in (dict, lambda **given: argparse.Namespace(**given)):
+        with open_tensors(tmp_path / "a.pt") as file:
+            write_pt(tmp_path / "b.pt", {"model": file.tree, "args": kind(**args)})
+        with pytest.raises(UsageError, match=message):
+            from_pytorch(tmp_path / "b.pt", tmp_path / "run", num_heads=4)
 
 
 @golden.requires_golden

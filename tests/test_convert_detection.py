@@ -10,8 +10,9 @@ import pytest
 from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params, create_model
 from dico_jax.pytorch.detection import detect_model
-from dico_jax.pytorch.key_maps import KEY_MAPS, check_tensors, entries, state_dict_shapes
+from dico_jax.pytorch.key_maps import KEY_MAPS, check_tensors, entries
 from tests import golden
+from tests.state_dicts import state_dict_shapes
 
 TINY = {"hidden_size": 8, "depth": (1, 2, 1, 3, 1), "mlp_ratio": 2.0}
 TINY_DIT = {"hidden_size": 12, "depth": 2, "num_heads": 3, "patch_size": 4, "mlp_ratio": 4.0}

@@ -14,9 +14,10 @@ from dico_jax.config import DEFAULTS
 from dico_jax.models import abstract_params, create_model
 from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.pytorch.conversion import from_pytorch, to_pytorch
-from dico_jax.pytorch.key_maps import KEY_MAPS, from_state_dict, state_dict_shapes, to_state_dict
+from dico_jax.pytorch.key_maps import KEY_MAPS
 from dico_jax.training.optimizer import create_optimizer
 from tests import golden
+from tests.state_dicts import from_state_dict, state_dict_shapes, to_state_dict
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 
@@ -18,7 +19,7 @@ from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params as abstract_model
 from dico_jax.models import create_model
 from dico_jax.pytorch.conversion import from_pytorch
-from dico_jax.pytorch.key_maps import KEY_MAPS, state_dict_shapes, to_state_dict
+from dico_jax.pytorch.key_maps import KEY_MAPS
 from dico_jax.pytorch.tensors import DTYPES
 from dico_jax.pytorch.torch_files import open_tensors, write_pt, write_safetensors
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
@@ -26,6 +27,7 @@ from tests import golden
 from tests.commands import call
 from tests.golden import TINY
 from tests.pytorch_files import assert_same
+from tests.state_dicts import state_dict_shapes, to_state_dict
 from tests.test_convert_refused import everything
 
 KEY_MAP = KEY_MAPS["AutoencoderKL"]
@@ -97,14 +99,59 @@ def old_names(weights, ones):
     return found
 
 
-@pytest.mark.parametrize("form", ["folder", "file", "bin", "pt", "old", "old 4-D", "wrapped"])
+ORIGINAL = {  # of the names of diffusers
+    r"encoder\.down_blocks\.": "encoder.down.",
+    r"decoder\.up_blocks\.(\d)": lambda m: f"decoder.up.{2 - int(m[1])}",
+    r"((down|up)\.\d)\.resnets\.": r"\1.block.",
+    r"\.(down|up)samplers\.0\.": r".\1sample.",
+    r"mid_block\.resnets\.(\d)": lambda m: f"mid.block_{int(m[1]) + 1}",
+    r"mid_block\.attentions\.0\.(to_)?": "mid.attn_1.",
+    r"attn_1\.group_norm": "attn_1.norm",
+    r"attn_1\.out\.0": "attn_1.proj_out",
+    "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut",
+}
+
+
+def original_names(weights):
+    """As the original latent-diffusion code has them, with attention as 1x1 convolutions."""
+    found = {}
+    for key, value in weights.items():
+        for pattern, name in ORIGINAL.items():
+            key = re.sub(pattern, name, key)
+        found[key] = value[..., None, None] if "attn_1" in key and value.ndim == 2 else value
+    return found
+
+
+FORMS = (
+    "folder file bin pt old old-4-D wrapped original pipeline diffusion fp16.safetensors fp16.bin"
+)
+
+
+@pytest.mark.parametrize("form", FORMS.split())
 def test_forms_of_the_same_weights(form, tmp_path):
     weights = old_names(WEIGHTS, "4-D" in form) if "old" in form else WEIGHTS
+    names = {"bin": "diffusion_pytorch_model.bin", "pt": "a.pt", "wrapped": "a.ckpt"}
     if form == "wrapped":
         weights = {"state_dict": {f"module.{k}": v for k, v in weights.items()}}
-    names = {"bin": "diffusion_pytorch_model.bin", "pt": "a.pt", "wrapped": "a.ckpt"}
+    elif form == "original":
+        weights = original_names(WEIGHTS) | {"loss.discriminator.main.0.weight": np.ones(3)}
+    elif form == "pipeline":
+        weights = {f"vae.{k}": v for k, v in WEIGHTS.items()} | {"unet.conv_in.weight": np.ones(3)}
+    elif form == "diffusion":
+        weights = {f"first_stage_model.{k}": v for k, v in original_names(WEIGHTS).items()}
+        weights |= {"model.diffusion_model.out.0.weight": np.ones(3)}
+        weights |= {
+            "model_ema.diffusion_modelout0weight": np.ones(3),
+            "model_ema.decay": np.ones(1),
+        }
+        weights |= {"cond_stage_model.transformer.text_model.encoder.layers.0.w": np.ones(3)}
+    elif form.startswith("fp16"):
+        names[form] = f"diffusion_pytorch_model.{form}"
     path = folder(tmp_path / "vae", weights, names.get(form, SAFE))
-    vae = create(path if form in ("folder", "bin") else path / names.get(form, SAFE))
+    vae = create(
+        path if form in ("folder", "bin") or "fp16" in form else path / names.get(form, SAFE)
+    )
     assert (vae.name, vae.downsampling, vae.channels) == ("sd_vae", 4, 5)
     assert vae.scaling_factor == 0.13025
     assert_weights(vae, WEIGHTS)
@@ -351,7 +398,9 @@ def test_configs_of_other_networks(field, value, message, tmp_path):
 def test_configs_that_are_none(text, tmp_path):
     folder(tmp_path / "vae")
     (tmp_path / "vae" / "config.json").write_bytes(text.encode("latin-1"))
-    refused(tmp_path, "vae", "config.json (is not JSON|is not a JSON object|cannot be read)")
+    refused(
+        tmp_path, "vae", "config.json (is not JSON|is not a JSON object|cannot be read|is empty)"
+    )
 
 
 def without(*prefixes):
@@ -369,8 +418,8 @@ def dico():
         (dico, r"it is no autoencoder \(AutoencoderKL\): 127 tensors such as 'x_embedder.proj"),
         (lambda: {"model": dico(), "ema": dico()}, "it is no autoencoder"),
         (lambda: {"a": np.zeros(3)}, "it is no autoencoder"),
-        (lambda: {"epoch": 3}, "should hold tensors by name"),
-        (lambda: {"first_stage_model.encoder.down.0.block.0.norm1.weight": np.zeros(3)}, "origin"),
+        (lambda: {"epoch": 3}, "no tensors by name"),
+        (lambda: {"first_stage_model.encoder.down.0.block.0.norm1.weight": np.zeros(3)}, "is no a"),
         (lambda: without("quant_conv", "post_quant_conv"), "has no quant_conv"),
         (lambda: without("encoder.down_blocks.1"), "it is no autoencoder"),
         (

@@ -11,19 +11,11 @@ import pytest
 
 from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params, create_model
-from dico_jax.pytorch.key_maps import (
-    KEY_MAPS,
-    KeyMap,
-    check_tensors,
-    entries,
-    from_state_dict,
-    known_names,
-    state_dict_shapes,
-    to_state_dict,
-)
+from dico_jax.pytorch.key_maps import KEY_MAPS, KeyMap, check_tensors, entries, known_names
 from dico_jax.pytorch.torch_files import open_tensors
 from tests import golden
 from tests.pytorch_files import assert_same
+from tests.state_dicts import from_state_dict, state_dict_shapes, to_state_dict
 
 SMALL = {
     "DiCo": {"hidden_size": 8, "depth": (1, 2, 1, 1, 1), "num_classes": 3},

@@ -10,9 +10,10 @@ import pytest
 from dico_jax.errors import UsageError
 from dico_jax.models import MODELS, abstract_params, count_parameters, create_model, model_options
 from dico_jax.models.layers import pixel_shuffle, pixel_unshuffle, time_features
-from dico_jax.pytorch.key_maps import KEY_MAPS, from_state_dict, state_dict_shapes, to_state_dict
+from dico_jax.pytorch.key_maps import KEY_MAPS
 from tests import golden
 from tests.golden import TINY
+from tests.state_dicts import from_state_dict, state_dict_shapes, to_state_dict
 
 DIT = {"hidden_size": 32, "depth": 2, "num_heads": 4, "patch_size": 2, "num_classes": 10}
 SMALL = {"DiCo": {"hidden_size": 8, "depth": (1, 1, 1, 1, 1), "num_classes": 10}, "DiT": DIT}

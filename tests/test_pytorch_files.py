@@ -407,7 +407,6 @@ def test_shards(tmp_path):
     path = write_shards(tmp_path, tensors, 4)
     seen = []
     with open_tensors(path, on_bytes=seen.append) as file:
-        assert file.format == "sharded safetensors"
         assert list(file.tensors) == list(tensors)
         for key, value in tensors.items():
             assert_same(file.tensors[key].read(), value)
@@ -461,8 +460,42 @@ def test_prefixes_that_every_name_has():
     tensor = np.ones(1)
     every = {"module._orig_mod.a": tensor, "module._orig_mod.b": tensor}
     assert list(select_weights(every).tensors) == ["a", "b"]
-    some = {"module.a": tensor, "b": tensor}
-    assert list(select_weights(some).tensors) == ["module.a", "b"]
+    inner = {"latent.0._checkpoint_wrapped_module.w": tensor, "_forward_module.latent.1.w": tensor}
+    assert list(select_weights(inner).tensors) == ["latent.0.w", "latent.1.w"]
+    with pytest.raises(UsageError, match="has a twice"):
+        select_weights({"module.a": tensor, "a": tensor + 1})
+
+
+NAMES = (
+    "ema ema_model model_ema params_ema ema_params state_dict_ema ema_state ema_state_dict "
+    "ema_model_state_dict g_ema shadow netEMA ema_0.9999 swa_model teacher"
+)
+
+
+@pytest.mark.parametrize("ema", NAMES.split())
+@pytest.mark.parametrize("model", ["model", "state_dict", "net", "model_state_dict"])
+def test_averages_are_found_under_usual_names(model, ema):
+    other = {"epoch": 3, "n": np.array(7), "optimizer": {"state": {0: {"ema.w": np.ones(2)}}}}
+    tree = {model: A, ema: {"n_averaged": np.array(3), "module.a.w": B["a.w"]}, **other}
+    assert select_weights(tree) == select_weights(tree, "ema") == (ema, B)
+    assert select_weights({"checkpoint": tree}) == (f"checkpoint.{ema}", B)
+    assert select_weights(tree, "model").tensors == A
+
+
+def test_sets_that_prefixes_name():
+    def named(*sets):
+        return {f"{name}x_embedder.w": np.full(2, i) for i, name in enumerate(sets)}
+
+    for raw, ema in [("net.", "net_ema."), ("model.", "model.ema."), ("", "ema_model.module.")]:
+        tree = {"state_dict": named(raw, ema), "epoch": 3}
+        assert select_weights(tree).tensors["x_embedder.w"][0] == 1
+        assert select_weights(tree, "model").tensors["x_embedder.w"][0] == 0
+    lucid = {"model": named(""), "ema": named("online_model.", "ema_model.")}
+    assert select_weights(lucid).source == "ema.ema_model"
+    assert select_weights(lucid, "model").source == "model"
+    dotless = named("model.") | {"model_ema.x_embedderw": np.ones(2)}
+    with pytest.raises(UsageError, match="averages that are not read"):
+        select_weights(dotless)
 
 
 def test_choice_that_is_not_there(tmp_path):
@@ -480,11 +513,17 @@ def test_choice_that_is_not_there(tmp_path):
     ("tree", "part"),
     [
         ([1, 2], "list"),
-        ({"a": np.ones(1), "epoch": 3}, "'epoch'"),
+        ({"epoch": 3}, "'epoch'"),
         ({}, "nothing"),
-        ({"model": {"a": {"b": np.ones(1)}}}, "'a'"),
-        ({"model": {0: np.ones(1)}}, "0"),
-        ({"model": {"n": 1}, "ema": {}}, "nothing"),
+        ({"model": {0: np.ones(1)}}, "'model'"),
+        ({"model": {"n": 1}, "ema": {}}, "no tensors by name"),
+        (
+            {"model": A, "ema": [np.ones(1)]},
+            "averages .* not read .'ema'.; .* --weights=model",
+        ),
+        ({"model": A, "ema": {"shadow_params": [np.ones(1)]}}, "not read .'ema.shadow_params'"),
+        ({"generator": A, "discriminator": B}, "several sets: 'generator', 'discriminator'"),
+        ({"ema": A, "model_ema": B}, "several sets: 'ema', 'model_ema'"),
     ],
 )
 def test_weights_that_are_none(tree, part):

@@ -12,11 +12,12 @@ from configs import default
 from dico_jax.checkpoints.state import TrainState
 from dico_jax.diffusion import create_diffusion
 from dico_jax.models import create_model
-from dico_jax.pytorch.key_maps import KEY_MAPS, to_state_dict
+from dico_jax.pytorch.key_maps import KEY_MAPS
 from dico_jax.training.optimizer import create_optimizer
 from dico_jax.training.step import apply_gradients, loss_fn
 from tests import golden
 from tests.golden import TINY, TINY_DRAWS, distance, nhwc
+from tests.state_dicts import to_state_dict
 
 pytestmark = golden.requires_golden
 DTYPES = ["float32", "float64"]

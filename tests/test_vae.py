@@ -22,9 +22,10 @@ from dico_jax.autoencoders.kl import (
 from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config
-from dico_jax.pytorch.key_maps import KEY_MAPS, from_state_dict, state_dict_shapes
+from dico_jax.pytorch.key_maps import KEY_MAPS
 from tests import golden
 from tests.golden import distance, nhwc
+from tests.state_dicts import from_state_dict, state_dict_shapes
 
 KEY_MAP = KEY_MAPS["AutoencoderKL"]
 SMALL = KLConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8)

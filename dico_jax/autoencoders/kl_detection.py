@@ -6,80 +6,49 @@ names just these.
 """
 
 import collections
-import json
-import pathlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from dico_jax.autoencoders.kl import KLConfig
 from dico_jax.errors import UsageError
+from dico_jax.pytorch.detection import Shapes, vote
 from dico_jax.pytorch.tensors import shown
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _MAX_LEVELS, _MAX_LAYERS, _MAX_WIDTH = 8, 32, 1 << 14
 _BLOCK = re.compile(
     r"encoder\.down_blocks\.(\d{1,4})\.resnets\.(\d{1,4})\.(conv1|conv2|norm2)\.bias"
 )
-# Where the number of latent channels shows: tensor, axis, and what the length there is divided by.
+# Where the number of latent channels shows.
 _LATENT_CHANNELS = (
-    ("quant_conv.bias", 0, 2),
-    ("post_quant_conv.bias", 0, 1),
-    ("decoder.conv_in.weight", 1, 1),
-    ("encoder.conv_out.bias", 0, 2),
+    "quant_conv.bias/0/2 post_quant_conv.bias/0/1 decoder.conv_in.weight/1/1 "
+    "encoder.conv_out.bias/0/2"
 )
 
 # Fields of diffusers' config.json. What is in none of these is refused: it may change the network.
 _SIZES = ("layers_per_block", "latent_channels", "norm_num_groups")
-_SUPPORTED: Mapping[str, tuple[Any, ...]] = {  # with the values that this network has
-    "in_channels": (3,),
-    "out_channels": (3,),
+_SUPPORTED: dict[str, tuple[Any, ...]] = {  # with the values that this network has
+    **dict.fromkeys(("in_channels", "out_channels"), (3,)),
+    **dict.fromkeys(("latents_mean", "latents_std"), (None,)),
+    **dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), (True,)),
     "act_fn": ("silu", "swish"),
     "shift_factor": (None, 0, 0.0),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-    "use_quant_conv": (True,),
-    "use_post_quant_conv": (True,),
-    "mid_block_add_attention": (True,),
 }
 _BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 _NOTES = ("sample_size", "force_upcast")  # they change nothing that is computed here
 
 
-def read_options(path: str) -> dict[str, Any]:
-    """What the config.json of an AutoencoderKL says, as fields of `KLConfig`."""
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    options = _json_object(text, path)
+def read_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of `KLConfig` in diffusers' config; one that the network does not do is refused.
+
+    `where` is its name in messages.
+    """
     like = "AutoencoderKL" if "latent_channels" in options else "something else"
-    name = options.get("_class_name", like)
-    if name != "AutoencoderKL":
-        what = f"is the config of another network ({shown(name)}), not of an AutoencoderKL"
+    network = options.get("_class_name", like)
+    if network != "AutoencoderKL":
+        what = f"is the config of another network ({shown(network)}), not of an AutoencoderKL"
         fix = "give its weights, or move these to a folder of their own"
-        raise UsageError(f"{path}, beside the weights, {what}: {fix}")
-    return _checked(options, path)
-
-
-def parse_options(text: str, where: str) -> dict[str, Any]:
-    """Fields of `KLConfig` from a JSON object; `where` is its name in messages."""
-    return _checked(_json_object(text, where), where)
-
-
-def _json_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON: {str(error)[:100]}") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{where} is not a JSON object")
-    return found
-
-
-def _checked(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of `KLConfig` among the options; one that the network does not do is refused."""
+        raise UsageError(f"{where}, beside the weights, {what}: {fix}")
     fields: dict[str, Any] = {}
     for name, value in options.items():
         said = f"{where}: {name}={shown(value)}"
@@ -112,12 +81,7 @@ def detect_config(shapes: Shapes, options: Mapping[str, Any]) -> KLConfig:
     if not any(key.startswith("quant_conv.") for key in shapes):
         what = "the file has no quant_conv (use_quant_conv=False), as newer autoencoders"
         raise UsageError(f"{what}: those of Stable Diffusion 1, 2 and XL are supported")
-    latents = [
-        shapes[key][axis] // divisor
-        for key, axis, divisor in _LATENT_CHANNELS
-        if axis < len(shapes.get(key, ()))
-    ]
-    channels = _most_frequent(latents) if latents else 0
+    channels = vote(shapes, _LATENT_CHANNELS) or 0
     if (
         not 1 <= min(*widths, channels) <= max(*widths, channels) <= _MAX_WIDTH
         or len(widths) > _MAX_LEVELS
@@ -151,19 +115,11 @@ def _levels(shapes: Shapes) -> tuple[tuple[int, ...], int]:
             widths.setdefault(level, []).append(shape[0])
             depths[level] = max(depths.get(level, 0), layer + 1)
     if not widths or sorted(widths) != list(range(len(widths))):
-        _refuse(shapes)
+        some = f"{len(shapes)} tensors such as {', '.join(shown(key) for key in list(shapes)[:5])}"
+        raise UsageError(f"it is no autoencoder (AutoencoderKL): {some}")
     found = tuple(_most_frequent(widths[level]) for level in range(len(widths)))
     return found, _most_frequent(depths.values())
 
 
 def _most_frequent(values: Iterable[int]) -> int:
     return collections.Counter(values).most_common(1)[0][0]
-
-
-def _refuse(shapes: Shapes) -> NoReturn:
-    """Says what the file is instead, as far as that can be seen."""
-    if any(".down.0.block." in key for key in shapes):
-        fix = "give the same autoencoder in the layout of diffusers"
-        raise UsageError(f"it has the names of the original latent-diffusion code: {fix}")
-    some = ", ".join(shown(key) for key in list(shapes)[:5])
-    raise UsageError(f"it is no autoencoder (AutoencoderKL): {len(shapes)} tensors such as {some}")

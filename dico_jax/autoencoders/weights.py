@@ -23,20 +23,14 @@ import jax
 import numpy as np
 
 from dico_jax.autoencoders.kl import KLConfig, abstract_params
-from dico_jax.autoencoders.kl_detection import detect_config, parse_options, read_options
+from dico_jax.autoencoders.kl_detection import detect_config, read_options
 from dico_jax.errors import UsageError
-from dico_jax.files import check_new, file_digest
+from dico_jax.files import Deferred, check_new, file_digest
 from dico_jax.pytorch.hub import file_beside, is_remote, local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, Entry, entries, known_names
 from dico_jax.pytorch.lazy_trees import ByteProgress, Health, deferred_tree
-from dico_jax.pytorch.tensors import about
-from dico_jax.pytorch.torch_files import (
-    Deferred,
-    TensorFile,
-    open_tensors,
-    select_weights,
-    write_safetensors,
-)
+from dico_jax.pytorch.tensors import about, json_object, refusing
+from dico_jax.pytorch.torch_files import TensorFile, open_tensors, select_weights, write_safetensors
 
 KEY_MAP = KEY_MAPS["AutoencoderKL"]
 FORMAT = "dico_jax.AutoencoderKL"  # of a file that `convert vae` wrote
@@ -45,7 +39,8 @@ FORMAT = "dico_jax.AutoencoderKL"  # of a file that `convert vae` wrote
 RELEASED = re.compile(r"hf://stabilityai/sd-vae-ft-(ema|mse)/.")
 
 _CONFIG = "config.json"
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_KINDS = ("safetensors", "bin", "fp16.safetensors", "fp16.bin")
+_WEIGHTS = [f"diffusion_pytorch_model.{kind}" for kind in _KINDS]
 # Prefixes of what belongs to each half.
 _PARTS = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
 
@@ -117,8 +112,9 @@ def open_kl(
             tensors, options = _converted_tensors(file), _converted_options(file)
             digests = tuple(file.metadata.get(f"{part}_sha256", "") for part in _PARTS)
         else:
-            tensors = known_names(select_weights(file).tensors, KEY_MAP)
-            options = read_options(config_path) if config_path else {}
+            tensors = _forwards(select_weights(file, root=KEY_MAP.root).tensors)
+            tensors = known_names(tensors, KEY_MAP)
+            options = read_options(json_object(config_path), config_path) if config_path else {}
         given = {"norm_num_groups": norm_num_groups, "scaling_factor": scaling_factor}
         options |= {name: value for name, value in given.items() if value is not None}
         config = detect_config({k: tuple(t.shape) for k, t in tensors.items()}, options)
@@ -126,6 +122,14 @@ def open_kl(
         wanted = entries(abstract_params(config), KEY_MAP)
         leaves = deferred_tree(tensors, wanted, KEY_MAP, health)
         yield KLFile(path, config, leaves, health, digests)
+
+
+def _forwards(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The original code counts the decoder's levels from full size on, and diffusers to it."""
+    levels = [match for key in tensors if (match := re.match(r"decoder\.up\.(\d{1,4})\.", key))]
+    last = max((int(match[1]) for match in levels), default=0)
+    new = {m.string: f"decoder.up_blocks.{last - int(m[1])}.{m.string[m.end() :]}" for m in levels}
+    return {new.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def _locate(source: str) -> tuple[str, str | None]:
@@ -140,7 +144,7 @@ def _locate(source: str) -> tuple[str, str | None]:
         if not found:
             inner = path / "vae"
             hint = f": give {inner}" if inner.is_dir() else ""
-            raise UsageError(f"the folder {source} has no {' or '.join(_WEIGHTS)}{hint}")
+            raise UsageError(f"the folder {source} has no {' or '.join(_WEIGHTS[:2])}{hint}")
         path = found[0]
     config = path.parent / _CONFIG
     return str(path), str(config) if config.is_file() else None
@@ -148,10 +152,8 @@ def _locate(source: str) -> tuple[str, str | None]:
 
 def _converted_tensors(file: TensorFile) -> dict[str, Deferred]:
     refs = {tuple(name.split("/")): ref for name, ref in file.tensors.items()}
-    try:
+    with refusing("its tensors", "are not those that convert vae writes"):
         found = entries(flax.traverse_util.unflatten_dict(refs), KEY_MAP)
-    except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"its tensors are not those that convert vae writes: {error}") from error
 
     def tensor(entry: Entry) -> Deferred:
         ref = refs[entry.path]
@@ -163,7 +165,9 @@ def _converted_tensors(file: TensorFile) -> dict[str, Deferred]:
 def _converted_options(file: TensorFile) -> dict[str, Any]:
     if file.metadata["format"] != FORMAT:
         raise UsageError(f"its format {file.metadata['format']} is not {FORMAT}: convert it again")
-    return parse_options(file.metadata.get("config", ""), "its metadata 'config'")
+    with refusing("its metadata 'config'", "is not a JSON object"):
+        options = {"_class_name": "AutoencoderKL", **json.loads(file.metadata.get("config", ""))}
+    return read_options(options, "its metadata 'config'")
 
 
 def convert_vae(

@@ -143,7 +143,7 @@ def _read(source: str) -> tuple[dict[str, np.ndarray], str]:
     with open_tensors(path) as file:
         if file.metadata.get("format", "").startswith(FORMAT):
             return _read_converted(file)
-        tensors = known_names(select_weights(file).tensors, KEY_MAP)
+        tensors = known_names(select_weights(file, root=KEY_MAP.root).tensors, KEY_MAP)
         leaves = {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in state_shapes().items()}
         wanted = unflatten_dict(leaves, sep="/")
         if sum(entry.key in tensors for entry in entries(wanted, KEY_MAP)) < len(leaves) / 2:

@@ -32,44 +32,30 @@ Shapes = Mapping[str, tuple[int, ...]]
 _STAGES = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
 _STAGE_WIDTHS = (1, 2, 4, 2, 2)  # over hidden_size
 _MAX_SIZE = 1 << 20
-_MAX_BLOCKS = 1000
+_MAX_BLOCKS = 200
 _RELEASED_DROPOUT = 0.1
 
 TABLE = "pos_embed"  # of a DiT: fixed, so it is checked and not stored
 _TABLE_TOLERANCE = 1e-6
+_MAX_TABLE = 64 << 20  # bytes
 _HALF_TABLE_TOLERANCE = 1e-2  # of files in half precision
 
-# Where a size can be read: tensor, axis, and what the length there is divided by.
+# Where a size can be read: tensor/axis/what the length there is divided by.
 _DICO_SIZES = {
-    "hidden_size": (
-        ("x_embedder.proj.weight", 0, 1),
-        ("x_embedder.proj.bias", 0, 1),
-        ("t_embedder_1.mlp.0.bias", 0, 1),
-        ("t_embedder_2.mlp.0.bias", 0, 2),
-        ("t_embedder_3.mlp.0.bias", 0, 4),
-        ("y_embedder.embedding_table_0.weight", 1, 1),
-        ("reduce_chan_level1.bias", 0, 2),
-    ),
-    "rows": (
-        ("y_embedder.embedding_table_0.weight", 0, 1),
-        ("y_embedder.embedding_table_1.weight", 0, 1),
-        ("y_embedder.embedding_table_2.weight", 0, 1),
-    ),
-    "in_channels": (("x_embedder.proj.weight", 1, 1),),
-    "outputs": (("final_layer.out_proj.weight", 0, 1), ("final_layer.out_proj.bias", 0, 1)),
+    "hidden_size": "x_embedder.proj.weight/0/1 x_embedder.proj.bias/0/1 "
+    "t_embedder_1.mlp.0.bias/0/1 t_embedder_2.mlp.0.bias/0/2 t_embedder_3.mlp.0.bias/0/4 "
+    "y_embedder.embedding_table_0.weight/1/1 reduce_chan_level1.bias/0/2",
+    "rows": " ".join(f"y_embedder.embedding_table_{i}.weight/0/1" for i in range(3)),
+    "in_channels": "x_embedder.proj.weight/1/1",
+    "outputs": "final_layer.out_proj.weight/0/1 final_layer.out_proj.bias/0/1",
 }
 _DIT_SIZES = {
-    "hidden_size": (
-        ("x_embedder.proj.weight", 0, 1),
-        ("x_embedder.proj.bias", 0, 1),
-        ("t_embedder.mlp.0.bias", 0, 1),
-        ("y_embedder.embedding_table.weight", 1, 1),
-        ("final_layer.linear.weight", 1, 1),
-    ),
-    "patch_size": (("x_embedder.proj.weight", 2, 1), ("x_embedder.proj.weight", 3, 1)),
-    "rows": (("y_embedder.embedding_table.weight", 0, 1),),
-    "in_channels": (("x_embedder.proj.weight", 1, 1),),
-    "outputs": (("final_layer.linear.weight", 0, 1), ("final_layer.linear.bias", 0, 1)),
+    "hidden_size": "x_embedder.proj.weight/0/1 x_embedder.proj.bias/0/1 t_embedder.mlp.0.bias/0/1 "
+    "y_embedder.embedding_table.weight/1/1 final_layer.linear.weight/1/1",
+    "patch_size": "x_embedder.proj.weight/2/1 x_embedder.proj.weight/3/1",
+    "rows": "y_embedder.embedding_table.weight/0/1",
+    "in_channels": "x_embedder.proj.weight/1/1",
+    "outputs": "final_layer.linear.weight/0/1 final_layer.linear.bias/0/1",
 }
 
 
@@ -80,6 +66,7 @@ def detect_model(
     num_classes: int | None = None,
     likely_classes: object = None,
     num_heads: int | None = None,
+    likely_heads: object = None,
 ) -> dict[str, Any]:
     """The model of a state dict, as the fields of `config.model` (see configs/default.py).
 
@@ -89,6 +76,7 @@ def detect_model(
       num_classes: where it is known. With as many rows in the label tables there is no null class.
       likely_classes: the same from a source that may be wrong: used where it fits.
       num_heads: of a DiT, which is needed where its width is none of the published ones.
+      likely_heads: the same from a source that may be wrong: used where it fits.
     """
     family = _family(shapes)
     if name is not None and MODELS[name][0].__name__ != family:
@@ -97,7 +85,9 @@ def detect_model(
         raise UsageError(f"--num_heads={num_heads} is for --model=DiT; not for {name or family}")
     sizes = dict(MODELS[name][1]) if name is not None else {}
     if not sizes:
-        sizes = _dico_sizes(shapes) if family == "DiCo" else _dit_sizes(shapes, num_heads)
+        sizes = (
+            _dico_sizes(shapes) if family == "DiCo" else _dit_sizes(shapes, num_heads, likely_heads)
+        )
         name = _published_name(family, sizes)
     options = _interface(shapes, family, sizes, num_classes, likely_classes)
     known = {} if name in MODELS and MODELS[name][1] else sizes
@@ -156,7 +146,7 @@ def check_table(tensors: Mapping[str, Any], width: int) -> int | None:
     if ref is None:
         return None
     side = math.isqrt(ref.shape[1]) if len(ref.shape) == 3 else 0
-    if ref.shape != (1, side * side, width) or not side:
+    if ref.shape != (1, side * side, width) or not side or ref.nbytes > _MAX_TABLE:
         raise UsageError(f"{TABLE} is {ref.shape} instead of (1, n * n, {width})")
     table = ref.read().astype(np.float64)[0]
     tolerance = _TABLE_TOLERANCE if ref.dtype.itemsize >= 4 else _HALF_TABLE_TOLERANCE
@@ -197,9 +187,11 @@ def _dico_sizes(shapes: Shapes) -> dict[str, Any]:
     return {"hidden_size": width, "depth": depth, "mlp_ratio": _mlp_ratio(hidden)}
 
 
-def _dit_sizes(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
+def _dit_sizes(shapes: Shapes, num_heads: int | None, likely_heads: object) -> dict[str, Any]:
     width = _size(shapes, _DIT_SIZES, "hidden_size")
     published = {s["hidden_size"]: s["num_heads"] for c, s in MODELS.values() if "num_heads" in s}
+    if num_heads is None and type(likely_heads) is int and 0 < likely_heads <= width:
+        num_heads = likely_heads if width % likely_heads == 0 else None
     num_heads = num_heads or published.get(width)
     if num_heads is None:
         what = "is none of the published ones, and attention heads do not show in weights"
@@ -220,7 +212,7 @@ def _interface(
     """The options that are not sizes: channels, classes, the variance."""
     places = _DICO_SIZES if family == "DiCo" else _DIT_SIZES
     channels = _size(shapes, places, "in_channels")
-    outputs = _vote(shapes, places["outputs"])
+    outputs = vote(shapes, places["outputs"])
     rows = _size(shapes, places, "rows")
     if num_classes is None and type(likely_classes) is int and 0 <= rows - likely_classes <= 1:
         num_classes = max(likely_classes, 1)
@@ -240,9 +232,9 @@ def _interface(
 
 def _size(shapes: Shapes, places: Mapping[str, Any], what: str) -> int:
     """The size called `what`, from where it can be read; UsageError where it cannot."""
-    found = _vote(shapes, places[what])
+    found = vote(shapes, places[what])
     if found is None:
-        keys = list(dict.fromkeys(key for key, _, _ in places[what]))
+        keys = list(dict.fromkeys(place.split("/")[0] for place in places[what].split()))
         close = difflib.get_close_matches(keys[0], shapes, n=1)
         hint = f" (closest: {close[0]})" if close else ""
         raise UsageError(f"cannot tell {what} from the file: it has no {' or '.join(keys)}{hint}")
@@ -251,13 +243,13 @@ def _size(shapes: Shapes, places: Mapping[str, Any], what: str) -> int:
     return found
 
 
-def _vote(shapes: Shapes, places: tuple[tuple[str, int, int], ...]) -> int | None:
+def vote(shapes: Shapes, places: str) -> int | None:
     """The most frequent of the sizes read at `places`; the first one of equally frequent ones."""
-    votes = collections.Counter(
-        shapes[key][axis] // divisor
-        for key, axis, divisor in places
-        if key in shapes and axis < len(shapes[key]) and shapes[key][axis] % divisor == 0
-    )
+    votes: collections.Counter[int] = collections.Counter()
+    for key, axis, divisor in (place.split("/") for place in places.split()):
+        lengths = shapes.get(key, ())[int(axis) :]
+        if lengths and lengths[0] % int(divisor) == 0:
+            votes[lengths[0] // int(divisor)] += 1
     return votes.most_common(1)[0][0] if votes else None
 
 

@@ -3,7 +3,7 @@
 import os
 
 from dico_jax.errors import UsageError
-from dico_jax.pytorch.safetensors_files import shard_names
+from dico_jax.pytorch.safetensors_files import weight_map
 
 _SCHEME = "hf://"
 
@@ -17,7 +17,7 @@ def local_file(name: str | os.PathLike) -> str:
     if not is_remote(name):
         return name
     path = _download(name)
-    for shard in shard_names(path) if name.endswith(".json") else []:
+    for shard in dict.fromkeys(weight_map(path).values()) if name.endswith(".json") else ():
         _download(name, shard)
     return path
 

@@ -25,6 +25,7 @@ import flax
 import numpy as np
 
 from dico_jax.errors import UsageError
+from dico_jax.pytorch.tensors import several
 
 Path = tuple[str, ...]
 
@@ -80,6 +81,7 @@ class KeyMap:
     """How a network's state dict differs from the plain rules above. All patterns are regexes.
 
     Attributes:
+      root: matches where a parameter's own name begins; what is before names its container.
       declaration: names of modules in the order in which the published code declares them, which
         is that of its state dict. Names of different levels may mix; numbers need no mention.
       conv1x1: matches modules whose (in, out) kernel PyTorch keeps as a convolution.
@@ -89,6 +91,7 @@ class KeyMap:
       loose_ones: whether a file's tensor may have more axes of length 1 at its end.
     """
 
+    root: str = ""
     declaration: str = ""
     conv1x1: re.Pattern = re.compile(r"(?!)")
     constants: re.Pattern = re.compile(r"(?!)")
@@ -99,6 +102,8 @@ class KeyMap:
 
 KEY_MAPS = {
     "DiCo": KeyMap(
+        root=r"(x|y|t)_embedder\w*\.|(en|de)coder_level_\d\.|latent\.\d|up\d_|down\d_|final_layer\.|"
+        r"reduce_chan",
         declaration="x_embedder t_embedder_1 y_embedder t_embedder_2 t_embedder_3 encoder_level_1 "
         "down1_2 encoder_level_2 down2_3 latent up3_2 reduce_chan_level2 decoder_level_2 up2_1 "
         "reduce_chan_level1 decoder_level_1 final_layer "
@@ -108,23 +113,34 @@ KEY_MAPS = {
         conv1x1=re.compile(r"(^|\.)(conv[1345]|ca\.1|reduce_chan_level[12])$"),
     ),
     "DiT": KeyMap(
+        root=r"(x|y|t)_embedder\w*\.|pos_embed$|blocks\.\d|final_layer\.",
         declaration="pos_embed x_embedder t_embedder y_embedder blocks final_layer "
         "attn qkv proj mlp fc1 fc2 linear adaLN_modulation",
         constants=re.compile(r"^pos_embed$"),
     ),
     "AutoencoderKL": KeyMap(
+        root=r"(en|de)coder\.(conv_|norm_out|(down|up|mid)[._])|(post_)?quant_conv\.",
         declaration="encoder decoder quant_conv post_quant_conv "
         "conv_in down_blocks up_blocks mid_block attentions resnets downsamplers upsamplers "
         "norm1 conv1 norm2 conv2 conv_shortcut "  # of a residual block
         "group_norm to_q to_k to_v to_out "  # of an attention
         "conv_norm_out conv_out",
         conv1x1=re.compile(r"(^|\.)((post_)?quant_conv|conv_shortcut)$"),
-        # Before 2023 the projections had other names, and were 1x1 convolutions in some files.
+        constants=re.compile(r"^loss\."),
+        # Names of the original code, in which decoder.up_blocks has been counted backwards, and of
+        # before 2023; the projections were 1x1 convolutions in some files.
         aliases=(
-            (r"(\.attentions\.\d+\.)query\.", r"\1to_q."),
-            (r"(\.attentions\.\d+\.)key\.", r"\1to_k."),
-            (r"(\.attentions\.\d+\.)value\.", r"\1to_v."),
-            (r"(\.attentions\.\d+\.)proj_attn\.", r"\1to_out.0."),
+            (r"^encoder\.down\.", "encoder.down_blocks."),
+            (r"(_blocks\.\d+)\.block\.", r"\1.resnets."),
+            (r"\.(down|up)sample\.", r".\1samplers.0."),
+            (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+            (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+            (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+            (r"(\.attentions\.\d+\.)norm\.", r"\1group_norm."),
+            (r"(\.attentions\.\d+\.)(q|k|v)(uery|ey|alue)?\.", r"\1to_\2."),
+            (r"(\.attentions\.\d+\.)proj_(attn|out)\.", r"\1to_out.0."),
+            (r"coder\.norm_out\.", "coder.conv_norm_out."),
+            (r"\.nin_shortcut\.", ".conv_shortcut."),
         ),
         loose_ones=True,
     ),
@@ -198,11 +214,6 @@ def known_names(tensors: Mapping[str, Any], key_map: KeyMap) -> dict[str, Any]:
     return {key: value for key, value in found.items() if not key_map.constants.search(key)}
 
 
-def state_dict_shapes(abstract_params: Any, key_map: KeyMap) -> dict[str, tuple[int, ...]]:
-    """Key to PyTorch shape of every parameter, in the state dict's order, without constants."""
-    return {entry.key: entry.torch_shape for entry in entries(abstract_params, key_map)}
-
-
 def check_tensors(tensors: Mapping[str, Any], wanted: list[Entry], key_map: KeyMap) -> None:
     """Raises UsageError with all tensors missing, left over or of another shape than `wanted`."""
     expected = {entry.key: entry.torch_shape for entry in wanted}
@@ -214,7 +225,7 @@ def check_tensors(tensors: Mapping[str, Any], wanted: list[Entry], key_map: KeyM
             problems.append(f"{key} is {tuple(tensors[key].shape)} instead of {shape}")
     problems += [f"unexpected {key}{hint}" for key, hint in _closest(extra, missing or [*expected])]
     if problems:
-        raise UsageError("the weights do not fit the model: " + "; ".join(problems))
+        raise UsageError(f"the weights do not fit the model: {several(problems)}")
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], key_map: KeyMap) -> bool:
@@ -226,31 +237,6 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], key_map: KeyMap) -> b
 
 def _closest(keys: list[str], others: list[str]) -> list[tuple[str, str]]:
     """Each key with a hint: the name among `others` that is most like it."""
-    close = [difflib.get_close_matches(key, others, n=1) for key in keys[:_MAX_HINTS]]
+    close = [difflib.get_close_matches(key, others[:1000], n=1) for key in keys[:_MAX_HINTS]]
     hints = [f" (closest: {found[0]})" if found else "" for found in close]
     return list(itertools.zip_longest(keys, hints, fillvalue=""))
-
-
-def from_state_dict(
-    state_dict: Mapping[str, np.ndarray], abstract_params: Any, key_map: KeyMap
-) -> Any:
-    """The parameter tree of a PyTorch state dict, key to array in PyTorch's names and layouts.
-
-    It is like `abstract_params`, of NumPy arrays (views where possible), dtypes unchanged.
-    UsageError: tensors are missing, left over or of another shape; all of them are listed.
-    """
-    wanted, tensors = entries(abstract_params, key_map), known_names(state_dict, key_map)
-    arrays = {key: np.asarray(value) for key, value in tensors.items()}
-    check_tensors(arrays, wanted, key_map)
-    return flax.traverse_util.unflatten_dict(
-        {entry.path: entry.to_jax(arrays[entry.key]) for entry in wanted}
-    )
-
-
-def to_state_dict(params: Any, key_map: KeyMap) -> dict[str, np.ndarray]:
-    """The PyTorch state dict of a parameter tree, without the constants; dtypes unchanged."""
-    flat = flax.traverse_util.flatten_dict(params)
-    return {
-        entry.key: entry.to_torch(np.asarray(flat[entry.path]))
-        for entry in entries(params, key_map)
-    }

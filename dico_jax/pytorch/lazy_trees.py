@@ -9,7 +9,7 @@ import functools
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax
@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from dico_jax.checkpoints.reader import differences
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred
 from dico_jax.pytorch.key_maps import Entry, KeyMap, Path, check_tensors, entries, known_names
+from dico_jax.pytorch.tensors import several
 
 _MAX_NAMED = 5
 
@@ -68,7 +70,7 @@ class Health:
 
     def __init__(self) -> None:
         self._bad: dict[str, int] = {}
-        self._rounded = 0
+        self.rounded = 0  # tensors that float32 does not hold exactly
 
     def look(self, key: str, values: np.ndarray) -> None:
         # A finite sum has finite terms, and takes no memory; else they are counted.
@@ -79,14 +81,10 @@ class Health:
         if count:
             self._bad[key] = self._bad.get(key, 0) + count
 
-    def note_dtypes(self, dtypes: Iterable[Any]) -> None:
-        """Counts tensors that float32 does not hold exactly."""
-        self._rounded += sum(np.dtype(dtype).itemsize > 4 for dtype in dtypes)
-
     def warn(self) -> None:
         """Prints on stderr what there is to say."""
-        if self._rounded:
-            print(f"warning: {self._rounded} float64 tensors, rounded to float32", file=sys.stderr)
+        if self.rounded:
+            print(f"warning: {self.rounded} float64 tensors, rounded to float32", file=sys.stderr)
         if self._bad:
             worst = sorted(self._bad.items(), key=lambda item: -item[1])
             named = ", ".join(f"{key} ({count})" for key, count in worst[:_MAX_NAMED])
@@ -115,9 +113,9 @@ def deferred_tree(
     check_tensors(found, wanted, key_map)
     wrong = [key for key, ref in found.items() if not jnp.issubdtype(ref.dtype, jnp.floating)]
     if wrong:
-        listed = "; ".join(f"{key} is {found[key].dtype}" for key in wrong)
+        listed = several([f"{key} is {found[key].dtype}" for key in wrong])
         raise UsageError(f"weights must be floating-point numbers: {listed}")
-    health.note_dtypes(ref.dtype for ref in found.values())
+    health.rounded += sum(ref.dtype.itemsize > 4 for ref in found.values())
 
     def read(entry: Entry) -> np.ndarray:
         tensor = found[entry.key].read()
@@ -136,16 +134,9 @@ def deferred_state_dict(
 
     Where the `leaves` are not these, UsageError lists the differences, and calls them `name`.
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    problems = [
-        f"{'/'.join(e.path)} is {shapes.get(e.path, 'missing')} instead of {e.shape}"
-        for e in wanted
-        if shapes.get(e.path) != e.shape
-    ]
-    extra = shapes.keys() - {entry.path for entry in wanted}
-    problems += [f"unexpected {'/'.join(path)}" for path in sorted(extra)]
-    if problems:
-        raise UsageError(f"{name} are not those of the config's model: {'; '.join(problems)}")
+    there = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    if differ := differences(there, {entry.path: entry.shape for entry in wanted}):
+        raise UsageError(f"{name} are not those of the config's model: {differ}")
 
     def make(entry: Entry) -> np.ndarray:
         leaf = leaves[entry.path].read()

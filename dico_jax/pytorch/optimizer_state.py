@@ -18,19 +18,10 @@ import optax
 from dico_jax.errors import UsageError
 from dico_jax.files import is_tensor
 from dico_jax.pytorch.key_maps import Entry
+from dico_jax.pytorch.tensors import several, shown
 
 _MAX_STEP = 2**31 - 1  # Optax counts in int32
 
-# Options of PyTorch's AdamW that the conversion does not touch, as its constructor sets them.
-_TORCH_DEFAULTS = {
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-    "decoupled_weight_decay": True,
-}
 # Options that change what a step computes, and that Optax's AdamW does not have.
 _REFUSED = ("amsgrad", "maximize")
 
@@ -52,12 +43,18 @@ def read_adamw(state_dict: object, declared: Iterable[str], wanted: list[Entry])
     missing and misshapen averages are listed.
     """
     state, group = _parts(state_dict)
-    numbers = _numbers(group, list(declared))
+    names, given = list(declared), group.get("params")
+    sequence = given if isinstance(given, list | tuple) else []
+    numbers = [number for number in sequence if isinstance(number, int)]
+    if len(numbers) != len(names):
+        what = f"{len(numbers)} parameters and the model {len(names)}"
+        raise UsageError(f"the optimizer has {what}: they are not of one run")
+    own_of = dict(zip(names, map(state.get, numbers), strict=True))
     problems: list[str] = []
     steps: dict[str, int] = {}
     averages: dict[str, dict[str, Any]] = {"exp_avg": {}, "exp_avg_sq": {}}
     for entry in wanted:
-        own = state.get(numbers.get(entry.key))
+        own = own_of.get(entry.key)
         if not isinstance(own, Mapping):
             problems.append(f"no state of {entry.key}")
             continue
@@ -71,8 +68,12 @@ def read_adamw(state_dict: object, declared: Iterable[str], wanted: list[Entry])
             else:
                 found[entry.key] = tensor
     if problems:
-        raise UsageError("the optimizer's state does not fit the model: " + "; ".join(problems))
-    return AdamWState(_common(steps), **averages, options=_options(group))
+        raise UsageError(f"the optimizer's state does not fit the model: {several(problems)}")
+    first, *others = sorted(steps.items(), key=lambda item: item[1]) or [("", 0)]
+    if others and others[-1][1] != first[1]:  # Optax has one counter for all
+        what = f"{first[1]} steps for {first[0]} and {others[-1][1]} for others"
+        raise UsageError(f"the optimizer took {what}: one number for all can be converted")
+    return AdamWState(first[1], **averages, options=_options(group))
 
 
 def _parts(state_dict: object) -> tuple[Mapping, Mapping]:
@@ -87,42 +88,25 @@ def _parts(state_dict: object) -> tuple[Mapping, Mapping]:
     return state, groups[0]
 
 
-def _numbers(group: Mapping, declared: list[str]) -> dict[str, int]:
-    numbers = group.get("params")
-    numbers = numbers if isinstance(numbers, list | tuple) else []
-    if len(numbers) != len(declared):
-        what = f"{len(numbers)} parameters and the model {len(declared)}"
-        raise UsageError(f"the optimizer has {what}: they are not of one run")
-    return dict(zip(declared, numbers, strict=True))
-
-
 def _step(value: object, key: str) -> int:
     """A step counter, which is a whole number in a float."""
     if hasattr(value, "read"):
         value = value.read()
     number = np.asarray(value)
     if number.dtype.kind not in "iuf" or number.size != 1:
-        raise UsageError(f"the optimizer's step of {key} is {value!r:.40}, not a number")
+        raise UsageError(f"the optimizer's step of {key} is {shown(value, 40)}, not a number")
     step = float(number.reshape(()))
     if not 0 <= step <= _MAX_STEP or step != int(step):
         raise UsageError(f"the optimizer's step of {key} is {step}, not a number of steps")
     return int(step)
 
 
-def _common(steps: Mapping[str, int]) -> int:
-    """The step of all parameters; Optax has one counter for all."""
-    different = sorted(set(steps.values()))
-    if len(different) > 1:
-        one = next(key for key, step in steps.items() if step == different[0])
-        what = f"{different[0]} steps for {one} and {different[-1]} for others"
-        raise UsageError(f"the optimizer took {what}: one number for all can be converted")
-    return different[0] if different else 0
-
-
 def _options(group: Mapping) -> dict[str, float]:
     for name in _REFUSED:
         if group.get(name):
-            raise UsageError(f"the optimizer has {name}={group[name]!r}, which Optax's AdamW lacks")
+            raise UsageError(
+                f"the optimizer has {name}={shown(group[name])}, which Optax's AdamW lacks"
+            )
     if group.get("decoupled_weight_decay", True) is False and group.get("weight_decay"):
         raise UsageError("the optimizer is Adam with weight decay in the gradient, not AdamW")
     try:
@@ -165,7 +149,12 @@ def write_adamw(state: AdamWState, declared: Iterable[str]) -> dict[str, Any]:
         "betas": (state.options["b1"], state.options["b2"]),
         "eps": state.options["eps"],
         "weight_decay": state.options["weight_decay"],
-        **_TORCH_DEFAULTS,
+        # What the conversion does not touch, as PyTorch's constructor sets it.
+        **dict.fromkeys(("amsgrad", "maximize"), False),
+        "foreach": None,
+        **dict.fromkeys(("capturable", "differentiable"), False),
+        "fused": None,
+        "decoupled_weight_decay": True,
         "params": list(range(len(declared))),
     }
     return {"state": moments, "param_groups": [group]}

@@ -2,8 +2,9 @@
 
 A pickle is a program for a small stack machine. This is Python's own machine (that in Python: the
 one in C would allocate 16 GiB for a memo index) with the opcodes that data needs, and no others. A
-global must be in `_KNOWN`, which holds values and functions that only look at their arguments;
-nothing is imported, looked up or called by a name from the file, and reads are bounded.
+global is a value or function in `_KNOWN`, which only looks at its arguments, or else `Inert`: what
+it makes, whatever that is, is a name. Nothing is imported, looked up or called by a name from the
+file, and reads are bounded.
 
 A tensor is a call of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad,
 hooks)`, in elements; dtypes without an old storage class use `_rebuild_tensor_v3`, with the dtype
@@ -23,7 +24,7 @@ import numpy as np
 
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred
-from dico_jax.pytorch.tensors import DTYPES, Blob, refusing, shown, tensor, values_in
+from dico_jax.pytorch.tensors import DTYPES, refusing, shown, tensor, values_in
 
 # The class of a storage names the dtype of its numbers.
 STORAGES = {
@@ -31,25 +32,25 @@ STORAGES = {
     "FloatStorage": "float32",
     "HalfStorage": "float16",
     "BFloat16Storage": "bfloat16",
+    "BoolStorage": "bool",
+    "ByteStorage": "uint8",
     "LongStorage": "int64",
     "IntStorage": "int32",
     "ShortStorage": "int16",
     "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
 }
 MAX_BYTES = 64 << 20  # of a pickle
 
-_MAX_READS = 4_000_000  # a training checkpoint of DiCo-XL takes about 200,000
+_MAX_READS = 1_500_000  # a training checkpoint of DiCo-XL takes about 200,000
 _MAX_VALUES = 500_000  # likewise
 _MAX_TOTAL_FACTOR = 10  # bytes of all tensors over the file's size
 _MAX_TOTAL_FREE = 64 << 20  # bytes
-_DATA = (str, int, float, type(None), dict, list, tuple, argparse.Namespace, np.dtype)
+_MAX_NUMBER_KEYS = 20_000  # of dicts; numbers can be chosen so that all take the same place
 _OPCODES = (
     "PROTO MARK POP POP_MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
-    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST "
-    "APPEND APPENDS EMPTY_DICT BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL "
-    "INST REDUCE BINPERSID"
+    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINSTRING BINSTRING SHORT_BINBYTES BINBYTES "
+    "BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST EMPTY_DICT BINPUT LONG_BINPUT "
+    "MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID APPEND APPENDS"
 )
 
 
@@ -69,19 +70,23 @@ class PickleBytes(io.BytesIO):
         return data
 
 
-@dataclasses.dataclass(frozen=True)
-class StorageClass:
-    """A storage class; dtype is None where the storage is untyped bytes."""
+@dataclasses.dataclass(eq=False)
+class Inert:
+    """Stands for an object of no interest: it has what was set of it, and does nothing."""
 
-    dtype: np.dtype | None
+    name: str  # of the global that it would be, or be made by
+    state: dict = dataclasses.field(default_factory=dict)
+
+    def append(self, item: Any) -> None:
+        """Adds nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """Its bytes in the file, and the dtype that its class names."""
+    """A storage, or a class of them without bytes; dtype is None for untyped bytes."""
 
-    blob: Blob
     dtype: np.dtype | None
+    blob: Any = None  # a Blob
 
 
 def load(stream: PickleBytes, where: str, size: int, storage: Callable[[Any], Storage]) -> Any:
@@ -90,19 +95,17 @@ def load(stream: PickleBytes, where: str, size: int, storage: Callable[[Any], St
     Messages call it `where`. `size` is the file's: its tensors may not be far larger. `storage`
     gives the storage of a persistent id.
 
-    The value is a tree of dict, OrderedDict, list, tuple, argparse.Namespace, str, int, float,
-    bool, None, np.dtype (for a torch dtype) and Deferred (for a tensor or parameter). torch.Size
-    becomes a tuple; attributes of an OrderedDict are dropped. UsageError: it asks for anything
-    else, is malformed, contains itself, or would be far larger than any checkpoint.
+    The value is a tree of dict, OrderedDict, list, tuple, argparse.Namespace, str, bytes, int,
+    float, bool, None, np.dtype (for a torch dtype) and Deferred (for a tensor or parameter), with
+    `Inert` for all else. torch.Size becomes a tuple, a set a list;
+    attributes of dicts and tensors are dropped. UsageError: it is malformed, contains itself, or
+    would be far larger than any checkpoint.
     """
     with refusing(where, "is refused"):
         tree = _Unpickler(stream, storage).load()
         total = 0
         for count, value in enumerate(values_in(tree, where)):
             total += value.nbytes if isinstance(value, Deferred) else 0
-            if not isinstance(value, (*_DATA, Deferred)):
-                name = getattr(value, "__name__", type(value).__name__)
-                raise ValueError(f"it holds {name} by itself, which is not data")
             if count > _MAX_VALUES:
                 raise ValueError(f"it stands for over {_MAX_VALUES} values, by shared ones")
     # A few bytes of expanded tensors could ask for terabytes.
@@ -127,56 +130,62 @@ class _Unpickler(_MACHINE):
     """Python's machine, cut down. What is callable on its stack is a function in `_KNOWN`."""
 
     def __init__(self, stream: PickleBytes, storage: Callable[[Any], Storage]):
-        super().__init__(stream)
-        self.persistent_load = storage
+        super().__init__(stream, encoding="utf-8", errors="surrogateescape")
+        self._storage, self._number_keys = storage, 0
+
+    def persistent_load(self, pid: Any) -> Any:
+        """The storage of an id; one of an unknown class is as inert as that."""
+        if type(pid) is tuple and len(pid) > 1 and type(pid[1]) is Inert:
+            return pid[1]
+        return self._storage(pid)
 
     def find_class(self, module: str, name: str) -> Any:
         """The value of a global that is known. Dots in a name are not followed."""
-        full = f"{module}.{name}"
-        if (module, name) not in _KNOWN:
-            # A name as Python writes them is given plainly, any other one quoted.
-            plain = full.replace(".", "").replace("_", "").isalnum() and len(full) < 100
-            raise ValueError(
-                f"it asks for {full if plain else shown(full)}, which is not weights; no code of "
-                "the file was run. If you trust the file, save its state dict alone with PyTorch"
-            )
-        return _KNOWN[module, name]
+        return _KNOWN.get((module, name), Inert(f"{module[:100]}.{name[:100]}"))
 
     def load_frame(self) -> None:
         """Frames are a hint for readers of streams."""
         self.read(8)
 
-    def load_setitems(self) -> None:
-        """Adds to a dict."""
-        self._update(self.pop_mark())
+    def load_reduce(self) -> None:
+        """Calls a known function."""
+        arguments, function = self.stack.pop(), self.stack[-1]
+        if type(function) is Inert:
+            self.stack[-1] = Inert(function.name)
+        else:
+            self.stack[-1] = function(*arguments[:10])  # a large tuple may be given many times
+
+    def load_newobj_ex(self) -> None:
+        """Makes an object, with arguments by name."""
+        self.stack.pop()
+        self.load_reduce()
 
     def load_setitem(self) -> None:
         """Adds an item to a dict."""
-        value = self.stack.pop()
-        self._update([self.stack.pop(), value])
+        self.load_setitems([self.stack.pop(-2), self.stack.pop()])
 
-    def _update(self, pairs: list[Any]) -> None:
+    def load_setitems(self, pairs: list[Any] | None = None) -> None:
+        """Adds to a dict."""
+        pairs = self.pop_mark() if pairs is None else pairs
         target = self.stack[-1]
+        target = target.state if type(target) is Inert else target
         if not isinstance(target, dict):
             raise ValueError(f"it sets items of a {type(target).__name__}")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            # Only these: comparing or hashing nested keys could recurse without bound.
-            if type(key) not in (str, int, float, bool, type(None)):
-                raise ValueError(f"a dict key is a {type(key).__name__}")
+            if type(key) is not str and key is not None:
+                self._number_keys += 1
+                if self._number_keys > _MAX_NUMBER_KEYS:
+                    raise ValueError(f"it has over {_MAX_NUMBER_KEYS} keys that are no strings")
+                # Comparing or hashing nested keys could recurse without bound.
+                key = key if isinstance(key, int | float) else Inert("a key")
             target[key] = value
 
     def load_build(self) -> None:
-        """Sets the attributes of a Namespace."""
+        """Takes the attributes of what has some of interest."""
         state, target = self.stack.pop(), self.stack[-1]
-        if type(target) is collections.OrderedDict and type(state) is dict:
-            return  # `_metadata`: versions of PyTorch's modules
-        if type(target) is not argparse.Namespace or type(state) is not dict:
-            kinds = f"a {type(target).__name__} to a {type(state).__name__}"
-            raise ValueError(f"it sets the state of {kinds}")
-        for key, value in state.items():
-            if type(key) is not str or hasattr(argparse.Namespace, key):
-                raise ValueError(f"an argparse.Namespace with attribute {shown(key)}")
-            vars(target)[key] = value
+        if type(state) is dict and type(target) in (Inert, argparse.Namespace):
+            # By reference: a large one could be set again and again.
+            setattr(target, "state" if type(target) is Inert else "__dict__", state)
 
     dispatch = _Opcodes(
         {
@@ -189,57 +198,65 @@ class _Unpickler(_MACHINE):
             pickle.SETITEMS[0]: load_setitems,
             pickle.BUILD[0]: load_build,
             # A new object of a class is a call like any other, of a function in `_KNOWN`.
-            pickle.NEWOBJ[0]: _MACHINE.dispatch[pickle.REDUCE[0]],
+            pickle.REDUCE[0]: load_reduce,
+            pickle.NEWOBJ[0]: load_reduce,
+            pickle.NEWOBJ_EX[0]: load_newobj_ex,
+            # What takes the place of another: lists of sets, bytes of a bytearray.
+            pickle.EMPTY_SET[0]: _MACHINE.dispatch[pickle.EMPTY_LIST[0]],
+            pickle.ADDITEMS[0]: _MACHINE.dispatch[pickle.APPENDS[0]],
+            pickle.FROZENSET[0]: _MACHINE.dispatch[pickle.LIST[0]],
+            pickle.BYTEARRAY8[0]: _MACHINE.dispatch[pickle.BINBYTES8[0]],
         }
     )
 
 
-def _tensor_v2(storage: Any, *rest: Any) -> Deferred:
-    if type(storage) is not Storage or storage.dtype is None:
-        raise ValueError("a tensor of no storage of numbers")
-    return _tensor(storage, storage.dtype, *rest)
+def _tensor_v2(storage: Any, *rest: Any) -> Deferred | Inert:
+    return _tensor(storage, getattr(storage, "dtype", None), *rest)
 
 
 def _tensor_v3(
     storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
-) -> Deferred:
-    if type(storage) is not Storage or not isinstance(dtype, np.dtype):
-        raise ValueError("a tensor of no storage, or of no dtype")
+) -> Deferred | Inert:
     return _tensor(storage, dtype, offset, size, stride, grad, hooks, *rest)
 
 
 def _tensor(
-    storage: Storage, dtype: np.dtype, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any,
-    metadata: Any = None,
-) -> Deferred:  # fmt: skip
-    if hooks:
-        raise ValueError("a tensor with hooks")
+    storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, grad: Any = None,
+    hooks: Any = None, metadata: Any = None,
+) -> Deferred | Inert:  # fmt: skip
     if metadata:  # says that the values are to be negated or conjugated after reading
-        raise ValueError(f"a tensor with metadata {shown(metadata)}; save it with .clone()")
+        return Inert(f"tensor with metadata {shown(metadata)} (save it with .clone())")
+    if type(storage) is Inert or type(dtype) is Inert:  # complex or quantized numbers
+        return storage if type(storage) is Inert else dtype
+    if type(storage) is not Storage or not storage.blob or not isinstance(dtype, np.dtype):
+        raise ValueError("a tensor of no storage of numbers, or of no dtype")
     return tensor(storage.blob, dtype, size, offset, () if stride is None else stride)
 
 
-def _parameter(value: Any, grad: Any, hooks: Any) -> Deferred:
-    if type(value) is not Deferred or hooks:
-        raise ValueError("a parameter of no tensor, or with hooks")
+def _first(value: Any, *attributes: Any) -> Any:
+    """A parameter is its tensor, and a torch.Size its tuple."""
     return value
 
 
-def _size(counts: Any) -> tuple[int, ...]:
-    if type(counts) is not tuple or any(type(v) is not int for v in counts):
-        raise ValueError("a torch.Size of no counts")
-    return counts
+def _of_type(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """A tensor of a class of its own, or with attributes, is that tensor."""
+    known = rebuild in (_tensor_v2, _tensor_v3, _first)
+    return rebuild(*arguments) if known else Inert(getattr(rebuild, "name", "a tensor"))
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
     # Without arguments, and not the classes, whose state could be set.
     ("collections", "OrderedDict"): lambda: collections.OrderedDict(),
     ("argparse", "Namespace"): lambda: argparse.Namespace(),
+    ("types", "SimpleNamespace"): lambda: argparse.Namespace(),
+    ("torch._utils", "_rebuild_tensor"): _tensor_v2,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor_v2,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch", "Size"): _size,
-    ("torch.storage", "UntypedStorage"): StorageClass(None),
+    ("torch._utils", "_rebuild_parameter"): _first,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first,
+    ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
+    ("torch", "Size"): _first,
+    ("torch.storage", "UntypedStorage"): Storage(None),
     **{("torch", name): dtype for name, dtype in DTYPES.items()},
-    **{("torch", name): StorageClass(DTYPES[dtype]) for name, dtype in STORAGES.items()},
+    **{("torch", name): Storage(DTYPES[dtype]) for name, dtype in STORAGES.items()},
 }

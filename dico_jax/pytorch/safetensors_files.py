@@ -6,10 +6,10 @@ NumPy. Its writer would hold all tensors in memory, order metadata differently i
 make files that only their owner may read; so the header is written here.
 """
 
-import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,29 +18,14 @@ import safetensors
 
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred, new_file, write_array
-from dico_jax.pytorch.tensors import (
-    AGAIN,
-    DTYPES,
-    Blob,
-    InputFile,
-    dtype_name,
-    refusing,
-    shown,
-    tensor,
-)
+from dico_jax.pytorch import tensors as stored
+from dico_jax.pytorch.tensors import AGAIN, DTYPES, InputFile, shown
 
+# Such as F32, BF16, U8, BOOL, F8_E4M3.
 _CODES = {
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "bool": "BOOL",
-    **{f"float{bits}": f"F{bits}" for bits in (32, 64)},
-    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+    name: re.sub("(f|u|i)(loat|int|nt)", r"\1", name).upper().removesuffix("FN") for name in DTYPES
 }
 _DTYPES = {code: DTYPES[name] for name, code in _CODES.items()}
-_MAX_JSON = 16 << 20  # bytes; 100,000 tensors take about ten million
 
 
 def read_safetensors(file: InputFile) -> tuple[dict[str, Deferred], dict[str, str]]:
@@ -48,13 +33,16 @@ def read_safetensors(file: InputFile) -> tuple[dict[str, Deferred], dict[str, st
     if file.read(0, min(file.size, 4)) == b"PK\3\4":
         raise UsageError(f"{file.name} is a PyTorch zip, not safetensors; rename it to .pt")
     length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
-    if not 2 <= length <= min(file.size - 8, _MAX_JSON):
+    if not 2 <= length <= min(file.size - 8, stored.MAX_JSON):
         file.refuse_placeholder()
         what = f"its header cannot be {length} bytes of {file.size}"
         raise UsageError(f"{file.name} is cut short or not safetensors: {what}; {AGAIN}")
     tensors: dict[str, Deferred] = {}
     at = 8 + length
-    with refusing(file.name), safetensors.safe_open(file.name, "np", backend="pread") as header:
+    with (
+        stored.refusing(file.name),
+        safetensors.safe_open(file.name, "np", backend="pread") as header,
+    ):
         for name in header.offset_keys():
             part = header.get_slice(name)
             code, shape = part.get_dtype(), tuple(part.get_shape())
@@ -62,7 +50,7 @@ def read_safetensors(file: InputFile) -> tuple[dict[str, Deferred], dict[str, st
                 known = ", ".join(_DTYPES)
                 raise ValueError(f"tensor {shown(name)} is {code}; what is read are {known}")
             nbytes = math.prod(shape) * _DTYPES[code].itemsize
-            tensors[name] = tensor(Blob(file, name, at, nbytes), _DTYPES[code], shape)
+            tensors[name] = stored.tensor(stored.Blob(file, name, at, nbytes), _DTYPES[code], shape)
             at += nbytes
         if at != file.size:
             raise ValueError(f"its tensors end at byte {at} of {file.size}")
@@ -97,7 +85,7 @@ def write_safetensors(
     for name in order:
         dtype, shape = np.dtype(tensors[name].dtype), [int(d) for d in tensors[name].shape]
         end = at + math.prod(shape) * dtype.itemsize
-        code = _CODES[dtype_name(dtype)]
+        code = _CODES[stored.dtype_name(dtype)]
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -108,60 +96,15 @@ def write_safetensors(
             write_array(stream, tensors[name], on_bytes, name)
 
 
-# Sharded files: an index is a JSON object whose "weight_map" gives the file of each tensor.
-
-
-def read_sharded(
-    index_path: str, on_bytes: Callable[[int], object] | None = None
-) -> tuple[dict[str, Deferred], dict[str, str], list[InputFile]]:
-    """Tensors in the order of an index (`*.safetensors.index.json`), metadata, and open files."""
-    weight_map = _weight_map(index_path)
-    folder = os.path.dirname(os.path.abspath(index_path))
-    # In the cache of huggingface_hub, index and shards are links to files that lie together.
-    allowed = {os.path.realpath(folder), os.path.dirname(os.path.realpath(index_path))}
-    tensors: dict[str, Deferred] = {}
-    metadata: dict[str, str] = {}
-    files: list[InputFile] = []
-    with contextlib.ExitStack() as opened:  # closes them, should one of them be refused
-        for shard in dict.fromkeys(weight_map.values()):
-            path, where = os.path.join(folder, shard), f"{index_path}: the shard {shown(shard)}"
-            if os.path.dirname(os.path.realpath(path)) not in allowed:
-                raise UsageError(f"{where} is a link to a file outside of the index's folder")
-            if not os.path.exists(path):
-                raise UsageError(f"{where} is missing; put all files of the index into one folder")
-            files.append(InputFile(path, on_bytes))
-            opened.callback(files[-1].close)
-            found, extra = read_safetensors(files[-1])
-            wanted = {name for name, file in weight_map.items() if file == shard}
-            if wanted != found.keys():
-                missing, more = sorted(wanted - found.keys()), sorted(found.keys() - wanted)
-                what = f"lacks {shown(missing)} of the index, and has {shown(more)} that it has not"
-                raise UsageError(f"{where} {what}; {AGAIN}")
-            tensors |= found
-            metadata |= extra
-        opened.pop_all()
-    return {name: tensors[name] for name in weight_map}, metadata, files
-
-
-def shard_names(index_path: str) -> list[str]:
-    """The files that an index names, which must be beside it."""
-    return list(dict.fromkeys(_weight_map(index_path).values()))
-
-
-def _weight_map(index_path: str) -> dict[str, str]:
+def weight_map(index_path: str) -> dict[str, str]:
     """The file of each tensor, from an index; all are names of files beside it."""
-    with contextlib.closing(InputFile(index_path)) as file:
-        file.refuse_placeholder()
-        if file.size > _MAX_JSON:
-            raise UsageError(f"{file.name} is {file.size} bytes long; at most {_MAX_JSON}")
-        with refusing(file.name):
-            weight_map = json.loads(file.read(0, file.size))["weight_map"]
-            if not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-                raise ValueError(f"weight_map is {shown(weight_map)}, not file names by tensor")
-    for name in dict.fromkeys(weight_map.values()):
+    files = stored.json_object(index_path).get("weight_map")
+    if not isinstance(files, dict) or not files or {type(v) for v in files.values()} != {str}:
+        raise UsageError(f"{index_path}: weight_map is {shown(files)}, not file names by tensor")
+    for name in dict.fromkeys(files.values()):
         where = f"{index_path}: the shard {shown(name)}"
         if os.path.basename(name) != name or any(c in name for c in "/\\:\0"):
             raise UsageError(f"{where} is not a file in the index's own folder, refused")
-        if not name.endswith(".safetensors"):
-            raise UsageError(f"{where} is not a .safetensors file, refused")
-    return weight_map
+        if not name.endswith((".safetensors", ".bin")):
+            raise UsageError(f"{where} is not a .safetensors or .bin file, refused")
+    return files

@@ -7,11 +7,12 @@ are not memory-mapped: pages of a map count as the process's memory until it is 
 import argparse
 import contextlib
 import dataclasses
+import json
 import math
 import os
-import stat
+import reprlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -32,6 +33,7 @@ DTYPES: dict[str, np.dtype] = {
     "bool": np.dtype(bool),
 }  # fmt: skip
 
+MAX_JSON = 16 << 20  # bytes; 100,000 tensors take about ten million
 AGAIN = "download or save it again"  # the fix in messages about damaged files
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -40,10 +42,32 @@ _MAX_DIMS = 32
 _MAX_DEPTH = 64
 
 
+class _Short(reprlib.Repr):
+    """Looks at a few parts of containers alone: those of a file may be deep, or shared ones."""
+
+    def repr_instance(self, x: object, level: int) -> str:
+        return repr(x) if x is None or isinstance(x, float | np.dtype) else type(x).__name__
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 200 else f"a number of {x.bit_length()} bits"
+
+    repr_bool = repr_int
+
+
 def shown(value: object, limit: int = 100) -> str:
-    """`value` from a file, fit for a one-line message: strings quoted, long ones cut."""
-    text = repr(value[: 2 * limit]) if isinstance(value, str | bytes) else repr(value)
+    """`value` from a file, printable, short and in one line for a message; strings are quoted."""
+    text = repr(value[: 2 * limit]) if isinstance(value, str | bytes) else _SHORT.repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def several(parts: Sequence[str], most: int = 1000) -> str:
+    """What a message lists, or the first of very many."""
+    more = f"; and {len(parts) - most} more" if len(parts) > most else ""
+    return "; ".join(parts[:most]) + more
+
+
+_SHORT = _Short()
+_SHORT.maxlevel, _SHORT.maxstring = 3, 100
 
 
 def dtype_name(dtype: Any) -> str:
@@ -89,14 +113,12 @@ class InputFile:
 
     def __init__(self, path: str | os.PathLike, on_bytes: Callable[[int], object] | None = None):
         self.name, self.on_bytes = os.fspath(path), on_bytes
+        # A pipe would wait for its writer.
+        if os.path.exists(self.name) and not os.path.isfile(self.name):
+            raise UsageError(f"{self.name} is a folder or a device; name a file")
         try:
-            # Before opening: opening a pipe would wait for its writer.
-            if not stat.S_ISREG(os.stat(self.name).st_mode):
-                raise UsageError(f"{self.name} is a folder or a device; name a file")
             self.stream = open(self.name, "rb")  # noqa: SIM115 (closed by close)
         except (OSError, ValueError) as error:
-            if isinstance(error, UsageError):
-                raise
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"{self.name} cannot be opened: {reason}") from error
         self.size = os.fstat(self.stream.fileno()).st_size
@@ -132,6 +154,19 @@ class InputFile:
             raise UsageError(f"{self.name} is a Git LFS pointer; fetch the file (git lfs pull)")
         if start.lstrip()[:1] == b"<":
             raise UsageError(f"{self.name} is a web page; download the file itself")
+
+
+def json_object(path: str) -> dict[str, Any]:
+    """The JSON object that a file holds."""
+    with contextlib.closing(InputFile(path)) as file:
+        file.refuse_placeholder()
+        if file.size > MAX_JSON:
+            raise UsageError(f"{path} is {file.size} bytes long; at most {MAX_JSON}")
+        with refusing(path, "is not JSON"):
+            found = json.loads(file.read(0, file.size))
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} is not a JSON object")
+    return found
 
 
 @dataclasses.dataclass(eq=False)

@@ -8,53 +8,61 @@ a file is ever run.
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred, is_tensor
-from dico_jax.pytorch.safetensors_files import read_safetensors, read_sharded, write_safetensors
-from dico_jax.pytorch.tensors import InputFile, shown
+from dico_jax.pytorch.key_maps import KEY_MAPS
+from dico_jax.pytorch.pickles import Inert
+from dico_jax.pytorch.safetensors_files import read_safetensors, weight_map, write_safetensors
+from dico_jax.pytorch.tensors import AGAIN, InputFile, shown
 from dico_jax.pytorch.torch_format import read_tree, write_pt
 
 __all__ = ["Deferred", "TensorFile", "Weights", "open_tensors", "select_weights", "write_pt",
            "write_safetensors"]  # fmt: skip
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_EMA_KEYS = ("ema", "model_ema", "ema_state_dict")
-_MODEL_KEYS = ("model", "model_state_dict")
-_WRAPPER = "state_dict"
-_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
+_DENOISERS = f"{KEY_MAPS['DiCo'].root}|{KEY_MAPS['DiT'].root}"
+# Parts of names that wrappers add anywhere: DistributedDataParallel, torch.compile, FSDP,
+# activation checkpointing, DeepSpeed.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_(fsdp|checkpoint)_wrapped_module|_forward_module)\."
+)
+_NEUTRAL = ("state_dict", "module")  # containers whose names say nothing
+_AVERAGED = re.compile(
+    r"(?<![A-Za-z])(ema|EMA|Ema|swa)(?![a-z])|(?<=[a-z])(EMA|Ema)|(?i:shadow|averag|polyak|teacher)"
+)
+# Where no weights are looked for: states of optimizers and the like, and arguments.
+_OTHERS = re.compile(r"opt|lr_|sched|(grad_)?scaler|arg|cfg|conf|hparam|hyper|rng|random", re.I)
+_MAX_NAME = 300
+_STATE_DICT = "no code of the file was run; save the network's state_dict() with PyTorch"
 
 
 class TensorFile(contextlib.ExitStack):
     """An open file of tensors; a context manager, after which tensors cannot be read (ValueError).
 
-    `format` is "pt", "safetensors" or "sharded safetensors"; `tree` what the file holds, with a
-    Deferred for each tensor, see `pickles.load`, or a dict of tensors; `metadata` are strings.
+    `tree` is what the file holds, with a Deferred for each tensor, see `pickles.load`, or a dict of
+    tensors; `metadata` are strings.
     """
 
-    def __init__(
-        self, path: str, format: str, tree: object, metadata: dict, files: list[InputFile]
-    ):
+    def __init__(self, path: str, tree: object, metadata: Mapping[str, str]):
         super().__init__()
-        self.path, self.format, self.tree, self.metadata = path, format, tree, metadata
-        for file in files:
-            self.callback(file.close)
+        self.path, self.tree, self.metadata = path, tree, metadata
 
     @property
     def tensors(self) -> dict[str, Deferred]:
-        """The weights of a file that holds nothing else, by name in the file's order."""
-        found = select_weights(self)
-        if found.source != "weights":
+        """The tensors of a file that holds nothing else, by name in the file's order."""
+        if not isinstance(self.tree, dict) or not all(map(is_tensor, self.tree.values())):
             raise UsageError(f"{self.path} is a training checkpoint; choose among its weights")
-        return found.tensors
+        return self.tree
 
 
 def open_tensors(
     path: str | os.PathLike, *, on_bytes: Callable[[int], object] | None = None
 ) -> TensorFile:
-    """Opens a .pt, .pth or .safetensors file, or the index of sharded .safetensors.
+    """Opens a .pt, .pth or .safetensors file, or the index of several .safetensors or .bin.
 
     Only the structure is read here. The format follows from the suffix (.pt, .pth, .bin, .ckpt;
     .safetensors; .json for an index), without one of these from the first bytes. `on_bytes` is
@@ -63,75 +71,146 @@ def open_tensors(
     """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1].lower()
-    if suffix == ".json":
-        return TensorFile(path, "sharded safetensors", *read_sharded(path, on_bytes))
-    file = InputFile(path, on_bytes)
-    with contextlib.ExitStack() as opened:  # closes it, should it be refused
-        opened.callback(file.close)
-        looks_safe = suffix not in _TORCH_SUFFIXES and file.size > 9 and file.read(8, 1) == b"{"
-        if suffix == ".safetensors" or looks_safe:
-            found = TensorFile(path, "safetensors", *read_safetensors(file), [file])
+    with contextlib.ExitStack() as opened:  # closes files, should one of them be refused
+        if suffix == ".json":
+            found = TensorFile(path, *_shards(path, on_bytes, opened))
         else:
-            found = TensorFile(path, "pt", read_tree(file), {}, [file])
-        opened.pop_all()
+            file = InputFile(path, on_bytes)
+            opened.callback(file.close)
+            looks_safe = suffix not in _TORCH_SUFFIXES and file.size > 9 and file.read(8, 1) == b"{"
+            if suffix == ".safetensors" or looks_safe:
+                found = TensorFile(path, *read_safetensors(file))
+            else:
+                found = TensorFile(path, read_tree(file), {})
+        found.push(opened.pop_all())
     return found
 
 
+def _shards(
+    index_path: str, on_bytes: Callable[[int], object] | None, opened: contextlib.ExitStack
+) -> tuple[dict[str, Deferred], dict[str, str]]:
+    """Tensors in the order of an index (`*.safetensors.index.json`), and metadata."""
+    files = weight_map(index_path)
+    folder = os.path.dirname(os.path.abspath(index_path))
+    # In the cache of huggingface_hub, index and shards are links to files that lie together.
+    allowed = {os.path.realpath(folder), os.path.dirname(os.path.realpath(index_path))}
+    tensors: dict[str, Deferred] = {}
+    metadata: dict[str, str] = {}
+    for shard in dict.fromkeys(files.values()):
+        path, where = os.path.join(folder, shard), f"{index_path}: the shard {shown(shard)}"
+        if os.path.dirname(os.path.realpath(path)) not in allowed:
+            raise UsageError(f"{where} is a link to a file outside of the index's folder")
+        if not os.path.exists(path):
+            raise UsageError(f"{where} is missing; put all files of the index into one folder")
+        file = opened.enter_context(open_tensors(path, on_bytes=on_bytes))
+        wanted = {name for name, its in files.items() if its == shard}
+        if wanted != (found := file.tensors).keys():
+            missing, more = sorted(wanted - found.keys()), sorted(found.keys() - wanted, key=str)
+            what = f"lacks {shown(missing)} of the index, and has {shown(more)} that it has not"
+            raise UsageError(f"{where} {what}; {AGAIN}")
+        tensors |= found
+        metadata |= file.metadata
+    return {name: tensors[name] for name in files}, metadata
+
+
 class Weights(NamedTuple):
-    """One set of weights: the checkpoint's key of it, or "weights", and tensors by name."""
+    """One set of weights: its name in the checkpoint, or "weights", and tensors by name."""
 
     source: str
     tensors: dict[str, Any]
 
 
-def select_weights(tree: object, weights: str = "auto") -> Weights:
+def select_weights(tree: object, weights: str = "auto", root: str = _DENOISERS) -> Weights:
     """The weights in a state dict or in a training checkpoint.
 
-    A training checkpoint is a dict with weights under "model" or "model_state_dict", and under
-    "ema", "model_ema" or "ema_state_dict". A dict around either with the key "state_dict" is
-    unwrapped. A prefix "module." or "_orig_mod." is taken off where every name has it.
+    A checkpoint is dicts in dicts, of any names, and sets of tensors by name. Wrappers' parts of
+    names are taken out; what is before `root` names the set: "net_ema.x" is x of net_ema. It is
+    averaged where a name on the way to it says so. What is no tensor is passed over.
 
     Args:
       tree: a TensorFile, its tree, or a tree of arrays.
-      weights: "ema", "model", or "auto": the EMA weights where there are some. A plain state dict
-        answers to "auto" and "model".
+      weights: "ema", "model", or "auto": the averaged weights where there are some. A plain state
+        dict answers to "auto" and "model".
+      root: of the network's `KeyMap`; where no name has it, all names count.
+
+    Raises:
+      UsageError: there is no such set, more than one, or averages that cannot be read.
     """
-    name = tree.path if isinstance(tree, TensorFile) else "the checkpoint"
+    where = tree.path if isinstance(tree, TensorFile) else "the checkpoint"
     if weights not in ("auto", "ema", "model"):
         raise UsageError(f"weights={weights!r} is not one of auto, ema, model")
-    found = _unwrapped(tree.tree if isinstance(tree, TensorFile) else tree)
+    found = tree.tree if isinstance(tree, TensorFile) else tree
     if not isinstance(found, Mapping):
-        raise UsageError(f"{name} holds a {type(found).__name__}, not weights by name")
-    groups = {key: value for key, value in found.items() if isinstance(value, Mapping)}
-    ema = [key for key in _EMA_KEYS if key in groups]
-    model = [key for key in _MODEL_KEYS if key in groups]
-    if not ema and not model:
-        if weights == "ema":
-            raise UsageError(f"{name} has no ema weights, only one set of weights without a name")
-        return Weights("weights", _flat(name, found))
-    choice = {"auto": ema + model, "ema": ema, "model": model}[weights]
-    if not choice:
-        have = ", ".join(shown(key) for key in list(found)[:20])
-        raise UsageError(f"{name} has no {weights} weights; it has {have}")
-    return Weights(choice[0], _flat(f"{name}: {choice[0]}", _unwrapped(groups[choice[0]])))
+        what = f"holds {type(found).__name__}{_told(found)}, not weights by name"
+        raise UsageError(f"{where} {what}; {_STATE_DICT}")
+    sets, unread = _sets(found, re.compile(rf"(?:^|\.)({root})"), where)
+    averaged = [path for path in sets if _AVERAGED.search(path)]
+    if weights != "model" and not averaged and unread:
+        fix = "save them by name, or give --weights=model for the others"
+        raise UsageError(f"{where} has averages that are not read ({', '.join(unread[:5])}); {fix}")
+    raw = [path for path in sets if path not in averaged]
+    chosen = {"auto": averaged or raw, "ema": averaged, "model": raw}[weights]
+    if len(chosen) > 1:
+        fix = "save the one that is wanted by itself"
+        raise UsageError(f"{where} has several sets: {', '.join(map(shown, chosen[:20]))}; {fix}")
+    if not chosen:
+        what = f"no {weights} weights" if sets else "no tensors by name"
+        have = ", ".join(f"{shown(k)}{_told(v)}" for k, v in list(found.items())[:20]) or "nothing"
+        raise UsageError(f"{where} has {what}; it has {have}")
+    for key, value in sets[chosen[0]].items():
+        if isinstance(value, Inert):
+            raise UsageError(f"{where}: {key} is not weights{_told(value)}; {_STATE_DICT}")
+    return Weights(chosen[0] or "weights", sets[chosen[0]])
 
 
-def _unwrapped(tree: object) -> object:
-    """What is under "state_dict", if that is there; a wrapper may have other keys too."""
-    while isinstance(tree, Mapping) and isinstance(tree.get(_WRAPPER), Mapping):
-        tree = tree[_WRAPPER]
-    return tree
+def _told(value: object) -> str:
+    """What an object is, where that is not known here."""
+    return f" ({shown(value.name)})" if isinstance(value, Inert) else ""
 
 
-def _flat(name: str, weights: object) -> dict[str, Any]:
-    """The tensors by name, without a prefix that all names share."""
-    assert isinstance(weights, Mapping)
-    wrong = [key for key, value in weights.items() if type(key) is not str or not is_tensor(value)]
-    if wrong or not weights:
-        listed = ", ".join(shown(key, 40) for key in wrong[:5]) or "nothing at all"
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UsageError(f"{name} should hold tensors by name, and has {listed}{more}")
-    tensors = dict(weights)
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
+def _sets(
+    tree: Mapping, root: re.Pattern, where: str
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The sets of weights by name, that of an only one is "", and names of averages not read."""
+    sets: dict[str, dict[str, Any]] = {}
+    others: dict[str, dict[str, Any]] = {}  # tensors whose names do not have the root
+    unread = []
+    for path, key, value in _leaves(tree, ()):
+        if not is_tensor(value) and not (isinstance(value, Inert) and "." in key):
+            parts = value if isinstance(value, list | tuple) else [value]
+            if _AVERAGED.search(f"{path}.{key}") and any(
+                is_tensor(part) or isinstance(part, Inert) for part in parts
+            ):
+                unread.append(shown(f"{path}.{key}".lstrip(".")))
+            continue
+        if len(key) > _MAX_NAME or not key.isprintable():
+            raise UsageError(f"{where}: {shown(key)} is not the name of a tensor")
+        name = _WRAPPERS.sub("", key)
+        at = root.search(name)
+        start = at.start(1) if at else 0
+        path = f"{path}.{name[:start]}".strip(".")
+        found = (sets if at else others).setdefault(path, {})
+        if found.setdefault(name[start:], value) is not value:
+            raise UsageError(f"{where} has {name} twice")
+    # Some averages are kept under names without dots.
+    sample = next((name.replace(".", "") for found in sets.values() for name in found), None)
+    for path, found in others.items():
+        unread += [shown(key) for key in found if sample and key.replace(".", "").endswith(sample)]
+        if path in sets:  # told of later, as unexpected; but not a count beside the weights
+            sets[path] |= {k: v for k, v in found.items() if not is_tensor(v) or v.nbytes > 8}
+    return {
+        path: found
+        for path, found in (sets or others).items()
+        if not ("online" in path and _AVERAGED.search(path))
+    }, unread
+
+
+def _leaves(tree: Mapping, path: tuple[str, ...]) -> Iterator[tuple[str, str, Any]]:
+    """All that has a name and may be, or hold, weights: where it is, its name, itself."""
+    for key, value in tree.items():
+        if type(key) is not str or getattr(value, "shape", None) == ():
+            continue
+        if not isinstance(value, Mapping):
+            yield ".".join(path), key, value
+        elif not _OTHERS.match(key):
+            yield from _leaves(value, path if key in _NEUTRAL else (*path, key))

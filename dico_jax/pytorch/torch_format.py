@@ -15,7 +15,6 @@ its numbers. The persistent id has a sixth part, a view, which is None.
 
 import argparse
 import collections
-import dataclasses
 import hashlib
 import io
 import math
@@ -24,15 +23,15 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from dico_jax.errors import UsageError
 from dico_jax.files import is_tensor, new_file, write_array
 from dico_jax.pytorch import pickles
-from dico_jax.pytorch.pickles import STORAGES, Storage, StorageClass
-from dico_jax.pytorch.tensors import AGAIN, Blob, InputFile, dtype_name, refusing, shown
+from dico_jax.pytorch.pickles import STORAGES, Storage
+from dico_jax.pytorch.tensors import AGAIN, Blob, InputFile, dtype_name, refusing, shown, values_in
 
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the pickled magic number
 _LEGACY_VERSION = 1001
@@ -42,8 +41,9 @@ _MAX_DIRECTORY = 16 << 20  # bytes
 
 _ALIGNMENT = 64  # bytes
 _ZIP64_FROM = 1 << 30  # bytes; the zip format needs it from 4 GiB on, zipfile's estimate from 2
-_MAX_DEPTH = 64
 _MAX_BITS = 256  # of an integer
+_KEYS: set[Any] = {str, int, float, bool, type(None)}
+_WRITTEN: set[Any] = _KEYS | {dict, collections.OrderedDict, list, tuple, argparse.Namespace}
 _STORAGE_OF = {dtype: storage for storage, dtype in STORAGES.items()}
 
 
@@ -71,7 +71,7 @@ def read_tree(file: InputFile) -> Any:
         if blob.nbytes != count * (dtype.itemsize if dtype else 1):
             what = f"of {count} elements does not match its {blob.nbytes} bytes"
             raise ValueError(f"the storage {shown(key)} {what}")
-        return Storage(blob, dtype)
+        return Storage(dtype, blob)
 
     stream = pickles.PickleBytes(blobs[f"{root}data.pkl"].read_small(pickles.MAX_BYTES))
     return pickles.load(stream, f"{file.name}: its pickle", file.size, storage)
@@ -81,7 +81,7 @@ def _declared(pid: Any) -> tuple[Any, str, int]:
     """(dtype or None, key, number of elements) of the storage that a persistent id names."""
     kind, cls, key, _, count = pid
     types = type(cls), type(key), type(count)
-    if kind != "storage" or types != (StorageClass, str, int) or count < 0:
+    if kind != "storage" or types != (Storage, str, int) or count < 0 or len(key) > 100:
         raise ValueError(f"a persistent id {shown(pid)} is not a storage's")
     return cls.dtype, key, count
 
@@ -164,16 +164,16 @@ def _legacy_tree(file: InputFile) -> Any:
     stream = pickles.PickleBytes(file.read(0, min(file.size, _MAX_LEGACY)))
     stream.seek(len(_LEGACY))
     storages: dict[str, Storage] = {}
-    counts: dict[str, int] = {}
 
     def storage(pid: Any) -> Storage:
         dtype, key, count = _declared(pid[:5])
-        if pid[5:] != (None,) or dtype is None or counts.setdefault(key, count) != count:
-            raise ValueError(f"a persistent id {shown(pid)} of a view, without a dtype or size")
-        blob = Blob(file, f"storage {key}", 0, count * dtype.itemsize)  # placed afterwards
-        found = storages.setdefault(key, Storage(blob, dtype))
-        if found.dtype != dtype:
-            raise ValueError(f"the storage {shown(key)} is declared with two dtypes")
+        if pid[5:] != (None,) or dtype is None:
+            raise ValueError(f"a persistent id {shown(pid)} of a view, or without a dtype")
+        # It is placed afterwards.
+        new = Storage(dtype, Blob(file, f"storage {key}", 0, count * dtype.itemsize))
+        found = storages.setdefault(key, new)
+        if (found.dtype, found.blob.nbytes) != (dtype, new.blob.nbytes):
+            raise ValueError(f"the storage {shown(key)} is declared in two ways")
         return found
 
     def no_storage(pid: Any) -> Storage:
@@ -188,14 +188,14 @@ def _legacy_tree(file: InputFile) -> Any:
     if system.get("little_endian") is not True:
         raise UsageError(f"{file.name} is not of a little-endian machine; save it again on one")
     tree, keys = following("the pickle", storage), following("the list of storages")
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+    as_texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not as_texts or sorted(keys) != sorted(storages):
         raise UsageError(f"{file.name} is damaged: its list of storages is not of those it uses")
     at = stream.tell()
     for key in keys:
-        count = int.from_bytes(file.read(at, 8), "little")
-        if count != counts.get(key):
+        blob, width = storages[key].blob, np.dtype(storages[key].dtype).itemsize
+        if int.from_bytes(file.read(at, 8), "little") * width != blob.nbytes:
             raise UsageError(f"{file.name} is damaged: the size of storage {shown(key)}; {AGAIN}")
-        blob = storages[key].blob
         blob.start = at + 8
         at = blob.start + blob.nbytes
     if at != file.size:
@@ -224,19 +224,30 @@ def write_pt(
       TypeError: the tree holds something else, or a tensor whose dtype is none of `DTYPES`.
       ValueError: it is nested more than 64 levels deep, or a lazy tensor is not as announced.
     """
-    tensors: list[Any] = []
+    for value in values_in(tree):
+        if not _can_hold(value):
+            raise TypeError(f"a .pt file cannot hold {type(value).__name__} here: {shown(value)}")
     pickled = io.BytesIO()
-    _Pickler(pickled, 2, fix_imports=False).dump(_plain(tree, tensors))
+    pickler = _Pickler(pickled, 2, fix_imports=False)
+    pickler.dump(tree)
     with new_file(path) as stream, zipfile.ZipFile(stream, "w") as archive:
         _add(archive, stream, "data.pkl", pickled.getvalue())
         _add(archive, stream, ".format_version", b"1")
         _add(archive, stream, ".storage_alignment", str(_ALIGNMENT).encode())
         _add(archive, stream, "byteorder", b"little")
-        for key, tensor in enumerate(tensors):
+        for key, tensor in enumerate(pickler.tensors):
             with _entry(archive, stream, f"data/{key}", tensor.nbytes) as entry:
                 write_array(entry, tensor, on_bytes, f"tensor {key} of the tree")
         _add(archive, stream, "version", b"3\n")
         _add(archive, stream, ".data/serialization_id", _identifier(archive))
+
+
+def _can_hold(value: Any) -> bool:
+    if isinstance(value, dict) and {*map(type, value)} - _KEYS:
+        return False
+    if isinstance(value, int) and value.bit_length() >= _MAX_BITS:
+        return False
+    return type(value) in _WRITTEN or isinstance(value, np.generic | np.dtype) or is_tensor(value)
 
 
 def _identifier(archive: zipfile.ZipFile) -> bytes:
@@ -263,73 +274,48 @@ def _entry(archive: zipfile.ZipFile, stream: BinaryIO, name: str, nbytes: int) -
     return archive.open(info, "w", force_zip64=zip64)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Global:
-    module: str
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    key: int  # of the entry with its numbers
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-
-def _plain(value: Any, tensors: list[Any], level: int = 0) -> Any:
-    """A copy of a tree with a `_Tensor` for each tensor, which is appended to `tensors`."""
-    if level > _MAX_DEPTH:
-        raise ValueError(f"the tree is nested more than {_MAX_DEPTH} levels deep")
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, int) and value.bit_length() < _MAX_BITS:  # bool too
-        return value
-    if value is None or isinstance(value, float | str):
-        return value
-    if isinstance(value, argparse.Namespace):
-        return argparse.Namespace(**_plain(vars(value), tensors, level))
-    if isinstance(value, dict) and all(isinstance(k, str | int | float | None) for k in value):
-        kind = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
-        return kind((key, _plain(item, tensors, level + 1)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        items = [_plain(item, tensors, level + 1) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, np.dtype):
-        return _Global("torch", dtype_name(value))
-    if is_tensor(value):
-        tensors.append(value)
-        shape = tuple(int(d) for d in value.shape)
-        dtype_name(value.dtype)  # TypeError where PyTorch has none
-        return _Tensor(len(tensors) - 1, np.dtype(value.dtype), shape)
-    raise TypeError(f"a .pt file cannot hold {type(value).__name__} here: {value!r:.100}")
-
-
 _MACHINE: Any = pickle._Pickler  # which has no types
 
 
 class _Pickler(_MACHINE):
-    def save_name(self, value: _Global) -> None:
-        self.write(pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
+    def __init__(self, stream: BinaryIO, *options: Any, **more: Any):
+        super().__init__(stream, *options, **more)
+        self.tensors: list[Any] = []  # whose numbers are to follow
 
-    def save_tensor(self, value: _Tensor) -> None:
+    def save(self, value: Any, *options: Any, **more: Any) -> None:
+        if isinstance(value, np.dtype):
+            self.save_name("torch", dtype_name(value))
+        elif is_tensor(value):
+            self.save_tensor(value)
+        else:
+            super().save(value.item() if isinstance(value, np.generic) else value, *options, **more)
+
+    def save_name(self, module: str, name: str) -> None:
+        self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+
+    def save_tensor(self, value: Any) -> None:
         """A call that rebuilds a contiguous tensor from a storage of its own."""
-        name, size = dtype_name(value.dtype), math.prod(value.shape)
+        shape = tuple(int(d) for d in value.shape)
+        name, size = dtype_name(value.dtype), math.prod(shape)
         # Newer dtypes have no storage class: their storage is bytes, and the dtype an argument.
         old = name in _STORAGE_OF
-        kind = ("torch", _STORAGE_OF[name]) if old else ("torch.storage", "UntypedStorage")
-        count = size if old else size * value.dtype.itemsize
         # PyTorch counts an empty dimension as 1 in the strides of the ones before it.
-        strides = [max(d, 1) for d in value.shape]
-        self.save_name(_Global("torch._utils", f"_rebuild_tensor_v{2 if old else 3}"))
-        self.write(pickle.MARK)
-        self.save(("storage", _Global(*kind), str(value.key), "cpu", count))
-        self.write(pickle.BINPERSID)
+        strides = [max(d, 1) for d in shape]
+        self.save_name("torch._utils", f"_rebuild_tensor_v{2 if old else 3}")
+        self.write(pickle.MARK + pickle.MARK)
+        self.save("storage")
+        self.save_name(
+            *(("torch", _STORAGE_OF[name]) if old else ("torch.storage", "UntypedStorage"))
+        )
+        count = size if old else size * np.dtype(value.dtype).itemsize
+        for part in (str(len(self.tensors)), "cpu", count):
+            self.save(part)
+        self.write(pickle.TUPLE + pickle.BINPERSID)
+        self.tensors.append(value)
         steps = tuple(math.prod(strides[i + 1 :]) for i in range(len(strides)))
-        arguments: tuple[Any, ...] = (0, value.shape, steps, False, collections.OrderedDict())
+        arguments: tuple[Any, ...] = (0, shape, steps, False, collections.OrderedDict())
         for argument in arguments:
             self.save(argument)
         if not old:
-            self.save_name(_Global("torch", name))
+            self.save_name("torch", name)
         self.write(pickle.TUPLE + pickle.REDUCE)
-
-    dispatch: ClassVar = {**_MACHINE.dispatch, _Global: save_name, _Tensor: save_tensor}

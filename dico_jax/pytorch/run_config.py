@@ -1,0 +1,149 @@
+"""What a training script's arguments say of a run, and a config for weights that came without."""
+
+import argparse
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dico_jax.checkpoints.reader import SavedWeights
+from dico_jax.config import DEFAULTS
+from dico_jax.errors import UsageError
+from dico_jax.pytorch.detection import Network
+from dico_jax.pytorch.pickles import Inert
+from dico_jax.pytorch.tensors import shown
+
+_ARGUMENT_KEYS = ("args", "cfg", "config", "hparams", "hyper_parameters", "opts")
+_OBJECTIVE_KEYS = ("prediction", "prediction_type", "objective", "parameterization")
+_NOISE = ("noise", "eps", "epsilon", "none", "")
+_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+_SCHEDULES |= {name: name for name in _SCHEDULES.values()}
+_MAX_ARGUMENTS, _MAX_TEXT, _MAX_LEVELS = 10_000, 1000, 16
+_LATENT_CHANNELS = 4  # of Stable Diffusion's autoencoder
+_LATENT_DOWNSAMPLING = 8
+
+
+def read_arguments(tree: object) -> dict[str, Any]:
+    """The script's arguments in a checkpoint, as JSON values.
+
+    UsageError where they say that the network was not trained to predict noise.
+    """
+    there: Mapping = tree if isinstance(tree, Mapping) else {}
+    found = (
+        _json(there[key], iter(range(_MAX_ARGUMENTS))) for key in _ARGUMENT_KEYS if key in there
+    )
+    arguments = next((values for values in found if isinstance(values, dict)), {})
+    for key, value in _flat(arguments):
+        text = str(value).lower()
+        other = key in _OBJECTIVE_KEYS and text not in _NOISE
+        if other or key == "path_type" or (key == "model" and text.startswith("sit")):
+            what = "is of another objective than noise: samples would be wrong, and it is refused"
+            raise UsageError(f"args.{key}", value, what)
+    return arguments
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        yield from _flat(value) if isinstance(value, dict) else [(key, value)]
+
+
+def _json(value: Any, left: Iterator[int], level: int = 0) -> Any:
+    """A JSON value for one of a pickle, cut where it is large."""
+    if next(left, None) is None or level > _MAX_LEVELS:
+        return "..."
+    if isinstance(value, argparse.Namespace) or (isinstance(value, Inert) and value.state):
+        value = value.state if isinstance(value, Inert) else vars(value)
+        for key in ("_content", "_val"):  # OmegaConf's names of what it holds
+            if key in value:
+                return _json(value[key], left, level + 1)
+    if isinstance(value, dict):
+        items = itertools.islice(value.items(), _MAX_ARGUMENTS)
+        return {str(k)[:_MAX_TEXT]: _json(v, left, level + 1) for k, v in items}
+    if isinstance(value, list | tuple):
+        return [_json(v, left, level + 1) for v in value[:_MAX_ARGUMENTS]]
+    if value is None or (isinstance(value, float | int) and abs(value) < 2**63):
+        return value
+    value = value.name if isinstance(value, Inert) else value
+    return value[:_MAX_TEXT] if isinstance(value, str) else shown(value)
+
+
+def written_arguments(saved: SavedWeights, num_heads: int | None) -> argparse.Namespace:
+    """The script's arguments: those the run came with, or what the config says of them."""
+    config = saved.config
+    # What does not show in weights; if it is the usual, it may be left unsaid.
+    hidden = {key: config["diffusion"][key] for key in ("diffusion_steps", "noise_schedule")}
+    usual = DEFAULTS["diffusion"] | {
+        "num_heads": None if config["model"]["num_heads"] else num_heads
+    }
+    if num_heads is not None:
+        hidden["num_heads"] = num_heads
+    if saved.converted and (said := saved.converted["arguments"]):
+        more = {key: value for key, value in hidden.items() if value != usual[key]}
+        return argparse.Namespace(**{**said, **more})
+    return argparse.Namespace(
+        model=config["model"]["name"],
+        image_size=config["data"]["image_size"],
+        num_classes=config["model"]["num_classes"],
+        global_batch_size=config["data"]["batch_size"],
+        global_seed=config["seed"],
+        log_every=config["training"]["log_every_steps"],
+        ckpt_every=config["training"]["checkpoint_every_steps"],
+        class_dropout_prob=config["model"]["class_dropout_prob"],
+        **hidden,
+    )
+
+
+def converted_config(
+    network: Network,
+    arguments: Mapping[str, Any],
+    image_size: int | None = None,
+    optimizer: Mapping[str, float] | None = None,
+    step: int = 0,
+) -> dict[str, Any]:
+    """A complete config, as plain JSON values, for weights that came without one.
+
+    An image_size of None is that of the `arguments`, of the position table's tokens, or 256, in
+    this order.
+    """
+    config, model = copy.deepcopy(DEFAULTS), network.fields
+    downsampling = _LATENT_DOWNSAMPLING
+    if model["in_channels"] != _LATENT_CHANNELS:  # a model of pixels
+        downsampling = 1
+        config["autoencoder"]["name"] = "identity"
+        config["sampling"]["cfg_channels"] = "all"
+    if not model["class_dropout_prob"]:
+        config["sampling"]["cfg_scale"] = 1.0  # guidance needs the null class
+    config["model"] |= model
+    dropout = arguments.get("class_dropout_prob")
+    if model["class_dropout_prob"] and isinstance(dropout, float) and 0 < dropout < 1:
+        config["model"]["class_dropout_prob"] = dropout
+    config["optimizer"] |= dict(optimizer or {})
+    config["training"]["num_steps"] = max(config["training"]["num_steps"], step)
+    said = {k: v for k, v in arguments.items() if type(v) is int and v > 0}
+    config["seed"] = said.get("global_seed", config["seed"])
+    data, diffusion = config["data"], config["diffusion"]
+    diffusion["diffusion_steps"] = said.get("diffusion_steps", diffusion["diffusion_steps"])
+    schedule = arguments.get("noise_schedule") or diffusion["noise_schedule"]
+    if str(schedule) not in _SCHEDULES:
+        raise UsageError("args.noise_schedule", schedule, f"is none of {', '.join(_SCHEDULES)}")
+    diffusion["noise_schedule"] = _SCHEDULES[str(schedule)]
+    data["batch_size"] = said.get("global_batch_size", data["batch_size"])
+    if network.tokens is not None:
+        side = math.isqrt(network.tokens)
+        data["image_size"] = side * network.model.size_divisor * downsampling
+    data["image_size"] = image_size or said.get("image_size", data["image_size"])
+    step_size = downsampling * network.model.size_divisor
+    if data["image_size"] % step_size:
+        what = (
+            f"latents are {downsampling} times smaller, and divide by {network.model.size_divisor}"
+        )
+        fix = f"must be a multiple of {step_size} ({what}): give another --image_size"
+        raise UsageError("config.data.image_size", data["image_size"], fix)
+    return config
+
+
+def latent_side(config: Mapping[str, Any]) -> int:
+    """The side of the network's input, where the autoencoder is Stable Diffusion's or none."""
+    is_latent = config["autoencoder"]["name"] != "identity"
+    return config["data"]["image_size"] // (_LATENT_DOWNSAMPLING if is_latent else 1)
