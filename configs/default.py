@@ -4,7 +4,38 @@ Not an experiment of its own: the other files start from it and change fields. A
 so a field that is not here cannot be set by mistake.
 """
 
+import math
+
 from ml_collections import config_dict
+
+# Numbers are finite and from 0 on, whole ones up to 2**31 - 1, but for these fields: by the lowest
+# and the highest number. None where a number has to fit something, which is said where it does not.
+RANGES = {
+    (0, 1): "data.max_bad_fraction optimizer.min_learning_rate_ratio sampling.ddim_eta",
+    (0, math.nextafter(1, 0)): "optimizer.b1 optimizer.b2 training.ema_decay "
+    "model.class_dropout_prob",
+    (0, 255): "data.num_workers",
+    (0, 1000): "model.mlp_ratio",
+    (0, 2**32 - 1): "seed",
+    (1, 255): "training.preemption_exit_status",
+    (1, 1000): "sampling.grid_rows sampling.grid_columns model.depth",
+    (1, 2**14): "data.image_size model.in_channels model.patch_size model.num_heads",
+    (1, 2**20): "model.hidden_size model.num_classes sampling.batch_size sampling.num_steps",
+    (1, 2**31 - 1): "training.num_steps training.accumulation_steps training.log_every_steps "
+    "training.checkpoint_every_steps training.keep_checkpoints profile.num_steps",
+    (None, 2**20): "data.batch_size diffusion.diffusion_steps mesh.data mesh.fsdp mesh.tensor "
+    "autoencoder.tile_size",
+    (None, 2**31 - 1): "eval.num_samples training.ema_snapshot_every_steps",
+}
+# Fields, and flags of the commands, that name a file or a folder, by what may stand for a disk
+# before "://". In them "~" and environment variables are replaced.
+PATHS = {
+    "": "data.cache_dir training.init_from eval.features eval.inception config workdir ckpt out "
+    "npz features inception",
+    "gs s3": "data.path training.compilation_cache eval.reference path samples reference "
+    "prepare.out",
+    "hf": "autoencoder.path vae input",
+}
 
 
 def get_config():

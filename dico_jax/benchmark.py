@@ -32,11 +32,10 @@ def _define(field: dataclasses.Field[Any]) -> flags.FlagHolder:
 
 _OPTIONS = {field.name: _define(field) for field in dataclasses.fields(Options)[1:]}
 _OUT = flags.DEFINE_string("out", None, "New JSON file for the result and how it was made.")
-_CPU_TUNING = cli.define_cpu_tuning()
+_USE_ALL_CORES = cli.define_cpu_tuning()
 flags.adopt_module_key_flags(cli)  # so that --help shows it
 
 _MEASURED = " ".join(_OPTIONS.keys() - {"remat", "steps", "cfg_scale"} | {"out"})
-# Per action, the flags that it needs, and those that it may have.
 _ACTIONS = {
     "forward": ("", _MEASURED),
     "train": ("", f"{_MEASURED} remat"),
@@ -45,11 +44,10 @@ _ACTIONS = {
 }
 
 
-def main(action: str | None) -> None:
+def main(action: str) -> None:
     """Parses flags, measures, prints and writes."""
     from dico_jax.files import result_path, write_json
 
-    action = cli.check_action("benchmark", action, _ACTIONS)
     options: dict[str, Any] = {name: flag.value for name, flag in _OPTIONS.items()}
     sizes = options["ceiling_sizes"]
     if not all(re.fullmatch(r"[1-9]\d*", size) for size in sizes):
@@ -59,18 +57,15 @@ def main(action: str | None) -> None:
     file = None if _OUT.value is None else result_path(_OUT.value, ".json")
     result = _table() if action == "table" else _measure(Options(action, **options))
     if file is not None:
-        # `cli.take_action` has taken the action out.
         write_json(file, result | {"argv": ["dico_jax.benchmark", action, *sys.argv[1:]]})
 
 
 def _measure(options: Options) -> dict[str, Any]:
     import jax  # late, as all that needs it: --help answers before
 
-    from dico_jax.ops.cpu import use_all_cores
     from dico_jax.parallel.mesh import mesh_fits
 
-    if _CPU_TUNING.value:
-        use_all_cores(keep_memory=True, fits=lambda count: mesh_fits(count, options.batch_size))
+    _USE_ALL_CORES(lambda count: mesh_fits(count, options.batch_size))
     from dico_jax.benchmarking.report import result_text
     from dico_jax.benchmarking.runner import run_benchmark
 
@@ -91,5 +86,4 @@ def _table() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _action = cli.take_action(sys.argv, _ACTIONS)
-    cli.run(lambda: main(_action))
+    cli.run(main, _ACTIONS)

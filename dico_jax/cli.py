@@ -1,52 +1,129 @@
 """What every command shares: flags, one-line errors, exit statuses. It imports no JAX."""
 
 import ast
+import errno
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from dico_jax.errors import TrainingStopped, UsageError
+from dico_jax.errors import TrainingStopped, UsageError, one_line
+
+_CONFIGS = pathlib.Path(__file__).parent / "configs"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)  # no one's mistake
+_FIELDS: dict[str, str] = {}  # that flags are, by the name of the flag
+_UNSET: list[str] = []  # fields that the command line sets to None
+_MEANT = {"checkpoint": "ckpt", "output": "out workdir", "num_samples": "num_images"}
 
 
-def run(main: Callable[[], None]) -> None:
+# Per action of a command, which `main` gets, the flags that it needs, and those that it may have.
+Actions = Mapping[str, tuple[str, str]]
+
+
+def run(main: Callable[..., None], actions: Actions = MappingProxyType({})) -> None:
     """Runs `main()`; exits 0, 2 for wrong usage, 1 where training stopped itself, 130 at Ctrl-C."""
-    app.run(lambda _: _main(main), flags_parser=_parse_flags)
+    for stream in (sys.stdout, sys.stderr):  # names are printed whatever the locale can show
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")
+    given = [arg for arg in sys.argv[1:] if arg in actions]
+    given += [arg for arg in sys.argv[1:2] if actions and arg[:1] != "-"]
+    for action in given[:1]:
+        sys.argv.remove(action)
+    app.run(lambda _: _main(main, actions, given), flags_parser=_parse_flags)
 
 
-def _main(main: Callable[[], None]) -> None:
+def _main(main: Callable[..., None], actions: Actions, given: list[str]) -> None:
     try:
-        main()
+        main(*([_check_action(given, actions)] if actions else []))
     except (UsageError, TrainingStopped) as error:
         _fail(error, status=1 if isinstance(error, TrainingStopped) else 2)
+    except OSError as error:  # of a file that the user has named, or of a disk
+        if error.filename is None and error.errno not in _DISK:
+            raise
+        status = 1 if error.errno in _DISK else 2
+        _fail(f"{error.filename or 'a disk'}: {error.strerror}", status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def _fail(message, status: int = 2) -> NoReturn:
-    print("error:", *str(message).split(), file=sys.stderr)
+    print("error:", one_line(message), file=sys.stderr)
     sys.exit(status)
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses flags; a config file may import the ones beside it as `configs.x` from anywhere."""
-    for arg in argv:
-        if match := re.match(r"--?config=([^:]+\.py)", arg):
-            sys.path.append(str(pathlib.Path(match[1]).resolve().parent.parent))
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags, and checks what holds of every text, path and number that was given."""
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    argv[:] = ["--help" if arg == "-h" else arg for arg in argv]
+    path = ""
     try:
+        path = _find_config(argv)
         rest = flags.FLAGS(argv)
-    except OSError as error:
-        _fail(_unreadable_config(argv, error))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        _fail(_unknown_field(argv) or error)
+        for name in flags.FLAGS:
+            if flags.FLAGS[name].present and not name.startswith("config"):
+                _check_flag(argv[0], flags.FLAGS[name])
+    except SystemExit:  # absl has shown the help
+        sys.exit(0)
+    except flags.UnrecognizedFlagError as error:
+        fields = [f"config.{f}" for f in config_fields()] if "config" in flags.FLAGS else []
+        meant = [name for name in fields if name.endswith(f".{error.flagname}")]
+        meant = meant or [n for n in _MEANT.get(error.flagname, "").split() if n in flags.FLAGS]
+        _fail(f"{error}{'; did you mean --' * bool(meant)}{' or --'.join(meant)}")
+    except Exception as error:  # of a config file, whose lines are in the traceback
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f"--config={path}, line {lines[-1]}: {type(error).__name__}: " if lines else ""
+        _fail(f"{where}{error}")
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     return rest
+
+
+def _find_config(argv: list[str]) -> str:
+    """Puts --config=FILE first, FILE found where it is: its path, or ""; checks names of fields."""
+    at = [i for i, arg in enumerate(argv) if re.fullmatch("--?config(=.*)?", arg, re.DOTALL)]
+    if not at or "config" not in flags.FLAGS:
+        return ""
+    arg = argv.pop(at[-1])
+    if "=" not in arg and at[-1] < len(argv):
+        arg = f"--config={argv.pop(at[-1])}"
+    from dico_jax.config import check_name, expanded  # late: --help answers before they are there
+
+    for other in argv[1:]:
+        if match := re.match(r"--?config\.([\w.]+)(=None$)?", other):
+            check_name(match[1])
+            if match[2]:
+                _UNSET.append(match[1])
+                argv.remove(other)
+    path, colon, rest = expanded("--config", "config", arg.partition("=")[2]).partition(":")
+    name = path.removeprefix("configs/").removesuffix(".py")
+    if not pathlib.Path(path).exists():
+        if not (_CONFIGS / f"{name}.py").is_file() or "/" in name:
+            there = ", ".join(sorted(f.stem for f in _CONFIGS.glob("[a-z]*.py")))
+            what = f"--config={path} cannot be read (no such file)"
+            raise UsageError(f"{what}: give a file, or one of {there}")
+        path = str(_CONFIGS / f"{name}.py")
+    pathlib.Path(path).read_bytes()  # or an OSError
+    # It may import the ones beside it as `configs.x` from anywhere.
+    sys.path.append(str(pathlib.Path(path).resolve().parent.parent))
+    argv.insert(1, f"--config={path}{colon}{rest}")
+    return path
+
+
+def _check_flag(command: str, flag: flags.Flag) -> None:
+    from dico_jax.config import RANGE, SCHEMES, check_item, expanded
+
+    given: Any = flag.value
+    said, bounds = f"--{flag.name}", RANGE.get(_FIELDS.get(flag.name, ""), (None, 2**32 - 1))
+    for value in given if isinstance(given, list) else [given]:
+        check_item(said, value, *bounds)
+    name = f"{pathlib.Path(command).stem}.{flag.name}"
+    if (name := name if name in SCHEMES else flag.name) in SCHEMES:
+        flag.value = expanded(said, name, given)
 
 
 def config_fields() -> dict[str, tuple[Any, str]]:
@@ -60,30 +137,27 @@ def config_fields() -> dict[str, tuple[Any, str]]:
     return found
 
 
-def _unknown_field(argv: Sequence[str]) -> UsageError | None:
-    """The error for the first override of a field of the config that there is not."""
-    for arg in argv:
-        if match := re.match(r"--?config\.([\w.]+)", arg):
-            from dico_jax import config  # late: it needs JAX
-
-            if match[1] not in config.flatten(config.DEFAULTS):
-                return config.unknown_field(match[1])
-    return None
-
-
-def _unreadable_config(argv: Sequence[str], error: OSError) -> str:
-    paths = [arg.lstrip("-") for arg in argv if arg.lstrip("-").startswith("config=")]
-    return f"--{paths[-1]} cannot be read ({error.strerror or 'no such file'})"
+def define_fields(fields: Mapping[str, str], note: str = "") -> dict[str, flags.FlagHolder]:
+    """Defines a flag per field, explained as it is there; with a `note` its default is None."""
+    known, found = config_fields(), {}
+    kinds: dict[type, str] = {bool: "bool", int: "integer", float: "float"}
+    for name, field in fields.items():
+        default, meaning = known[field]
+        define = getattr(flags, f"DEFINE_{kinds.get(type(default), 'string')}")
+        found[name] = define(name, None if note else default, f"{meaning}{note}")
+    _FIELDS.update(fields)
+    return found
 
 
 def load_config(flag: flags.FlagHolder):
-    """The locked ConfigDict of a config_flags flag; what the file raises is passed on."""
-    config = flag.value
-    try:
-        config.to_dict()  # the flag keeps an error of the file until it is used
-    except OSError as error:
-        raise UsageError(_unreadable_config(sys.argv, error)) from error
-    return config
+    """The checked ConfigDict of a config_flags flag."""
+    from dico_jax.config import check_fields
+
+    for field in _UNSET:
+        section, _, name = field.rpartition(".")
+        (flag.value[section] if section else flag.value)[name] = None
+    check_fields(flag.value)
+    return flag.value
 
 
 def define_distributed_flags() -> Callable[[], None]:
@@ -107,31 +181,30 @@ def define_distributed_flags() -> Callable[[], None]:
     return join
 
 
-def define_cpu_tuning() -> flags.FlagHolder[bool]:
-    """Defines the flag that says whether to call `dico_jax.ops.cpu.use_all_cores`."""
-    return flags.DEFINE_bool(
+def define_cpu_tuning() -> Callable[..., None]:
+    """Defines the flag that says whether to use all cores; returns what calls `use_all_cores`."""
+    flag = flags.DEFINE_bool(
         "cpu_tuning", True,
         "Without an accelerator: make a device of every core, each with a copy of the weights, and "
         "keep memory from step to step. A number of devices that XLA_FLAGS names stays.",
     )  # fmt: skip
 
+    def tune(fits: Callable[[int], bool] | None = None) -> None:
+        from dico_jax.ops.cpu import use_all_cores
 
-def take_action(argv: list[str], actions: Collection[str]) -> str | None:
-    """Removes what to do from the command line: its first argument that is no flag, or None."""
-    action = next((arg for arg in argv[1:] if arg in actions), None)
-    if action is None and len(argv) > 1 and not argv[1].startswith("-"):
-        action = argv[1]
-    if action is not None:
-        argv.remove(action)
-    return action
+        if flag.value:
+            use_all_cores(keep_memory=True, fits=fits)
+
+    return tune
 
 
-def check_action(command: str, action: str | None, actions: Mapping[str, tuple[str, str]]) -> str:
-    """The action, if it is there (with the flags it needs, may have) and has no other's flags."""
-    if action not in actions:
-        said = f"{action!r} is unknown" if action else "what to do is missing"
+def _check_action(given: list[str], actions: Actions) -> str:
+    """The action, if it is there and has the flags that it needs, and no other's."""
+    if not given or given[0] not in actions:
+        said = f"{given[0]!r} is unknown" if given else "what to do is missing"
+        command = pathlib.Path(sys.argv[0]).stem
         raise UsageError(f"{said}: use {' or '.join(f'{command} {name}' for name in actions)}")
-    assert action is not None
+    action = given[0]
     needed, optional = (names.split() for names in actions[action])
     for name in needed:
         if not flags.FLAGS[name].value:

@@ -1,18 +1,28 @@
-"""The fields of a config: the one list of them is configs/default.py."""
+"""The fields of a config and what they may be: the one list of them is configs/default.py."""
 
 import difflib
 import json
+import math
+import numbers
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from dico_jax.configs import default
-from dico_jax.errors import UsageError, within
+from dico_jax.errors import UsageError, shown, within
 
 # Fields that older runs wrote and that decide nothing any more: left out where they are read.
 GONE = frozenset({"model.depthwise"})
 DEFAULTS: dict[str, Any] = default.get_config().to_dict()
+
+MOST = 2**31 - 1  # of whole numbers, which JAX keeps in 32 bits
+RANGE = {field: bounds for bounds, fields in default.RANGES.items() for field in fields.split()}
+SCHEMES = {name: kinds.split() for kinds, all_ in default.PATHS.items() for name in all_.split()}
+_LONGEST = 4096  # characters of a text, as of a path
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+_KINDS[tuple] = "a tuple, such as () or ('a', 'b')"
 
 
 def flatten(tree: Mapping) -> dict[str, Any]:
@@ -23,26 +33,82 @@ def flatten(tree: Mapping) -> dict[str, Any]:
 
 
 def check_fields(config: ConfigDict) -> None:
-    """Raises UsageError unless the config has exactly the fields of configs/default.py."""
-    fields, known = flatten(config.to_dict()).keys(), flatten(DEFAULTS).keys()
-    for field in sorted(known - fields):
+    """Raises UsageError unless the config has the fields of default.py; expands its paths."""
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"--config: get_config() gives {type(config).__name__}, no ConfigDict")
+    fields = flatten(config.to_dict())
+    for field in sorted(flatten(DEFAULTS).keys() - fields.keys()):
         raise UsageError(f"config.{field} is missing: start from configs/default.py")
-    for field in sorted(fields - known):
-        raise unknown_field(field)
+    for field in sorted(fields):
+        check_name(field)
+    check_values(config)
+    for field, value in fields.items():
+        if value and field in SCHEMES:
+            section, name = field.split(".")
+            config[section][name] = expanded(f"config.{field}", field, value)
 
 
-def unknown_field(field: str) -> UsageError:
-    """The error for a field, such as "data.batchsize", that there is not."""
-    close = difflib.get_close_matches(field, flatten(DEFAULTS), n=1)
-    hint = f"did you mean config.{close[0]}?" if close else "configs/default.py lists the fields"
-    return UsageError(f"config.{field}: no such field; {hint}")
+def check_name(field: str) -> None:
+    """Raises UsageError for a field, such as "data.batchsize", that there is not."""
+    if field not in (known := flatten(DEFAULTS)):
+        close = difflib.get_close_matches(field, known, n=1)
+        hint = f"did you mean config.{close[0]}?" if close else "configs/default.py has the fields"
+        raise UsageError(f"config.{field}: no such field; {hint}")
 
 
-def check_at_least(config: ConfigDict, field: str, low: int) -> None:
-    """Raises UsageError for a field, such as "training.num_steps", that is below `low`."""
-    section, name = field.rsplit(".", 1)
-    if (value := config[section][name]) < low:
-        raise UsageError(field, value, f"must be at least {low}")
+def check_values(config: ConfigDict, *sections: str) -> None:
+    """Raises UsageError for a field, in some sections or all, whose value is none of its kind."""
+    presets = default.get_config()
+    for field, value in flatten(config.to_dict()).items():
+        section, _, name = field.rpartition(".")
+        known = presets.get(section, presets)
+        if name in known and (not sections or section in sections):
+            _check_value(field, value, known[name], known.get_type(name))
+
+
+def _check_value(field: str, value: Any, preset: Any, kind: type) -> None:
+    said, items = f"config.{field}", [value]
+    if value is None and (preset is None or field == "model.num_classes"):
+        return
+    if isinstance(value, list | tuple) and (kind is object or (kind is tuple and preset)):
+        items, kind = list(value), str if preset else int  # eval.metrics, model.depth
+    kind = int if kind is object else kind
+    known = {int: numbers.Integral, float: numbers.Real, tuple: list | tuple}.get(kind, kind)
+    if not all(isinstance(v, known) and isinstance(v, bool) == (kind is bool) for v in items):
+        raise UsageError(said, value, f"must be {_KINDS[kind]}{' or None' * (preset is None)}")
+    highest = MOST if kind is int else 1e38
+    for item in items if kind in (int, float, str) else ():
+        check_item(said, item, *RANGE.get(field, (0, highest)))
+
+
+def check_item(said: str, value: Any, low: float | None = None, high: float = MOST) -> None:
+    """Raises UsageError for a number out of a range, or a text that can be no name."""
+    if isinstance(value, str):
+        if len(value) > _LONGEST or shown(value) != value:
+            raise UsageError(said, value, f"must be up to {_LONGEST} characters, none for control")
+    elif value is not None and not (-high if low is None else low) <= value <= high:  # as NaN
+        fix = f"at least {low}" if low is not None and value < low else f"at most {high}"
+        fix = f"in [{low}, 1{']' if high == 1 else ')'}" if high <= 1 else fix
+        raise UsageError(said, value, f"must be {fix if abs(value) < math.inf else 'finite'}")
+
+
+def expanded(said: str, name: str, path: str) -> str:
+    """The path that field or flag `name` has, with "~" and environment variables replaced.
+
+    Raises:
+      UsageError: it is empty, of no user, or where this one cannot be; `said` is its name there.
+    """
+    if not path:
+        raise UsageError(said, path, "is empty: name a file or a folder")
+    scheme, found, _ = path.partition("://")
+    if found and scheme in SCHEMES[name]:
+        return path
+    if found:
+        raise UsageError(said, path, ": only a disk works here: copy it there, or mount the bucket")
+    path = os.path.expandvars(os.path.expanduser(path))
+    if path[0] == "~" and "/" in path:
+        raise UsageError(said, path, ": there is no such user")
+    return path
 
 
 def config_errors(section: str = ""):

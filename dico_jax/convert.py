@@ -20,7 +20,6 @@ python -m dico_jax.convert inception --input=FILE --out=FILE.safetensors
 With --training the whole state of a run goes over: both sets of weights, AdamW's averages and step.
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,7 +50,6 @@ flags.DEFINE_float(
 )  # fmt: skip
 flags.DEFINE_integer("step", None, "to_pytorch: of the checkpoint [the newest].")
 
-# Per action, the flags that it needs, and those that it may have.
 _ACTIONS = {
     "from_pytorch": ("input out", "model weights image_size num_classes num_heads training"),
     "to_pytorch": ("ckpt out", "weights step training"),
@@ -61,9 +59,9 @@ _ACTIONS = {
 _WEIGHTS_OF = {"from_pytorch": ("auto", "ema", "model"), "to_pytorch": ("ema", "params")}
 
 
-def main(action: str | None) -> None:
+def main(action: str) -> None:
     """Parses flags and converts."""
-    action = _check(action)
+    _check(action)
     given = {name: flags.FLAGS[name].value for name in " ".join(_ACTIONS[action]).split()}
     print(_CONVERT[action](**{name: value for name, value in given.items() if value is not None}))
 
@@ -114,17 +112,13 @@ _CONVERT: dict[str, Callable[..., str]] = {
 }
 
 
-def _check(action: str | None) -> str:
-    """The action; raises UsageError if it is unknown, or for a flag missing or of another one."""
-    action = cli.check_action("convert", action, _ACTIONS)
+def _check(action: str) -> None:
     if _WEIGHTS.present and _WEIGHTS.value not in _WEIGHTS_OF[action]:
         fix = f": {action} knows {', '.join(_WEIGHTS_OF[action])}"
         raise UsageError("--weights", _WEIGHTS.value, fix)
     if _WEIGHTS.present and _TRAINING.value:
         raise UsageError("--weights: with --training all weights are converted; leave it out")
-    return action
 
 
 if __name__ == "__main__":
-    _action = cli.take_action(sys.argv, _ACTIONS)
-    cli.run(lambda: main(_action))
+    cli.run(main, _ACTIONS)

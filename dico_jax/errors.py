@@ -1,8 +1,24 @@
 """The one exception for what a user can mend, and the one place where it is put into words."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
+
+_LONGEST = 1500  # characters of a message's beginning, and of its end
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
+def shown(text: str) -> str:
+    """A text with escapes in the place of what would change a terminal, or is not Unicode."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def one_line(message: Any) -> str:
+    """A message in one line of bounded length; what to do stands at its end."""
+    text = shown(" ".join(str(message).split()))
+    return text if len(text) <= 2 * _LONGEST else f"{text[:_LONGEST]} ... {text[-_LONGEST:]}"
 
 
 class UsageError(ValueError):

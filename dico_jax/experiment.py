@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dico_jax.autoencoders import Autoencoder, create_autoencoder
-from dico_jax.config import DEFAULTS, check_at_least, config_errors
+from dico_jax.config import DEFAULTS, check_values, config_errors
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.latents import PreparedLatents
 from dico_jax.data.pictures import BadExample, PictureReader
@@ -33,6 +33,7 @@ class Experiment:
 
 def model_from_config(config: ConfigDict) -> Denoiser:
     """The network of a config."""
+    check_values(config, "model")
     defaults = DEFAULTS["model"]
     with config_errors():
         known = {*model_options(config.model.name), "name"}
@@ -46,6 +47,7 @@ def model_from_config(config: ConfigDict) -> Denoiser:
 
 def experiment_from_config(config: ConfigDict) -> Experiment:
     """The network, process and autoencoder of a config."""
+    check_values(config, "data", "autoencoder", "diffusion")
     model = model_from_config(config)
     with config_errors("diffusion."):
         diffusion = create_objective(config.diffusion, learn_sigma=model.learn_sigma)
@@ -71,13 +73,11 @@ def experiment_from_config(config: ConfigDict) -> Experiment:
 
 def sampling_from_config(config: ConfigDict) -> tuple[Objective, SamplingOptions]:
     """The objective with the steps of sampling, and how a config's samples are made."""
+    check_values(config, "", "sampling")
     sampling = config.sampling
     with config_errors():
         chosen = (f.name for f in dataclasses.fields(SamplingOptions) if f.name != "seed")
         options = SamplingOptions(config.seed, **{name: sampling[name] for name in chosen})
-        for field in ("num_steps", "batch_size", "grid_rows", "grid_columns"):
-            check_at_least(config, f"sampling.{field}", 1)
-        check_at_least(config, "sampling.grid_every_steps", 0)
     try:
         process = create_objective(
             config.diffusion, learn_sigma=config.model.learn_sigma, num_steps=sampling.num_steps
@@ -104,13 +104,11 @@ def with_source_options(config: ConfigDict, source: Source) -> ConfigDict:
 
 def reader_from_config(config: ConfigDict, experiment: Experiment, source: Source) -> Reader:
     """How the source's examples are read for the network, once they are found to fit it."""
+    check_values(config, "data")
     data = config.data
     with config_errors():
         experiment.model.check_source(source)
         _check_examples(config, experiment.model, source)
-        if not 0 <= data.max_bad_fraction <= 1:
-            raise UsageError("data.max_bad_fraction", data.max_bad_fraction, "must be in [0, 1]")
-        check_at_least(config, "data.num_workers", 0)
         if source.kind == "pictures":
             channels = _picture_channels(config, experiment)
             read: Reader = PictureReader(data.image_size, channels, data.exif_rotation)
@@ -176,19 +174,8 @@ def _check_latents(
 
 
 def check_training(config: ConfigDict) -> None:
-    """Raises UsageError for numbers of `config.training` that make no sense."""
-    training = config.training
-    with config_errors():
-        every = "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"
-        for field in ("num_steps", "accumulation_steps", *every):
-            check_at_least(config, f"training.{field}", 1)
-        check_at_least(config, "training.keep_every_steps", 0)
-        if training.keep_every_steps % training.checkpoint_every_steps:
-            every = training.checkpoint_every_steps
-            fix = f"must be a multiple of config.training.checkpoint_every_steps={every}"
-            raise UsageError("training.keep_every_steps", training.keep_every_steps, fix)
-        if not 0 < (status := training.preemption_exit_status) < 256:
-            raise UsageError("training.preemption_exit_status", status, "must be in 1 to 255")
-        if not 0 <= training.ema_decay < 1:
-            raise UsageError("training.ema_decay", training.ema_decay, "must be in [0, 1)")
-        check_at_least(config, "eval.class_agreement_samples", 0)
+    """Raises UsageError for values of `config.training` that make no sense together."""
+    keep, every = config.training.keep_every_steps, config.training.checkpoint_every_steps
+    if keep % every:
+        fix = f"must be a multiple of config.training.checkpoint_every_steps={every}"
+        raise UsageError("config.training.keep_every_steps", keep, fix)

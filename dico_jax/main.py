@@ -4,7 +4,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from dico_jax import cli
-from dico_jax.config import check_fields
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, see configs/; --config.a.b=value changes a field.",
@@ -12,7 +11,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a run that is in it already goes on.", required=True
 )
-_CPU_TUNING = cli.define_cpu_tuning()
+_USE_ALL_CORES = cli.define_cpu_tuning()
 _JOIN = cli.define_distributed_flags()
 flags.adopt_module_key_flags(cli)  # so that --help shows them
 
@@ -20,14 +19,11 @@ flags.adopt_module_key_flags(cli)  # so that --help shows them
 def main() -> None:
     """Parses flags and trains."""
     config = cli.load_config(_CONFIG)
-    check_fields(config)
     _JOIN()
     # Late imports: --help answers before JAX is imported.
-    if _CPU_TUNING.value:
-        from dico_jax.ops.cpu import use_all_cores
-        from dico_jax.training.speed import run_fits
+    from dico_jax.training.speed import run_fits
 
-        use_all_cores(keep_memory=True, fits=run_fits(config))
+    _USE_ALL_CORES(run_fits(config))
     from dico_jax.training.loop import train
 
     train(config, _WORKDIR.value)

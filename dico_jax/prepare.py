@@ -1,27 +1,21 @@
 r"""Prepares data ahead of training, and references ahead of evaluation.
 
 python -m dico_jax.prepare latents --source=folder --path=DIR --out=DIR [--image_size=256 ...]
-    Encodes every picture of a source, and its mirror image, with the autoencoder. Run it again to
-    go on after an interruption; run it with --process_index=I --process_count=N on N machines that
-    share DIR to divide the work.
-
+    Encodes every picture of a source, and its mirror image. Run it again to go on after an
+    interruption, and with --process_index=I --process_count=N on N machines that share DIR. For
+    training with --config.data.source=latents --config.data.path=DIR.
 python -m dico_jax.prepare latents --out=DIR --verify
     Checks everything that was prepared.
-
-    Training then reads it by --config.data.source=latents --config.data.path=DIR.
-
 python -m dico_jax.prepare reference --path=DIR|FILE.npz --out=FILE.npz
 python -m dico_jax.prepare reference --source=folder --path=DIR --out=FILE.npz [--image_size=256]
     Measures pictures for --reference of evaluate and config.eval.reference: as they are, in a
     folder or in arr_0 of an .npz file, or the examples of a source, cropped as for training.
-
 python -m dico_jax.prepare classifier --source=folder --path=DIR --out=FILE.npz [--image_size=32]
     Trains the small classifier for --features of evaluate and config.eval.features.
 """
 
 import dataclasses
 import re
-import sys
 import time
 from typing import Any
 
@@ -30,21 +24,11 @@ from absl import flags
 from dico_jax import cli
 from dico_jax.errors import UsageError
 
-# Flags with the defaults of a config: what they say, bounds.
-_OF_CONFIG: dict[str, tuple[Any, ...]] = {
-    "path": ("Folder or file of the source; of tfds its data_dir.",),
-    "name": ("tfds: the dataset, such as imagenet2012:5.1.0.",),
-    "split": ("tfds: the split.",),
-    "image_size": ("Side of the cropped pictures in pixels.", 1),
-    "exif_rotation": ("Turn pictures as EXIF data say: for cameras' pictures, not for ImageNet.",),
-    "num_workers": ("Processes that read pictures; 0 for threads.", 0),
-    "max_bad_fraction": ("Pictures that may be unreadable: they are skipped and listed.", 0, 1),
-    "vae": ("Weights of the autoencoder: a file, or hf://OWNER/REPO/FILE.",),
-    "vae_dtype": ("float32, or bfloat16 on accelerators.",),
-}
-_FIELDS = {"vae": "autoencoder.path", "vae_dtype": "autoencoder.dtype"}  # else of config.data
+# Flags that are fields of a config, in data or as named.
+_OF_DATA = "path name split image_size exif_rotation num_workers max_bad_fraction"
+_FIELDS = {name: f"data.{name}" for name in _OF_DATA.split()}
+_FIELDS |= {"vae": "autoencoder.path", "vae_dtype": "autoencoder.dtype"}
 _OF_SOURCE = "source path name split image_size exif_rotation"
-# Per action, the flags that it needs, and those that it may have.
 _ACTIONS = {
     "latents": (
         "out",
@@ -58,12 +42,8 @@ _FLAGS = flags.FLAGS
 
 
 def _define_flags() -> None:
-    fields = cli.config_fields()
-    string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-    kinds: dict[type, Any] = {bool: flags.DEFINE_bool, int: integer, float: number}
-    for flag, row in _OF_CONFIG.items():
-        default, _ = fields[_FIELDS.get(flag, f"data.{flag}")]
-        kinds.get(type(default), string)(flag, default, *row)
+    cli.define_fields(_FIELDS)
+    string, integer = flags.DEFINE_string, flags.DEFINE_integer
     string("out", None, "latents: folder, local or gs://; others: a new .npz file.")
     string("source", None, "folder, zip, tfds, array_record, arrays or digits.")
     flags.DEFINE_bool("mirrored", True, "Encode mirrored pictures too.")
@@ -81,13 +61,12 @@ def _define_flags() -> None:
 
 
 _define_flags()
-_CPU_TUNING = cli.define_cpu_tuning()
+_USE_ALL_CORES = cli.define_cpu_tuning()
 flags.adopt_module_key_flags(cli)  # so that --help shows it
 
 
-def main(action: str | None) -> None:
+def main(action: str) -> None:
     """Parses flags and prepares; imports are late, as --help answers before JAX is imported."""
-    action = cli.check_action("prepare", action, _ACTIONS)
     try:
         {"latents": _latents, "reference": _reference, "classifier": _classifier}[action]()
     except UsageError as error:
@@ -119,7 +98,7 @@ def _latents() -> None:
 
 
 def _prepared(out: str) -> str:
-    _use_all_cores()
+    _USE_ALL_CORES()
     from dico_jax.autoencoders import create_autoencoder
     from dico_jax.data.latent_preparation import Options, prepare_latents
 
@@ -143,7 +122,7 @@ def _said(manifest) -> str:
 def _reference() -> None:
     from dico_jax.evaluation.measure import prepare_reference
 
-    _use_all_cores()
+    _USE_ALL_CORES()
     source = None
     if _FLAGS.source is not None:
         source = _source(), _reader(), _FLAGS.limit
@@ -166,13 +145,6 @@ def _classifier() -> None:
     classifier.save(out)
     accuracy = classifier.info["accuracy"]
     print(f"{out} is written: right on {accuracy:.1%} of the pictures that it has not seen")
-
-
-def _use_all_cores() -> None:
-    from dico_jax.ops.cpu import use_all_cores
-
-    if _CPU_TUNING.value:
-        use_all_cores(keep_memory=True)
 
 
 def _chosen(*names: str) -> dict[str, Any]:
@@ -201,5 +173,4 @@ def _reader():
 
 
 if __name__ == "__main__":
-    _action = cli.take_action(sys.argv, _ACTIONS)
-    cli.run(lambda: main(_action))
+    cli.run(main, _ACTIONS)

@@ -1,7 +1,9 @@
 """Every experiment builds, and every field of a config is known and used."""
 
 import importlib
+import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,8 @@ from dico_jax.training.optimizer import create_optimizer
 from dico_jax.training.step import loss_fn
 
 FIELDS = frozenset(flatten(DEFAULTS))
+NUMBERS = {"model.hidden_size", "model.depth", "model.mlp_ratio", "model.num_heads"}
+NUMBERS |= {"model.patch_size"}
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
@@ -175,3 +179,51 @@ def test_configs_of_older_checkpoints_are_completed():
     assert config["model"] == DEFAULTS["model"] | older["model"]
     assert config["mesh"] == DEFAULTS["mesh"]
     assert with_defaults(DEFAULTS) == DEFAULTS
+
+
+def bad_values(field):
+    """What a field cannot be: what none can, another kind's, what is out of every range."""
+    preset = flatten(DEFAULTS)[field]
+    none = [{}, b"x", object(), 10**400, math.nan, -math.inf, "a\0b", "\udcff", "x" * 5000]
+    if isinstance(preset, bool):
+        return [*none, 0, 1.5, None, "", (True,)]
+    if isinstance(preset, int | float) or field in NUMBERS:
+        kinds = ["", "1", True, ("a",), (-1, 2), [None], -(10**12)]
+        return none + kinds + [None] * (field not in NUMBERS | {"model.num_classes"})
+    if isinstance(preset, tuple):
+        return [*none, 0, -1.5, True, None, "", "fid"]
+    return none + [0, -1.5, True, (1, 2), []] + [None] * (preset is not None)
+
+
+@pytest.mark.parametrize("field", sorted(FIELDS))
+def test_a_value_of_another_kind_is_refused_by_name(field):
+    section, _, name = field.rpartition(".")
+    for value in bad_values(field):
+        values = default.get_config().to_dict()
+        (values[section] if section else values)[name] = value
+        config = ConfigDict(values, type_safe=False)
+        with pytest.raises(UsageError, match=rf"^config\.{re.escape(field)}[ =]") as error:
+            check_fields(config)
+        assert "\n" not in str(error.value)
+
+
+def test_ranges_are_of_fields():
+    ranged = {field for fields in default.RANGES.values() for field in fields.split()}
+    assert ranged <= FIELDS
+    paths = {name for names in default.PATHS.values() for name in names.split() if "." in name}
+    assert paths <= FIELDS | {"prepare.out"}
+
+
+def test_paths_are_expanded_everywhere(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/disk")
+    config = digits.get_config()
+    config.data.path, config.training.init_from = "~/a", "$DATA/run"
+    config.autoencoder.path, config.eval.features = "hf://o/r/f", "${DATA}/c.npz"
+    check_fields(config)
+    assert (config.data.path, config.training.init_from) == ("/home/me/a", "/disk/run")
+    assert (config.autoencoder.path, config.eval.features) == ("hf://o/r/f", "/disk/c.npz")
+    for path, said in (("gs://b/x", "only a disk works"), ("~no_such/x", "no such user")):
+        config.training.init_from = path
+        with pytest.raises(UsageError, match=f"^config.training.init_from='{path}'.*{said}"):
+            check_fields(config)

@@ -70,14 +70,16 @@ def test_folders_that_are_refused(folder, tmp_path):
     (folder / "notes.txt").unlink()
     (folder / "more").rmdir()
     write(folder / "000004.png", PICTURES[4, :4])
-    refused(r"000004.png is \(4, 5, 3\) pixels, the first picture \(6, 5, 3\): all must have")
+    refused(
+        r"000004.png cannot be read: it is \(4, 5, 3\) pixels, the first picture \(6, 5, 3\): all"
+    )
     write(folder / "000004.png", PICTURES[4, :, :, 0])
-    refused(r"000004.png is \(6, 5, 1\) pixels, the first picture \(6, 5, 3\)")
+    refused(r"000004.png cannot be read: it is \(6, 5, 1\) pixels, the first picture \(6, 5, 3\)")
     (folder / "000004.png").write_bytes(b"no picture")
-    refused("--samples: .*000004.png cannot be read: no picture in a format that Pillow reads")
+    refused("--samples=.*: 000004.png cannot be read: no picture in a format that Pillow reads")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UsageError, match=f"--samples={empty}: there are no pictures in it"):
+    with pytest.raises(UsageError, match=f"--samples={empty}: it has no folders of pic"):
         FolderImages(str(empty), "--samples")
     with pytest.raises(UsageError, match=r"--samples=/no/such.*"):
         FolderImages("/no/such", "--samples")

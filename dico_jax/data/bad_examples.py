@@ -1,7 +1,6 @@
 """Examples that cannot be read: skipped, counted, listed in a file, and an error when too many."""
 
 import json
-import pathlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -26,14 +25,7 @@ def too_many_bad(
 class BadExampleLog:
     """The bad examples met so far, in a file with one JSON object {"id", "reason"} a line."""
 
-    def __init__(
-        self,
-        source,
-        read,
-        max_bad_fraction: float,
-        file: pathlib.Path | None = None,
-        read_condition=lambda example: {},
-    ):
+    def __init__(self, source, read, max_bad_fraction: float, file=None, read_condition=None):
         """Takes up what the file already has, and what the source skipped when it was opened.
 
         `read` and `read_condition` are the readers of its examples. More bad ones than the fraction
@@ -62,7 +54,8 @@ class BadExampleLog:
         try:
             example = self._source[index]
             self._read(example["image"], False)
-            self._read_condition(example)
+            if self._read_condition is not None:
+                self._read_condition(example)
         except BadExample as error:
             self._note(self._source.example_id(index), str(error))
 

@@ -7,26 +7,14 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from dico_jax.data.paths import (
-    MAX_FILE_BYTES,
-    Listing,
-    is_hidden,
-    join,
-    list_folder,
-    open_file,
-    path_errors,
-    picture_names,
-    printable,
-    read_picture_file,
-    required_path,
-    wrong_path,
-)
-from dico_jax.data.pictures import BadExample, one_line
+from dico_jax.data import paths
+from dico_jax.data.pictures import BadExample
+from dico_jax.errors import one_line, shown
 
 # Folders that are listed at once; what takes time is a bucket or a network disk.
 _LISTERS = 16
@@ -71,7 +59,7 @@ class ClassFiles:
 
     def example_id(self, index) -> str:
         """CLASS/FILE, without the surrogates of `printable`."""
-        return printable("/".join(self._locate(index)[2:]))
+        return shown("/".join(self._locate(index)[2:]).lstrip("/"))
 
     def __repr__(self):
         return f"{type(self).__name__}({self.path!r})"
@@ -80,31 +68,36 @@ class ClassFiles:
 class FolderSource(ClassFiles):
     """PATH/CLASS/FILE, local or gs://."""
 
-    def __init__(self, path: str | None):
-        path = required_path(path, "a folder with one subfolder of pictures per class")
-        with path_errors(path):
-            top = list_folder(path)
-            folders = [join(path, name) for name in top.folders]
+    def __init__(self, path: str | None, *, flat: bool = False, beside: Collection[str] = ()):
+        """Lists the folders; a `flat` one may be of pictures alone, but for files `beside` them."""
+        path = paths.required_path(path, "a folder with one subfolder of pictures per class")
+        with paths.path_errors(path):
+            folders, files, others = paths.list_folder(path)
             with concurrent.futures.ThreadPoolExecutor(_LISTERS) as pool:
-                listings = list(pool.map(list_folder, folders))
-            names = map(_names_below, folders, listings)
-            classes = dict(zip(top.folders, names, strict=True))
-        files, skipped = sort_files(path, top.files, classes)
-        for name, listing in sorted(zip(top.folders, listings, strict=True)):
-            for other in sorted(picture_names(listing.others)):
-                skipped[printable(f"{name}/{other}")] = "it is not a file, or a broken link"
-        super().__init__(path, files, skipped)
+                inside = pool.map(lambda name: _list_below(os.path.join(path, name)), folders)
+                listings = dict(zip(folders, inside, strict=True))
+        loose = set(files).difference(beside)
+        if flat and (pictures := paths.picture_names(loose)):
+            others += [*loose.difference(pictures), *(f"{name}/" for name in folders)]
+            listings, loose = {"": (pictures, [])}, set()
+        classes = {name: inside for name, (inside, _) in listings.items()}
+        sorted_files, skipped = sort_files(path, loose, classes)
+        broken = [f"{name}/{other}" for name, (_, there) in listings.items() for other in there]
+        why = "it is not a file, or a broken link"
+        skipped |= {shown(name): why for name in sorted(paths.picture_names(broken))}
+        skipped |= dict.fromkeys(map(shown, others if flat else ()), "it is no picture")
+        super().__init__(path, sorted_files, skipped)
 
     def _read(self, index, class_name, file_name):
-        return read_picture_file(join(self.path, class_name, file_name))
+        return paths.read_picture_file(os.path.join(self.path, class_name, file_name))
 
 
-def _names_below(folder: str, listing: Listing) -> list[str]:
-    """Names of all files in a listed folder and deeper."""
-    for name in listing.folders:
-        deeper = join(folder, name)
-        listing.files.extend(f"{name}/{file}" for file in _names_below(deeper, list_folder(deeper)))
-    return listing.files
+def _list_below(folder: str) -> tuple[list[str], list[str]]:
+    """Names of all files in a folder and deeper, and of what else is in it."""
+    folders, files, others = paths.list_folder(folder)
+    for name in folders:
+        files += [f"{name}/{file}" for file in _list_below(os.path.join(folder, name))[0]]
+    return files, others
 
 
 class ZipSource(ClassFiles):
@@ -116,10 +109,12 @@ class ZipSource(ClassFiles):
     """
 
     def __init__(self, path: str | None):
-        path = required_path(path, "a zip file with one folder of pictures per class")
+        path = paths.required_path(path, "a zip file with one folder of pictures per class")
         infos, size = _directory(path)
-        visible = {i.filename: i for i in infos if not any(map(is_hidden, i.filename.split("/")))}
-        self._prefix = prefix = _common_folders(picture_names(visible))
+        visible = {
+            i.filename: i for i in infos if not any(map(paths.is_hidden, i.filename.split("/")))
+        }
+        self._prefix = prefix = _common_folders(paths.picture_names(visible))
         loose: list[str] = []
         classes: dict[str, list[str]] = {}
         for name in visible:
@@ -134,9 +129,9 @@ class ZipSource(ClassFiles):
 
     def _read(self, index, class_name, file_name):
         entry = dict(zip(_FIELDS, self._entries[index].item(), strict=True))
-        if entry["file_size"] > MAX_FILE_BYTES:
+        if entry["file_size"] > paths.MAX_FILE_BYTES:
             raise BadExample(f"its zip entry declares {entry['file_size']} bytes")
-        with open_file(self.path) as file:
+        with paths.open_file(self.path) as file:
             file.seek(entry["header_offset"])
             try:
                 return _content(file, entry, f"{self._prefix}{class_name}/{file_name}")
@@ -146,13 +141,13 @@ class ZipSource(ClassFiles):
 
 def _directory(path: str) -> tuple[list[zipfile.ZipInfo], int]:
     """The entries of a zip file and the file's size."""
-    with path_errors(path):
+    with paths.path_errors(path):
         try:
-            with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            with paths.open_file(path) as file, zipfile.ZipFile(file) as archive:
                 return archive.infolist(), file.seek(0, os.SEEK_END)
         except (zipfile.BadZipFile, struct.error, ValueError, RuntimeError, EOFError) as error:
             what = f"it is not a zip file, or damaged ({one_line(error)})"
-            raise wrong_path(path, f"{what}: copy it again") from error
+            raise paths.wrong_path(path, f"{what}: copy it again") from error
 
 
 def _common_folders(pictures: Iterable[str]) -> str:
@@ -168,7 +163,7 @@ def _entries(path: str, infos: Sequence[zipfile.ZipInfo], size: int) -> np.ndarr
         rows = map(operator.attrgetter(*_FIELDS), infos)
         entries = np.fromiter(rows, list(_FIELDS.items()), len(infos))
     except OverflowError as error:
-        raise wrong_path(path, "it declares an impossible size: copy it again") from error
+        raise paths.wrong_path(path, "it declares an impossible size: copy it again") from error
     at, nbytes, method = (entries[f] for f in ("header_offset", "compress_size", "compress_type"))
     outside = (at < 0) | (nbytes < 0) | (at > size) | (nbytes > size - at)
     known = (method == zipfile.ZIP_STORED) | (method == zipfile.ZIP_DEFLATED)
@@ -178,8 +173,8 @@ def _entries(path: str, infos: Sequence[zipfile.ZipInfo], size: int) -> np.ndarr
         (~known, "is packed with another method than deflate or none: use one of these"),
     ):
         if wrong.any():
-            name = printable(infos[int(np.argmax(wrong))].filename)
-            raise wrong_path(path, f"its entry {name} {reason}")
+            name = shown(infos[int(np.argmax(wrong))].filename)
+            raise paths.wrong_path(path, f"its entry {name} {reason}")
     return entries
 
 
@@ -208,24 +203,26 @@ def sort_files(
 
     `loose` are names beside the class folders, those in `classes` are "1.jpg" or "deeper/1.jpg".
     """
-    skipped = dict.fromkeys(picture_names(loose), "it lies beside the class folders")
+    skipped = dict.fromkeys(paths.picture_names(loose), "it lies beside the class folders")
     if not classes:
         what = f"it has no folders of pictures ({len(skipped)} pictures lie in no folder)"
-        raise wrong_path(path, f"{what}: give one folder of pictures per class (one is enough)")
+        raise paths.wrong_path(
+            path, f"{what}: give one folder of pictures per class (one is enough)"
+        )
     files: dict[str, list[str]] = {}
     for class_name, names in sorted(classes.items()):
-        pictures = files[class_name] = sorted(picture_names(names))
+        pictures = files[class_name] = sorted(paths.picture_names(names))
         if deep := next((name for name in pictures if "/" in name), None):
-            what = f"pictures lie deeper than CLASS/FILE ({printable(f'{class_name}/{deep}')})"
-            raise wrong_path(path, f"{what}: give or pack the folder that holds the classes")
+            what = f"pictures lie deeper than CLASS/FILE ({shown(f'{class_name}/{deep}')})"
+            raise paths.wrong_path(path, f"{what}: give or pack the folder that holds the classes")
         for name in set(names).difference(pictures) if len(pictures) < len(names) else ():
             if name and "/" not in name:
                 suffix = os.path.splitext(name)[1]
                 skipped[f"{class_name}/{name}"] = f"its suffix {suffix!r} is not a picture's"
-    skipped = {printable(name): skipped[name] for name in sorted(skipped)}
-    if empty := [printable(name) for name, pictures in files.items() if not pictures]:
+    skipped = {shown(name): skipped[name] for name in sorted(skipped)}
+    if empty := [shown(name) for name, pictures in files.items() if not pictures]:
         inside = [name for name in skipped if name.partition("/")[0] in empty]
         hint = f" (skipped in them: {len(inside)}, such as {inside[0]})" if inside else ""
         what = f"no pictures in the class folders {', '.join(empty)}{hint}"
-        raise wrong_path(path, f"{what}: fill or remove them")
+        raise paths.wrong_path(path, f"{what}: fill or remove them")
     return files, skipped

@@ -1,28 +1,18 @@
 """Sets of pictures to be measured: every one once, in order, all of one size."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
 from dico_jax.data.class_files import FolderSource
-from dico_jax.data.paths import (
-    join,
-    list_folder,
-    path_errors,
-    picture_names,
-    printable,
-    read_picture_file,
-)
 from dico_jax.data.pictures import BadExample, load_whole_picture
-from dico_jax.data.pipeline import read_ahead
+from dico_jax.data.pipeline import Reader, read_ahead
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 
-# What `dico_jax.sample` writes beside its images.
 _SEED = 2020
+# What `dico_jax.sample` writes beside its images.
 _BESIDE_SAMPLES = {"grid.png", "sampling.json"}
 
 
@@ -58,7 +48,33 @@ class ImageSet:
             yield from read_ahead(pictures.batch(size), num_workers=0)
 
 
-class FolderImages(ImageSet):
+class SourceImages(ImageSet):
+    """The examples of a source of pictures, as training sees them but never mirrored.
+
+    At most `limit` of them, spread evenly.
+    """
+
+    def __init__(self, source: Source, read: Reader, limit: int | None, name: str = ""):
+        self._source, self._read, name = source, read, name or repr(source)
+        if source.kind != "pictures":
+            raise UsageError(f"{name} has {source.kind}: pictures are needed")
+        count = len(source) if limit is None else min(limit, len(source))
+        super().__init__(name, np.linspace(0, len(source) - 1, count).round().astype(int))
+
+    def _load(self, index):
+        try:
+            picture = self._read(self._source[int(index)]["image"], False)
+            shape = getattr(self, "shape", picture.shape)
+            if picture.shape != shape:
+                differ = f"it is {picture.shape} pixels, the first picture {shape}"
+                raise BadExample(f"{differ}: all must have one size")
+            return picture
+        except BadExample as error:
+            named = self._source.example_id(int(index))
+            raise UsageError(f"{self.name}: {named} cannot be read: {error}") from error
+
+
+class FolderImages(SourceImages):
     """The pictures in a folder by the order of their names, or of those in its subfolders.
 
     Nothing is cropped or scaled. Beside the pictures may lie what `dico_jax.sample` leaves there.
@@ -66,67 +82,13 @@ class FolderImages(ImageSet):
 
     def __init__(self, path: str, flag: str):
         """Lists a folder, local or gs://, that messages call `flag`; other files are refused."""
-        with _about(flag), path_errors(path):
-            folders, files, others = list_folder(path)
-        names = sorted(set(files) - _BESIDE_SAMPLES)
-        self._path, self._flag, self._source = path, flag, None
-        self._names = picture_names(names)
-        others += set(names).difference(self._names)
-        if self._names:
-            others += [f"{name}/" for name in folders]
-        elif folders:
-            with _about(flag):
-                self._source = FolderSource(path)
-            others += self._source.skipped
-        else:
-            raise UsageError(f"{flag}={path}: there are no pictures in it")
-        if others:
-            listed = ", ".join(printable(name) for name in sorted(others)[:3])
+        try:
+            source = FolderSource(path, flat=True, beside=_BESIDE_SAMPLES)
+        except UsageError as error:
+            raise UsageError(str(error).replace("data.path", flag)) from error
+        if others := source.skipped:
+            listed = ", ".join(sorted(others)[:3])
             what = f"more than the pictures to be measured ({len(others)}, such as {listed})"
             raise UsageError(f"{flag}={path} holds {what}: move them elsewhere")
-        super().__init__(f"{flag}={path}", range(len(self._source or self._names)))
-
-    def _load(self, index):
-        source = self._source
-        file = join(self._path, source.example_id(index) if source else self._names[index])
-        try:
-            data = source[index]["image"] if source else read_picture_file(file)
-            picture = load_whole_picture(data)
-        except BadExample as error:
-            raise UsageError(f"{self._flag}: {file} cannot be read: {error}") from error
-        shape = getattr(self, "shape", picture.shape)
-        if picture.shape != shape:
-            differ = f"{file} is {picture.shape} pixels, the first picture {shape}"
-            raise UsageError(f"{self._flag}: {differ}: all must have one size")
-        return picture
-
-
-class SourceImages(ImageSet):
-    """The examples of a source of pictures, as training sees them but never mirrored.
-
-    At most `limit` of them, spread evenly.
-    """
-
-    def __init__(self, source: Source, read: Callable[[Any, bool], np.ndarray], limit: int | None):
-        if source.kind != "pictures":
-            raise UsageError(f"{source!r} has {source.kind}: pictures are needed")
-        self._source, self._read = source, read
-        count = len(source) if limit is None else min(limit, len(source))
-        super().__init__(repr(source), np.linspace(0, len(source) - 1, count).round().astype(int))
-
-    def _load(self, index):
-        position = int(index)
-        try:
-            return self._read(self._source[position]["image"], False)
-        except BadExample as error:
-            name = self._source.example_id(position)
-            raise UsageError(f"{self._source!r}: {name} cannot be read: {error}") from error
-
-
-@contextlib.contextmanager
-def _about(flag: str) -> Iterator[None]:
-    """Puts a flag in the place of the field that errors of paths name."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(str(error).replace("data.path", flag)) from error
+        whole = load_whole_picture
+        super().__init__(source, lambda data, _: whole(data), None, f"{flag}={path}")

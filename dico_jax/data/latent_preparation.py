@@ -28,7 +28,6 @@ from dico_jax.data.latents import (
     Manifest,
     Plan,
     Shard,
-    file_sha256,
     finished_shards,
     read_json,
 )
@@ -37,7 +36,7 @@ from dico_jax.data.pictures import BadExample, PictureReader
 from dico_jax.data.pipeline import read_ahead
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
-from dico_jax.files import library_versions
+from dico_jax.files import file_digest, library_versions
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated, to_global
 
 
@@ -108,20 +107,17 @@ def _write_json(file: epath.Path, values: dict[str, Any]) -> None:
 def claim_folder(folder: epath.Path, plan: Plan) -> None:
     """Makes the folder of a plan; a UsageError where there is something else than this plan."""
     file, new, fix = folder / "plan.json", dataclasses.asdict(plan), "give another folder"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (found := read_json(file, Plan)) is not None:
-            old = dataclasses.asdict(found)
-            pairs = ((key, json.dumps(old[key]), json.dumps(new[key])) for key in new)
-            said = "; ".join(f"{key} was {a:.60}, is {b:.60}" for key, a, b in pairs if a != b)
-            if said:
-                raise UsageError(f"--out={folder} has latents made otherwise ({said}): {fix}")
-        elif any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise UsageError(f"--out={folder} is not empty and has no plan.json: {fix}")
-        else:
-            _write_json(file, new)
-    except OSError as error:
-        raise UsageError(f"--out={folder} cannot be written: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    if (found := read_json(file, Plan)) is not None:
+        old = dataclasses.asdict(found)
+        pairs = ((key, json.dumps(old[key]), json.dumps(new[key])) for key in new)
+        said = "; ".join(f"{key} was {a:.60}, is {b:.60}" for key, a, b in pairs if a != b)
+        if said:
+            raise UsageError(f"--out={folder} has latents made otherwise ({said}): {fix}")
+    elif any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UsageError(f"--out={folder} is not empty and has no plan.json: {fix}")
+    else:
+        _write_json(file, new)
 
 
 # Of an example: its id, its fields but the image, and why it is bad or None.
@@ -154,7 +150,7 @@ def write_shard(
             writer.write(_record(example_id, moments.astype(DTYPES[plan.dtype]), dict(others)))
         writer.close()
         common = tuple(sorted(set.intersection(*fields))) if fields else ()
-        size, digest = file.stat().length, file_sha256(file)
+        size, digest = file.stat().length, file_digest(file)
         done = Shard(target.name, len(fields), size, digest, all_bad, common)
         if remote:
             file.copy(target, overwrite=True)

@@ -9,7 +9,6 @@ and (with two orientations) of the mirrored picture.
 import concurrent.futures
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from etils import epath
 
 from dico_jax.data.paths import is_remote, required_path
 from dico_jax.errors import UsageError, within
+from dico_jax.files import file_digest
 
 FORMAT = "dico_jax latents 1"
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -131,11 +131,6 @@ def read_manifest(folder: epath.Path) -> Manifest:
     raise UsageError(f"{folder} is not finished ({done}): run the same dico_jax.prepare again")
 
 
-def file_sha256(file: epath.Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 class PreparedLatents:
     """The examples of a folder of prepared latents, a `Source`, or a UsageError.
 
@@ -185,7 +180,7 @@ class PreparedLatents:
         total = sum(shard.bytes for shard in shards)
         bar = tqdm.tqdm(total=total, desc="checksums", unit="B", unit_scale=True, delay=2)
         with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            digests = pool.map(lambda shard: file_sha256(self._folder / shard.file), shards)
+            digests = pool.map(lambda shard: file_digest(self._folder / shard.file), shards)
             for shard, digest in zip(shards, digests, strict=True):
                 if digest != shard.sha256:
                     pool.shutdown(cancel_futures=True)
@@ -257,8 +252,6 @@ def verify(path: str) -> Manifest:
         except (ValueError, KeyError, TypeError):
             right = False
         if not right:
-            said = (
-                "cannot be read, lacks a field, is of no class or holds numbers that are not finite"
-            )
+            said = "cannot be read, lacks a field, is of no class or not finite"
             raise UsageError(f"{path}: record {index} {said}")
     return source.manifest

@@ -3,25 +3,18 @@
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from typing import IO, NamedTuple
+from typing import IO
 
 from etils import epath
 
-from dico_jax.data.pictures import BadExample, one_line, picture_suffixes
-from dico_jax.errors import UsageError
+from dico_jax.config import expanded
+from dico_jax.data.pictures import BadExample, picture_suffixes
+from dico_jax.errors import UsageError, one_line
 
 # Larger than a file of MAX_PIXELS, even without compression (0.7 GB).
 MAX_FILE_BYTES = 1 << 30
 
 _LEFT_BEHIND = {"Thumbs.db", "desktop.ini", "__MACOSX"}
-
-
-class Listing(NamedTuple):
-    """The names in a folder that are not hidden; `others` are broken links, pipes and so on."""
-
-    folders: list[str]
-    files: list[str]
-    others: list[str]
 
 
 def is_remote(path: str) -> bool:
@@ -43,17 +36,7 @@ def required_path(path: str | None, what: str, *, local: str = "") -> str:
     if local and is_remote(path):
         fix = "copy them to a local disk, or mount the bucket (gcsfuse)"
         raise wrong_path(path, f"{local} cannot be read in a bucket: {fix}")
-    return os.path.expanduser(path)
-
-
-def join(*parts: str) -> str:
-    """A path of names below a folder, local or not."""
-    return "/".join([parts[0].rstrip("/") or "/", *parts[1:]])
-
-
-def printable(name: str) -> str:
-    """A file's name without the surrogates that stand for bytes which are not UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return expanded("data.path", "data.path", path)
 
 
 def is_hidden(name: str) -> bool:
@@ -69,8 +52,8 @@ def picture_names(names: Iterable[str]) -> list[str]:
     return [name for name in names if name[name.rfind(".") :].lower() in suffixes]
 
 
-def list_folder(path: str) -> Listing:
-    """What is in a folder; an OSError if it cannot be listed."""
+def list_folder(path: str) -> tuple[list[str], list[str], list[str]]:
+    """Folders, files and others (broken links, pipes) in a folder, but hidden ones; or OSError."""
     found: tuple[list[str], list[str], list[str]] = ([], [], [])
     if is_remote(path):
         # The first step of a walk tells files and folders apart in one request.
@@ -86,9 +69,8 @@ def list_folder(path: str) -> Listing:
                     files.append(entry.name)
                 else:
                     (folders if entry.is_dir() else others).append(entry.name)
-    return Listing(
-        *([n for n in names if n[0] != "." and n not in _LEFT_BEHIND] for names in found)
-    )
+    folders, files, others = ([n for n in names if not is_hidden(n)] for names in found)
+    return folders, files, others
 
 
 def _fail(error: OSError) -> None:

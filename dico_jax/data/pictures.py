@@ -13,6 +13,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dico_jax.errors import one_line
+
 # Pillow refuses larger pictures, as such files are made to fill the memory; 2 * 13,377 squared.
 MAX_PIXELS = 178_956_970
 
@@ -26,11 +28,6 @@ warnings.filterwarnings("ignore", module=r"PIL\b")
 
 class BadExample(Exception):  # noqa: N818 - what it tells of is the example
     """An example that cannot be read. Its text is the reason, in one line."""
-
-
-def one_line(error: Exception) -> str:
-    """An error's text without line breaks."""
-    return " ".join(str(error).split())
 
 
 @dataclasses.dataclass(frozen=True)

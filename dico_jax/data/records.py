@@ -17,8 +17,8 @@ from tensorflow_datasets.core import read_only_builder, registered
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dico_jax.data.paths import path_errors, required_path, wrong_path
-from dico_jax.data.pictures import BadExample, one_line
-from dico_jax.errors import UsageError
+from dico_jax.data.pictures import BadExample
+from dico_jax.errors import UsageError, one_line
 
 _FILES = ("*.array_record*", "*.arrayrecord*")
 
@@ -28,7 +28,6 @@ _ID = (("file_name", "id", "image/filename"), bytes)
 
 _OPENERS = 16  # files at once
 _TRIED = 10  # records, to find a good one
-_MAX_REASON = 200
 
 
 class _Records:
@@ -262,7 +261,7 @@ def _find_builder(name: str | None, path: str | None) -> tfds.core.DatasetBuilde
     except (registered.DatasetNotFoundError, ValueError, OSError) as error:
         plain = str(name).partition(":")[0]
         versions = ", ".join(sorted(glob.glob("*", root_dir=os.path.join(folder, plain))))
-        found = f"has {versions}" if versions else one_line(error)[:_MAX_REASON]
+        found = f"has {versions}" if versions else one_line(error)
         fix = "or prepare it with tfds build NAME --file_format=array_record --data_dir=DATA_DIR"
         fix = f"give its data_dir or the folder of dataset_info.json as config.data.path, {fix}"
         what = f"is not prepared in {folder} ({found}): {fix}"
@@ -289,7 +288,7 @@ def _check_split(builder: tfds.core.DatasetBuilder, split: str) -> int:
         if not count:
             raise ValueError("it has no examples")
     except (ValueError, KeyError, AssertionError) as error:
-        what = f"is not a split of {builder.data_dir} ({one_line(error)[:_MAX_REASON]})"
+        what = f"is not a split of {builder.data_dir} ({one_line(error)})"
         fix = f"use one of {', '.join(builder.info.splits)}, or a part such as 'train[:90%]'"
         raise UsageError("data.split", split, f"{what}: {fix}") from error
     for file in files:

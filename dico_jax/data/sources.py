@@ -7,8 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dico_jax.data.paths import path_errors, required_path, wrong_path
-from dico_jax.data.pictures import one_line
-from dico_jax.errors import UsageError
+from dico_jax.errors import UsageError, one_line
 
 
 class Source(Protocol):

@@ -66,7 +66,8 @@ class Denoiser(nn.Module):
 
     def check_positive(self, *fields: str):
         """Checks of `checks` that fields are 1 or more."""
-        return ((field, getattr(self, field) > 0, "must be at least 1") for field in fields)
+        values = ((field, getattr(self, field)) for field in fields)
+        return ((f, isinstance(v, int) and v > 0, "must be at least 1") for f, v in values)
 
     def __call__(self, x, t, condition):
         """The network's output, see above."""

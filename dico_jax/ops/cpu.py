@@ -218,9 +218,7 @@ def _kernel_gradient(x, kernel, dy):
     return apart(of_sums, *sums)
 
 
-def use_all_cores(
-    *, keep_memory: bool = False, fits: Callable[[int], bool] = lambda count: True
-) -> None:
+def use_all_cores(*, keep_memory: bool = False, fits: Callable[[int], bool] | None = None) -> None:
     """Makes devices of the cores where there is no accelerator; call it before JAX is used.
 
     At most 8, because every device has its own copy of the weights, and as many as fit. A number

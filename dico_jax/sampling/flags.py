@@ -23,30 +23,17 @@ _VAE = flags.DEFINE_string(
     "Weights of the autoencoder: a file, a folder or hf://OWNER/REPO/FILE; or 'preview' for small "
     "false-colour pictures [config].",
 )  # fmt: skip
-_SEED = flags.DEFINE_integer("seed", 0, "Decides, with an image's index, all its noise.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Decides, with an image's index, all its noise.", 0, 2**32 - 1
+)
 
-_CPU_TUNING = cli.define_cpu_tuning()
+_USE_ALL_CORES = cli.define_cpu_tuning()
 
 _NAMES = {"num_steps": "steps"}  # of flags, where the field is named otherwise
-_DEFINE: dict[type, Any] = {
-    str: flags.DEFINE_string,
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-}
-
-
-def _define_overrides() -> dict[str, flags.FlagHolder]:
-    """A flag for every field of config.sampling that changes an image, explained as it is there."""
-    found = {}
-    for name, (default, meaning) in cli.config_fields().items():
-        section, field = name.split(".")
-        if section == "sampling" and field != "batch_size" and not field.startswith("grid_"):
-            define = _DEFINE[type(default)]
-            found[field] = define(_NAMES.get(field, field), None, f"{meaning} [config]")
-    return found
-
-
-_OVERRIDES = _define_overrides()  # by the name of the field
+# A flag for every field of config.sampling that changes an image.
+_FIELDS = [name.removeprefix("sampling.") for name in cli.config_fields() if "sampling." in name]
+_FIELDS = [f for f in _FIELDS if f != "batch_size" and "grid_" not in f]
+_OVERRIDES = cli.define_fields({_NAMES.get(f, f): f"sampling.{f}" for f in _FIELDS}, " [config]")
 
 NAMES = tuple(
     flag.name for flag in (CLASSES, _STEP, _WEIGHTS, _EMA_WIDTH, _VAE, _SEED, *_OVERRIDES.values())
@@ -55,16 +42,15 @@ NAMES = tuple(
 
 def use_all_cores(ckpt: str | None) -> None:
     """Does what --cpu_tuning says, before JAX is used, for the weights of a checkpoint."""
-    if _CPU_TUNING.value:
-        from dico_jax.checkpoints.reader import weights_fit  # late: --help answers before JAX
-        from dico_jax.ops import cpu
+    from dico_jax.checkpoints.reader import weights_fit  # late: --help answers before JAX
 
-        cpu.use_all_cores(keep_memory=True, fits=weights_fit(ckpt))
+    _USE_ALL_CORES(weights_fit(ckpt))
 
 
 def sampler_arguments(batch_size: int | None) -> dict[str, Any]:
     """The arguments of `CheckpointSampler`, but for the checkpoint."""
-    overrides = {name: flag.value for name, flag in _OVERRIDES.items()} | {"batch_size": batch_size}
+    overrides = {f: _OVERRIDES[_NAMES.get(f, f)].value for f in _FIELDS}
+    overrides["batch_size"] = batch_size
     return {
         "step": _STEP.value,
         "weights": _WEIGHTS.value,

@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dico_jax.config import check_at_least, config_errors
+from dico_jax.config import check_values, config_errors
 from dico_jax.errors import TrainingStopped, UsageError
 from dico_jax.training.logging import require_wandb
 
@@ -24,18 +24,16 @@ MAX_ROLLBACKS = 3
 
 _LOOK = "look for examples that are not finite"
 _GO_ON = "start again with --config.training.on_nan=skip or =rollback to go on from there"
-_LOWEST = {"training.stall_warning_seconds": 0, "profile.start_step": 0, "profile.num_steps": 1}
 _FIRST_STEP_PATIENCE = 2  # it has to be compiled
 
 
 def check_watch(config: ConfigDict) -> None:
     """Raises UsageError for a field that cannot work, naming it, its value and the fix."""
+    check_values(config, "training", "profile", "logging")
     with config_errors():
         if config.training.on_nan not in POLICIES:
             fix = f"is unknown: use one of {', '.join(map(repr, POLICIES))}"
             raise UsageError("training.on_nan", config.training.on_nan, fix)
-        for field, low in _LOWEST.items():
-            check_at_least(config, field, low)
         require_wandb(config.logging.wandb_project)
 
 
