@@ -80,8 +80,6 @@ def _check() -> None:
                 raise UsageError(f"--{name} is for --ckpt, not for --samples")
     if _SWEEP_CFG.value is not None and (flags.FLAGS["cfg_scale"].present or _OUT.value is None):
         raise UsageError("--sweep_cfg needs --out, for its result and plot, and no --cfg_scale")
-    if _OUT.value is not None and not _OUT.value.endswith(".json"):
-        raise UsageError(f"--out={_OUT.value}: name a .json file")
 
 
 if __name__ == "__main__":

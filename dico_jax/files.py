@@ -101,24 +101,27 @@ def sync(*paths: pathlib.Path) -> None:
             os.close(descriptor)
 
 
-def check_new(path: str | os.PathLike, nbytes: int) -> None:
+def check_new(path: str | os.PathLike, nbytes: int, flag: str = "--out", exists=False) -> None:
     """UsageError unless --out is free, or an empty folder or file, and the disk has room for it."""
     target = pathlib.Path(path).absolute()
-    if any(target.iterdir()) if target.is_dir() else target.exists() and target.stat().st_size:
-        raise UsageError("--out", path, "exists: give another name, or remove it")
+    full = any(target.iterdir()) if target.is_dir() else target.exists() and target.stat().st_size
+    if full and not exists:
+        raise UsageError(flag, path, "exists: give another name, or remove it")
     if not target.parent.is_dir():
-        raise UsageError("--out", path, f": there is no folder {target.parent}, make it first")
+        raise UsageError(flag, path, f": there is no folder {target.parent}, make it first")
     if (free := shutil.disk_usage(target.parent).free) < nbytes:
         fix = f"needs about {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there"
         raise UsageError("--out", path, f"{fix}: make room, or give another place")
 
 
-def result_path(out: str, suffix: str) -> pathlib.Path:
-    """The path of --out, a new file with this suffix; UsageError if it cannot be that."""
+def result_path(out: str, suffix: str = "", flag: str = "--out", exists=False) -> pathlib.Path:
+    """The path of a file, new or one that `exists`; UsageError if it cannot be written."""
     path = pathlib.Path(out)
-    if path.suffix != suffix:
-        raise UsageError("--out", out, f": name a {suffix} file")
-    check_new(path, 0)
+    if not path.name.endswith(suffix):
+        raise UsageError(flag, out, f": name a {suffix} file")
+    if path.is_dir():
+        raise UsageError(flag, out, "is a folder: name a file")
+    check_new(path, 0, flag, exists)
     return path
 
 

@@ -16,15 +16,19 @@ for _module in (cli, sampler_flags):
 _NPZ = flags.DEFINE_string(
     "npz", None, "Also write arr_0 (uint8 NHWC) and arr_1 (labels) here, as ADM's evaluator reads."
 )
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the file of --npz.")
 
 
 def main() -> None:
     """Parses flags, samples and saves."""
     # Late imports: --help answers before JAX is imported.
     sampler_flags.use_all_cores(_CKPT.value)
-    from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
+    from dico_jax.sampling import checkpoint_sampler
 
-    sampler = CheckpointSampler(_CKPT.value, **sampler_flags.sampler_arguments(_BATCH_SIZE.value))
+    checkpoint_sampler.check_outputs(_OUT.value, _NPZ.value, _OVERWRITE.value)
+    sampler = checkpoint_sampler.CheckpointSampler(
+        _CKPT.value, **sampler_flags.sampler_arguments(_BATCH_SIZE.value)
+    )
     count, classes = _NUM_IMAGES.value, sampler_flags.CLASSES.value
     sampler.save(_OUT.value, num_images=count, classes=classes, npz=_NPZ.value)
     print(f"{_NUM_IMAGES.value} images and grid.png are in {_OUT.value}")

@@ -105,6 +105,26 @@ def test_files_that_are_none(classifier, tmp_path):
             load_classifier(path)
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        [], {"image_shape": [-1, 4, 1]}, {"image_shape": ["a", "b", "c"]}, {"image_shape": 3},
+        {"class_names": 2}, {"info": []}, {"image_shape": [10**12] * 3}, "deep",
+    ],
+)  # fmt: skip
+def test_wrong_descriptions_are_refused_in_one_line(classifier, tmp_path, about):
+    path = tmp_path / "a.npz"
+    classifier.save(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    right = json.loads(arrays["about"].tobytes())
+    text = json.dumps(right | about if isinstance(about, dict) else about)
+    text = "[" * 10**6 if about == "deep" else text
+    np.savez(path, **arrays | {"about": np.frombuffer(text.encode(), np.uint8)})
+    with pytest.raises(UsageError, match=r"^\S*a.npz is no classifier.{0,200}$"):
+        load_classifier(path)
+
+
 def test_sources_that_it_cannot_learn():
     source, read = Plain(), PictureReader(4, 1)
     source.class_names = ("all",)

@@ -1,6 +1,7 @@
 """The commands as a user types them, right and wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
+from dico_jax.errors import UsageError
+from dico_jax.sampling.checkpoint_sampler import CheckpointSampler, check_outputs
 from dico_jax.sampling.generate import NotFiniteError
 from dico_jax.sampling.grids import load_png
 from tests.commands import ROOT, assert_refused, call
@@ -250,6 +252,44 @@ def test_sample_refuses_to_mix_with_images_of_unknown_origin(workdir, tmp_path):
     done = call("dico_jax.sample", f"--ckpt={workdir}", f"--out={tmp_path}")
     assert_refused(done, "holds images but no sampling.json")
     assert (tmp_path / "000000.png").read_bytes() == b"mine"
+
+
+def test_outputs_of_sample_are_checked_before_work(tmp_path):
+    def refused(match, out, npz=None, overwrite=False):
+        with pytest.raises(UsageError, match=match):
+            check_outputs(str(out), None if npz is None else str(npz), overwrite)
+
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    refused(r"--out=.*notes.txt is a file: name a folder", file)
+    refused(r"--out=.* holds other files \(1, such as notes.txt\): give a new folder", tmp_path)
+    out, npz = tmp_path / "new", tmp_path / "a.npz"
+    refused("--npz=.*: there is no folder .*/no, make it first", out, tmp_path / "no" / "a.npz")
+    refused("--npz=.* is a folder: name a file", out, tmp_path)
+    npz.write_bytes(b"mine")
+    refused("--npz=.* exists: give another name", out, npz)
+    check_outputs(str(out), str(npz), True)
+    assert not out.exists()
+
+
+def test_samples_belong_to_weights_and_not_to_their_place(workdir, tmp_path):
+    def save(run, **options):
+        sampler = CheckpointSampler(str(run), overrides={"num_steps": 2}, **options)
+        sampler.save(str(tmp_path / "out"), num_images=2)
+
+    save(workdir)
+    image, described = (tmp_path / "out" / name for name in ("000001.png", "sampling.json"))
+    before = image.stat().st_mtime_ns
+    shutil.copytree(workdir, tmp_path / "moved")
+    save(tmp_path / "moved")
+    assert image.stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match=r"other settings \(weights was ema, is params; weights_d"):
+        save(workdir, weights="params")
+    # What a power cut has left says nothing of the images: they are made again.
+    described.write_text("")
+    save(workdir)
+    assert image.stat().st_mtime_ns > before
+    assert json.loads(described.read_text())["settings"]["weights"] == "ema"
 
 
 def test_commands_run_from_anywhere(tmp_path):

@@ -1,6 +1,7 @@
 """FID and its family through the commands, in the features of a small classifier."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -95,11 +96,11 @@ def test_an_interrupted_evaluation_goes_on(folder, tmp_path, monkeypatch):
     out = tmp_path / "a.json"
     made = []
 
-    def interrupted(self, batch):
+    def interrupted(self, images, batch):
         if len(made) == 5:
             raise KeyboardInterrupt
         made.append(len(batch.pool))
-        return add(self, batch)
+        return add(self, images, batch)
 
     add = evaluator.FeatureSummary.add
     with monkeypatch.context() as patch:
@@ -110,10 +111,18 @@ def test_an_interrupted_evaluation_goes_on(folder, tmp_path, monkeypatch):
     other = str(folder / "images.npz")
     with pytest.raises(UsageError, match="was left by an evaluation of something else .samples"):
         evaluate_files(other, reference, options(folder, batch_size=4), str(out))
+    picture = folder / "images" / "000003.png"
+    whole = picture.read_bytes()
+    shutil.copy(folder / "images" / "000005.png", picture)
+    with pytest.raises(UsageError, match="was left by an evaluation of other pictures in --samp"):
+        evaluate_files(images, reference, options(folder, batch_size=4), str(out))
+    picture.write_bytes(whole)
     with monkeypatch.context() as patch:
         counts = []
         patch.setattr(
-            evaluator.FeatureSummary, "add", lambda s, b: (counts.append(len(b.pool)), add(s, b))
+            evaluator.FeatureSummary,
+            "add",
+            lambda s, i, b: (counts.append(len(b.pool)), add(s, i, b)),
         )
         found = evaluate_files(images, reference, options(folder, batch_size=4), str(out))
     assert sum(counts) == 30 - 16  # two batches of four make a note; four had been noted

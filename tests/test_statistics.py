@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
+from dico_jax.evaluation import statistics
 from dico_jax.evaluation.statistics import (
     NpzImages,
     Statistics,
@@ -235,6 +236,17 @@ def test_an_array_shorter_than_its_header_says(tmp_path):
         archive.writestr("mu.npy", b"no array")
         archive.writestr("sigma.npy", b"")
     refused(path, "mu is no array")
+
+
+def test_small_files_of_much_are_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "_UNPACKED", 1 << 20)
+    many = {"pool_features": np.zeros((60_000, WIDTH))}
+    path = write(tmp_path / "a.npz", np.savez_compressed, **adm_arrays(), **many)
+    refused(path, r"it would unpack to 0.0 GB")
+    write(path, np.savez, **adm_arrays(), **many)
+    assert open_reference(path).pool_features.shape == (60_000, WIDTH)
+    text = np.array("[" * 10**6)
+    refused(write(path, **adm_arrays(), dico_jax=text), "a.npz")
 
 
 class Trap:

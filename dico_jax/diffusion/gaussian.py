@@ -132,12 +132,7 @@ def split_output(diffusion: Diffusion, model_output, num_channels: int):
 
 
 def p_mean_variance(
-    diffusion: Diffusion,
-    model_output,
-    x,
-    t,
-    clip_denoised: bool = False,
-    denoised_fn: Callable[[jax.Array], jax.Array] | None = None,
+    diffusion: Diffusion, model_output, x, t, clip_denoised: bool = False, denoised_fn=None
 ) -> ModelMoments:
     """Moments of p(x_{t-1} | x_t) that a model's output stands for.
 
@@ -227,9 +222,7 @@ def _cdf_logit(x: jax.Array) -> jax.Array:
     return _CDF_SLOPE * (x + 0.044715 * x**3)
 
 
-def vb_terms(
-    diffusion: Diffusion, model_output, x0, x_t, t, clip_denoised: bool = False
-) -> jax.Array:
+def vb_terms(diffusion: Diffusion, model_output, x0, x_t, t, clip_denoised=False) -> jax.Array:
     """One term of the variational bound per example: (N,), in bits per dimension.
 
     DDPM (arXiv 2006.11239) equation 5: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and at index

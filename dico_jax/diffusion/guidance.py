@@ -6,7 +6,6 @@ four latent channels only. That is `cfg_channels="first_three"`; "all" is the pa
 
 import numbers
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +55,7 @@ def classifier_free_guidance(
 
 
 def guided_model_fn(
-    model_fn: Callable[[jax.Array, jax.Array, Any], jax.Array],
-    condition: Any,
-    null: Any,
-    scale,
-    num_channels: int,
-    cfg_channels: str = "first_three",
+    model_fn: Callable, condition, null, scale, num_channels: int, cfg_channels="first_three"
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """A model of (x, t), (N, ..., C) and (N,), that is guided to the condition, for `sample_loop`.
 

@@ -53,8 +53,6 @@ class Objective(abc.ABC):
         `num_steps`: of sampling, None for training.
         """
 
-    # Training.
-
     @abc.abstractmethod
     def draw(self, key: jax.Array, x0) -> tuple[jax.Array, jax.Array]:
         """Times (N,) and noise like x0, of the first two of the key's three parts."""
@@ -69,8 +67,6 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def progress(self, t) -> jax.Array:
         """How far times are from clean data (0) to noise (1, not reached)."""
-
-    # Sampling.
 
     @property
     @abc.abstractmethod

@@ -22,12 +22,7 @@ _PAIRS_BYTES = 32 << 20
 _HOST_ROWS = 128
 
 
-def frechet_distance(
-    sample_mean: np.ndarray,
-    sample_covariance: np.ndarray,
-    reference_mean: np.ndarray,
-    reference_covariance: np.ndarray,
-) -> float:
+def frechet_distance(sample_mean, sample_covariance, reference_mean, reference_covariance) -> float:
     """|m1 - m2|^2 + trace(C1 + C2 - 2 sqrt(C1 C2)) of means (D,) and covariances (D, D), float64.
 
     With C1 = R R^T, the trace of the root is the sum of the roots of the eigenvalues of R^T C2 R,
@@ -173,11 +168,8 @@ class _Tile(NamedTuple):
 
 
 def _least(a: _Rows, b: _Rows, k: int, distances: str) -> tuple[np.ndarray, np.ndarray]:
-    """The k-th least score of every row of a over those of b, float64 (N,), and of b over a, (M,).
-
-    Where b is a, a row does not meet itself; else only the signs are sure to be exact.
-    """
-    same = b is a
+    """The k-th least score of every row of a over all of b, float64 (N,), and of b over a, (M,)."""
+    same = b is a  # then a row does not meet itself; else only the signs are sure to be exact
     if distances == "adm_float16":
         peaks = [float(np.max(_squares(x.features.astype(np.float32)))) for x in (a, b)]
         half = 2.1 * sum(peaks) < _HALF_MAX  # else float16 would overflow
@@ -220,10 +212,7 @@ def _squares(rows: np.ndarray) -> np.ndarray:
 
 
 def _half_sums(values: np.ndarray) -> np.ndarray:
-    """Sums of float16 rows (N, D), in float16, in TensorFlow's order on a CPU, which is Eigen's.
-
-    Halves where a row has more than 1,600 numbers, else four sums of packets of eight numbers.
-    """
+    """Sums of float16 rows (N, D), in float16, in TensorFlow's order on a CPU, which is Eigen's."""
     width = values.shape[1]
     if width > 1600:
         middle = 8 * -(-width // 16)

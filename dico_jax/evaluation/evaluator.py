@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -10,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
-from jax.sharding import Mesh
 
 from dico_jax.data.image_sets import FolderImages, ImageSet
 from dico_jax.errors import UsageError
@@ -18,6 +18,7 @@ from dico_jax.evaluation import distances, networks, statistics
 from dico_jax.evaluation.networks import FeatureFn, FeatureNetwork, Features
 from dico_jax.evaluation.statistics import SPLIT_SIZE, InceptionScore, Moments, Statistics
 from dico_jax.files import file_digest, library_versions
+from dico_jax.sampling.checkpoint_sampler import differences
 from dico_jax.sampling.generate import NotFiniteError
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000
@@ -27,7 +28,8 @@ _SAVE_EVERY = 5000  # images between two notes of what is known so far
 METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid")
 _OF_ALL_FEATURES = {"precision_recall", "kid"}  # for which features are kept: 8 kB an image
 
-Batches = Callable[[int], Iterator[np.ndarray]]  # the images from one on, uint8 (N, H, W, C)
+_VERSION = 2  # of these notes
+Batches = Callable[..., Iterator[np.ndarray]]  # images from one on (to one), uint8 (N, H, W, C)
 
 
 class FeatureSummary:
@@ -40,17 +42,17 @@ class FeatureSummary:
         parts = {"pool": self.pool, "spatial": self.spatial, "logits": self.score}
         self._parts = {name: part for name, part in parts.items() if part is not None}
         self._kept = [np.empty((0, network.width), np.float32)] if keep_features else None
+        self.pictures = b""  # the digest of all images so far
 
     @property
     def pool_features(self) -> np.ndarray | None:
         """Those of all images, float32 (N, D), or None if they are not kept."""
-        if self._kept is None:
-            return None
-        self._kept = [np.concatenate(self._kept)]
-        return self._kept[0]
+        self._kept = self._kept and [np.concatenate(self._kept)]
+        return self._kept[0] if self._kept else None
 
-    def add(self, features: Features) -> None:
+    def add(self, images: np.ndarray, features: Features) -> None:
         """Adds the next images; UsageError where a feature is not finite."""
+        self.pictures = pictures_digest(images, self.pictures)
         for name, part in self._parts.items():
             part.update(getattr(features, name))
         if self._kept is not None:
@@ -58,7 +60,9 @@ class FeatureSummary:
 
     def save(self, path: pathlib.Path, about: dict[str, Any]) -> None:
         """Writes the summary, to go on later; `about` says what it is of."""
-        arrays = {} if self._kept is None else {"kept": self.pool_features}
+        arrays: dict[str, Any] = {"pictures": np.frombuffer(self.pictures, np.uint8)}
+        if self._kept is not None:
+            arrays["kept"] = self.pool_features
         for name, part in self._parts.items():
             arrays |= {f"{name}/{key}": value for key, value in part.to_arrays().items()}
         statistics.save_arrays(path, about, arrays)
@@ -66,10 +70,10 @@ class FeatureSummary:
     def load(self, path: pathlib.Path, about: dict[str, Any]) -> None:
         """Goes on from what `save` has written; UsageError where that is of something else."""
         found, arrays = statistics.load_arrays(path, "is damaged: remove it to start again")
-        about = json.loads(json.dumps(about))
-        if differing := ", ".join(key for key in found if found[key] != about.get(key)):
+        if differing := differences(found, json.loads(json.dumps(about))):
             what = f"was left by an evaluation of something else ({differing})"
             raise UsageError(f"{path} {what}: give another --out, or remove it")
+        self.pictures = arrays["pictures"].tobytes()
         for name, part in self._parts.items():
             part.restore({key: arrays[f"{name}/{key}"] for key in part.to_arrays()})
         self._kept = self._kept and [arrays["kept"]]
@@ -101,19 +105,27 @@ class Evaluator:
     ) -> dict[str, Any]:
         """The result for images of which `samples` tells, their "count" above all.
 
-        `partial` is a file for what is known on the way; if it is there, this goes on from it.
+        `partial` is a file for what is known on the way; if it is there, this goes on from it,
+        once the images of files, whose names are in `samples`, are found to be the same.
         """
         keep = bool(set(self.metrics) & _OF_ALL_FEATURES)
         about, count = self.about(samples), samples["count"]
+        noted_as = about | {"keeps_features": keep, "version": _VERSION}
         summary = FeatureSummary(self.network, keep, count)
         if partial is not None and partial.exists():
-            summary.load(partial, about | {"keeps_features": keep})
+            summary.load(partial, noted_as)
+            read, there = b"", summary.pool.count if "images" in samples else 0
+            for images in batches(0, there) if there else ():
+                read = pictures_digest(images, read)
+            if there and read != summary.pictures:
+                what = f"was left by an evaluation of other pictures in {samples['images']}"
+                raise UsageError(f"{partial} {what}: give another --out, or remove it")
         noted = summary.pool.count
         for images in _shown(batches, noted, count, None, progress):
-            summary.add(self.features(images))
+            summary.add(images, self.features(images))
             is_due = summary.pool.count - noted >= _SAVE_EVERY and jax.process_index() == 0
             if partial is not None and is_due:
-                summary.save(partial, about | {"keeps_features": keep})
+                summary.save(partial, noted_as)
                 noted = summary.pool.count
         ranked = bool({"fid", "sfid"} & set(self.metrics))
         rank = distances.rank_warning(summary.pool.count, self.network.width) if ranked else None
@@ -125,11 +137,19 @@ class Evaluator:
         return {
             "metrics": metrics,
             **about,
+            "pictures_digest": summary.pictures.hex(),
             "warnings": [text for text in (self.network.warning, rank, no_std) if text],
             "versions": library_versions(),
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         }
+
+
+def pictures_digest(images: np.ndarray, before: bytes = b"") -> bytes:
+    """sha256 of images (N, H, W, C) after others, whatever the batches."""
+    for image in images:
+        before = hashlib.sha256(before + repr(image.shape).encode() + image.tobytes()).digest()
+    return before
 
 
 def create_network(features: str, inception: str | None, flag: str = "--") -> FeatureNetwork:
@@ -146,19 +166,15 @@ def create_network(features: str, inception: str | None, flag: str = "--") -> Fe
 
 
 def create_evaluator(
-    network: FeatureNetwork,
-    reference: str,
-    metrics: Sequence[str] | None,
-    *,
-    batch_size: int,
-    mesh: Mesh,
-    flag: str = "--reference",
+    network: FeatureNetwork, reference: str, metrics: Any, flag: str = "--reference", **how: Any
 ) -> Evaluator:
     """Opens a reference, an .npz file or a folder of pictures; of images alone, measures them.
 
-    Messages call the reference `flag`. `metrics` are names of `METRICS`, or None for all it allows.
+    Messages call the reference `flag`. `metrics` are names of `METRICS`, or None for all it allows;
+    `how` are batch_size and mesh, see `make_feature_fn`.
     """
-    features, name = networks.make_feature_fn(network, batch_size, mesh), f"{flag}={reference}"
+    features, name = networks.make_feature_fn(network, **how), f"{flag}={reference}"
+    batch_size = how["batch_size"]
     is_file = pathlib.Path(reference).is_file()
     found = statistics.open_reference(reference) if is_file else open_images(reference, flag)
     images = found.images if isinstance(found, Statistics) else found
@@ -166,8 +182,8 @@ def create_evaluator(
         images.name = name
     if not isinstance(found, Statistics):
         found = measure_images(found, network, features, batch_size)
-        digest = file_digest(reference) if is_file else ""
-        found = dataclasses.replace(found, digest=digest)
+        if is_file:
+            found = dataclasses.replace(found, digest=file_digest(reference))
     weights = found.info.get("network_sha256", network.digest)
     for what, theirs, ours in (
         ("another feature network", found.features, network.name),
@@ -225,7 +241,7 @@ def measure_images(
     network.check_images(images.shape, images.name)
     summary = FeatureSummary(network, keep_features=True, total=len(images))
     for batch in _shown(lambda start: images.batches(batch_size), 0, len(images), "reference"):
-        summary.add(features(batch))
+        summary.add(batch, features(batch))
     pool, spatial = summary.pool, summary.spatial
     return Statistics(
         features=network.name,
@@ -235,6 +251,7 @@ def measure_images(
         spatial_covariance=spatial.covariance if spatial else None,
         pool_features=summary.pool_features,
         count=pool.count,
+        digest=summary.pictures.hex(),
         info={"images": images.name, "network_sha256": network.digest},
     )
 

@@ -31,15 +31,12 @@ from dico_jax.pytorch.torch_files import TensorFile, open_tensors, select_weight
 
 KEY_MAP = KEY_MAPS["Inception"]
 FORMAT = "dico_jax.Inception"  # of a file that `convert inception` wrote
-URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth"
-)
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 FILE_NAMES = (
     "pt_inception-2015-12-05-6726825d.pth",  # of pytorch-fid
     "weights-inception-2015-12-05-6726825d.pth",  # of torch-fidelity, the same bytes
 )
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAMES[0]}"
 _BATCH_NORM, _EPSILON = ("scale", "bias", "mean", "var"), 1e-3
 _TIMEOUT = 30  # seconds without an answer
 
@@ -195,7 +192,8 @@ def _published_file(flag: str) -> str:
             _check_digest(f"{URL}, downloaded to {path},", stream.name, "try again")
     except OSError as error:  # also urllib's
         why = f"{URL} cannot be downloaded ({getattr(error, 'reason', None) or error})"
-        fix = f"put this file into {path.parent}, or give it by {flag}=FILE"
+        fix = f"put this file into {path.parent}, or give it by {flag}=FILE; for small sets "
+        fix += f"{flag.removesuffix('inception')}features=classifier.npz (prepare classifier)"
         raise UsageError(f"{flag} is not given, and {why}: {fix}") from error
     return str(path)
 

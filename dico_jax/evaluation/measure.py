@@ -15,15 +15,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dico_jax.data.image_sets import SourceImages
+from dico_jax.data.pipeline import Reader
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import evaluator as evaluators
 from dico_jax.evaluation import networks
 from dico_jax.evaluation.evaluator import Evaluator, check_there, create_network, measure_images
 from dico_jax.evaluation.statistics import save_statistics
-from dico_jax.files import result_path, write_json
+from dico_jax.files import new_file, result_path, write_json
 from dico_jax.parallel.mesh import create_mesh
-from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
+from dico_jax.sampling.checkpoint_sampler import CheckpointSampler, differences
 
 _MAX_SCALES = 1000
 _MAX_OWN_PICTURES = 50_000
@@ -48,19 +49,14 @@ class Options:
 
 
 def evaluate_files(
-    path: str,
-    reference: str,
-    options: Options,
-    out: str | None = None,
-    *,
-    num_samples: int | None = None,
+    path: str, reference: str, options: Options, out: Any = None, *, num_samples: int | None = None
 ) -> dict[str, Any]:
     """Measures pictures in files, prints a table, and writes `out`, a new JSON file.
 
     `path` is a folder of pictures or an .npz file with arr_0, of which `num_samples` may be taken,
     `reference` an .npz file or a folder. Returns the result, see docs/evaluation.md.
     """
-    file = None if out is None else result_path(out, ".json")
+    file = None if out is None else _checked_outputs(out)
     images = evaluators.open_images(path, "--samples")
     evaluator = options.evaluator(reference)
     evaluator.network.check_images(images.shape, images.name)
@@ -87,10 +83,9 @@ def evaluate_checkpoint(
 
     With `sweep_cfg`, see `parse_sweep`, at every scale, with a plot beside `out`.
     """
-    scales, results = None, []
-    if sweep_cfg is not None:
-        scales, results = parse_sweep(sweep_cfg), _read_results(str(out))
-    file = None if out is None else pathlib.Path(out) if scales else result_path(out, ".json")
+    scales = sweep_cfg and parse_sweep(sweep_cfg)
+    file = None if out is None else _checked_outputs(out, bool(scales))
+    results = _read_results(str(out)) if scales else []
     sampler = CheckpointSampler(ckpt, **sampler_options)
     samples = functools.partial(sampler.images, sampler.conditions(num_samples, classes))
     evaluator = options.evaluator(reference)
@@ -100,7 +95,7 @@ def evaluate_checkpoint(
             sampler.set_guidance(scale)
         return sampler.about(classes) | {"count": num_samples}
 
-    if scales is None or file is None:
+    if not scales or file is None:
         return _evaluate(evaluator, samples, about(), file)
     return _sweep(evaluator, samples, about, scales, results, file)
 
@@ -139,6 +134,15 @@ def _evaluate(evaluator: Evaluator, batches: Any, about: Any, file: Any) -> dict
     return result
 
 
+def _checked_outputs(out: str, sweep: bool = False) -> pathlib.Path:
+    """The path of --out, once all that is written there and beside it is found to be possible."""
+    file = result_path(out, ".json", exists=sweep)
+    result_path(str(_partial_file(file)), exists=True)
+    if sweep:
+        result_path(str(file.with_suffix(".png")), exists=file.exists())
+    return file
+
+
 def _partial_file(out: pathlib.Path) -> pathlib.Path:
     return out.with_name(f"{out.name}.partial.npz")
 
@@ -161,7 +165,8 @@ def _read_results(out: str) -> list[dict[str, Any]]:
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--sweep_cfg needs matplotlib for its plot: pip install 'dico_jax[plot]'")
     try:
-        return json.loads(pathlib.Path(out).read_text())["sweep"]
+        results = json.loads(pathlib.Path(out).read_text())["sweep"]
+        return [result for result in results if _but_scale(result)]  # which are none without those
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -172,8 +177,8 @@ def _sweep(evaluator: Evaluator, samples: Any, about: Any, scales: Any, results:
     for scale in scales:
         found = about(scale)
         new = _but_scale(evaluator.about(found))
-        if any(_but_scale(result) != new for result in results):
-            raise UsageError("--out", file, "is of another sweep: give another name")
+        for said in filter(None, (differences(_but_scale(result), new) for result in results)):
+            raise UsageError("--out", file, f"is of another sweep ({said}): give another name")
         if scale not in map(_scale_of, results):
             partial = _partial_file(file.with_name(f"{file.stem}-{scale}.json"))
             results.append(evaluator.measure(samples, found, partial))
@@ -212,28 +217,24 @@ def plot_sweep(file: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
     samples, features = results[0]["samples"], results[0]["features"]
     figure.suptitle(f"{samples['count']:,} samples, features: {features['name']}", fontsize=10)
-    figure.savefig(file, dpi=120)
+    with new_file(file) as stream:
+        figure.savefig(stream, dpi=120)
 
 
 def _scale_of(result: dict[str, Any]) -> float:
     return result["samples"]["sampling"]["cfg_scale"]
 
 
-def _but_scale(result: dict[str, Any]) -> list[Any]:
+def _but_scale(result: dict[str, Any]) -> dict[str, Any]:
     samples = result["samples"] | {"sampling": result["samples"]["sampling"] | {"cfg_scale": 0}}
-    return [samples, *(result[key] for key in ("metric_names", "reference", "features"))]
+    return {key: result[key] for key in ("metric_names", "reference", "features")} | samples
 
 
 class RunEvaluation:
     """Measures samples of a run, as `config.eval` asks. Making it checks and writes nothing."""
 
     def __init__(
-        self,
-        config: ConfigDict,
-        source: Source,
-        read: Callable[[Any, bool], np.ndarray],
-        conditions: Callable[[np.ndarray], Any],
-        mesh: Mesh,
+        self, config: ConfigDict, source: Source, read: Reader, conditions: Callable, mesh: Mesh
     ):
         """Loads what is there; `conditions` makes, of indices (N,), what the network is told."""
         self._conditions, self._source, self._read = conditions, source, read

@@ -5,6 +5,7 @@ because every training gives other features; or class agreement and spread, whic
 """
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -149,12 +150,14 @@ def load_classifier(path: str | os.PathLike) -> Classifier:
     """Reads what `Classifier.save` has written; UsageError where it is something else."""
     wrong = "is no classifier (python -m dico_jax.prepare classifier makes one)"
     about, flat = load_arrays(path, wrong)
-    if about.get("format") == _FORMAT:
+    with contextlib.suppress(Exception):  # of any class: JSON may hold whatever it likes
         shape, names = tuple(about["image_shape"]), about["class_names"]
         image = jax.ShapeDtypeStruct((1, *shape), jnp.uint8)
         made = jax.eval_shape(ConvClassifier(len(names)).init, jax.random.key(0), image)["params"]
         params = unflatten_dict(flat, sep="/")
-        if jax.tree.map(np.shape, made) == jax.tree.map(np.shape, params):
+        there, here = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (params, made))
+        right = there == here and min(shape) > 0 and isinstance(about["info"], dict)
+        if right and about["format"] == _FORMAT:
             return Classifier(params, shape, names, about["info"])
     raise UsageError(f"{path} is no classifier of the format {_FORMAT!r}, or has other layers")
 

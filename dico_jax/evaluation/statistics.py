@@ -27,6 +27,8 @@ _BLOCK_ROWS = 1024
 SPLIT_SIZE = 5000  # samples in a chunk of the published Inception Score
 _SEED = 2020  # of the order in which samples are dealt to chunks
 _ASYMMETRY = 1e-4  # of a covariance stored in float16
+_UNPACKED = 1 << 28  # bytes of arrays that files may have, or four times their own
+_LONGEST_JSON = 1 << 22  # characters, of which the first are read
 _METADATA, _VERSION = "dico_jax", 1  # array with the JSON of our own files
 _ABOUT = ("features", "count", "info")
 _ARRAYS = {"mean": "mu", "covariance": "sigma"}  # name of a field to that of its array
@@ -258,7 +260,7 @@ def load_arrays(path: str | os.PathLike, wrong: str) -> tuple[Any, dict[str, np.
     """What `save_arrays` has written; UsageError, saying what is `wrong`, for something else."""
     with _opened(path, wrong) as file:
         arrays = dict(file)
-        return json.loads(arrays.pop("about").tobytes()), arrays
+        return json.loads(arrays.pop("about")[:_LONGEST_JSON].tobytes()), arrays
 
 
 def _floats(file: Any, path: str, name: str) -> np.ndarray:
@@ -273,8 +275,9 @@ def _floats(file: Any, path: str, name: str) -> np.ndarray:
 
 def _metadata(file: Any, path: str) -> dict[str, Any]:
     with contextlib.suppress(TypeError, ValueError, KeyError):
-        found = json.loads(str(file[_METADATA]))
-        if found.pop("version") == _VERSION:
+        found = json.loads(str(file[_METADATA])[:_LONGEST_JSON])
+        known = found.pop("version") == _VERSION and isinstance(found["info"], dict)
+        if known and isinstance(found["count"], int | None):
             return {key: found[key] for key in _ABOUT}
     raise UsageError(f"{path}: {_METADATA} is no description of statistics that this version knows")
 
@@ -283,6 +286,10 @@ def _metadata(file: Any, path: str) -> dict[str, Any]:
 def _opened(path: Any, wrong: str = "is no npz file, damaged or cut short") -> Iterator[Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
+            members = [m for m in file.zip.infolist() if m.filename != "arr_0.npy"]  # is not kept
+            most = max(_UNPACKED, 4 * os.path.getsize(path))
+            if (size := sum(member.file_size for member in members)) > most:
+                raise ValueError(f"it would unpack to {size / 1e9:.1f} GB")
             yield file
     except UsageError:
         raise

@@ -8,16 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dico_jax.ops import plain
 from dico_jax.ops.cpu import apart, winograd_conv3x3, winograd_pays, with_sums
-from dico_jax.ops.plain import (
-    TAPS,
-    Operation,
-    accumulation_dtype,
-    direct_conv3x3,
-    direct_kernel_gradient,
-    widened,
-    zero_padded,
-)
+from dico_jax.ops.plain import TAPS, Operation, accumulation_dtype, widened, zero_padded
 from dico_jax.ops.pointwise import gelu
 
 
@@ -43,16 +36,16 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @Operation
 def _convolved(x, kernel):
-    return direct_conv3x3(x, kernel)
+    return plain.direct_conv3x3(x, kernel)
 
 
-@_convolved.gradient(lambda x, kernel: (direct_conv3x3(x, kernel), (x, kernel)))
+@_convolved.gradient(lambda x, kernel: (plain.direct_conv3x3(x, kernel), (x, kernel)))
 def _convolved_bwd(residuals, dy):
     x, kernel = residuals
-    dkernel = direct_kernel_gradient(x, kernel, dy)
+    dkernel = plain.direct_kernel_gradient(x, kernel, dy)
     features, wide = kernel.shape[-1], accumulation_dtype(dy.dtype)
     if dy.size >= features**2:
-        return jax.vjp(lambda x: direct_conv3x3(x, kernel), x)[1](dy)[0], dkernel
+        return jax.vjp(lambda x: plain.direct_conv3x3(x, kernel), x)[1](dy)[0], dkernel
     # Fewer positions than channels: XLA for CPU would take longer to transpose the kernel.
     taps = kernel.reshape(-1, features)
     taken = lax.dot_general(dy, taps, (((3,), (1,)), ((), ())), preferred_element_type=wide)

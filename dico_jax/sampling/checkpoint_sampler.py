@@ -1,8 +1,11 @@
 """Images of a checkpoint, into a folder."""
 
 import contextlib
+import hashlib
 import json
+import os
 import pathlib
+import re
 import zipfile
 from collections.abc import Iterator
 from typing import Any
@@ -13,39 +16,41 @@ import tqdm
 from ml_collections import ConfigDict
 
 from dico_jax.autoencoders import WAYS_OUT
-from dico_jax.checkpoints.averages import rebuilt_ema, snapshot_steps
+from dico_jax.checkpoints.averages import rebuilt_ema, snapshot_steps, weights_digest
 from dico_jax.checkpoints.reader import SavedWeights
+from dico_jax.config import flatten
 from dico_jax.errors import UsageError
-from dico_jax.experiment import experiment_from_config, sampling_from_config
-from dico_jax.files import library_versions, new_file
+from dico_jax.experiment import Experiment, experiment_from_config, sampling_from_config
+from dico_jax.files import library_versions, new_file, result_path, write_json
 from dico_jax.models import abstract_params
 from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.sampling import generate as generation
 from dico_jax.sampling.grids import image_grid, is_png, load_png, save_png
 
 _GRID_SIDE = 10
+# What lies in a folder of samples, and may lie there besides.
+_OURS = re.compile(r"\d{6,}\.png|grid\.png|sampling\.json|.*\.npz|\..*")
 PREVIEW = "preview"  # of --vae
 
 
-def choose_autoencoder(config: ConfigDict, vae: str) -> None:
-    """Changes `config.autoencoder` to the one that --vae names: weights, or "preview"."""
-    autoencoder = config.autoencoder
-    if autoencoder.name == "identity":
+def _experiment(config: ConfigDict, vae: str | None) -> tuple[Experiment, str | None]:
+    """The experiment of a config, with the weights or "preview" of --vae, and the decoder's digest.
+
+    Errors about the autoencoder's file name the flag, or say that there is one.
+    """
+    autoencoder, field = config.autoencoder, "autoencoder.path="
+    if vae is not None and autoencoder.name == "identity":
         fix = ": this checkpoint is a model of pixels, which needs no autoencoder; leave it out"
         raise UsageError("--vae", vae, fix)
     if vae == PREVIEW:
         autoencoder.name = "latent_preview"
-    else:
+    elif vae is not None:
         autoencoder.update(name="sd_vae", path=vae)
-
-
-@contextlib.contextmanager
-def _vae_errors(vae: str | None) -> Iterator[None]:
-    """Names the flag in errors about the autoencoder's file, or says that there is one."""
     try:
-        yield
+        experiment = experiment_from_config(config)
+        return experiment, experiment.autoencoder.decoder_digest  # reads the weights, and may fail
     except UsageError as error:
-        text, field = str(error).removeprefix("config."), "autoencoder.path="
+        text = str(error).removeprefix("config.")
         if not text.startswith(field):
             raise
         said = f"config.{text}" if vae is None else text.replace(field, "--vae=", 1)
@@ -77,39 +82,36 @@ class CheckpointSampler:
             the run's snapshots; `step` is then one of theirs.
           seed: decides, with an image's index, all its noise.
           overrides: fields of `config.sampling` to change.
-          vae: in place of the config's autoencoder, see `choose_autoencoder`.
+          vae: in place of the config's autoencoder: a file of weights, or "preview".
         """
         saved = SavedWeights(ckpt, None if ema_width is not None else step)
         config = ConfigDict(saved.config)
         config.seed = seed
         config.sampling.update(overrides or {})
-        if vae is not None:
-            choose_autoencoder(config, vae)
-        with _vae_errors(vae):
-            self.experiment = experiment_from_config(config)
-            autoencoder = self.experiment.autoencoder
-            digest = autoencoder.decoder_digest  # reads the weights, and may fail
+        self.experiment, digest = _experiment(config, vae)
         self.class_names, self._config, self._mesh = saved.class_names, config, create_mesh()
         self.set_guidance(config.sampling.cfg_scale)
         sharding = replicated(self._mesh)
         if ema_width is None:
-            target = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                abstract_params(self.experiment.model),
-            )
+            params = abstract_params(self.experiment.model)
+            target = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), params)
             self._params, used_step = saved.read(weights, target), saved.step
         else:
             self._params = jax.device_put(rebuilt_ema(ckpt, ema_width, step), sharding)
             used_step = snapshot_steps(ckpt)[-1] if step is None else step
+        names = json.dumps(self.class_names).encode()
         self.settings: dict[str, Any] = {
             "ckpt": str(pathlib.Path(ckpt).absolute()),
             "step": used_step,
             "weights": weights if ema_width is None else f"ema_width={ema_width}",
+            "weights_digest": weights_digest(ckpt, used_step, weights, ema_width is not None),
+            "class_names_digest": hashlib.sha256(names).hexdigest(),
+            **{section: config[section].to_dict() for section in ("model", "diffusion")},
             "seed": seed,
             "autoencoder": {
                 **config.autoencoder.to_dict(),
                 "path": config.autoencoder.path if digest else None,  # read, or of no use
-                "scaling_factor": autoencoder.scaling_factor,
+                "scaling_factor": self.experiment.autoencoder.scaling_factor,
                 "decoder_digest": digest,
             },
         }
@@ -130,9 +132,8 @@ class CheckpointSampler:
 
     def conditions(self, num_images: int, classes: str = "all") -> Any:
         """The conditions of all images, see `ClassConditional.parse_conditions`."""
-        return self.experiment.model.parse_conditions(
-            classes, num_images, self.settings["seed"], self.class_names
-        )
+        told = num_images, self.settings["seed"], self.class_names
+        return self.experiment.model.parse_conditions(classes, *told)
 
     def images(self, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
         """Images `start`, start + 1, ... of the conditions of all from 0 on: uint8 (N, H, W, C).
@@ -149,19 +150,19 @@ class CheckpointSampler:
     def save(self, out: str, *, num_images: int, classes: str = "all", npz: str | None = None):
         """Writes OUT/000000.png and on, grid.png and sampling.json (how they were made).
 
-        Images that an earlier call with the same settings left are kept and not made again; with
+        Whole images that an earlier call with the same weights and settings left are kept; with
         others it is refused. `npz` also gets all images, arr_0 (uint8 NHWC), and labels, arr_1.
+        NotFiniteError, once the others are there, for images that are not finite.
         """
-        conditions = self.conditions(num_images, classes)
-        folder = pathlib.Path(out)
-        _claim_folder(folder, self.about(classes), library_versions())
+        conditions, folder = self.conditions(num_images, classes), pathlib.Path(out)
+        known = _claim_folder(folder, self.about(classes))
         files = [folder / f"{i:06d}.png" for i in range(num_images)]
-        lacking = [i for i, file in enumerate(files) if not is_png(file)]
+        lacking = [i for i, file in enumerate(files) if not (known and is_png(file))]
         done, bad, given = num_images - len(lacking), [], self._given(conditions)
         with tqdm.tqdm(total=num_images, initial=done, unit="image", dynamic_ncols=True) as bar:
             for part, images, finite in generation.generate_batches(*given, lacking):
                 for i in np.flatnonzero(finite):
-                    with new_file(files[part[i]]) as stream:  # half of one would be kept later
+                    with new_file(files[part[i]], survives=False) as stream:
                         save_png(stream, images[i])
                 bad += part[~finite].tolist()
                 bar.update(len(part))
@@ -186,29 +187,41 @@ class CheckpointSampler:
         return image_grid(rows, names)
 
 
-def _claim_folder(folder: pathlib.Path, settings: dict, versions: dict) -> None:
-    """Writes sampling.json, or checks that the folder's images were made in the same way."""
-    file = folder / "sampling.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError("--out", folder, f"cannot be made: {error}") from error
-    if file.exists():
-        old, new = (_decisive(s) for s in (json.loads(file.read_text())["settings"], settings))
-        if old != new:
-            differing = [k for k in new if old.get(k) != new[k]]
-            fix = f"({', '.join(differing)}; see {file.name}): give another folder"
-            raise UsageError("--out", folder, f"holds images made with other settings {fix}")
-    elif any(folder.glob("[0-9]*.png")):
-        fix = f"holds images but no {file.name} to say how they were made: give another folder"
+def check_outputs(out: str, npz: str | None, overwrite: bool) -> None:
+    """UsageError unless `CheckpointSampler.save` can write there; it is cheap, and comes first."""
+    folder = pathlib.Path(out)
+    if not folder.is_dir() and os.path.lexists(folder):
+        raise UsageError("--out", out, "is a file: name a folder")
+    if npz is not None:
+        result_path(npz, "", "--npz", overwrite)
+    found = os.listdir(folder) if folder.is_dir() else []
+    if others := [name for name in found if not _OURS.fullmatch(name)]:
+        fix = f"holds other files ({len(others)}, such as {min(others)}): give a new folder"
+        raise UsageError("--out", out, fix)
+    if any(name[0].isdigit() for name in found) and "sampling.json" not in found:
+        fix = "holds images but no sampling.json to say how they were made: give another folder"
+        raise UsageError("--out", out, fix)
+
+
+def _claim_folder(folder: pathlib.Path, settings: dict[str, Any]) -> bool:
+    """Whether a folder's images are known to be of these settings; UsageError if of others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file, old = folder / "sampling.json", None
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        old = dict(json.loads(file.read_text())["settings"])
+    if old is not None and (found := differences(old, settings)):
+        fix = f"holds images made with other settings ({found}): give another folder"
         raise UsageError("--out", folder, fix)
-    file.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2) + "\n")
+    write_json(file, {"settings": settings, "versions": library_versions()})
+    return old is not None
 
 
-def _decisive(settings: dict) -> dict:
-    """The settings that decide an image: of the autoencoder's file its content, not its place."""
-    autoencoder = {k: v for k, v in settings.get("autoencoder", {}).items() if k != "path"}
-    return settings | {"autoencoder": autoencoder}
+def differences(was: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two descriptions, but for the places of checkpoints and other files."""
+    was, now = flatten(was), flatten(now)
+    names = [n for n in {**was, **now} if n.split(".")[-1] not in ("ckpt", "path")]
+    both = [(n, was.get(n), now.get(n)) for n in names if was.get(n) != now.get(n)]
+    return "; ".join(f"{n} was {str(old)[:40]}, is {str(new)[:40]}" for n, old, new in both[:5])
 
 
 def _write_npz(path: str, files: list[pathlib.Path], arrays: dict[str, np.ndarray]) -> None:

@@ -18,11 +18,8 @@ def image_grid(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
     height, width, columns = height * zoom, width * zoom, max(map(len, rows))
     font = ImageFont.load_default(size=max(12, min(height // 4, 32)))
     margin = round(max(font.getlength(text) for text in labels)) + 12
-    sheet = Image.new(
-        "RGB",
-        (margin + columns * (width + _GAP) + _GAP, len(rows) * (height + _GAP) + _GAP),
-        _PAPER,
-    )
+    size = margin + columns * (width + _GAP) + _GAP, len(rows) * (height + _GAP) + _GAP
+    sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     for r, (images, label) in enumerate(zip(rows, labels, strict=True)):
         top = _GAP + r * (height + _GAP)
