@@ -2,9 +2,14 @@
 
 import ast
 import errno
+import multiprocessing
+import os
 import pathlib
 import re
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -20,7 +25,6 @@ _FIELDS: dict[str, str] = {}  # that flags are, by the name of the flag
 _UNSET: list[str] = []  # fields that the command line sets to None
 _MEANT = {"checkpoint": "ckpt", "output": "out workdir", "num_samples": "num_images"}
 
-
 # Per action of a command, which `main` gets, the flags that it needs, and those that it may have.
 Actions = Mapping[str, tuple[str, str]]
 
@@ -33,7 +37,32 @@ def run(main: Callable[..., None], actions: Actions = MappingProxyType({})) -> N
     given += [arg for arg in sys.argv[1:2] if actions and arg[:1] != "-"]
     for action in given[:1]:
         sys.argv.remove(action)
-    app.run(lambda _: _main(main, actions, given), flags_parser=_parse_flags)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_watch_signals, args=[read], daemon=True).start()
+    try:
+        app.run(lambda _: _main(main, actions, given), flags_parser=_parse_flags)
+    except SystemExit as ended:  # threads of compilers and readers crash or hang where Python ends
+        _leave(ended.code) if ended.code in (1, 2, 130) else sys.exit(ended.code)
+
+
+def _watch_signals(pipe: int) -> None:
+    """Ends the process where native code, such as a compiler, keeps Python from a signal."""
+    plainly, again = {signal.SIGINT.value: 130}, False
+    while number := os.read(pipe, 1)[0]:
+        status = getattr(signal.getsignal(number), "at_once", plainly).get(number)
+        if status is not None or (again and number == signal.SIGINT):
+            time.sleep(0 if again else 3)  # it may well end by itself
+            _leave(status or 130)
+        again |= number == signal.SIGINT
+
+
+def _leave(status: int) -> NoReturn:
+    for worker in multiprocessing.active_children():  # before they can say that it is gone
+        worker.kill()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _main(main: Callable[..., None], actions: Actions, given: list[str]) -> None:

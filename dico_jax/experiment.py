@@ -1,7 +1,4 @@
-"""Objects from a config, checked before anything is compiled.
-
-Every wrong field ends in a UsageError that starts with its full name, `config.a.b=value`.
-"""
+"""Objects from a config. A wrong field is a UsageError that starts with its name, `config.a.b=`."""
 
 import dataclasses
 
@@ -61,11 +58,9 @@ def experiment_from_config(config: ConfigDict) -> Experiment:
         step = shrinks * model.size_divisor
         if image_size < step or image_size % step:
             below = image_size // step * step
-            fix = (
-                f"must be a multiple of {step} (the autoencoder shrinks images by {shrinks}, the "
-                f"network's input must divide by {model.size_divisor}): use "
-                f"{f'{below} or ' * (below > 0)}{below + step}"
-            )
+            fix = f"must be a multiple of {step} (the autoencoder shrinks images by {shrinks}, the"
+            fix += f" network's input must divide by {model.size_divisor}): use "
+            fix += f"{f'{below} or ' * (below > 0)}{below + step}"
             raise UsageError("data.image_size", image_size, fix)
     side = image_size // shrinks
     return Experiment(model, diffusion, autoencoder, (side, side, model.in_channels))
@@ -162,10 +157,8 @@ def _check_latents(
         wanted = source.manifest.plan.encoder_digest
         found = experiment.autoencoder.encoder_digest  # reads the weights
         if found is not None and found != wanted:
-            what = f"is not the autoencoder that encoded {source!r}"
-            fix = (
-                f"{what} (encoders {found[:12]} and {wanted[:12]}): use that one, or prepare again"
-            )
+            what = f"is not the autoencoder that encoded {source!r} (encoders {found[:12]}"
+            fix = f"{what} and {wanted[:12]}): use that one, or prepare again"
             raise UsageError(f"autoencoder.path={config.autoencoder.path} {fix}")
     if (height, width, channels) != experiment.latent_shape:
         what = f"with config.model.in_channels={config.model.in_channels} needs examples of shape"

@@ -204,7 +204,7 @@ def test_a_stopped_run_ends_with_status_1_and_one_line(capsys):
         raise TrainingStopped("not finite at step 8;\n  use another")
 
     with pytest.raises(SystemExit) as error:
-        cli._main(main)
+        cli._main(main, {}, [])
     assert error.value.code == 1
     assert capsys.readouterr().err == "error: not finite at step 8; use another\n"
 

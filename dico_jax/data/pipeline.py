@@ -1,13 +1,15 @@
 """From a source to batches, on Grain, in an order that is a function of (seed, step).
 
 Every epoch is shuffled anew. Batch k of a run is the k-th `batch_size` examples of the endless
-shuffled sequence. So the position of a run is its step, and a checkpoint needs no other data state,
-whatever the number of processes and of the workers that read for them.
+sequence: the position of a run is its step, whatever the number of processes and workers.
 """
 
 import contextlib
+import multiprocessing
 import os
+import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,13 +21,13 @@ from absl import flags
 from dico_jax.data.bad_examples import BadExampleLog, too_many_bad
 from dico_jax.data.pictures import BadExample
 from dico_jax.data.sources import Source
+from dico_jax.errors import TrainingStopped
 
 # Makes the array of an example's image, mirrored or not: `PictureReader`, `read_orientation`.
 Reader = Callable[[Any, bool], np.ndarray]
 # Makes what the network is told of an example: arrays by name, of one shape for every example.
 ConditionReader = Callable[[dict[str, Any]], dict[str, np.ndarray]]
 
-_ENDLESS = 1 << 48  # examples; Grain's own endless sequence is too long to be cut into parts
 _BATCHES_AHEAD = 2  # of every worker, and on the devices
 
 
@@ -85,7 +87,7 @@ def training_batches(
         raise too_many_bad(bad, count, max_bad_fraction)
 
     dataset = grain.MapDataset.range(count).seed(seed).shuffle()
-    dataset = dataset.repeat(_ENDLESS // count + 1).random_map(load)
+    dataset = dataset.repeat(2**48 // count + 1).random_map(load)  # Grain cuts no endless one
     dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
     # A start by position, not by a saved state of Grain: that one depends on the workers.
     return read_ahead(dataset[start_step:], num_workers)
@@ -96,24 +98,23 @@ def read_ahead(dataset: grain.MapDataset, num_workers: int) -> grain.IterDataset
     if num_workers == 0:
         threads = min(os.cpu_count() or 1, 16)  # each reads a batch
         return dataset.to_iter_dataset(grain.ReadOptions(threads, threads + _BATCHES_AHEAD))
-    if not flags.FLAGS.is_parsed():  # Grain's workers read flags, also where there are none
-        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, also where there are none
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it cleans up after a kill
     return dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(
         grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BATCHES_AHEAD),
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=_end_with_parent,
     )
 
 
-def _ignore_sigterm(worker: int, num_workers: int) -> None:
-    """A launcher may send SIGTERM to all processes; the main one saves, then ends the workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _end_with_parent(worker: int, num_workers: int) -> None:
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 class DeviceBatches(Iterator, contextlib.AbstractContextManager):
     """Batches of `training_batches`, put on the devices by a thread ahead of their use.
 
-    Use it as a context manager, which ends workers and threads. `put` makes global arrays; `log`
-    takes note of what was "skipped", which batches on the devices do not tell.
+    A context manager, which ends all workers. `put` makes global arrays, `log` notes "skipped".
     """
 
     def __init__(self, batches: grain.IterDataset, put: Callable[[Any], Any], log: BadExampleLog):
@@ -123,15 +124,28 @@ class DeviceBatches(Iterator, contextlib.AbstractContextManager):
 
         ahead = grain.experimental.ThreadPrefetchIterDataset
         self._iterator = iter(ahead(batches.map(to_devices), prefetch_buffer_size=_BATCHES_AHEAD))
-        self._log = log
-        self.waited = 0.0  # seconds, for the newest batch
+        self._log, self.waited = log, 0.0  # seconds, for the newest batch
+        # Signals to a whole group are for the main thread; other threads and workers inherit this.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+        self._iterator.start_prefetch()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __next__(self) -> Any:
         start = time.monotonic()
-        arrays, index, skipped = next(self._iterator)
+        try:
+            arrays, index, skipped = next(self._iterator)
+        except RuntimeError as error:
+            if not (found := re.search("Worker process.* (code .?[0-9]+)", str(error))):
+                raise
+            fix = "the same command goes on; --config.data.num_workers=1 or 0 needs less memory"
+            raise TrainingStopped(
+                f"a worker that reads data is gone ({found[1]}): {fix}"
+            ) from error
         self.waited = time.monotonic() - start
         self._log.add_skipped(index, skipped)
         return arrays
 
     def __exit__(self, *exc):
-        self._iterator.close()
+        closing = threading.Thread(target=self._iterator.close, daemon=True)  # it may hang
+        closing.start()
+        closing.join(5)

@@ -19,25 +19,21 @@ BATCH_AXES = ("data", "fsdp")
 def create_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh of all devices, or the given ones; -1 for data takes what the others leave.
 
-    Devices lie process by process, so that a process feeds one block of rows of every batch, and
-    devices that share a layer ("tensor") are on one host as far as it goes.
+    Devices lie process by process: each feeds a block of rows, and "tensor" stays on one host.
     """
     devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
-    if not _sizes_fit(len(devices), data, fsdp, tensor):
+    if not mesh_fits(len(devices), 0, data=data, fsdp=fsdp, tensor=tensor):
         sizes = f"mesh.data={data}, config.mesh.fsdp={fsdp} and config.mesh.tensor={tensor}"
         fix = "give sizes of at least 1 (data may be -1) whose product is that number"
         raise UsageError(f"{sizes} do not fit {len(devices)} devices: {fix}")
     return Mesh(np.asarray(devices).reshape(-1, fsdp, tensor), AXES)
 
 
-def _sizes_fit(count: int, data: int, fsdp: int, tensor: int) -> bool:
-    rest = fsdp * tensor
-    return min(fsdp, tensor) > 0 and count % rest == 0 and data in (-1, count // rest)
-
-
 def mesh_fits(count: int, batch_size: int, *, data=-1, fsdp=1, tensor=1) -> bool:
     """Whether `create_mesh` makes a mesh of so many devices, over which a batch can be split."""
-    return _sizes_fit(count, data, fsdp, tensor) and batch_size % (count // tensor) == 0
+    rest = fsdp * tensor
+    fits = min(fsdp, tensor) > 0 and count % rest == 0 and data in (-1, count // rest)
+    return fits and batch_size % (count // tensor) == 0
 
 
 def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
@@ -68,9 +64,10 @@ def check_batch_size(batch_size: int, num_shards: int, field: str = "data.batch_
     """Raises UsageError unless a batch can be split over the devices."""
     if batch_size < 1 or batch_size % num_shards:
         below = max(batch_size, 0) // num_shards * num_shards
-        choices = " or ".join(str(b) for b in (below, below + num_shards) if b > 0)
-        fix = f"does not divide over {num_shards} devices: use {choices}"
-        raise UsageError(field, batch_size, fix)
+        sizes = " or ".join(str(b) for b in (below, below + num_shards) if b > 0)
+        raise UsageError(
+            field, batch_size, f"does not divide over {num_shards} devices: use {sizes}"
+        )
 
 
 def to_global(batch: Any, sharding: NamedSharding) -> Any:

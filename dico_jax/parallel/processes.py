@@ -19,8 +19,8 @@ def initialize(
 ) -> None:
     """Joins the other processes of the run, if there are any. Call it before JAX is used.
 
-    Where JAX does not find the others by itself, give the first three arguments. Where they do not
-    come in time, the process ends with status 2 and one line on stderr.
+    Where JAX does not find the others, give the first three arguments. Where they do not come in
+    time, the process ends with status 2 and one line on stderr.
     """
     names = "--coordinator_address", "--num_processes", "--process_id"
     parts = coordinator_address, num_processes, process_id

@@ -1,8 +1,7 @@
 """How the state of a run lies on the mesh: rules from parameter paths to mesh axes.
 
-A rule is (pattern, axes): the first whose pattern is found in a parameter's path decides which axis
-of the mesh, if any, splits each axis of the parameter. Averages and the optimizer's moments lie as
-their parameter does. An axis that a dimension does not divide by leaves that dimension whole.
+A rule is (pattern, axes): the first whose pattern is in a parameter's path says which axes of the
+mesh split it, where a dimension divides. Averages and moments lie as their parameter does.
 """
 
 import contextlib
@@ -20,9 +19,8 @@ from dico_jax.parallel.mesh import AXES
 
 Rule = tuple[str, tuple[str | None, ...]]
 
-# The first of two matrix products in a row is split by its output channels over "tensor", the
-# second by its input channels, so that only the second's output is summed over devices. The other
-# channels are split over "fsdp".
+# The first of two matrix products in a row is split by its output channels over "tensor", the next
+# by its input channels, so that only its output is summed. "fsdp" splits the other channels.
 DEFAULT_RULES: tuple[Rule, ...] = (
     (r"/(conv[14]|ca/1|qkv|fc1|adaLN_modulation/1)/kernel$", ("fsdp", "tensor")),
     (r"/(conv[14]|ca/1|qkv|fc1|adaLN_modulation/1)/bias$", ("tensor",)),
@@ -55,8 +53,8 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequenc
     """How a parameter lies on the mesh, a PartitionSpec."""
     pattern, axes = next((rule for rule in rules if re.search(rule[0], path)), ("", ()))
     if len(axes) > len(shape):
-        problem = f"{pattern!r} has {len(axes)} axes, but {path} has shape {shape}"
-        raise UsageError(f"mesh.rules: {problem}")
+        fix = f"has {len(axes)} axes, but {path} has shape {shape}"
+        raise UsageError(f"mesh.rules: {pattern!r} {fix}")
     sizes = dict(mesh.shape) | {None: 1}
     pairs = zip(axes, shape, strict=False)
     return PartitionSpec(*(a if sizes[a] > 1 and n % sizes[a] == 0 else None for a, n in pairs))
@@ -75,8 +73,7 @@ def state_sharding(state: Any, mesh: Mesh, rules: Sequence[Rule] = DEFAULT_RULES
 def say_unmet(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> None:
     """Prints which rules of `config.mesh.rules` find no parameter, and which parameters no rule.
 
-    Vectors are left out: they are small. Without rules, `DEFAULT_RULES` are in force, which are for
-    all published networks: some of them always find nothing.
+    Vectors are left out. Some of `DEFAULT_RULES`, which are for all networks, find nothing.
     """
     if jax.process_index() or not (rules or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1):
         return

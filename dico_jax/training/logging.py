@@ -1,7 +1,6 @@
 """Where the numbers of a run go: a progress bar, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
-import importlib
 import importlib.util
 import json
 import math
@@ -12,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -90,8 +90,7 @@ class Logger(contextlib.AbstractContextManager):
         if self._is_main:
             self._add_event(step=step, summary=summary.image(name, image, dataformats="HWC"))
         if self._wandb:
-            picture = importlib.import_module("wandb").Image(image)
-            self._ask_wandb("log", {"step": step, name: picture})
+            self._ask_wandb("log", {"step": step, name: import_module("wandb").Image(image)})
 
     def _ask_wandb(self, method: str, what: Any) -> None:
         try:
@@ -113,8 +112,7 @@ class _Appended:
     """A file to add records to. Where that fails it is said once, and they wait."""
 
     def __init__(self, file: pathlib.Path, say: Callable[[str], None]):
-        self._file, self._say = file, say
-        self._waiting, self._failed = b"", False
+        self._file, self._say, self._waiting, self._failed = file, say, b"", False
 
     def add(self, record: bytes) -> None:
         self._waiting += record
@@ -124,11 +122,9 @@ class _Appended:
                     self._waiting = self._waiting[stream.write(self._waiting) :]
             self._failed = False
         except OSError as error:
+            text = f"warning: {self._file} cannot be written ({error.strerror}): make room there or"
             if not self._failed:
-                text = (
-                    f"warning: {self._file} cannot be written ({error.strerror}): make room there"
-                )
-                self._say(f"{text}, or mend that; training goes on, and the numbers follow then")
+                self._say(f"{text} mend that; training goes on, and the numbers follow then")
             self._failed = True
 
 
@@ -157,7 +153,7 @@ def require_wandb(project: str) -> None:
 def _open_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any] | None) -> Any:
     """The run of Weights & Biases whose id is kept in `workdir`, so that it goes on as well."""
     require_wandb(project)
-    wandb: Any = importlib.import_module("wandb")
+    wandb: Any = import_module("wandb")
     id_file = workdir / "wandb_run_id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8] + "\n")

@@ -25,8 +25,6 @@ from dico_jax.training.speed import Meter, Profiler, peak_speed
 from dico_jax.training.watch import NanWatch, Preempted, Preemption, StallWatch, stall_file
 from dico_jax.training.workdir import open_workdir, workdir_lock
 
-_STEPS_AHEAD = 2  # of the devices: enough to keep them busy, and few enough to notice a stall
-
 
 def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
     """Trains what `config` describes in `workdir`, from its newest checkpoint if it has one.
@@ -72,8 +70,7 @@ class _Trainer:
 
     def _go_on_from(self, found: tuple[TrainState, int] | None) -> None:
         state, self.start = (self.run.initial_state(), 0) if found is None else found
-        stages = self.run.experiment.model.stacked_stages
-        self.state = stack_blocks(state, stages, consume=True)
+        self.state = stack_blocks(state, self.run.experiment.model.stacked_stages, consume=True)
 
     def train(self) -> ClassAgreement | None:
         """Takes all steps that are left, and judges the samples of the final state."""
@@ -111,7 +108,7 @@ class _Trainer:
     def _took(self, step: int, metrics: dict, waited: float) -> None:
         """Notes a step that was just dispatched, and waits for one that was before."""
         self.in_flight.append(metrics["loss"])
-        if len(self.in_flight) > _STEPS_AHEAD:
+        if len(self.in_flight) > 2:  # enough to keep devices busy, and few enough to notice a stall
             jax.block_until_ready(self.in_flight.popleft())
         self.watch.add(step, metrics["finite"])
         self.meter.add(metrics, waited)
@@ -137,8 +134,7 @@ class _Trainer:
 
     def _report(self, step: int) -> None:
         values = self.meter.read() | self.watch.metrics()
-        values["learning_rate"] = float(self.run.learning_rate(step - 1))
-        self.log.scalars(step, values)
+        self.log.scalars(step, values | {"learning_rate": float(self.run.learning_rate(step - 1))})
         shown = {"loss": f"{values['loss']:.4f}", "img_s": f"{values['images_per_second']:.0f}"}
         self.log.bar.set_postfix(shown, refresh=False)
 

@@ -18,9 +18,8 @@ _CHOICES = {
 def create_optimizer(config, num_steps: int) -> optax.GradientTransformation:
     """The optimizer that `config.optimizer` describes; the published recipe is its default.
 
-    With the defaults it is `optax.adamw` of plain numbers and nothing else, so its state has the
-    tree that converted checkpoints have. The schedule ends at `num_steps`. UsageError: a value out
-    of range, or an unknown name.
+    With the defaults it is `optax.adamw` of plain numbers, whose state converted checkpoints have.
+    The schedule ends at `num_steps`. UsageError: a value out of range, or an unknown name.
     """
     schedule = learning_rate_schedule(config, num_steps)
     is_fixed = config.schedule == "constant" and not config.warmup_steps
@@ -40,16 +39,14 @@ def create_optimizer(config, num_steps: int) -> optax.GradientTransformation:
 def learning_rate_schedule(config, num_steps: int) -> optax.Schedule:
     """The learning rate by the number of steps taken: `schedule(n)` is that of step n + 1.
 
-    It rises in a straight line to `learning_rate`, which step `warmup_steps` has, and then stays,
-    or follows half a cosine wave down to its minimum, which step `num_steps` has. Arguments and
-    errors are those of `create_optimizer`.
+    It rises in a line to `learning_rate` at step `warmup_steps`; then it stays, or follows half a
+    cosine wave down to its minimum at step `num_steps`. UsageError: see `create_optimizer`.
     """
     _check(config, num_steps)
     rate, warmup = config.learning_rate, config.warmup_steps
     then = optax.constant_schedule(rate)
     if config.schedule == "cosine":
-        lowest = config.min_learning_rate_ratio
-        then = optax.cosine_decay_schedule(rate, num_steps - warmup, alpha=lowest)
+        then = optax.cosine_decay_schedule(rate, num_steps - warmup, config.min_learning_rate_ratio)
     if warmup:
         then = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), then], [warmup])
     return lambda taken: then(taken + 1)  # Optax counts from 0: the first step would do nothing

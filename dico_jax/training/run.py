@@ -68,10 +68,9 @@ class Run:
             self._init = initializer(model, optimizer, latent_shape, widths)
             abstract = abstract_state(self._init)
             self._sharding = state_sharding(abstract, self.mesh, rules or DEFAULT_RULES)
-            draws: Any = {"seed": config.seed, "latent_sampling": config.data.latent_sampling}
-            self.to_latents = make_latents_fn(
-                self.source.kind, autoencoder, mesh=self.mesh, **draws
-            )
+            draws: Any = {"mesh": self.mesh, "latent_sampling": config.data.latent_sampling}
+            encoded = self.source.kind, autoencoder
+            self.to_latents = make_latents_fn(*encoded, seed=config.seed, **draws)
             if count := config.eval.class_agreement_samples:
                 require_sklearn("eval.class_agreement_samples")
                 if "label" not in model.zero_condition(1):
@@ -89,22 +88,21 @@ class Run:
         say_unmet(abstract.params, self.mesh, rules)
         self.workdir = pathlib.Path(workdir)
         self.target = jax.tree.map(lambda a, s: a.update(sharding=s), abstract, self._sharding)
-        options = {name: training[name] for name in ("ema_decay", "accumulation_steps")}
+        sharding = stack_shardings(self._sharding, model.stacked_stages)
+        options = {"seed": config.seed, "mesh": self.mesh, "sharding": sharding}
         options |= {"ema_widths": widths, "skip_bad_steps": training.on_nan == "skip"}
-        options |= {"seed": config.seed, "mesh": self.mesh}
-        options["sharding"] = stack_shardings(self._sharding, model.stacked_stages)
-        trained = model, self.experiment.diffusion, optimizer
-        self.train_step = make_train_step(*trained, **options)
+        options |= {name: training[name] for name in ("ema_decay", "accumulation_steps")}
+        self.train_step = make_train_step(model, self.experiment.diffusion, optimizer, **options)
 
     def describe(self, start: int) -> str:
         """One line of what is about to be trained, where and from which step on."""
         kind, axes = self.mesh.devices.flat[0].device_kind, dict(self.mesh.shape)
         sizes = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
         shape = f" ({sizes})" if self.mesh.size > axes["data"] else ""
+        model = f"{self.config.model.name}, {count_parameters(self.experiment.model):,} parameters"
+        data = f"{len(self.source):,} examples; {self.mesh.size} x {kind}{shape}"
         return (
-            f"{self.config.model.name}, {count_parameters(self.experiment.model):,} parameters; "
-            f"{len(self.source):,} examples; {self.mesh.size} x {kind}{shape}; "
-            f"steps {start} to {self.config.training.num_steps} in {self.workdir}"
+            f"{model}; {data}; steps {start} to {self.config.training.num_steps} in {self.workdir}"
         )
 
     def initial_state(self) -> Any:

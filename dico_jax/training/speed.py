@@ -23,9 +23,8 @@ from dico_jax.training.step import mean_of_steps
 
 _CACHE_DIR = "jax_compilation_cache_dir"
 
-# Makers' figures per device for dense bfloat16 products (V100, which has none: float16), in FLOP/s,
-# by what JAX calls the device. A JAX device of TPU v3 is half a chip. Names match as a whole, so
-# that a slice of a GPU, or an L40, is not taken for the GPU, or an L4.
+# Makers' FLOP/s for dense bfloat16 products (V100, which has none: float16) of what JAX calls a
+# device, half a chip of TPU v3. Names match as a whole: a slice of a GPU, or an L40, is another.
 _PEAK_FLOPS = (
     (r"NVIDIA (H100 80GB HBM3|H200|GH200 \d+GB)", 989.4e12),
     (r"NVIDIA (H100|H200) NVL", 835.5e12),
@@ -56,8 +55,7 @@ def peak_speed(model, latent_shape, devices: Iterable[jax.Device]) -> float | No
 def peak_memory_gb(devices: Iterable[jax.Device] | None = None) -> float | None:
     """The most memory used on one of this process's devices so far, in GB (1e9); None: unknown."""
     stats = [d.memory_stats() or {} for d in (devices or jax.local_devices())]
-    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    return max(peaks) / 1e9 if peaks else None
+    return max(s.get("peak_bytes_in_use", 0) for s in stats) / 1e9 or None
 
 
 class Meter:
@@ -73,8 +71,7 @@ class Meter:
 
     def add(self, metrics: dict, waited: float) -> None:
         self.pending.append(metrics)
-        self._timed_steps += 1
-        self._waited += waited
+        self._timed_steps, self._waited = self._timed_steps + 1, self._waited + waited
 
     def read(self) -> dict[str, float]:
         """Means since the last reading, throughput, and what else docs/training.md names."""
@@ -88,17 +85,17 @@ class Meter:
 
 
 class Profiler:
-    """Traces `profile.num_steps` steps from the `start_step`-th of this process on; 0: none.
-
-    The main process alone traces, its own devices. Use as a context manager.
-    """
+    """Traces `profile.num_steps` steps of the main process, from its `start_step`-th; 0: none."""
 
     def __init__(self, profile: ConfigDict, workdir: pathlib.Path, say: Callable = print):
         self._first = profile.start_step if jax.process_index() == 0 else 0
         self._last = self._first + profile.num_steps - 1 if self._first else 0
         self._folder, self._say = workdir / "profile", say
-        self._steps_done, self._metrics = 0, None
-        self._step = contextlib.ExitStack()  # its annotation
+        self._steps_done, self._metrics, self._step = (
+            0,
+            None,
+            contextlib.ExitStack(),
+        )  # with its name
 
     def __enter__(self):
         if self._first == 1:
@@ -116,10 +113,7 @@ class Profiler:
             return False
         self._metrics = metrics
         self._step.close()
-        if self._steps_done == self._last:
-            self._stop(wait=True)
-        else:
-            self._start(step + 1)
+        self._stop(wait=True) if self._steps_done == self._last else self._start(step + 1)
         return self._steps_done in (self._first - 1, self._last)
 
     def _start(self, step: int) -> None:
@@ -135,15 +129,14 @@ class Profiler:
             jax.block_until_ready(self._metrics)
         self._step.close()
         jax.profiler.stop_trace()
-        count = self._steps_done - self._first + 1
-        self._say(f"profile of {count} steps in {self._folder}: xprof --logdir={self._folder}")
+        count, folder = self._steps_done - self._first + 1, self._folder
+        self._say(f"profile of {count} steps in {folder}: xprof --logdir={folder}")
 
 
 def run_fits(config: ConfigDict) -> Callable[[int], bool]:
     """Says of a number of CPU devices whether a run has the mesh, batches and memory for them."""
-    mesh, parts = config.mesh, max(config.training.accumulation_steps, 1)
+    mesh, size, parts = config.mesh, config.data.batch_size, config.training.accumulation_steps
     sizes = {axis: mesh[axis] for axis in AXES}
-    size, rest = config.data.batch_size, config.data.batch_size % parts
     try:
         # Parameters, their average, gradients, two moments, and one copy in hand: float32.
         state = 6 * 4 * count_parameters(model_from_config(config))
@@ -151,10 +144,10 @@ def run_fits(config: ConfigDict) -> Callable[[int], bool]:
         state = 0
 
     def fits(count: int) -> bool:
-        divides = not rest and mesh_fits(count, size // parts, **sizes)
-        # One of several processes keeps the devices that it has.
-        alone = not jax.distributed.is_initialized()
-        return divides and alone and copies_fit(state, count // (mesh.fsdp * mesh.tensor))
+        if jax.distributed.is_initialized():  # it keeps the devices that it has
+            return False
+        divides = parts > 0 and size % parts == 0 and mesh_fits(count, size // parts, **sizes)
+        return divides and copies_fit(state, count // (mesh.fsdp * mesh.tensor))
 
     return fits
 
@@ -165,13 +158,10 @@ def enable_compilation_cache(setting: str, min_compile_seconds: float = 1.0) -> 
     See `config.training.compilation_cache`; what compiles faster than `min_compile_seconds` is not
     kept. Returns the folder in use, or None; one that cannot be written is told on stderr.
     """
-    folder = setting
-    if setting == "default":
-        # Not on CPUs, whose models a home folder does not keep apart: loading rejects or mistrusts
-        # the programs of another (jax-ml/jax#38445).
-        base = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/dico_jax/xla"
-        folder = "" if jax.default_backend() == "cpu" else getattr(jax.config, _CACHE_DIR) or base
-    if not folder:
+    # Not on CPUs: programs of another model in one home are mistrusted (jax-ml/jax#38445).
+    base = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/dico_jax/xla"
+    preset = "" if jax.default_backend() == "cpu" else getattr(jax.config, _CACHE_DIR) or base
+    if not (folder := preset if setting == "default" else setting):
         return None
     if "://" not in folder:
         folder = str(pathlib.Path(folder).expanduser().absolute())

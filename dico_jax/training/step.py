@@ -59,10 +59,9 @@ def gradients(params, model, diffusion, batch: dict, t, noise, parts: int = 1, s
         grads, terms = grad(params, model, diffusion, *inputs, sharding)
         return jax.tree.map(jnp.add, total, grads), terms
 
-    inputs = jax.tree.map(
-        lambda v: v.reshape(-1, parts, *v.shape[1:]).swapaxes(0, 1), (batch, t, noise)
-    )
-    total, terms = jax.lax.scan(part, jax.tree.map(jnp.zeros_like, params), inputs)
+    inputs, nothing = (batch, t, noise), jax.tree.map(jnp.zeros_like, params)
+    inputs = jax.tree.map(lambda v: v.reshape(-1, parts, *v.shape[1:]).swapaxes(0, 1), inputs)
+    total, terms = jax.lax.scan(part, nothing, inputs)
     grads = jax.tree.map(lambda g: g / parts, total)
     return grads, {name: value.T.reshape(-1) for name, value in terms.items()}
 

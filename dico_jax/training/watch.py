@@ -24,7 +24,6 @@ MAX_ROLLBACKS = 3
 
 _LOOK = "look for examples that are not finite"
 _GO_ON = "start again with --config.training.on_nan=skip or =rollback to go on from there"
-_FIRST_STEP_PATIENCE = 2  # it has to be compiled
 
 
 def check_watch(config: ConfigDict) -> None:
@@ -40,17 +39,15 @@ def check_watch(config: ConfigDict) -> None:
 class NanWatch:
     """Decides what follows from steps that were not finite, as `config.training.on_nan` says.
 
-    It reads the flags of steps where the loop waits anyway, above all before a save, so that every
-    checkpoint is good. `attempt` grows by 1 with every return to a checkpoint: steps are given it,
-    for their draws, and checkpoints store it, so that a run in parts is as one.
+    It reads the flags of steps before a save, so that every checkpoint is good. `attempt` grows by
+    1 with every return to one: it decides draws, and checkpoints have it: parts make up a run.
     """
 
     def __init__(self, on_nan: str, attempt: int = 0, say: Callable[[str], None] = print):
         self.attempt, self._on_nan, self._say = attempt, on_nan, say
         self._bad = f"config.training.on_nan={on_nan}: loss or gradients were not finite at step"
         self._flags: list[tuple[int, jax.Array]] = []
-        self._skipped, self._skipped_in_a_row = 0, 0
-        self._rollbacks, self._rolled_back_to = 0, -1
+        self._skipped, self._skipped_in_a_row, self._rollbacks, self._rolled_back_to = 0, 0, 0, -1
 
     def add(self, step: int, finite: jax.Array) -> None:
         self._flags.append((step, finite))
@@ -74,9 +71,8 @@ class NanWatch:
 
     def metrics(self) -> dict[str, float]:
         """What to log: steps skipped since the last call, or returns to a checkpoint so far."""
-        skipped, self._skipped = self._skipped, 0
-        known = {"skip": {"skipped_steps": float(skipped)}}
-        known |= {"rollback": {"rollbacks": float(self.attempt)}}
+        skipped, self._skipped = float(self._skipped), 0
+        known = {"skip": {"skipped_steps": skipped}, "rollback": {"rollbacks": float(self.attempt)}}
         return known.get(self._on_nan, {})
 
     def _roll_back(self, step: int, newest_checkpoint: int | None) -> int:
@@ -143,16 +139,15 @@ def stall_file(workdir: pathlib.Path) -> pathlib.Path:
 class StallWatch:
     """Warns, and adds all stacks to a file, when no step ends for `seconds` (0: never).
 
-    The stacks come from the interpreter's own timer (faulthandler), every `seconds` of a stall and
-    also where native code holds Python's lock; the line comes from a thread, as soon as that may
-    run. Whatever else takes long between two steps, such as sampling a grid, looks the same.
+    The stacks come from the interpreter's own timer (faulthandler), also where native code holds
+    Python's lock; the line comes from a thread, as soon as that may run. Whatever else takes long
+    between two steps, such as sampling a grid, looks the same.
     """
 
     def __init__(self, seconds: float, file: pathlib.Path, say: Callable[[str], None] = print):
         self._seconds, self._path, self._say = seconds, file, say
         self._file: Any = sys.__stderr__
-        self._after = "since the start of this process"
-        self._closed = threading.Event()
+        self._after, self._closed = "since the start of this process", threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
 
     def __enter__(self):
@@ -161,7 +156,7 @@ class StallWatch:
                 self._file = self._path.open("a")
             except OSError as error:
                 self._say(f"warning: {self._path} cannot be written ({error}): stacks go to stderr")
-            self._restart(_FIRST_STEP_PATIENCE * self._seconds)
+            self._restart(2 * self._seconds)  # the first step has to be compiled
             self._thread.start()
         return self
 
