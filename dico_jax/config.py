@@ -15,6 +15,8 @@ from dico_jax.errors import UsageError, shown, within
 
 # Fields that older runs wrote and that decide nothing any more: left out where they are read.
 GONE = frozenset({"model.depthwise"})
+# Those that may change at a checkpoint of a run where --allow_config_change names them.
+CAREFUL_FIELDS = ("data.batch_size", "optimizer.learning_rate", "model.dtype", "training.num_steps")
 DEFAULTS: dict[str, Any] = default.get_config().to_dict()
 
 MOST = 2**31 - 1  # of whole numbers, which JAX keeps in 32 bits

@@ -10,6 +10,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -126,13 +127,31 @@ def result_path(out: str, suffix: str = "", flag: str = "--out", exists=False) -
 
 
 def write_json(file: str | os.PathLike, result: Mapping[str, Any]) -> None:
-    """Writes a result; the file appears when it is complete."""
     with new_file(file) as stream:
         stream.write((json.dumps(result, indent=2) + "\n").encode())
 
 
+def json_lines(file: pathlib.Path, keep: Callable[[Any], Any]) -> list[Any]:
+    """The values of JSON lines, if the file is there, that `keep` keeps; others are dropped.
+
+    What is broken, or raises in `keep`, is said once, but for a last line that was cut.
+    """
+    kept, broken = [], 0
+    lines = file.read_bytes().split(b"\n") if file.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            kept += [values] if keep(values := json.loads(line)) else []
+        except (ValueError, LookupError, TypeError, RecursionError):
+            broken += number < len(lines)
+    if lines and (lines[-1] or len(kept) < len(lines) - 1):
+        with new_file(file) as stream:
+            stream.writelines(f"{json.dumps(values)}\n".encode() for values in kept)
+    if broken:
+        print(f"warning: {file}: {broken} broken lines are left out", file=sys.stderr)
+    return kept
+
+
 def file_digest(path: str | os.PathLike) -> str:
-    """sha256 (hex) of a file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -4,12 +4,16 @@ from absl import flags
 from ml_collections import config_flags
 
 from dico_jax import cli
+from dico_jax.config import CAREFUL_FIELDS
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, see configs/; --config.a.b=value changes a field.",
 )  # fmt: skip
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a run that is in it already goes on.", required=True
+)
+_ALLOW = flags.DEFINE_multi_enum(
+    "allow_config_change", [], CAREFUL_FIELDS, "Field that may change from this checkpoint on."
 )
 _USE_ALL_CORES = cli.define_cpu_tuning()
 _JOIN = cli.define_distributed_flags()
@@ -26,7 +30,7 @@ def main() -> None:
     _USE_ALL_CORES(run_fits(config))
     from dico_jax.training.loop import train
 
-    train(config, _WORKDIR.value)
+    train(config, _WORKDIR.value, _ALLOW.value)
 
 
 if __name__ == "__main__":

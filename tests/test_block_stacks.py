@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from configs import digits
 from dico_jax.checkpoints.averages import rebuilt_ema, snapshot_steps
 from dico_jax.checkpoints.reader import SavedWeights
-from dico_jax.checkpoints.state import abstract_state, create_state, initializer
+from dico_jax.checkpoints.state import create_state, initializer
 from dico_jax.models import create_model
 from dico_jax.models.block_stacks import stack_blocks, stack_shardings, unstack_blocks
 from dico_jax.parallel.mesh import create_mesh
@@ -28,7 +28,7 @@ def sharded_state(family, mesh):
     model = create_model(family, **OPTIONS[family], scan_blocks=True)
     optimizer = create_optimizer(digits.get_config().optimizer, 10)
     init = initializer(model, optimizer, (8, 8, 1), ema_widths=(0.05,))
-    sharding = state_sharding(abstract_state(init), mesh)
+    sharding = state_sharding(jax.eval_shape(init, jax.random.key(0)), mesh)
     return model, sharding, create_state(init, 0, sharding)
 
 

@@ -31,7 +31,7 @@ NUMBERS = {"model.hidden_size", "model.depth", "model.mlp_ratio", "model.num_hea
 NUMBERS |= {"model.patch_size"}
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem[0] != "_")
 PARAMETERS = {
     "s256": 33_137_672,
     "b256": 129_992_712,

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from configs import default
 from dico_jax.checkpoints.checkpointer import Checkpointer
 from dico_jax.checkpoints.reader import SavedWeights, WarmStart
-from dico_jax.checkpoints.state import TrainState, abstract_state, initializer
+from dico_jax.checkpoints.state import TrainState, initializer
 from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params, create_model
@@ -365,7 +365,9 @@ def counting_step(model, diffusion, optimizer, **_):
 
 def empty_state(init, seed, sharding):
     """A fresh state of zeros."""
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_state(init))
+    state = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(init, jax.random.key(0))
+    )
     return jax.device_put(state, sharding)
 
 

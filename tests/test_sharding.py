@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dico_jax.checkpoints.state import abstract_state, create_state, initializer
+from dico_jax.checkpoints.state import create_state, initializer
 from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import UsageError
 from dico_jax.experiment import model_from_config
@@ -189,7 +189,7 @@ def test_nearly_all_of_a_state_is_shared(name):
     """Parameters, averages and moments: what is left whole on every device is under 1%."""
     model = create_model(name)
     optimizer = create_optimizer(digits.get_config().optimizer, 10)
-    state = abstract_state(initializer(model, optimizer, (32, 32, 4), (0.05,)))
+    state = jax.eval_shape(initializer(model, optimizer, (32, 32, 4), (0.05,)), jax.random.key(0))
     sharding = state_sharding(state, create_mesh(fsdp=4, tensor=2))
     leaves = zip(jax.tree.leaves(state), jax.tree.leaves(sharding), strict=True)
     own = sum(np.prod(s.shard_shape(leaf.shape), dtype=np.int64) for leaf, s in leaves)
@@ -202,12 +202,14 @@ def test_a_state_is_made_in_its_place():
     model = create_model("DiT", hidden_size=8, depth=1, num_heads=1, in_channels=1)
     init = initializer(model, create_optimizer(digits.get_config().optimizer, 10), (8, 8, 1))
     mesh = create_mesh(fsdp=8)
-    state = create_state(init, 0, state_sharding(abstract_state(init), mesh))
+    state = create_state(init, 0, state_sharding(jax.eval_shape(init, jax.random.key(0)), mesh))
     kernel = state.params["blocks"]["0"]["attn"]["qkv"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(1, 24)}
     moment = state.opt_state[0].mu["blocks"]["0"]["attn"]["qkv"]["kernel"]
     assert moment.sharding == kernel.sharding
-    whole = create_state(init, 0, state_sharding(abstract_state(init), create_mesh()))
+    whole = create_state(
+        init, 0, state_sharding(jax.eval_shape(init, jax.random.key(0)), create_mesh())
+    )
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(whole))
 
 

@@ -8,13 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits
-from dico_jax.checkpoints.state import (
-    abstract_state,
-    create_state,
-    initializer,
-    update_width_emas,
-)
+from configs import _saved, digits
+from dico_jax.checkpoints.state import create_state, initializer, update_width_emas
+from dico_jax.config import check_fields, config_to_dict
 from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import UsageError
 from dico_jax.models import create_model
@@ -30,12 +26,13 @@ from dico_jax.training.logging import Logger
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
 from dico_jax.training.step import drop_conditions, make_train_step
-from dico_jax.training.workdir import open_workdir
+from dico_jax.training.workdir import check_workdir, open_workdir
 
 
-def tiny_config():
+def tiny_config(seed=0):
     """The digits experiment, as small as it gets."""
     config = digits.get_config()
+    config.seed = seed
     config.data.batch_size = 16
     config.model.name = "DiT"  # one block compiles several times as fast as a DiCo
     config.model.hidden_size, config.model.depth = 8, 1
@@ -65,7 +62,7 @@ def run_steps(devices, family, num_steps=3, accumulation_steps=1, learning_rate=
     config.learning_rate = learning_rate
     optimizer = create_optimizer(config, num_steps)
     init = initializer(model, optimizer, (8, 8, 1))
-    sharding = state_sharding(abstract_state(init), mesh)
+    sharding = state_sharding(jax.eval_shape(init, jax.random.key(0)), mesh)
     state = create_state(init, 0, sharding)
     options = {"ema_decay": 0.9, "accumulation_steps": accumulation_steps}
     step = make_train_step(
@@ -212,7 +209,9 @@ def test_batches_that_devices_cannot_split(batch_size, message):
 
 def test_a_workdir_belongs_to_one_config(tmp_path):
     config = tiny_config()
-    folder = open_workdir(str(tmp_path / "run"), config)
+    folder = open_workdir(str(tmp_path / "run"), tiny_config(seed=1))
+    open_workdir(str(folder), config)  # nothing is saved yet
+    save_meta(folder, 5, config)
     before = (folder / "config.json").read_text()
 
     other = tiny_config()
@@ -236,13 +235,97 @@ def test_workdirs_that_are_none(tmp_path):
     file.write_text("mine")
     with pytest.raises(UsageError, match="is a file: give a folder"):
         open_workdir(str(file), tiny_config())
-    with pytest.raises(UsageError, match="cannot be written"):
+    with pytest.raises(NotADirectoryError, match="file/below"):  # the commands make a line of it
         open_workdir(str(file / "below"), tiny_config())
-    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UsageError, match="has checkpoints but no config.json"):
+    with pytest.raises(UsageError, match="--workdir= is empty: name a folder"):
+        check_workdir("", tiny_config())
+    (tmp_path / "old" / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(UsageError, match="config.json cannot be read .*: restore it"):
         open_workdir(str(tmp_path / "old"), tiny_config())
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text("{")
-    with pytest.raises(UsageError, match="config.json is not JSON"):
-        open_workdir(str(tmp_path / "broken"), tiny_config())
     assert file.read_text() == "mine"
+
+
+def save_meta(folder, step, config, **data):
+    """What `check_workdir` reads of a checkpoint."""
+    meta = folder / "checkpoints" / str(step) / "meta"
+    meta.mkdir(parents=True)
+    fields = {"config": config_to_dict(config), "class_names": []} | data
+    (meta / "metadata").write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0\1", None])
+def test_a_damaged_config_is_made_again_from_a_checkpoint(tmp_path, text, capsys):
+    folder = open_workdir(str(tmp_path / "run"), tiny_config())
+    save_meta(folder, 5, tiny_config())
+    whole = (folder / "config.json").read_text()
+    (folder / "config.json").unlink()
+    if text is not None:
+        (folder / "config.json").write_text(text)
+    with pytest.raises(UsageError, match="config.seed was 0, is 1"):
+        open_workdir(str(folder), tiny_config(seed=1))
+    open_workdir(str(folder), tiny_config())
+    assert "config.json cannot be read" in capsys.readouterr().err
+    assert (folder / "config.json").read_text() == whole
+
+
+def test_what_may_change_with_care(tmp_path, capsys):
+    folder = open_workdir(str(tmp_path / "run"), tiny_config())
+    save_meta(folder, 5, tiny_config())
+    other = tiny_config()
+    other.data.batch_size = 48
+    with pytest.raises(UsageError, match=r"or --allow_config_change=data\.batch_size"):
+        open_workdir(str(folder), other)
+    open_workdir(str(folder), other, ["data.batch_size"])
+    assert "config.data.batch_size was" in capsys.readouterr().err
+    (line,) = map(json.loads, (folder / "config_changes.jsonl").read_text().splitlines())
+    assert line["step"] == 5
+    open_workdir(str(folder), other)
+    other.seed = 3
+    with pytest.raises(UsageError, match="config.seed was 0, is 3") as error:
+        open_workdir(str(folder), other, ["data.batch_size"])
+    assert "allow" not in str(error.value)
+
+
+def test_a_run_belongs_to_its_classes(tmp_path, capsys):
+    config, data = tiny_config(), {"class_names": ["cat", "dog"], "examples": [40, "a"]}
+    folder = open_workdir(str(tmp_path / "run"), config)
+    save_meta(folder, 5, config, **data)
+    more = data | {"examples": [41, "b"]}
+    open_workdir(str(folder), config, (), data)
+    assert capsys.readouterr().err == ""
+    open_workdir(str(folder), config, (), more)
+    assert "had 40 examples and goes on with 41" in capsys.readouterr().err
+    for names in (["dog", "zebra"], ["dog", "cat"], ["cat"], ["cat", "dog", "z" * 99_999]):
+        with pytest.raises(UsageError, match="data of other classes .label [012] is ") as error:
+            check_workdir(str(folder), config, (), more | {"class_names": names})
+        assert len(str(error.value)) < 1_000
+
+
+def test_broken_lines_of_json_are_left_out(tmp_path, capsys):
+    file = tmp_path / "metrics.jsonl"
+    for text, kept in (
+        (b'{"step": 1}\n{"st\n\xff\0\n[]\n{"step": []}\n{"a": 1}\n{"step": 2}\n{"step"', [1, 2]),
+        (b"\x89PNG\0\n\n", []),
+        (b'{"step": 1}\n', [1]),
+        (b"", []),
+    ):
+        file.write_bytes(text)
+        with Logger(tmp_path, 2, 10) as log:
+            log.scalars(4, {"loss": 1.0})
+        assert [line["step"] for line in read_metrics(tmp_path)] == [*kept, 4]
+        broken = capsys.readouterr().err.count("broken lines are left out")
+        assert broken == (text.count(b"\n") > 1)
+    with Logger(tmp_path, 0, 10) as log:
+        pass
+    assert "goes to step 4, and no checkpoint is there" in capsys.readouterr().out
+    assert file.read_bytes() == b""
+
+
+def test_the_config_of_a_run_starts_another(tmp_path):
+    config = tiny_config()
+    config.training.ema_widths = (0.1,)
+    folder = open_workdir(str(tmp_path / "a"), config)
+    again = _saved.get_config(str(folder / "config.json"))
+    assert config_to_dict(again) == config_to_dict(config)
+    assert again.training.ema_widths == (0.1,)
+    check_fields(again)

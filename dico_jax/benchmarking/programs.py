@@ -12,7 +12,7 @@ from jax.extend import core
 from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 
-from dico_jax.checkpoints.state import TrainState, abstract_state, initializer
+from dico_jax.checkpoints.state import TrainState, initializer
 from dico_jax.experiment import experiment_from_config, sampling_from_config
 from dico_jax.models import abstract_params, forward_flops, training_flops
 from dico_jax.models.block_stacks import STACK, map_stacks
@@ -35,7 +35,6 @@ class Plan(NamedTuple):
 
 
 def plan_forward(config: ConfigDict, mesh: Mesh) -> Plan:
-    """`model.apply` on a batch of latents."""
     model, shape, arrays = _network(config)
     function = _jitted(lambda params, args: model.apply({"params": params}, *args), mesh)
     flops = len(arrays[0]) * forward_flops(model, shape)
@@ -51,7 +50,7 @@ def plan_train(config: ConfigDict, mesh: Mesh) -> Plan:
     step = make_train_step(model, diffusion, optimizer, mesh=mesh, **options)
     abstract = jax.eval_shape(
         lambda state: map_stacks(lambda *leaves: jnp.stack(leaves), state, model.stacked_stages),
-        abstract_state(initializer(model, optimizer, shape)),
+        jax.eval_shape(initializer(model, optimizer, shape), jax.random.key(0)),
     )
     function = _jitted(
         lambda state, batch: step(state, batch), mesh, donate_argnums=0, out_shardings=whole
@@ -90,8 +89,6 @@ def _jitted(function: Callable[..., Any], mesh: Mesh, **options: Any) -> jax.sta
 
 
 class Compiled(NamedTuple):
-    """A program compiled ahead of its first run."""
-
     executable: jax.stages.Compiled
     trace_seconds: float  # Python's part, from the function to the program that XLA is given
     compile_seconds: float  # XLA's part
@@ -166,10 +163,7 @@ def make_program(action: str, config: ConfigDict, mesh: Mesh) -> Program:
 
 
 def draw(abstract: Any, sharding: Sharding) -> Any:
-    """Random parameters, or a state that has them: as fresh ones have gates of zero, these do not.
-
-    They are drawn on the host, because compiling initialisers takes longer.
-    """
+    """Random parameters without gates of zero, drawn on the host, or a state that has them."""
     rng = np.random.default_rng(0)
 
     def leaf(path, like):

@@ -33,7 +33,6 @@ PUBLISHED: dict[str, tuple[str | None, dict[int, str]]] = {
 
 
 def about() -> dict[str, Any]:
-    """How a result was made: versions and the date."""
     more = {"jaxlib": importlib.metadata.version("jaxlib"), "python": platform.python_version()}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"versions": library_versions() | more, "date_utc": date}
@@ -104,7 +103,6 @@ def _giga(number: float | None) -> str:
 
 
 def _padded(rows: Iterable[Sequence[str]]) -> list[list[str]]:
-    """Cells as wide as their column, those of the first to the left."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]

@@ -37,9 +37,8 @@ def measure(
 ) -> dict[str, list[float]]:
     """Times functions in rounds: each runs once in every round, one after the other.
 
-    So a change of the machine's speed meets all of them. A function that starts work on a device
-    waits for it. After `warmup` rounds that do not count there are `repeats`, and more until so
-    many seconds have passed. Returns the seconds of each run, in order, by the functions' names.
+    They wait for the device. After `warmup` rounds that do not count there are `repeats`, and more
+    until so many seconds have passed. Returns the seconds of each run by the functions' names.
     """
     for _ in range(warmup):
         for function in functions.values():
@@ -56,7 +55,6 @@ def measure(
 
 
 def summary(times: Sequence[float]) -> dict[str, Any]:
-    """The seconds of a function's runs for JSON, with the unit in the names."""
     percentiles = {"median": 50, "p10": 10, "p90": 90, "min": 0, "max": 100}
     found = {f"{k}_seconds": float(np.percentile(times, v)) for k, v in percentiles.items()}
     return found | {"times_seconds": list(times)}
@@ -65,9 +63,9 @@ def summary(times: Sequence[float]) -> dict[str, Any]:
 def run_benchmark(
     options: Options, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Measures, and gives the result as docs/benchmark.md describes it, ready for JSON.
+    """The result that docs/benchmark.md describes; `report` is told what is being done.
 
-    `report` is told what is being done. FloatingPointError for results that are not finite.
+    FloatingPointError for results that are not finite.
     """
     if options.ceiling_sizes and not options.ceiling:
         raise UsageError("--ceiling_sizes has no effect with --noceiling: leave one out")

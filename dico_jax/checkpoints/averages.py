@@ -33,10 +33,8 @@ _NEGLIGIBLE = 1e-10
 
 
 class Snapshot(NamedTuple):
-    """A power-function average of a relative width that was kept after `step` steps."""
-
-    step: int
-    width: float
+    step: int  # after which it was kept
+    width: float  # the relative width of a power-function average
     read: Callable[[], Any]  # returns the tree of arrays
 
 
@@ -50,7 +48,6 @@ class EmaSnapshots(contextlib.ExitStack):
             self._writer = self.enter_context(StepWriter(workdir / FOLDER))
 
     def is_due(self, step: int) -> bool:
-        """Whether `save` keeps the averages after `step`."""
         return self._every > 0 and (step % self._every == 0 or step == self._last)
 
     def save(self, step: int, width_emas: Mapping[str, Any]) -> None:
@@ -66,7 +63,6 @@ class EmaSnapshots(contextlib.ExitStack):
 
 
 def snapshot_steps(workdir: str) -> list[int]:
-    """The steps of the finished snapshots of a workdir, in order."""
     return sorted(reader.saved_steps(workdir, FOLDER))
 
 
@@ -77,7 +73,7 @@ def list_snapshots(workdir: str, last_step: int) -> list[Snapshot]:
         Snapshot(step, width, functools.partial(_read, folder / str(step), name))
         for step in snapshot_steps(workdir)
         if step <= last_step
-        for name, width in reader.read_meta(folder / str(step))["widths"].items()
+        for name, width in reader.read_meta(folder / str(step), "widths")["widths"].items()
     ]
 
 

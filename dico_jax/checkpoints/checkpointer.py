@@ -126,7 +126,6 @@ class Checkpointer(StepWriter):
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
-    """The items of a state that have leaves."""
     return {k: v for k, v in vars(state).items() if k != "step" and jax.tree.leaves(v)}
 
 

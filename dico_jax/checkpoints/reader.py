@@ -12,7 +12,7 @@ import os
 import pathlib
 import textwrap
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,8 +42,6 @@ Path = tuple[str, ...]
 
 
 class DamagedCheckpointError(UsageError):
-    """A step of which a file is missing, cut or changed."""
-
     def __init__(self, path: pathlib.Path, reason: object, advice: str = ""):
         self.reason = textwrap.shorten(str(reason), 300)  # TensorStore's name every operation
         super().__init__(f"{path} is damaged ({self.reason}){advice}")
@@ -62,11 +60,12 @@ def saved_steps(workdir: str | os.PathLike, folder: str = FOLDER) -> set[int]:
     return {int(p.name) for p in paths if p.name.isdecimal() and p.is_dir()}
 
 
-def read_meta(folder: pathlib.Path) -> dict[str, Any]:
-    """The JSON values beside the arrays of a step; DamagedCheckpointError if unreadable."""
+def read_meta(folder: pathlib.Path, *fields: str) -> dict[str, Any]:
+    """The JSON values beside the arrays of a step; DamagedCheckpointError if one is missing."""
     try:
-        return json.loads((folder / "meta" / "metadata").read_text())
-    except (OSError, ValueError) as error:
+        meta = json.loads((folder / "meta" / "metadata").read_text())
+        return meta | {field: meta[field] for field in fields}
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise DamagedCheckpointError(folder / "meta", error) from error
 
 
@@ -89,12 +88,18 @@ def path_names(path: tuple[Any, ...]) -> Path:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def differences(there: Mapping[Path, Any], here: Mapping[Path, Any]) -> str:
+def differences(there: Mapping[Any, Any], here: Mapping[Any, Any]) -> str:
     """The first leaves whose shapes, by path, differ between a checkpoint and what is wanted."""
     both = {k: [d.get(k, "missing") for d in (there, here)] for k in there.keys() | here.keys()}
     found = [f"{'.'.join(k)} is {a} there and {b} here" for k, (a, b) in both.items() if a != b]
     more = f"; and {len(found) - _MAX_LISTED} more" if len(found) > _MAX_LISTED else ""
     return "; ".join(sorted(found)[:_MAX_LISTED]) + more
+
+
+def class_differences(*names: Sequence[str]) -> str:
+    """The first labels that mean other classes there than here, if both have names."""
+    there, here = ({(f"label {i}",): n[:60] for i, n in enumerate(row)} for row in names)
+    return differences(there, here) if there and here else ""
 
 
 def _read(item: pathlib.Path, name: str) -> np.ndarray:
@@ -184,7 +189,7 @@ class SavedWeights:
             fix = f": {folder} has steps {', '.join(map(str, sorted(steps)))}"
             raise UsageError("--step", step, fix)
         self._path = path / FOLDER / str(self.step)
-        meta = read_meta(verified(self._path, "meta").parent)
+        meta = read_meta(verified(self._path, "meta").parent, "config", "class_names")
         self.config, self.class_names = with_defaults(meta["config"]), meta["class_names"]
         self.converted = meta.get("converted")
         self.available = [name for name, item in ITEMS.items() if (self._path / item).is_dir()]
@@ -198,7 +203,6 @@ class SavedWeights:
         return stored_leaves(self._item(weights))
 
     def optimizer_leaves(self) -> dict[Path, Deferred]:
-        """The arrays of the optimizer's state by path, each read when asked for."""
         if not (self._path / "opt_state").is_dir():
             raise UsageError(f"{self._path} has weights alone, and no state of an optimizer")
         return stored_leaves(verified(self._path, "opt_state"))
@@ -213,11 +217,12 @@ class SavedWeights:
 class WarmStart:
     """The weights that a run starts from; tables with another number of rows start fresh."""
 
-    def __init__(self, folder: str, model: Any):
+    def __init__(self, folder: str, model: Any, source: Any = None):
         """Opens the newest checkpoint of `folder` and compares shapes; no weights are read."""
         field = "config.training.init_from"
         saved = SavedWeights(folder, flag=field)
         self.folder, self._step = folder, saved.step
+        self._others = class_differences(saved.class_names, source.class_names if source else [])
         self._weights = next(iter(saved.available), "ema")
         self._leaves = saved.leaves(self._weights)
         trees = flatten_dict(abstract_params(model)), self._leaves
@@ -237,10 +242,9 @@ class WarmStart:
         if self.fresh:
             rows = self._leaves[self.fresh[0]].shape[0]
             text += f"; the label tables have {rows} rows there, so they start fresh"
-        return text
+        return text + (f"; the classes are others: {self._others}" if self._others else "")
 
     def apply(self, state: TrainState) -> TrainState:
-        """A fresh `state` with these weights, in its own shardings and dtypes."""
         params = flatten_dict(state.params)
         for path in params.keys() - self.fresh:
             array = np.asarray(self._leaves[path].read(), params[path].dtype)

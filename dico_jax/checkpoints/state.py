@@ -1,8 +1,7 @@
 """What a training run carries from step to step: parameters, averages, the optimizer's state.
 
-One average has a constant decay. Others, those of EDM2 (Karras et al. 2023, arXiv 2312.02696, 3.1),
-widen with the run: at step t they weigh the parameters of each earlier step s by s ** gamma. Their
-standard deviation in steps is always the same fraction of t: their relative width.
+One average has a constant decay. Those of EDM2 (arXiv 2312.02696, 3.1) weigh at step t each earlier
+step s by s ** gamma: their standard deviation is the same fraction of t, their relative width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,6 @@ MAX_WIDTH = 12**-0.5
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The state of a run after `step` steps."""
-
     step: jax.Array  # int32 scalar, the number of optimizer steps taken
     params: Any  # the parameter tree, float32
     ema_params: Any  # its average of constant decay: the weights that are sampled and evaluated
@@ -30,7 +27,6 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-    """The keys of initialisation and of the training steps of a run."""
     return tuple(jax.random.split(jax.random.key(seed)))
 
 
@@ -46,11 +42,6 @@ def initializer(model, optimizer, input_shape, ema_widths=()) -> Callable[[jax.A
         return TrainState(step, params, ema, opt_state, emas)
 
     return init
-
-
-def abstract_state(init: Callable[[jax.Array], TrainState]) -> TrainState:
-    """The shapes and dtypes of a state, without making it."""
-    return jax.eval_shape(init, jax.random.key(0))
 
 
 def create_state(init: Callable[[jax.Array], TrainState], seed: int, sharding: Any) -> TrainState:

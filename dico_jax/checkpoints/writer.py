@@ -128,10 +128,8 @@ class StepWriter:
 
 
 class _NewStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """The folder of a step while it is written."""
-
     async def finalize(self) -> None:
-        """Gives it its checksums and its name; one process calls it, before older steps go."""
+        """Gives a written step its checksums and name; one process calls it before old ones go."""
         folder, final = pathlib.Path(self.get()), pathlib.Path(self.get_final())
         if not final.name.isdecimal():  # an item of a step
             return await super().finalize()
@@ -184,7 +182,6 @@ def _drop_reports() -> None:
 
 
 def _registry(items: Sequence[str]) -> Any:
-    """Handlers of items of Deferred leaves, and of meta."""
     deferred = _DeferredHandler(deepcopy_host_arrays=False)  # nobody else holds the arrays
     arrays = ocp.type_handlers.ArrayHandler()  # Orbax warns where it is missing
     pairs = (Deferred, deferred), (jax.Array, arrays)
@@ -198,7 +195,6 @@ class _DeferredHandler(ocp.type_handlers.NumpyHandler):
     """Saves Deferred leaves as NumPy arrays, at most two groups of them in memory."""
 
     async def serialize(self, values, infos, args=None):
-        """Writes the leaves; returns what is still to wait for."""
         args = args or [ocp.SaveArgs()] * len(values)
         groups = np.cumsum([leaf.nbytes for leaf in values]) // _GROUP_BYTES
         rows = zip(groups, values, infos, args, strict=True)

@@ -7,6 +7,7 @@ import numpy as np
 
 from dico_jax.data.pictures import BadExample
 from dico_jax.errors import UsageError
+from dico_jax.files import json_lines
 
 _FIELD = "config.data.max_bad_fraction"
 _LISTED = 10
@@ -34,9 +35,8 @@ class BadExampleLog:
         self._source, self._fraction, self._file = source, max_bad_fraction, file
         self._read, self._read_condition = read, read_condition
         self.bad: dict[str, str] = {}
-        if file is not None and file.exists():
-            lines = file.read_text().split("\n")[:-1]
-            entries = [json.loads(line) for line in lines if line.endswith("}")]
+        if file is not None:
+            entries = json_lines(file, lambda entry: {entry["id"]: entry["reason"]})
             self.bad = {entry["id"]: entry["reason"] for entry in entries}
         for name, reason in source.skipped.items():
             self._note(name, reason)

@@ -31,8 +31,7 @@ class Stage(nn.Module):
     """`depth` equal blocks one after the other, named "0", "1", ..., made by `block(name=...)`.
 
     A block maps (x, c) to the next x, and has nothing but parameters, which it uses in `dtype`.
-    With `scan` one `jax.lax.scan` runs all, and stacked parameters are taken, too. However they
-    run, parameters lie apart ("0/conv1/kernel") and start as they do one by one. What blocks
+    With `scan` one `jax.lax.scan` runs all, and stacked parameters are taken, too. What blocks
     compute inside can be captured only with `scan` off and `remat` "none".
     """
 
@@ -110,7 +109,6 @@ def stack_shardings(tree: Any, stages: Sequence[str]) -> Any:
 
 
 def unstack_blocks(tree: Any) -> Any:
-    """What `stack_blocks` has joined, apart again."""
 
     def is_stack(node):
         return isinstance(node, dict) and node.keys() == {STACK}
@@ -163,13 +161,8 @@ def whole_where_used(params: Any, model: Any, sharding: Any) -> Any:
     """Parameters for `model.apply`, each whole along the batch's axes for the module that reads it.
 
     A loop over blocks gets one block at a time. What "tensor" splits stays so, as do gradients.
-    Blocks lie apart or as stacks; `sharding` is a tree like `params`, or one for all of them.
-
-    So inside a network "data" and "fsdp" split nothing but the batch, both and in this order. XLA's
-    partitioner brings two orders of devices together wrongly, in silence (seen with jax 0.10 to
-    0.12): with x split as (("data", "fsdp"), "tensor") and a kernel as ("tensor", "fsdp"), x @
-    kernel split as x is has its rows in the order of ("fsdp", "data") where the kernel is the
-    larger one, data > 1 and fsdp = tensor > 1.
+    Blocks lie apart or as stacks; `sharding` is a tree like `params`, or one for all of them. XLA's
+    partitioner would bring two orders of devices together wrongly (docs/architecture.md).
     """
     if isinstance(sharding, Sharding):
         sharding = jax.tree.map(lambda _: sharding, params)

@@ -1,10 +1,7 @@
 """Layers that DiCo and DiT share.
 
-Submodules carry the names of the published PyTorch modules, positions inside its Sequentials
-included ("mlp/0", "adaLN_modulation/1"), so that converting a parameter path is a join with dots.
-
-Numerics: `dtype` is the dtype of activations and matrix products. Statistics, time features and
-conditioning vectors are computed in float32 or better, whatever `dtype` is; parameters are float32.
+Submodules carry the names of the published PyTorch modules. `dtype` is the dtype of activations and
+products; statistics, time features, conditioning vectors and parameters are float32 or better.
 """
 
 import functools

@@ -239,7 +239,6 @@ def copies_fit(size: int, count: int) -> bool:
 
 
 def _cpu_only() -> bool:
-    """Whether JAX will run on CPU, as far as can be told before it starts."""
     if platforms := jax.config.values["jax_platforms"]:
         return platforms == "cpu"
     plugins = ("libtpu", "jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin")
@@ -247,10 +246,7 @@ def _cpu_only() -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Makes glibc's malloc keep what a run frees for the next one, in pages of 2 MB.
-
-    Else the kernel clears the memory of all activations again: a quarter of a training step's time.
-    """
+    """Makes glibc's malloc keep what a run frees, in pages of 2 MB: a quarter of a step's time."""
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
     trim_threshold, mmap_max, arena_max, madv_hugepage = -1, -4, -8, 14  # malloc.h, mman.h

@@ -1,8 +1,4 @@
-"""Linear layers over channels, or 1x1 convolutions, with gradients of their own.
-
-Biases and gates get gradients that are summed in float32 or better; XLA for CPU brings the smaller
-ones of the arrays into another order.
-"""
+"""Linear layers over channels, with gradients of biases and gates summed in float32 or better."""
 
 import jax
 from jax import lax

@@ -19,25 +19,22 @@ TAPS = [(i, j) for i in range(3) for j in range(3)]
 
 @contextlib.contextmanager
 def plain_ops(enabled: bool = True) -> Iterator[None]:
-    """What is traced inside takes every operation's plain form, so that JAX derives its gradient.
+    """What is traced inside takes every operation's plain form, if `enabled`.
 
-    `jax.jvp`, `jax.hessian` and all else that differentiates forwards or more than once needs this;
-    a gradient takes more time and memory so. Without `enabled` all stays as it is outside.
+    `jax.jvp`, `jax.hessian` and all else that differentiates forwards or more than once needs this.
     """
     with _PLAIN(True) if enabled else contextlib.nullcontext():
         yield
 
 
 def wants_plain() -> bool:
-    """Whether `plain_ops` is in force."""
     return _PLAIN.value
 
 
 class Operation:
-    """A function of arrays with a gradient of its own, used as a decorator of its plain form.
+    """A decorator of a plain function of arrays, which gets a gradient of its own.
 
-    `plain` is the function as it is written down, which JAX can differentiate as often as one
-    likes; a call can be differentiated once, backwards, but where `plain_ops` is in force.
+    A call can be differentiated once, backwards, but where `plain_ops` is in force.
     """
 
     def __init__(self, plain: Callable[..., Any]):
@@ -64,7 +61,6 @@ def accumulation_dtype(dtype) -> jnp.dtype:
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """X in the dtype of its sums."""
     return x.astype(accumulation_dtype(x.dtype))
 
 

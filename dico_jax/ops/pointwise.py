@@ -1,7 +1,6 @@
 """GELU, vectors over positions, and modulated layer normalisation, with gradients of their own.
 
-Derived gradients keep more arrays (of the norm four as large as x), and sum over positions in the
-dtype of the activations: in bfloat16 a sum of ones stops at 256.
+Derived ones keep more arrays, and sum in the activations' dtype: ones in bfloat16 up to 256.
 """
 
 import math

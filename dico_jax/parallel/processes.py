@@ -53,7 +53,6 @@ def _give_up(address: str, timeout_seconds: int) -> None:
 
 
 def several_processes(environ: Mapping[str, str]) -> bool:
-    """Whether the surroundings say that this process is one of several of a run."""
     return (
         (int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ)
         or int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1

@@ -22,7 +22,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from dico_jax.errors import UsageError
-from dico_jax.files import new_file
+from dico_jax.files import json_lines
 
 _LAST_WORDS = 20.0  # seconds that W&B has to send what it has not sent yet
 
@@ -47,7 +47,17 @@ class Logger(contextlib.AbstractContextManager):
     def _open(self, step: int) -> None:
         if self._is_main:
             file = self._workdir / "metrics.jsonl"
-            _drop_lines_after(file, step)
+            steps = [0]
+
+            def stays(values: dict) -> bool:
+                steps.append(int(values["step"]))
+                # The classifier's judgement comes after the last save.
+                return (values["step"], "eval/agreement" in values) <= (step, False)
+
+            json_lines(file, stays)
+            if max(steps) > step == 0:
+                text = f"warning: {file} goes to step {max(steps)}, and no checkpoint is there"
+                self.say(f"{text}: the run starts anew, and these lines are dropped")
             self._metrics = _Appended(file, self.say)
             # Two event files of one second would have one name, and the second replace the first.
             now, host = time.time_ns(), socket.gethostname()
@@ -126,21 +136,6 @@ class _Appended:
             if not self._failed:
                 self._say(f"{text} mend that; training goes on, and the numbers follow then")
             self._failed = True
-
-
-def _drop_lines_after(path: pathlib.Path, step: int) -> None:
-    """Drops the lines that a run which goes on after `step` writes again, and half a line."""
-
-    def stays(line: str) -> bool:
-        values = json.loads(line) if line.endswith("\n") else {"step": math.inf}
-        # The classifier's judgement comes after the last save.
-        return (values["step"], "eval/agreement" in values) <= (step, False)
-
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if stays(line)]
-    if len(kept) < len(lines):
-        with new_file(path) as file:
-            file.write("".join(kept).encode())
 
 
 def require_wandb(project: str) -> None:

@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,20 +26,21 @@ from dico_jax.training.watch import NanWatch, Preempted, Preemption, StallWatch,
 from dico_jax.training.workdir import open_workdir, workdir_lock
 
 
-def train(config: ConfigDict, workdir: str) -> ClassAgreement | None:
+def train(config: ConfigDict, workdir: str, allowed: Sequence[str] = ()) -> ClassAgreement | None:
     """Trains what `config` describes in `workdir`, from its newest checkpoint if it has one.
 
-    Returns what the classifier says of the final samples, where `config.eval` asks for it.
+    Fields that are `allowed` may differ from its config. Returns what the classifier says of the
+    final samples, where `config.eval` asks for it.
 
     Raises:
       UsageError: something in the config or the workdir cannot work; nothing is changed then.
       TrainingStopped: the run cannot go on, see `config.training.on_nan`.
       Preempted: SIGTERM came; the state is saved.
     """
-    run = Run(config, workdir)
+    run = Run(config, workdir, allowed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir_lock(workdir, jax.process_index()))
-        open_workdir(workdir, run.config)
+        open_workdir(workdir, run.config, allowed, run.data)
         multihost_utils.sync_global_devices("the workdir is open")
         return _Trainer(run, stack).train()
 
@@ -50,7 +51,7 @@ class _Trainer:
         self.run, self.config, self.num_steps = run, config, training.num_steps
         self.preemption = stack.enter_context(Preemption())
         fields = config_to_dict(config)
-        meta = {"config": fields, "class_names": list(run.source.class_names)}
+        meta = {"config": fields, **run.data}
         rules = training.keep_checkpoints, training.keep_every_steps
         self.saver = stack.enter_context(Checkpointer(run.workdir, meta, *rules))
         every = training.ema_snapshot_every_steps

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dico_jax import experiment as experiments
 from dico_jax.autoencoders import make_latents_fn
 from dico_jax.checkpoints.reader import WarmStart, saved_steps
-from dico_jax.checkpoints.state import abstract_state, create_state, initializer, parse_widths
+from dico_jax.checkpoints.state import create_state, initializer, parse_widths
 from dico_jax.config import check_fields, config_errors
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.pipeline import DeviceBatches, training_batches
@@ -31,7 +31,7 @@ from dico_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from dico_jax.training.speed import enable_compilation_cache
 from dico_jax.training.step import make_train_step
 from dico_jax.training.watch import check_watch
-from dico_jax.training.workdir import check_workdir
+from dico_jax.training.workdir import check_workdir, data_of
 
 
 class Run:
@@ -41,7 +41,7 @@ class Run:
     of the state, as checkpoints have it; that of `train_step` is one of `stack_blocks`.
     """
 
-    def __init__(self, config: ConfigDict, workdir: str):
+    def __init__(self, config: ConfigDict, workdir: str, allowed: Sequence[str] = ()):
         check_fields(config)
         experiments.check_training(config)
         check_watch(config)
@@ -66,7 +66,7 @@ class Run:
             self.learning_rate = learning_rate_schedule(config.optimizer, training.num_steps)
             widths = parse_widths(training.ema_widths, training.ema_snapshot_every_steps)
             self._init = initializer(model, optimizer, latent_shape, widths)
-            abstract = abstract_state(self._init)
+            abstract = jax.eval_shape(self._init, jax.random.key(0))
             self._sharding = state_sharding(abstract, self.mesh, rules or DEFAULT_RULES)
             draws: Any = {"mesh": self.mesh, "latent_sampling": config.data.latent_sampling}
             encoded = self.source.kind, autoencoder
@@ -83,8 +83,9 @@ class Run:
         conditions = functools.partial(model.default_conditions, source=self.source)
         self.evaluation = RunEvaluation(config, self.source, self.read, conditions, self.mesh)
         fresh = training.init_from and not saved_steps(workdir)
-        self._warm_start = WarmStart(training.init_from, model) if fresh else None
-        check_workdir(workdir, config)
+        self._warm_start = WarmStart(training.init_from, model, self.source) if fresh else None
+        self.data = data_of(self.source)
+        check_workdir(workdir, config, allowed, self.data)
         say_unmet(abstract.params, self.mesh, rules)
         self.workdir = pathlib.Path(workdir)
         self.target = jax.tree.map(lambda a, s: a.update(sharding=s), abstract, self._sharding)

@@ -3,17 +3,28 @@
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import socket
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from dico_jax.config import DEFAULTS, config_to_dict, flatten, without_gone
+from dico_jax.checkpoints.reader import (
+    FOLDER,
+    DamagedCheckpointError,
+    class_differences,
+    read_meta,
+    saved_steps,
+)
+from dico_jax.config import CAREFUL_FIELDS, DEFAULTS, config_to_dict, flatten, without_gone
+from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.files import write_json
 
@@ -30,34 +41,66 @@ MUTABLE_FIELDS = {
 MUTABLE_SECTIONS = ("mesh", "profile", "logging", "sampling", "eval")
 
 
-def check_workdir(workdir: str, config: ConfigDict) -> None:
-    """Raises UsageError where the folder holds a run of another config; touches nothing."""
-    file = pathlib.Path(workdir) / "config.json"
-    if file.exists():
-        try:
-            old = without_gone(json.loads(file.read_text()))
-        except ValueError as error:
-            text = f"{file} is not JSON ({error}): restore it, or give another --workdir"
-            raise UsageError(text) from error
-        if differing := _differences(old, config_to_dict(config)):
-            text = f"belongs to a run of another config ({'; '.join(differing)})"
-            fix = "use these values again, or another --workdir"
-            raise UsageError("--workdir", workdir, f"{text}: {fix}")
-    elif (file.parent / "checkpoints").exists():
-        fix = "has checkpoints but no config.json: give another folder"
-        raise UsageError("--workdir", workdir, fix)
+def data_of(source: Source) -> dict[str, Any]:
+    """What a run remembers of its data: the names of classes, how many examples, and which."""
+    some = np.linspace(0, len(source) - 1, min(len(source), 1_000), dtype=int)
+    ids = json.dumps([source.example_id(int(index)) for index in some]).encode()
+    which = [len(source), hashlib.sha256(ids).hexdigest()]
+    return {"class_names": list(source.class_names), "examples": which}
 
 
-def open_workdir(workdir: str, config: ConfigDict) -> pathlib.Path:
+def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None) -> list[str]:
+    """Raises UsageError where checkpoints there are of another config or data; touches nothing.
+
+    Returns what has changed: of `CAREFUL_FIELDS` only those that are `allowed` may.
+    """
+    if not workdir:
+        raise UsageError("--workdir", workdir, "is empty: name a folder")
+    if not (steps := saved_steps(workdir)):
+        return []
+    file, changes = pathlib.Path(workdir, "config.json"), []
+    try:
+        meta = read_meta(file.parent / FOLDER / str(max(steps)), "config", "class_names")
+    except DamagedCheckpointError:  # said by what restores it
+        meta = {"class_names": []}
+    try:
+        if "model.name" not in (old := without_gone(json.loads(file.read_text()))):
+            raise ValueError("it is no config")
+    except (OSError, ValueError, AssertionError) as error:
+        text = f"{file} cannot be read ({error}): "
+        if "config" not in meta:
+            raise UsageError(f"{text}restore it, or give another --workdir") from error
+        old, changes = without_gone(meta["config"]), [f"{text}made again from step {max(steps)}"]
+    differing = _differences(old, config_to_dict(config))
+    if refused := [text for field, text in differing.items() if field not in allowed]:
+        text = f"belongs to a run of another config ({'; '.join(refused)})"
+        fix = "use these values again, or another --workdir"
+        if differing.keys() <= set(CAREFUL_FIELDS):
+            fix += "".join(f", or --allow_config_change={field}" for field in differing)
+        raise UsageError("--workdir", workdir, f"{text}: {fix}")
+    if data and (found := class_differences(meta["class_names"], data["class_names"])):
+        text = f"belongs to a run on data of other classes ({found})"
+        raise UsageError("--workdir", workdir, f"{text}: use that data, or another --workdir")
+    if data and meta.get("examples", data["examples"]) != data["examples"]:
+        there, here = meta["examples"][0], data["examples"][0]
+        changes.append(f"the run had {there} examples and goes on with {here}, or with others")
+    return changes + list(differing.values())
+
+
+def open_workdir(workdir: str, config: ConfigDict, *more) -> pathlib.Path:
     """Makes the folder of a run, where it is not there; the first process writes config.json.
 
-    UsageError: see `check_workdir`, or it is a file or not writable. Nothing is touched then.
+    It says and records what `check_workdir` finds to have changed, which is given all arguments.
     """
-    check_workdir(workdir, config)
-    with _made(workdir) as path:
-        if jax.process_index() == 0:
-            write_json(path / "config.json", dict(sorted(config_to_dict(config).items())))
-        return path
+    changes = check_workdir(workdir, config, *more)
+    path = _made(workdir)
+    if jax.process_index() == 0:
+        for change in changes:
+            print(f"warning: {change}", file=sys.stderr)
+            with (path / "config_changes.jsonl").open("a") as log:
+                log.write(json.dumps({"step": max(saved_steps(path)), "change": change}) + "\n")
+        write_json(path / "config.json", dict(sorted(config_to_dict(config).items())))
+    return path
 
 
 @contextlib.contextmanager
@@ -69,46 +112,40 @@ def workdir_lock(workdir: str, process_index: int = 0) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         if process_index == 0:
-            with _made(workdir) as path:  # not "w": it may be another run's
-                file = stack.enter_context((path / ".lock").open("a+"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except (BlockingIOError, PermissionError) as error:
-                    file.seek(0)
-                    text = f"is in use by another run ({file.read().strip() or 'just started'})"
-                    fix = "wait for its end, stop it, or give another --workdir"
-                    raise UsageError("--workdir", workdir, f"{text}: {fix}") from error
-                except OSError as error:
-                    text = f"warning: --workdir={workdir} cannot be locked ({error.strerror})"
-                    print(f"{text}: see to it that no other run uses it", file=sys.stderr)
-                since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
-                file.flush()
+            file = stack.enter_context((_made(workdir) / ".lock").open("a+"))  # it may be another's
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                file.seek(0)
+                text = f"is in use by another run ({file.read().strip() or 'just started'})"
+                fix = "wait for its end, stop it, or give another --workdir"
+                raise UsageError("--workdir", workdir, f"{text}: {fix}") from error
+            except OSError as error:
+                text = f"warning: --workdir={workdir} cannot be locked ({error.strerror})"
+                print(f"{text}: see to it that no other run uses it", file=sys.stderr)
+            since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+            file.flush()
         yield
 
 
-@contextlib.contextmanager
-def _made(workdir: str) -> Iterator[pathlib.Path]:
-    """The folder, which is there now; where it cannot be written, it is --workdir that is wrong."""
-    path = pathlib.Path(workdir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        yield path
-    except OSError as error:
-        text = "is a file: give a folder" if path.is_file() else f"cannot be written: {error}"
-        raise UsageError("--workdir", workdir, text) from error
+def _made(workdir: str) -> pathlib.Path:
+    if (path := pathlib.Path(workdir)).is_file():
+        raise UsageError("--workdir", workdir, "is a file: give a folder")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
-def _differences(old: dict, new: dict) -> list[str]:
-    """What may not change between two configs and does."""
+def _differences(old: dict, new: dict) -> dict[str, str]:
+    """What may not change between two configs and does, by field."""
     # Fields that are newer than the run have done what their defaults do.
     before, now = flatten(json.loads(json.dumps(DEFAULTS))) | flatten(old), flatten(new)
     mutable = {f"{section}.{n}" for section, names in MUTABLE_FIELDS.items() for n in names.split()}
     mutable |= {field for field in before | now if field.partition(".")[0] in MUTABLE_SECTIONS}
     ends = {"training.num_steps"} if now["optimizer.schedule"] != "constant" else set()
-    return [
-        f"config.{field} was {json.dumps(before.get(field))}, is {json.dumps(now.get(field))}"
+    return {
+        field: f"config.{field} was {json.dumps(a)}, is {json.dumps(b)}"
         for field in sorted(before.keys() | now.keys())
-        if before.get(field) != now.get(field) and field not in mutable - ends
-    ]
+        if (a := before.get(field)) != (b := now.get(field)) and field not in mutable - ends
+    }
