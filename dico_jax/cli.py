@@ -137,6 +137,8 @@ def _find_config(argv: list[str]) -> str:
             raise UsageError(f"{what}: give a file, or one of {there}")
         path = str(_CONFIGS / f"{name}.py")
     pathlib.Path(path).read_bytes()  # or an OSError
+    if path.endswith(".json"):  # a run's
+        path, colon, rest = str(_CONFIGS / "_saved.py"), ":", path
     # It may import the ones beside it as `configs.x` from anywhere.
     sys.path.append(str(pathlib.Path(path).resolve().parent.parent))
     argv.insert(1, f"--config={path}{colon}{rest}")

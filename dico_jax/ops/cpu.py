@@ -1,8 +1,4 @@
-"""All that exists for XLA on CPU alone: functions computed apart, Winograd, cores, memory.
-
-Left alone, XLA for CPU computes an elementwise result again in every loop that reads it, and gives
-sums to a library (YNNPACK) that adds a few elements at a time: `apart` and `with_sums` prevent it.
-"""
+"""All for XLA on CPU alone. Left alone it computes elementwise results again in every loop."""
 
 import ctypes
 import dataclasses
