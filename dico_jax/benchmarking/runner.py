@@ -176,7 +176,6 @@ def check_finite(outputs: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def _errors(options: Options, name: str) -> Iterator[None]:
-    """Names flags instead of fields, and makes one line of a lack of memory."""
     size = options.batch_size
     smaller = f"--batch_size={size // 2}" if size > 1 else "a smaller --image_size"
     others = "--dtype=bfloat16, more devices" + ", --remat=blocks" * (options.action == "train")

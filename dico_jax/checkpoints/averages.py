@@ -166,7 +166,6 @@ def _log_inner_product(t1, gamma1, t2, gamma2):
 
 
 def _add(weight: np.float32, leaf: np.ndarray, total: np.ndarray | None = None) -> np.ndarray:
-    """Total + weight * leaf in float32, written to `total` where there is one."""
     part = np.multiply(leaf, weight, dtype=np.float32)
     return part if total is None else np.add(total, part, out=total)
 

@@ -110,7 +110,6 @@ class Checkpointer(StepWriter):
         self._manager.reload()
 
     def _verify(self, folder: pathlib.Path) -> None:
-        """Compares the files with their checksums; each process looks at its share of them."""
         parts, reason = jax.process_count(), None
         try:
             reader.verified(folder, "", jax.process_index(), parts)

@@ -108,7 +108,6 @@ class StepWriter:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns an error of the save under way into one that says what is to be done."""
         try:
             yield
         except Exception as error:
@@ -155,7 +154,6 @@ def _remove_unfinished(folder: pathlib.Path, step: int) -> None:
 
 
 def _system_error(error: BaseException | None) -> int | None:
-    """The number of the system's error behind this one, as Python or TensorStore say it."""
     while error is not None:
         if match := re.search(r"(?:\[Errno |os_error_code=')(\d+)", str(error)):
             return int(match[1])

@@ -37,7 +37,6 @@ def mesh_fits(count: int, batch_size: int, *, data=-1, fsdp=1, tensor=1) -> bool
 
 
 def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -47,7 +46,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -35,7 +35,6 @@ DEFAULT_RULES: tuple[Rule, ...] = (
 
 
 def parse_rules(rules: Sequence) -> tuple[Rule, ...]:
-    """The rules of `config.mesh.rules`, checked."""
     parsed = []
     for rule in rules:
         with contextlib.suppress(TypeError, ValueError, re.error):

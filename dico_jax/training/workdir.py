@@ -138,7 +138,6 @@ def _made(workdir: str) -> pathlib.Path:
 
 
 def _differences(old: dict, new: dict) -> dict[str, str]:
-    """What may not change between two configs and does, by field."""
     # Fields that are newer than the run have done what their defaults do.
     before, now = flatten(json.loads(json.dumps(DEFAULTS))) | flatten(old), flatten(new)
     mutable = {f"{section}.{n}" for section, names in MUTABLE_FIELDS.items() for n in names.split()}
