@@ -78,8 +78,9 @@ def test_encode_gives_what_decode_takes():
     np.testing.assert_allclose(latents, mean * SCALE, rtol=1e-6)
     drawn = AUTOENCODER.encode(AUTOENCODER.params, x, np.ones(mean.shape, np.float32))
     np.testing.assert_allclose(drawn, (mean + np.exp(log_variance / 2)) * SCALE, rtol=1e-5)
-    with pytest.raises(UsageError, match="'identity' cannot encode"):
-        Autoencoder("identity", 1, None, decode=abs).encode({}, x)
+    with pytest.raises(UsageError, match="'latent_preview' cannot encode"):
+        Autoencoder("latent_preview", 8, 4, decode=abs).encode({}, x)
+    assert Autoencoder("identity", 1, None, decode=abs).encode({}, x) is x
 
 
 def test_draws_follow_from_seed_and_step_or_seed_and_example():

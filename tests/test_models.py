@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dico_jax.autoencoders.kl import AutoencoderKL
 from dico_jax.errors import UsageError
+from dico_jax.evaluation.inception import resized
 from dico_jax.models import MODELS, abstract_params, count_parameters, create_model, model_options
+from dico_jax.models.dit import DiT
 from dico_jax.models.layers import pixel_shuffle, pixel_unshuffle, time_features
 from dico_jax.pytorch.key_maps import KEY_MAPS
 from tests import golden
@@ -249,5 +252,12 @@ def test_plain_operations_can_be_differentiated_forwards_and_twice(family):
 
 
 def test_float64_needs_the_switch():
-    with pytest.raises(UsageError, match="model.dtype='float64' needs JAX's own switch"):
-        create_model("DiT", **DIT, dtype="float64")
+    key, pixels = jax.random.key(0), jnp.zeros((1, 8, 8, 3))
+    for ask in (
+        lambda: create_model("DiT", **DIT, dtype="float64"),
+        lambda: jax.eval_shape(DiT(**DIT, dtype=jnp.float64).init, key, *inputs(2)),
+        lambda: jax.eval_shape(AutoencoderKL(dtype=jnp.float64).init, key, pixels),
+        lambda: resized(pixels.astype(jnp.uint8), jnp.float64),
+    ):
+        with pytest.raises(UsageError, match="dtype='float64' needs JAX's own switch"):
+            ask()

@@ -53,6 +53,8 @@ class Autoencoder:
 
     def encode(self, params: Any, pictures: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """Pictures (N, H, W, 3) in [-1, 1] to scaled latents, float32, see `posterior_latents`."""
+        if self.name == "identity":
+            return pictures
         if self.encode_moments is None:
             raise UsageError(f"the autoencoder {self.name!r} cannot encode pictures")
         return posterior_latents(self.encode_moments(params, pictures), noise, self.scaling_factor)

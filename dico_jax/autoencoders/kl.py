@@ -16,7 +16,7 @@ import numpy as np
 
 from dico_jax.errors import UsageError
 from dico_jax.models.layers import Conv3x3
-from dico_jax.ops.plain import accumulation_dtype
+from dico_jax.ops.plain import accumulation_dtype, check_float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +170,7 @@ class AutoencoderKL(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")  # of activations, or bfloat16, or float64
 
     def setup(self):
+        check_float64("dtype", self.dtype)
         latents = self.config.latent_channels
         self.encoder = Half(self.config, self.dtype, decodes=False)
         self.decoder = Half(self.config, self.dtype, decodes=True)

@@ -14,6 +14,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import lax
 
+from dico_jax.ops.plain import check_float64
+
 SIDE = 299  # pixels, what pictures are resized to
 NUM_FEATURES, NUM_LOGITS, SPATIAL_CHANNELS = 2048, 1008, 7
 # ADM's evaluator reads "mixed_6/conv:0": the first branch of this block, after its ReLU.
@@ -132,6 +134,7 @@ def resize_tables(size: int, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def resized(images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """uint8 (N, H, W, 3) as the network sees it, as TensorFlow 1 resizes: (N, 299, 299, 3)."""
+    check_float64("dtype", dtype)
     x = images
     for axis in (2, 1):  # TensorFlow's order
         if x.shape[axis] != SIDE:
