@@ -47,7 +47,7 @@ setuptools.setup(
         "msgpack>=1.0",  # records of prepared latents
         "numpy>=2.0",
         "optax>=0.2.8",  # optimizers
-        "orbax-checkpoint>=0.12.8",  # sharded, asynchronous checkpoints
+        "orbax-checkpoint>=0.12.8,<0.13",  # sharded, asynchronous checkpoints
         "pillow>=11.0",  # decoding pictures, PNG files, grids
         "safetensors>=0.8",  # its headers
         "scipy>=1.14",  # float64 products and eigenvalues of the metrics

@@ -11,7 +11,7 @@ from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.latents import PreparedLatents
 from dico_jax.data.pictures import BadExample, PictureReader
 from dico_jax.data.pipeline import Reader, read_orientation
-from dico_jax.data.sources import ArraySource, Source, create_source
+from dico_jax.data.sources import Source, create_source
 from dico_jax.diffusion import Objective, SamplingOptions, create_objective
 from dico_jax.errors import UsageError, within
 from dico_jax.models import create_model, find_model, model_options
@@ -108,7 +108,6 @@ def reader_from_config(config: ConfigDict, experiment: Experiment, source: Sourc
             channels = _picture_channels(config, experiment)
             read: Reader = PictureReader(data.image_size, channels, data.exif_rotation)
         else:
-            assert isinstance(source, ArraySource | PreparedLatents)
             _check_latents(config, experiment, source)
             read = read_orientation
         if isinstance(source, PreparedLatents) and data.verify_checksums:
@@ -145,12 +144,11 @@ def _picture_channels(config: ConfigDict, experiment: Experiment) -> int:
     return channels
 
 
-def _check_latents(
-    config: ConfigDict, experiment: Experiment, source: ArraySource | PreparedLatents
-) -> None:
+def _check_latents(config: ConfigDict, experiment: Experiment, source) -> None:
     height, width, channels = source.image_shape
-    if isinstance(source, PreparedLatents):
+    if source.kind == "moments":
         channels //= 2  # means and log variances
+    if isinstance(source, PreparedLatents):
         if experiment.autoencoder.name == "identity":
             fix = "does not fit prepared latents: use 'sd_vae', or 'latent_preview' to do without"
             raise UsageError("autoencoder.name", "identity", fix)

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dico_jax.diffusion import (
+    SamplingOptions,
     create_diffusion,
     ddim_step,
     ddpm_step,
@@ -224,12 +225,16 @@ def test_a_float64_model_does_not_break_a_float32_loop():
     ("options", "message"),
     [
         ({"sampler": "euler"}, "sampler='euler' is unknown: use one of ddpm, ddim"),
-        ({"eta": 0.5}, "eta=0.5 has no effect with sampler='ddpm'"),
+        ({"eta": 0.5}, "eta=0.5 has no effect with Ddpm: use 0, or ddim"),
         ({"sampler": "ddim", "eta": 1.5}, "eta=1.5 must be from 0 .* to 1"),
         ({"sampler": "ddim", "eta": -1}, "eta=-1 must be from 0"),
     ],
 )
 def test_option_errors(options, message):
+    if "eta" in options:  # found before anything is traced
+        given = {"sampler": options.get("sampler", "ddpm"), "ddim_eta": options["eta"]}
+        with pytest.raises(UsageError, match=f"sampling.ddim_{message}"):
+            SamplingOptions(**given)
     noise = draw(2, *SHAPE)
     with pytest.raises(UsageError, match=message):
         sample_loop(create_diffusion("3"), with_labels, noise, lambda i: noise, **options)

@@ -272,6 +272,17 @@ def test_bad_folders_are_found_when_they_are_opened(copy, damage, changes, messa
     assert str(error.value).startswith("data.path")
 
 
+def test_records_of_a_source_without_classes_are_right(tmp_path):
+    class Plain(Noise):
+        class_names = ()
+
+        def __getitem__(self, i):
+            return {"image": self.images[i]}
+
+    prepare_latents(Plain(), autoencoder(), str(tmp_path), options())
+    assert not verify(str(tmp_path)).fields
+
+
 def test_verify_finds_a_wrong_record(tmp_path):
     prepare_latents(Noise(label=7), autoencoder(), str(tmp_path), options())
     with pytest.raises(UsageError, match="record 0 cannot be read, .* is of no class"):

@@ -122,7 +122,7 @@ class Heun(Solver):
 
     def step(self, path, carry, i, noise):
         assert noise is None
-        (alpha, sigma), (next_alpha, next_sigma) = (path.alpha_sigma(k, carry) for k in (i + 1, i))
+        (alpha, sigma), (next_alpha, next_sigma) = (path.alpha_sigma(carry, k) for k in (i + 1, i))
 
         def move(e):
             return carry + (next_alpha - alpha) * e.x0 + (next_sigma - sigma) * e.noise
@@ -144,7 +144,7 @@ class TwoSteps(Solver):
         x, before = carry
         now = path.estimate(x, i + 1)
         ahead = jax.tree.map(lambda a, b: 1.5 * a - 0.5 * b, now, before)
-        (alpha, sigma), (next_alpha, next_sigma) = (path.alpha_sigma(k, x) for k in (i + 1, i))
+        (alpha, sigma), (next_alpha, next_sigma) = (path.alpha_sigma(x, k) for k in (i + 1, i))
         x = x + (next_alpha - alpha) * ahead.x0 + (next_sigma - sigma) * ahead.noise
         return (x, now), Trajectory(x, now.x0)
 

@@ -79,7 +79,7 @@ def _network(config: ConfigDict):
     experiment, size = experiment_from_config(config), config.data.batch_size
     model, shape, rng = experiment.model, experiment.latent_shape, np.random.default_rng(0)
     x, t = rng.standard_normal((size, *shape), np.float32), rng.integers(0, 1000, size, np.int32)
-    return model, shape, (x, t, model.default_conditions(np.arange(size), None))
+    return model, shape, (x, t, model.zero_condition(size))
 
 
 def _jitted(function: Callable[..., Any], mesh: Mesh, **options: Any) -> jax.stages.Wrapped:

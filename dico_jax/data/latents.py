@@ -243,12 +243,12 @@ def verify(path: str) -> Manifest:
     """Checks everything in a folder: files, checksums, and every record, or raises UsageError."""
     source = PreparedLatents(path)
     source.check_checksums()
-    fields, classes = source.manifest.fields, range(len(source.class_names))
+    fields, classes = source.manifest.fields, (-1, *range(len(source.class_names)))
     for index in tqdm.tqdm(range(len(source)), unit="image", desc="records", dynamic_ncols=True):
         try:
             example = source[index]
             finite = np.isfinite(example["image"].astype(np.float32)).all()
-            right = fields <= example.keys() and example.get("label", 0) in classes and finite
+            right = fields <= example.keys() and example.get("label", -1) in classes and finite
         except (ValueError, KeyError, TypeError):
             right = False
         if not right:

@@ -56,7 +56,7 @@ class Path:
         output, time = self.output(x, point), _time(self.objective, point)
         return self.objective.estimate(output, x, time, self.clip_denoised)
 
-    def alpha_sigma(self, point, x) -> tuple[jax.Array, jax.Array]:
+    def alpha_sigma(self, x, point) -> tuple[jax.Array, jax.Array]:
         """The factors of x_0 and noise at a point, to multiply arrays like x with."""
         alpha, sigma = _alpha_sigma(self.objective)
         return table_at(alpha, point, x), table_at(sigma, point, x)
@@ -83,10 +83,7 @@ class Solver(abc.ABC):
     eta: float = 0.0
 
     def __post_init__(self):
-        if self.eta != 0 and not self.takes_eta:
-            name = next((name for name, cls in SOLVERS.items() if cls is type(self)), "")
-            fix = f"has no effect with sampler={name!r}: use eta=0, or 'ddim'"
-            raise UsageError("eta", self.eta, fix)
+        check_eta(self.eta, type(self))
 
     @property
     def draws_noise(self) -> bool:
@@ -126,9 +123,6 @@ class Ddim(Solver):
     """DDIM, see `ddim_step`."""
 
     takes_eta = True
-
-    def __post_init__(self):
-        check_eta(self.eta)
 
     @property
     def draws_noise(self) -> bool:
@@ -180,7 +174,7 @@ def ddim_step(
     model's variance is not used. Arguments and results are those of `ddpm_step`, but noise may be
     None with eta=0; eta is a Python number from 0 (deterministic) to 1 (the posterior's variance).
     """
-    check_eta(eta)
+    check_eta(eta, Ddim)
     x, model_output = as_float(x, model_output)
     time = _time(objective, jnp.asarray(i) + 1)
     x0, old_noise = objective.estimate(model_output, x, time, clip_denoised)
@@ -191,8 +185,11 @@ def ddim_step(
     return (mean if eta == 0 else _add_noise(mean, table_at(fresh, i, x), i, noise)), x0
 
 
-def check_eta(eta: float, field: str = "eta") -> None:
-    """Raises UsageError unless eta is from 0 to 1."""
+def check_eta(eta: float, solver: type[Solver], field: str = "eta") -> None:
+    """Raises UsageError unless eta is from 0 to 1, and 0 for solvers that take none."""
+    if eta != 0 and not solver.takes_eta:
+        takers = ", ".join(name for name, other in SOLVERS.items() if other.takes_eta)
+        raise UsageError(field, eta, f"has no effect with {solver.__name__}: use 0, or {takers}")
     if not 0 <= eta <= 1:
         raise UsageError(field, eta, "must be from 0 (deterministic) to 1 (as noisy as 'ddpm')")
 
@@ -268,8 +265,8 @@ class SamplingOptions:
     cfg_channels: str = "first_three"
 
     def __post_init__(self):
-        find_solver(self.sampler, "sampling.sampler")
+        solver = find_solver(self.sampler, "sampling.sampler")
         check_cfg_channels(self.cfg_channels, "sampling.cfg_channels")
-        check_eta(self.ddim_eta, "sampling.ddim_eta")
+        check_eta(self.ddim_eta, solver, "sampling.ddim_eta")
         if not 0 <= self.cfg_scale < np.inf:
             raise UsageError("sampling.cfg_scale", self.cfg_scale, "must be at least 0 and finite")

@@ -131,5 +131,5 @@ def _xla_count(model, latent_shape, backward=False):
 
     program = jax.jit(jax.value_and_grad(total) if backward else total)
     lowered = program.lower(abstract_params(model), np.zeros((1, *latent_shape), np.float32))
-    costs: Any = lowered.cost_analysis()
+    costs: Any = lowered.cost_analysis() or lowered.compile().cost_analysis()  # None on GPU, TPU
     return int(costs["flops"])

@@ -12,7 +12,7 @@ import numpy as np
 from dico_jax.errors import UsageError
 from dico_jax.models.block_stacks import REMAT_POLICIES
 from dico_jax.models.layers import LabelEmbedder
-from dico_jax.ops.plain import accumulation_dtype, plain_ops
+from dico_jax.ops.plain import accumulation_dtype, check_float64, plain_ops
 
 Condition = Any  # a tree (dict) of arrays with the examples first
 
@@ -72,6 +72,7 @@ class Denoiser(nn.Module):
     def __call__(self, x, t, condition):
         """The network's output, see above."""
         self.check_input(x.shape)
+        check_float64("dtype", self.dtype)
         with plain_ops(self.plain_ops):
             return self.forward(x, t, self.as_condition(condition))
 
@@ -168,7 +169,11 @@ class Denoiser(nn.Module):
         self, text: str, num_images: int, seed: int, class_names: Sequence[str] = ()
     ) -> Condition:
         """The conditions of all images, (num_images, ...), that the flag --classes asks for."""
-        raise UsageError("--classes", text, f": {type(self).__name__} is not told classes")
+        raise UsageError("--classes", text, f": {type(self).__name__} has no parse_conditions")
+
+    def class_labels(self, conditions: Condition) -> Any:
+        """The classes (N,) that images of these conditions are of; None if they have none."""
+        return None
 
     def named_arrays(self, conditions: Condition) -> dict[str, np.ndarray]:
         """Conditions as the arrays of an .npz file of images, by name."""
@@ -266,6 +271,9 @@ class ClassConditional(Denoiser):
         fix = f": the model has no class {part}, use 0 to {self.num_classes - 1}, names, "
         raise UsageError("--classes", text, f"{fix}'all' or 'random'{hint}")
 
+    def class_labels(self, conditions):
+        return np.asarray(self.as_condition(conditions)["label"], np.int64)
+
     def named_arrays(self, conditions):
-        """Labels under the name that ADM's evaluator reads, int64."""
-        return {"arr_1": np.asarray(self.as_condition(conditions)["label"], np.int64)}
+        """Labels under the name that ADM's evaluator reads."""
+        return {"arr_1": self.class_labels(conditions)}

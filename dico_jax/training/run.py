@@ -73,7 +73,7 @@ class Run:
             self.to_latents = make_latents_fn(*encoded, seed=config.seed, **draws)
             if count := config.eval.class_agreement_samples:
                 require_sklearn("eval.class_agreement_samples")
-                if "label" not in model.zero_condition(1):
+                if model.class_labels(model.zero_condition(1)) is None:
                     fix = "is for networks that are told a class: set it to 0"
                     raise UsageError("eval.class_agreement_samples", count, fix)
             samples = any((config.sampling.grid_every_steps, count, config.eval.every_steps))
@@ -150,6 +150,7 @@ class Run:
         """Samples every class in turn and asks a classifier fitted on the real pictures."""
         if not (count := self.config.eval.class_agreement_samples):
             return None
-        asked = self.experiment.model.default_conditions(np.arange(count), self.source)
+        model = self.experiment.model
+        asked = model.default_conditions(np.arange(count), self.source)
         images = np.concatenate(list(samples(asked)))
-        return class_agreement(images, asked["label"], self.source, self.read)
+        return class_agreement(images, model.class_labels(asked), self.source, self.read)
