@@ -114,7 +114,6 @@ def _has_loops(jaxpr) -> bool:
 
 
 def xla_counts(compiled: Compiled, num_devices: int) -> dict[str, Any]:
-    """What XLA counts in an optimised program, over all devices; None, and why, where it cannot."""
     costs = compiled.executable.cost_analysis() or {}
     flops, read = costs.get("flops", 0), costs.get("bytes accessed", 0)
     note = LOOPS_NOTE if compiled.has_loops else None if flops > 0 else NO_COUNT_NOTE

@@ -129,7 +129,6 @@ def make_config(options: Options, name: str) -> ConfigDict:
 def _measured(
     options: Options, configs: Mapping[str, ConfigDict], mesh: Mesh, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """The figures of all programs, run in turn; nothing of them is left on the devices."""
     programs: dict[str, Program] = {}
     for name, config in configs.items():
         report(f"compiling {options.action} of {name}")

@@ -114,7 +114,6 @@ class Ddpm(Solver):
     draws_noise = True
 
     def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
-        """One evaluation of the network."""
         given = path.objective, path.output(carry, i + 1), carry, i, noise
         return _moved(carry, *ddpm_step(*given, clip_denoised=path.clip_denoised))
 
@@ -126,11 +125,9 @@ class Ddim(Solver):
 
     @property
     def draws_noise(self) -> bool:
-        """Unless it is deterministic."""
         return self.eta != 0
 
     def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
-        """One evaluation of the network."""
         given = path.objective, path.output(carry, i + 1), carry, i, noise
         return _moved(carry, *ddim_step(*given, eta=self.eta, clip_denoised=path.clip_denoised))
 

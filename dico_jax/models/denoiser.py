@@ -70,7 +70,6 @@ class Denoiser(nn.Module):
         return ((f, isinstance(v, int) and v > 0, "must be at least 1") for f, v in values)
 
     def __call__(self, x, t, condition):
-        """The network's output, see above."""
         self.check_input(x.shape)
         check_float64("dtype", self.dtype)
         with plain_ops(self.plain_ops):
