@@ -60,7 +60,6 @@ class InceptionFeatures(FeatureNetwork):
             raise UsageError(f"{name} has images of {shape[-1]} channels: 1 or 3 are needed")
 
     def apply(self, params, images):
-        """See `FeatureNetwork`."""
         if images.shape[-1] == 1:
             images = jnp.repeat(images, 3, axis=-1)
         return Features(**inception.features_of(params, images))

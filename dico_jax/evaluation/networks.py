@@ -136,7 +136,6 @@ class Classifier(FeatureNetwork):
             raise UsageError(f"{name} has images of shape {tuple(shape)}, {fix}")
 
     def apply(self, params, images):
-        """See `FeatureNetwork`."""
         found: Any = ConvClassifier(self.num_classes).apply({"params": params}, images)
         return Features(found[0], None, found[1])
 

@@ -319,7 +319,6 @@ class NpzImages(ImageSet):
         self._indices, self.shape = np.arange(shape[0]), shape[1:]
 
     def batches(self, size, start=0, stop=None):
-        """See `ImageSet`."""
         indices, nbytes = self._indices[start:stop], math.prod(self.shape)
         with _opened(self._path) as file, file.zip.open("arr_0.npy") as stream:
             _read_header(stream)
