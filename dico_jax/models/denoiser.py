@@ -238,7 +238,6 @@ class ClassConditional(Denoiser):
             raise UsageError("model.num_classes", self.num_classes, fix)
 
     def default_conditions(self, indices, source):
-        """Every class in turn."""
         return {"label": np.asarray(indices % self.num_classes, np.int32)}
 
     def num_choices(self, source):
@@ -274,5 +273,4 @@ class ClassConditional(Denoiser):
         return np.asarray(self.as_condition(conditions)["label"], np.int64)
 
     def named_arrays(self, conditions):
-        """Labels under the name that ADM's evaluator reads."""
         return {"arr_1": self.class_labels(conditions)}
