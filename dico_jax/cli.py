@@ -180,15 +180,13 @@ def define_fields(fields: Mapping[str, str], note: str = "") -> dict[str, flags.
     return found
 
 
-def load_config(flag: flags.FlagHolder):
-    """The checked ConfigDict of a config_flags flag."""
+def load_config(config) -> None:
+    """Sets what the command line says is None in the ConfigDict of --config, and checks it."""
     from dico_jax.config import check_fields
 
-    for field in _UNSET:
-        section, _, name = field.rpartition(".")
-        (flag.value[section] if section else flag.value)[name] = None
-    check_fields(flag.value)
-    return flag.value
+    for section, _, name in (field.rpartition(".") for field in _UNSET):
+        (config[section] if section else config)[name] = None
+    check_fields(config)
 
 
 def define_distributed_flags() -> Callable[[], None]:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from dico_jax.autoencoders import Autoencoder, create_autoencoder
@@ -162,6 +163,15 @@ def _check_latents(config: ConfigDict, experiment: Experiment, source) -> None:
         what = f"with config.model.in_channels={config.model.in_channels} needs examples of shape"
         fix = f"{what} {experiment.latent_shape}, but {source!r} has {(height, width, channels)}"
         raise UsageError("data.image_size", config.data.image_size, fix)
+    if isinstance(source, ArraySource):
+        some = np.linspace(0, len(source) - 1, min(len(source), 100)).astype(int)
+        values, name = [source[i]["image"] for i in some], config.autoencoder.name
+        low, high = np.min(values), np.max(values)
+        # The standard deviation of scaled latents is about 1.
+        most, taken = (1.001, "pixels in [-1, 1]") if name == "identity" else (30, "scaled latents")
+        if not -most <= low <= high <= most:
+            fix = f"takes uint8 or {taken}, but {source!r} has {low:.4g} to {high:.4g}"
+            raise UsageError("autoencoder.name", name, fix)
 
 
 def check_training(config: ConfigDict) -> None:

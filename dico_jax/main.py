@@ -22,7 +22,7 @@ flags.adopt_module_key_flags(cli)  # so that --help shows them
 
 def main() -> None:
     """Parses flags and trains."""
-    config = cli.load_config(_CONFIG)
+    cli.load_config(config := _CONFIG.value)
     _JOIN()
     # Late imports: --help answers before JAX is imported.
     from dico_jax.training.speed import run_fits

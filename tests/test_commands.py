@@ -140,7 +140,7 @@ def test_sample_writes_images_a_grid_and_an_npz(workdir, tmp_path):
         (["--config=configs/nothing.py"], ["--config=configs/nothing.py", "one of b256, cifar10"]),
         (["--config", "digit"], ["--config=digit cannot be read", "digits"]),
         (["--config.seed=99999999999999999999"], ["config.seed=99999999999999999999", "at most"]),
-        (["--config.model.depth=(1,1)"], ["config.model.depth=(1, 1) must be a whole number"]),
+        (["--config.model.depth=(1,1)"], ["config.model.depth=(1, 1) must be at least 1"]),
         (["--config.data.batch_size=None"], ["config.data.batch_size=None must be a whole number"]),
         (["--config.training.num_steps=1.5"], ["config.training.num_steps", "1.5"]),
         (["--batch_size=4"], ["'batch_size'", "did you mean --config.data.batch_size"]),

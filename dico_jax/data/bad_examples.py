@@ -23,6 +23,12 @@ def too_many_bad(
     return UsageError(field, fraction, f"{what}: mend or remove them, or allow more")
 
 
+def check_bad(bad: Mapping[str, str], num_examples: int, *limit) -> None:
+    """Raises `too_many_bad` where there are; `limit` is the rest of its arguments."""
+    if len(bad) > limit[0] * num_examples:
+        raise too_many_bad(bad, num_examples, *limit)
+
+
 class BadExampleLog:
     """The bad examples met so far, in a file with one JSON object {"id", "reason"} a line."""
 
@@ -67,6 +73,4 @@ class BadExampleLog:
                     stream.write(json.dumps({"id": name, "reason": reason}) + "\n")
 
     def _check(self) -> None:
-        total = len(self._source) + len(self._source.skipped)
-        if len(self.bad) > self._fraction * total:
-            raise too_many_bad(self.bad, total, self._fraction)
+        check_bad(self.bad, len(self._source) + len(self._source.skipped), self._fraction)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import itertools
+import json
 import operator
 import os
 import struct
@@ -16,9 +17,7 @@ from dico_jax.data import paths
 from dico_jax.data.pictures import BadExample
 from dico_jax.errors import one_line, shown
 
-# Folders that are listed at once; what takes time is a bucket or a network disk.
-_LISTERS = 16
-
+_LISTERS = 16  # of folders at once; what takes time is a bucket or a network disk
 # What is kept of a zip file's entry to read it: attributes of ZipInfo.
 _FIELDS = dict.fromkeys(("header_offset", "compress_size", "file_size"), np.int64) | {
     "CRC": np.uint32,
@@ -27,39 +26,35 @@ _FIELDS = dict.fromkeys(("header_offset", "compress_size", "file_size"), np.int6
 }
 _HEADER = struct.Struct("<4s22xHH")  # before an entry's data: magic, lengths of name and extra
 _ENCRYPTED, _UTF8 = 0x1, 0x800
+_LABELS = "dataset.json"
 
 
 class ClassFiles:
     """A source of encoded pictures, sorted by class and file name; ids are CLASS/FILE."""
 
     kind = "pictures"
-    _read: Callable[[int, str, str], bytes]  # of position, class name, file name
+    _read: Callable[[int, str], bytes]  # of position, name
 
     def __init__(self, path: str, files: dict[str, list[str]], skipped: dict[str, str]):
         self.path, self.skipped, self.class_names = path, skipped, list(files)
         self._starts = np.cumsum([0, *map(len, files.values())])
         # A third of the memory of a list of strings, and pickled 20 times faster.
         names = itertools.chain.from_iterable(files.values())
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        self._ends = np.cumsum(np.fromiter(map(len, [b"", *encoded]), np.int64))
-        self._names = b"".join(encoded)
+        self._names = np.array([name.encode("utf-8", "surrogateescape") for name in names])
 
-    def _locate(self, index) -> tuple[int, int, str, str]:
-        index = range(len(self))[index]  # raises IndexError
-        label = int(np.searchsorted(self._starts, index, side="right")) - 1
-        name = self._names[self._ends[index] : self._ends[index + 1]]
-        return index, label, self.class_names[label], name.decode("utf-8", "surrogateescape")
+    def _name(self, index) -> str:
+        return self._names[index].decode("utf-8", "surrogateescape")
 
     def __len__(self):
-        return len(self._ends) - 1
+        return len(self._names)
 
     def __getitem__(self, index) -> dict[str, Any]:
-        index, label, class_name, file_name = self._locate(index)
-        return {"image": self._read(index, class_name, file_name), "label": label}
+        label = np.searchsorted(self._starts, range(len(self))[index], side="right") - 1
+        return {"image": self._read(index, self._name(index)), "label": int(label)}
 
     def example_id(self, index) -> str:
-        """CLASS/FILE, without the surrogates of `printable`."""
-        return shown("/".join(self._locate(index)[2:]).lstrip("/"))
+        """CLASS/FILE, as it can be printed."""
+        return shown(self._name(index))
 
     def __repr__(self):
         return f"{type(self).__name__}({self.path!r})"
@@ -76,20 +71,22 @@ class FolderSource(ClassFiles):
             with concurrent.futures.ThreadPoolExecutor(_LISTERS) as pool:
                 inside = pool.map(lambda name: _list_below(os.path.join(path, name)), folders)
                 listings = dict(zip(folders, inside, strict=True))
+            there = _LABELS in files and not flat
+            labels = paths.read_file(os.path.join(path, _LABELS)) if there else None
         loose = set(files).difference(beside)
         if flat and (pictures := paths.picture_names(loose)):
             others += [*loose.difference(pictures), *(f"{name}/" for name in folders)]
             listings, loose = {"": (pictures, [])}, set()
         classes = {name: inside for name, (inside, _) in listings.items()}
-        sorted_files, skipped = sort_files(path, loose, classes)
+        sorted_files, skipped = sort_files(path, loose, classes, labels)
         broken = [f"{name}/{other}" for name, (_, there) in listings.items() for other in there]
         why = "it is not a file, or a broken link"
         skipped |= {shown(name): why for name in sorted(paths.picture_names(broken))}
         skipped |= dict.fromkeys(map(shown, others if flat else ()), "it is no picture")
         super().__init__(path, sorted_files, skipped)
 
-    def _read(self, index, class_name, file_name):
-        return paths.read_picture_file(os.path.join(self.path, class_name, file_name))
+    def _read(self, index, name):
+        return paths.read_file(os.path.join(self.path, name))
 
 
 def _list_below(folder: str) -> tuple[list[str], list[str]]:
@@ -111,9 +108,9 @@ class ZipSource(ClassFiles):
     def __init__(self, path: str | None):
         path = paths.required_path(path, "a zip file with one folder of pictures per class")
         infos, size = _directory(path)
-        visible = {
-            i.filename: i for i in infos if not any(map(paths.is_hidden, i.filename.split("/")))
-        }
+        slash = "/" if any("/" in info.filename for info in infos) else "\\"  # as of Windows
+        visible = {info.filename.replace(slash, "/"): info for info in infos}
+        visible = {n: i for n, i in visible.items() if not any(map(paths.is_hidden, n.split("/")))}
         self._prefix = prefix = _common_folders(paths.picture_names(visible))
         loose: list[str] = []
         classes: dict[str, list[str]] = {}
@@ -122,19 +119,23 @@ class ZipSource(ClassFiles):
             if name.startswith(prefix) and name != prefix:
                 names = classes.setdefault(class_name, []) if inside else loose
                 names.append(file_name if inside else class_name)
-        files, skipped = sort_files(path, loose, classes)
+        self.path, labels = path, None
+        if _LABELS in loose:
+            self._entries = _entries(path, [visible[prefix + _LABELS]], size)
+            labels = self._read(0, _LABELS)
+        files, skipped = sort_files(path, loose, classes, labels)
         super().__init__(path, files, skipped)
-        entries = [visible[f"{prefix}{c}/{file}"] for c in files for file in files[c]]
+        entries = [visible[prefix + name] for names in files.values() for name in names]
         self._entries = _entries(path, entries, size)
 
-    def _read(self, index, class_name, file_name):
+    def _read(self, index, name):
         entry = dict(zip(_FIELDS, self._entries[index].item(), strict=True))
         if entry["file_size"] > paths.MAX_FILE_BYTES:
             raise BadExample(f"its zip entry declares {entry['file_size']} bytes")
         with paths.open_file(self.path) as file:
             file.seek(entry["header_offset"])
             try:
-                return _content(file, entry, f"{self._prefix}{class_name}/{file_name}")
+                return _content(file, entry, f"{self._prefix}{name}")
             except (ValueError, struct.error, zlib.error) as error:
                 raise BadExample(f"its zip entry is damaged: {one_line(error)}") from error
 
@@ -183,7 +184,8 @@ def _content(file, entry: dict[str, int], name: str) -> bytes:
     magic, name_length, extra_length = _HEADER.unpack(file.read(_HEADER.size))
     if magic != b"PK\3\4":
         raise ValueError("Bad magic number for its header")
-    if file.read(name_length) != name.encode("utf-8" if entry["flag_bits"] & _UTF8 else "cp437"):
+    encoded = name.encode("utf-8" if entry["flag_bits"] & _UTF8 else "cp437")
+    if file.read(name_length).replace(b"\\", b"/") != encoded.replace(b"\\", b"/"):
         raise ValueError("its names in the directory and in its header differ")
     file.seek(extra_length, os.SEEK_CUR)
     data, size = file.read(entry["compress_size"]), entry["file_size"]
@@ -197,23 +199,34 @@ def _content(file, entry: dict[str, int], name: str) -> bytes:
 
 
 def sort_files(
-    path: str, loose: Iterable[str], classes: dict[str, list[str]]
+    path: str, loose: Iterable[str], classes: dict[str, list[str]], labels: bytes | None = None
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """The pictures of every class, sorted, and why other files were skipped, by printable name.
 
     `loose` are names beside the class folders, those in `classes` are "1.jpg" or "deeper/1.jpg".
+    Classes that all are numbers lie in their order. `labels` is a dataset.json, in their place.
     """
+    if labels is not None:
+        inside = [f"{name}/{file}" for name, names in classes.items() for file in names]
+        return _labelled(path, sorted(paths.picture_names([*loose, *inside])), labels)
     skipped = dict.fromkeys(paths.picture_names(loose), "it lies beside the class folders")
     if not classes:
         what = f"it has no folders of pictures ({len(skipped)} pictures lie in no folder)"
-        raise paths.wrong_path(
-            path, f"{what}: give one folder of pictures per class (one is enough)"
-        )
+        fix = "give one folder of pictures per class (one is enough)"
+        raise paths.wrong_path(path, f"{what}: {fix}")
+    if len(classes) > paths.MAX_CLASSES or max(map(len, classes)) > 255:
+        what = f"it has {len(classes)} class folders, and the longest name {max(map(len, classes))}"
+        fix = f"characters: up to {paths.MAX_CLASSES} are read, with names of up to 255"
+        raise paths.wrong_path(path, f"{what} {fix}")
     files: dict[str, list[str]] = {}
-    for class_name, names in sorted(classes.items()):
-        pictures = files[class_name] = sorted(paths.picture_names(names))
+    numbers = all(name.isdecimal() for name in classes)
+    for class_name in sorted(classes, key=lambda name: (int(name) if numbers else 0, name)):
+        names = classes[class_name]
+        above = f"{class_name}/" if class_name else ""
+        pictures = sorted(paths.picture_names(names))
+        files[class_name] = [above + name for name in pictures]
         if deep := next((name for name in pictures if "/" in name), None):
-            what = f"pictures lie deeper than CLASS/FILE ({shown(f'{class_name}/{deep}')})"
+            what = f"pictures lie deeper than CLASS/FILE ({shown(above + deep)})"
             raise paths.wrong_path(path, f"{what}: give or pack the folder that holds the classes")
         for name in set(names).difference(pictures) if len(pictures) < len(names) else ():
             if name and "/" not in name:
@@ -223,6 +236,24 @@ def sort_files(
     if empty := [shown(name) for name, pictures in files.items() if not pictures]:
         inside = [name for name in skipped if name.partition("/")[0] in empty]
         hint = f" (skipped in them: {len(inside)}, such as {inside[0]})" if inside else ""
-        what = f"no pictures in the class folders {', '.join(empty)}{hint}"
+        what = f"no pictures in the class folders {', '.join(empty[:10])}{hint}"
         raise paths.wrong_path(path, f"{what}: fill or remove them")
     return files, skipped
+
+
+def _labelled(path: str, names: list[str], text: bytes) -> tuple[dict, dict[str, str]]:
+    """What `sort_files` gives for a dataset.json, as EDM and StyleGAN write it."""
+    try:
+        pairs = json.loads(text)["labels"]
+        label_of = dict.fromkeys(names, 0) if pairs is None else dict(pairs)
+        labels = [label_of[name] for name in names]
+        if not all(type(label) is int and 0 <= label < paths.MAX_CLASSES for label in labels):
+            raise ValueError("a label is no class")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        what = f"its {_LABELS} does not give every picture a whole number from 0 on"
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise paths.wrong_path(path, f"{what} as its label ({reason})") from error
+    files: dict[str, list[str]] = {str(label): [] for label in range(max(labels, default=-1) + 1)}
+    for name, label in zip(names, labels, strict=True):
+        files[str(label)].append(name)
+    return files, {}

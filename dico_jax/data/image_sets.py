@@ -1,6 +1,6 @@
 """Sets of pictures to be measured: every one once, in order, all of one size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -22,12 +22,7 @@ class ImageSet:
     name: str
     shape: tuple[int, int, int]
 
-    def __init__(self, name: str, indices: Sequence[int] | np.ndarray):
-        self.name, self._indices = name, np.asarray(indices)
-        self.shape = self._load(int(self._indices[0])).shape
-
-    def _load(self, index: int) -> np.ndarray:
-        raise NotImplementedError
+    _indices: np.ndarray  # of the pictures that are to be read
 
     def __len__(self):
         return len(self._indices)
@@ -42,10 +37,7 @@ class ImageSet:
 
         One that cannot be read, or has another shape, is a UsageError.
         """
-        indices = self._indices[start:stop]
-        if len(indices):
-            pictures = grain.MapDataset.source(indices).map(self._load)
-            yield from read_ahead(pictures.batch(size), num_workers=0)
+        raise NotImplementedError
 
 
 class SourceImages(ImageSet):
@@ -59,7 +51,15 @@ class SourceImages(ImageSet):
         if source.kind != "pictures":
             raise UsageError(f"{name} has {source.kind}: pictures are needed")
         count = len(source) if limit is None else min(limit, len(source))
-        super().__init__(name, np.linspace(0, len(source) - 1, count).round().astype(int))
+        self._indices = np.linspace(0, len(source) - 1, count).round().astype(int)
+        self.name, self.shape = name, self._load(0).shape
+
+    def batches(self, size, start=0, stop=None):
+        """See `ImageSet`."""
+        indices = self._indices[start:stop]
+        if len(indices):
+            pictures = grain.MapDataset.source(indices).map(self._load)
+            yield from read_ahead(pictures.batch(size), num_workers=0)
 
     def _load(self, index):
         try:

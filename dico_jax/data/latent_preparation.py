@@ -21,7 +21,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from dico_jax.autoencoders import Autoencoder, encode_in_parts, to_model_range
-from dico_jax.data.bad_examples import too_many_bad
+from dico_jax.data.bad_examples import check_bad
 from dico_jax.data.latents import (
     ARRAY,
     DTYPES,
@@ -211,19 +211,15 @@ def prepare_latents(
     indices = [index for shard in todo for index in plan.shards[shard]]
     total = sum(len(plan.shards[shard]) for shard in mine)
 
-    def check_bad():
-        count, fraction = len(source) + len(source.skipped), options.max_bad_fraction
-        if len(bad) > fraction * count:
-            raise too_many_bad(bad, count, fraction, "--max_bad_fraction")
-
     def noted(item):
         example_id, _, reason = item[0]
         if reason is not None:
             bad[example_id] = reason
-            check_bad()
+            check_bad(bad, *limit)
         return item
 
-    check_bad()
+    limit = len(source) + len(source.skipped), options.max_bad_fraction, "--max_bad_fraction"
+    check_bad(bad, *limit)
     with contextlib.closing(_encoded(source, autoencoder, plan, indices, options)) as encoded:
         progress = {"total": total, "initial": total - len(indices), "unit": "image"}
         stream = map(noted, tqdm.tqdm(encoded, dynamic_ncols=True, **progress))

@@ -13,6 +13,7 @@ from dico_jax.errors import UsageError, one_line
 
 # Larger than a file of MAX_PIXELS, even without compression (0.7 GB).
 MAX_FILE_BYTES = 1 << 30
+MAX_CLASSES = 100_000
 
 _LEFT_BEHIND = {"Thumbs.db", "desktop.ini", "__MACOSX"}
 
@@ -82,7 +83,7 @@ def open_file(path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     return epath.Path(path).open("rb") if is_remote(path) else open(path, "rb")
 
 
-def read_picture_file(path: str) -> bytes:
+def read_file(path: str) -> bytes:
     """The content of a file; BadExample if it is gone, may not be read or is too large."""
     try:
         with open_file(path) as file:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dico_jax.data.paths import path_errors, required_path, wrong_path
+from dico_jax.data.paths import MAX_CLASSES, path_errors, required_path, wrong_path
 from dico_jax.errors import UsageError, one_line
 
 
@@ -124,7 +124,10 @@ def _wrong_arrays(examples: np.ndarray, labels: np.ndarray) -> str | None:
     if labels.shape != shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
         wanted = f"integers ({shape[0]},), one per example, at least one"
         return f"labels.npy is {labels.dtype} {labels.shape}, but must be {wanted}"
-    return f"labels.npy has {labels.min()}: count from 0" if labels.min() < 0 else None
+    low, high = labels.min(), labels.max()
+    if low < 0 or low == 1 or high >= MAX_CLASSES:
+        return f"labels.npy has {low} to {high}: count from 0, to {MAX_CLASSES - 1} at most"
+    return None
 
 
 def _module(name: str) -> Any:

@@ -260,10 +260,13 @@ class ClassConditional(Denoiser):
         return {"label": np.resize(np.array([*numbers], np.int32), num_images)}
 
     def _number(self, part: str, text: str, class_names: Sequence[str]) -> int:
-        if part.isdecimal() and int(part) < self.num_classes:
-            return int(part)
-        if part in class_names:
-            return list(class_names).index(part)
+        digits, named = part.removeprefix("#"), [k for k, n in enumerate(class_names) if n == part]
+        numbers = [int(digits)] if digits.isdecimal() and int(digits) < self.num_classes else []
+        if named and numbers and named != numbers:
+            fix = f": is {part} the name of class #{named[0]}, or class #{part}? Write one of these"
+            raise UsageError("--classes", text, fix)
+        if found := named or numbers:
+            return found[0]
         close = difflib.get_close_matches(part, class_names, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         fix = f": the model has no class {part}, use 0 to {self.num_classes - 1}, names, "

@@ -8,8 +8,8 @@ from dico_jax import cli
 
 CLASSES = flags.DEFINE_string(
     "classes", "all",
-    "Classes by number or name, such as 1,2,3 or cat,dog, taken in turn; 'all' for every class in "
-    "turn; 'random' for classes drawn from the seed.",
+    "Classes by number from 0 or by name, such as 1,2,3 or cat,dog, taken in turn (#1 is a number "
+    "where a class is named 1); 'all' for every class in turn; 'random' for draws from the seed.",
 )  # fmt: skip
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
