@@ -38,6 +38,23 @@ PATHS = {
 }
 
 
+# Fields that older runs wrote and that decide nothing any more: left out where they are read.
+GONE = frozenset({"model.depthwise"})
+# Fields that may change at a checkpoint of a run where --allow_config_change names them.
+CAREFUL_FIELDS = ("data.batch_size", "optimizer.learning_rate", "model.dtype", "training.num_steps")
+# Fields by section, and whole sections, that may change between two runs in one workdir: they
+# decide how long a run goes on, how fast it is and what it reports, not what it computes.
+MUTABLE_FIELDS = {
+    "data": "source name split path max_bad_fraction num_workers verify_checksums cache_dir",
+    "autoencoder": "path tile_size",
+    "model": "scan_blocks remat",  # these and the mesh change the rounding of sums
+    "training": "num_steps accumulation_steps ema_snapshot_every_steps log_every_steps "
+    "checkpoint_every_steps keep_checkpoints keep_every_steps preemption_exit_status on_nan "
+    "stall_warning_seconds compilation_cache",
+}
+MUTABLE_SECTIONS = ("mesh", "profile", "logging", "sampling", "eval")
+
+
 def get_config():
     config = config_dict.ConfigDict()
 

@@ -1,7 +1,4 @@
-"""All commands by one name: `dico-jax train ...`, or `python -m dico_jax train ...`.
-
-`dico-jax train` is `python -m dico_jax.main`; the others have the same name in both.
-"""
+"""All commands by one name: `dico-jax train ...`, or `python -m dico_jax train ...`."""
 
 import runpy
 import sys

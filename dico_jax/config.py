@@ -11,12 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dico_jax.configs import default
-from dico_jax.errors import UsageError, shown, within
+from dico_jax.errors import UsageError, shown
 
-# Fields that older runs wrote and that decide nothing any more: left out where they are read.
-GONE = frozenset({"model.depthwise"})
-# Those that may change at a checkpoint of a run where --allow_config_change names them.
-CAREFUL_FIELDS = ("data.batch_size", "optimizer.learning_rate", "model.dtype", "training.num_steps")
 DEFAULTS: dict[str, Any] = default.get_config().to_dict()
 
 MOST = 2**31 - 1  # of whole numbers, which JAX keeps in 32 bits
@@ -44,6 +40,10 @@ def check_fields(config: ConfigDict) -> None:
     for field in sorted(fields):
         check_name(field)
     check_values(config)
+    keep, every = config.training.keep_every_steps, config.training.checkpoint_every_steps
+    if keep % every:
+        fix = f"must be a multiple of config.training.checkpoint_every_steps={every}"
+        raise UsageError("config.training.keep_every_steps", keep, fix)
     for field, value in fields.items():
         if value and field in SCHEMES:
             section, name = field.split(".")
@@ -113,14 +113,9 @@ def expanded(said: str, name: str, path: str) -> str:
     return path
 
 
-def config_errors(section: str = ""):
-    """Completes the name of the field that an error starts with: "config." and the section."""
-    return within(f"config.{section}")
-
-
 def without_gone(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of an older run, flat, without the fields that are `GONE`."""
-    return {k: v for k, v in flatten(config).items() if k not in GONE}
+    return {k: v for k, v in flatten(config).items() if k not in default.GONE}
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

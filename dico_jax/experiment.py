@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dico_jax.autoencoders import Autoencoder, create_autoencoder
-from dico_jax.config import DEFAULTS, check_values, config_errors
+from dico_jax.config import DEFAULTS, check_values
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.latents import PreparedLatents
 from dico_jax.data.pictures import BadExample, PictureReader
@@ -33,7 +33,7 @@ def model_from_config(config: ConfigDict) -> Denoiser:
     """The network of a config."""
     check_values(config, "model")
     defaults = DEFAULTS["model"]
-    with config_errors():
+    with within("config."):
         known = {*model_options(config.model.name), "name"}
         options = {  # but for those of other networks that nobody has set
             name: value
@@ -47,9 +47,9 @@ def experiment_from_config(config: ConfigDict) -> Experiment:
     """The network, process and autoencoder of a config."""
     check_values(config, "data", "autoencoder", "diffusion")
     model = model_from_config(config)
-    with config_errors("diffusion."):
+    with within("config.diffusion."):
         diffusion = create_objective(config.diffusion, learn_sigma=model.learn_sigma)
-    with config_errors():
+    with within("config."):
         autoencoder = create_autoencoder(config.autoencoder)
         if autoencoder.channels not in (None, model.in_channels):
             name = config.autoencoder.name
@@ -71,7 +71,7 @@ def sampling_from_config(config: ConfigDict) -> tuple[Objective, SamplingOptions
     """The objective with the steps of sampling, and how a config's samples are made."""
     check_values(config, "", "sampling")
     sampling = config.sampling
-    with config_errors():
+    with within("config."):
         chosen = (f.name for f in dataclasses.fields(SamplingOptions) if f.name != "seed")
         options = SamplingOptions(config.seed, **{name: sampling[name] for name in chosen})
     try:
@@ -85,13 +85,13 @@ def sampling_from_config(config: ConfigDict) -> tuple[Objective, SamplingOptions
 
 def source_from_config(config: ConfigDict) -> Source:
     """The training examples of a config."""
-    with config_errors():
+    with within("config."):
         return create_source(config.data)
 
 
 def with_source_options(config: ConfigDict, source: Source) -> ConfigDict:
     """The config with the options of the network that are not set and that the source knows."""
-    with config_errors():
+    with within("config."):
         network, _ = find_model(config.model.name)
     config = config.copy_and_resolve_references()
     config.model.update(network.complete_options(config.model.to_dict(), source))
@@ -102,7 +102,7 @@ def reader_from_config(config: ConfigDict, experiment: Experiment, source: Sourc
     """How the source's examples are read for the network, once they are found to fit it."""
     check_values(config, "data")
     data = config.data
-    with config_errors():
+    with within("config."):
         experiment.model.check_source(source)
         _check_examples(config, experiment.model, source)
         if source.kind == "pictures":
@@ -163,20 +163,11 @@ def _check_latents(config: ConfigDict, experiment: Experiment, source) -> None:
         what = f"with config.model.in_channels={config.model.in_channels} needs examples of shape"
         fix = f"{what} {experiment.latent_shape}, but {source!r} has {(height, width, channels)}"
         raise UsageError("data.image_size", config.data.image_size, fix)
-    if isinstance(source, ArraySource):
+    if source.kind == "latents":
         some = np.linspace(0, len(source) - 1, min(len(source), 100)).astype(int)
         values, name = [source[i]["image"] for i in some], config.autoencoder.name
         low, high = np.min(values), np.max(values)
-        # The standard deviation of scaled latents is about 1.
         most, taken = (1.001, "pixels in [-1, 1]") if name == "identity" else (30, "scaled latents")
         if not -most <= low <= high <= most:
             fix = f"takes uint8 or {taken}, but {source!r} has {low:.4g} to {high:.4g}"
             raise UsageError("autoencoder.name", name, fix)
-
-
-def check_training(config: ConfigDict) -> None:
-    """Raises UsageError for values of `config.training` that make no sense together."""
-    keep, every = config.training.keep_every_steps, config.training.checkpoint_every_steps
-    if keep % every:
-        fix = f"must be a multiple of config.training.checkpoint_every_steps={every}"
-        raise UsageError("config.training.keep_every_steps", keep, fix)

@@ -4,7 +4,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dico_jax import cli
-from dico_jax.config import CAREFUL_FIELDS
+from dico_jax.configs.default import CAREFUL_FIELDS
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, see configs/; --config.a.b=value changes a field.",

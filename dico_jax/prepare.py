@@ -16,7 +16,6 @@ python -m dico_jax.prepare classifier --source=folder --path=DIR --out=FILE.npz 
 
 import dataclasses
 import re
-import time
 from typing import Any
 
 from absl import flags
@@ -105,13 +104,12 @@ def _prepared(out: str) -> str:
     options = Options(**_chosen(*(field.name for field in dataclasses.fields(Options))))
     source = _source()
     vae = create_autoencoder(_section("autoencoder", path=_FLAGS.vae, dtype=_FLAGS.vae_dtype))
-    start = time.monotonic()
     manifest = prepare_latents(source, vae, out, options)
     if manifest is None:
         return f"this process's shards are in {out}; others are still at work"
-    size, seconds = sum(shard.bytes for shard in manifest.shards), time.monotonic() - start
+    size = sum(shard.bytes for shard in manifest.shards)
     bad = f"{len(manifest.bad)} bad ones skipped (manifest.json lists them)"
-    return f"{_said(manifest)}, {size / 1e9:.3f} GB, {bad}, are in {out}; {seconds:.0f} s"
+    return f"{_said(manifest)}, {size / 1e9:.3f} GB, {bad}, are in {out}"
 
 
 def _said(manifest) -> str:

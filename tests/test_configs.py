@@ -15,7 +15,6 @@ from dico_jax.config import DEFAULTS, check_fields, flatten, with_defaults
 from dico_jax.configs import default, digits, folder
 from dico_jax.errors import UsageError
 from dico_jax.experiment import (
-    check_training,
     experiment_from_config,
     reader_from_config,
     sampling_from_config,
@@ -56,7 +55,6 @@ def test_config_builds(name):
         assert "Hardware: " in module.__doc__
         assert "Expected: " in module.__doc__
     check_fields(config)
-    check_training(config)
     create_optimizer(config.optimizer, config.training.num_steps)
     if config.model.num_classes is None:  # counted when the data are opened
         config.model.num_classes = 3
@@ -227,3 +225,26 @@ def test_paths_are_expanded_everywhere(monkeypatch):
         config.training.init_from = path
         with pytest.raises(UsageError, match=f"^config.training.init_from='{path}'.*{said}"):
             check_fields(config)
+
+
+def test_float_examples_in_another_range_are_refused(tmp_path):
+    config = digits.get_config()
+    config.data.source, config.data.path, config.model.in_channels = "arrays", str(tmp_path), 4
+    np.save(tmp_path / "labels.npy", np.arange(4))
+    for name, scale, said in (
+        ("identity", 255, r"takes uint8 or pixels in \[-1, 1\], but .* has 0 to 255"),
+        ("latent_preview", 255, "takes uint8 or scaled latents, but .* has 0 to 255"),
+        ("identity", math.nan, "has nan to nan"),
+        ("identity", 1, None),
+        ("latent_preview", 5, None),
+    ):
+        config.autoencoder.name = name
+        config.data.image_size = 32 if name != "identity" else 8
+        side = 8 if name == "identity" else 4
+        examples = np.linspace(0, 1, 4 * side * side * 4, dtype=np.float32)
+        np.save(tmp_path / "examples.npy", (scale * examples).reshape(4, side, side, 4))
+        if said is None:
+            read(config)
+        else:
+            with pytest.raises(UsageError, match=f"^config.autoencoder.name={name!r} .*{said}"):
+                read(config)

@@ -140,6 +140,21 @@ def test_classes():
     assert (labels("random", 1000, seed=1) != drawn).any()
 
 
+def test_a_number_that_is_the_name_of_another_class_is_refused():
+    model = create_model("DiCo", num_classes=4)
+
+    def labels(text, names):
+        return model.parse_conditions(text, 1, 0, names)["label"].tolist()
+
+    assert labels("2", ["0", "1", "2", "3"]) == [2]
+    old = ["0", "1", "10", "2"]  # as runs of before order the names of classes
+    assert (labels("1", old), labels("10", old), labels("#2", old)) == ([1], [2], [2])
+    with pytest.raises(UsageError, match=r"--classes=2: is 2 the name of class #3, or class #2\?"):
+        labels("2", old)
+    assert labels("cat", ["dog", "cat"]) == [1]
+    assert labels("3", ["dog", "cat"]) == [3]  # of no name
+
+
 def test_to_uint8_cuts_as_the_released_code_does():
     values = np.float32([-2, -1, -0.9999, 0, 0.999, 1, 2])
     np.testing.assert_array_equal(to_uint8(values), [0, 0, 0, 128, 255, 255, 255])

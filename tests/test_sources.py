@@ -938,3 +938,93 @@ def test_workers_stay_light(tmp_path):
         [sys.executable, "-c", code, *files], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == ["0 1 1 2 2", "0 1 1 2 2", ""]
+
+
+def picture_bytes(value):
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(stream, "png")
+    return stream.getvalue()
+
+
+def edm_files(labels):
+    """Files as EDM's and StyleGAN's dataset_tool.py writes them, in numbered folders."""
+    files = {f"{i // 4:05d}/img{i:08d}.png": picture_bytes(i) for i in range(len(labels))}
+    pairs = [[name, label] for name, label in zip(files, labels, strict=True)]
+    return files | {"dataset.json": json.dumps({"labels": pairs}).encode()}
+
+
+def write_files(path, files):
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return open_source("zip", path=str(path))
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return open_source("folder", path=str(path))
+
+
+@pytest.mark.parametrize("name", ["edm", "edm.zip"])
+def test_labels_of_a_dataset_json_are_read(tmp_path, name):
+    labels = [3, 0, 1, 3, 0, 1, 1]
+    source = write_files(tmp_path / name, edm_files(labels))
+    assert source.class_names == ["0", "1", "2", "3"]
+    assert len(source) == len(labels)
+    for i in range(len(source)):
+        number = int(source.example_id(i)[-12:-4])
+        assert source[i]["label"] == labels[number]
+        assert source[i]["image"] == picture_bytes(number)
+    assert not source.skipped
+
+
+@pytest.mark.parametrize("labels", [[0, 1, -1], [0, 2**32, 1], [0, 1, 0.5], [[1, 0], [0, 1]], []])
+def test_other_labels_of_a_dataset_json_are_refused(tmp_path, labels):
+    with pytest.raises(UsageError, match=r"its dataset.json does not give all pictures whole num"):
+        write_files(tmp_path / "edm", edm_files(labels))
+
+
+def test_a_damaged_dataset_json_is_refused(tmp_path):
+    for i, content in enumerate([b"{", b"[1]", b'{"labels": [["a", 1]]}', b"[" * 100_000]):
+        with pytest.raises(UsageError, match=r"its dataset.json does not give"):
+            write_files(tmp_path / f"{i}.zip", edm_files([0, 1]) | {"dataset.json": content})
+
+
+def test_a_dataset_json_without_labels_is_one_class(tmp_path):
+    files = edm_files([0] * 6) | {"dataset.json": b'{"labels": null}'}
+    source = write_files(tmp_path / "edm.zip", files)
+    assert (source.class_names, len(source)) == (["0"], 6)
+
+
+def test_classes_that_are_numbers_lie_in_their_order(tmp_path):
+    files = {f"{number}/a.png": picture_bytes(number) for number in (10, 2, 1, 0, 11)}
+    assert write_files(tmp_path / "x.zip", files).class_names == ["0", "1", "2", "10", "11"]
+    assert write_files(tmp_path / "x", files).class_names == ["0", "1", "2", "10", "11"]
+    files["cat/a.png"] = picture_bytes(3)
+    assert write_files(tmp_path / "y", files).class_names == ["0", "1", "10", "11", "2", "cat"]
+
+
+def test_a_zip_of_windows_has_backslashes(tmp_path):
+    file = tmp_path / "x.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in ("cat\\1.png", "dog\\2.png"):
+            archive.writestr(name, picture_bytes(len(name)))
+    source = open_source("zip", path=str(file))
+    assert source.class_names == ["cat", "dog"]
+    assert source[1] == {"image": picture_bytes(9), "label": 1}
+
+
+def test_a_number_in_labels_allocates_nothing(tmp_path):
+    np.save(tmp_path / "examples.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    for labels, said in (
+        (np.array([0, 1, -1]).astype(np.uint32), "labels.npy has 4294967295: count from 0"),
+        (np.array([1, 2, 3]), "labels.npy has 1: count from 0"),
+    ):
+        np.save(tmp_path / "labels.npy", labels)
+        with pytest.raises(UsageError, match=said):
+            open_source("arrays", path=str(tmp_path))
+
+
+def test_names_of_classes_are_of_bounded_length(tmp_path):
+    with pytest.raises(UsageError, match="names of up to 255 characters"):
+        write_files(tmp_path / "x.zip", {"a" * 60_000 + "/1.png": picture_bytes(1)})

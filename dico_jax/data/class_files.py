@@ -19,11 +19,8 @@ from dico_jax.errors import one_line, shown
 
 _LISTERS = 16  # of folders at once; what takes time is a bucket or a network disk
 # What is kept of a zip file's entry to read it: attributes of ZipInfo.
-_FIELDS = dict.fromkeys(("header_offset", "compress_size", "file_size"), np.int64) | {
-    "CRC": np.uint32,
-    "compress_type": np.uint16,
-    "flag_bits": np.uint16,
-}
+_FIELDS: dict[str, Any] = dict.fromkeys(("header_offset", "compress_size", "file_size"), np.int64)
+_FIELDS |= {"CRC": np.uint32, "compress_type": np.uint16, "flag_bits": np.uint16}
 _HEADER = struct.Struct("<4s22xHH")  # before an entry's data: magic, lengths of name and extra
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _LABELS = "dataset.json"
@@ -215,9 +212,8 @@ def sort_files(
         fix = "give one folder of pictures per class (one is enough)"
         raise paths.wrong_path(path, f"{what}: {fix}")
     if len(classes) > paths.MAX_CLASSES or max(map(len, classes)) > 255:
-        what = f"it has {len(classes)} class folders, and the longest name {max(map(len, classes))}"
-        fix = f"characters: up to {paths.MAX_CLASSES} are read, with names of up to 255"
-        raise paths.wrong_path(path, f"{what} {fix}")
+        fix = f"up to {paths.MAX_CLASSES} classes are read, with names of up to 255 characters"
+        raise paths.wrong_path(path, f"it has {len(classes)} class folders: {fix}")
     files: dict[str, list[str]] = {}
     numbers = all(name.isdecimal() for name in classes)
     for class_name in sorted(classes, key=lambda name: (int(name) if numbers else 0, name)):
@@ -247,13 +243,12 @@ def _labelled(path: str, names: list[str], text: bytes) -> tuple[dict, dict[str,
         pairs = json.loads(text)["labels"]
         label_of = dict.fromkeys(names, 0) if pairs is None else dict(pairs)
         labels = [label_of[name] for name in names]
-        if not all(type(label) is int and 0 <= label < paths.MAX_CLASSES for label in labels):
-            raise ValueError("a label is no class")
+        if {*map(type, labels)} != {int} or min(labels) < 0 or max(labels) >= paths.MAX_CLASSES:
+            raise ValueError("there are no labels, or others")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        what = f"its {_LABELS} does not give every picture a whole number from 0 on"
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise paths.wrong_path(path, f"{what} as its label ({reason})") from error
-    files: dict[str, list[str]] = {str(label): [] for label in range(max(labels, default=-1) + 1)}
+        what = f"its {_LABELS} does not give all pictures whole numbers from 0 on as labels"
+        raise paths.wrong_path(path, f"{what} ({type(error).__name__}: {error})") from error
+    files: dict[str, list[str]] = {str(label): [] for label in range(max(labels) + 1)}
     for name, label in zip(names, labels, strict=True):
         files[str(label)].append(name)
     return files, {}

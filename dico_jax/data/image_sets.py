@@ -21,7 +21,6 @@ class ImageSet:
 
     name: str
     shape: tuple[int, int, int]
-
     _indices: np.ndarray  # of the pictures that are to be read
 
     def __len__(self):

@@ -7,6 +7,7 @@ and (with two orientations) of the mirrored picture.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
@@ -245,13 +246,12 @@ def verify(path: str) -> Manifest:
     source.check_checksums()
     fields, classes = source.manifest.fields, (-1, *range(len(source.class_names)))
     for index in tqdm.tqdm(range(len(source)), unit="image", desc="records", dynamic_ncols=True):
-        try:
+        right = False
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             example = source[index]
-            finite = np.isfinite(example["image"].astype(np.float32)).all()
-            right = fields <= example.keys() and example.get("label", -1) in classes and finite
-        except (ValueError, KeyError, TypeError):
-            right = False
+            right = fields <= example.keys() and example.get("label", -1) in classes
+            right = right and np.isfinite(example["image"].astype(np.float32)).all()
         if not right:
-            said = "cannot be read, lacks a field, is of no class or not finite"
-            raise UsageError(f"{path}: record {index} {said}")
+            said = f"record {index} cannot be read, lacks a field, is of no class or not finite"
+            raise UsageError(f"{path}: {said}")
     return source.manifest

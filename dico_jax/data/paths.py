@@ -42,9 +42,7 @@ def required_path(path: str | None, what: str, *, local: str = "") -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a name is one that file managers and archivers leave behind, or starts with a dot."""
-    if name[:1] == ".":
-        return name not in (".", "..")
-    return name in _LEFT_BEHIND
+    return name in _LEFT_BEHIND or (name[:1] == "." and name not in (".", ".."))
 
 
 def picture_names(names: Iterable[str]) -> list[str]:

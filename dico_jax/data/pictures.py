@@ -17,11 +17,9 @@ from dico_jax.errors import one_line
 
 # Pillow refuses larger pictures, as such files are made to fill the memory; 2 * 13,377 squared.
 MAX_PIXELS = 178_956_970
-
 # Formats whose files Pillow knows but does not decode itself: write-only ones, and those that need
 # another program (Ghostscript) or a handler.
 _UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
-
 # What Pillow warns of is an error here, or of no matter for the pixels.
 warnings.filterwarnings("ignore", module=r"PIL\b")
 

@@ -25,7 +25,6 @@ _FILES = ("*.array_record*", "*.arrayrecord*")
 # What an example needs, and what names it: features of TFDS, and of the TFRecord files of old.
 _NEEDED = ((("image", "image/encoded"), bytes), (("label", "image/class/label"), int))
 _ID = (("file_name", "id", "image/filename"), bytes)
-
 _OPENERS = 16  # files at once
 _TRIED = 10  # records, to find a good one
 

@@ -126,7 +126,8 @@ def _wrong_arrays(examples: np.ndarray, labels: np.ndarray) -> str | None:
         return f"labels.npy is {labels.dtype} {labels.shape}, but must be {wanted}"
     low, high = labels.min(), labels.max()
     if low < 0 or low == 1 or high >= MAX_CLASSES:
-        return f"labels.npy has {low} to {high}: count from 0, to {MAX_CLASSES - 1} at most"
+        wrong = high if high >= MAX_CLASSES else low  # the least label, where it is 1
+        return f"labels.npy has {wrong}: count from 0, to {MAX_CLASSES - 1} at most"
     return None
 
 

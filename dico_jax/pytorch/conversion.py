@@ -16,8 +16,7 @@ import numpy as np
 
 from dico_jax.checkpoints.reader import FOLDER, SavedWeights
 from dico_jax.checkpoints.writer import StepWriter
-from dico_jax.config import config_errors
-from dico_jax.errors import UsageError
+from dico_jax.errors import UsageError, within
 from dico_jax.files import Deferred, check_new, new_folder
 from dico_jax.models import abstract_params, create_model, model_options
 from dico_jax.models.dit import DiT, position_embedding
@@ -170,7 +169,7 @@ def to_pytorch(
     if training and suffix == ".safetensors":
         raise UsageError(f"--out={out}: a training checkpoint is more than tensors; name a .pt")
     saved, health, bar = SavedWeights(ckpt, step), Health(), ByteProgress()
-    with about(f"--ckpt={ckpt}"), config_errors():
+    with about(f"--ckpt={ckpt}"), within("config."):
         options = {k: v for k, v in saved.config["model"].items() if v is not None}
         model = create_model(**options)
     table = {}

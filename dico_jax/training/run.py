@@ -13,10 +13,10 @@ from dico_jax import experiment as experiments
 from dico_jax.autoencoders import make_latents_fn
 from dico_jax.checkpoints.reader import WarmStart, saved_steps
 from dico_jax.checkpoints.state import create_state, initializer, parse_widths
-from dico_jax.config import check_fields, config_errors
+from dico_jax.config import check_fields
 from dico_jax.data.bad_examples import BadExampleLog
 from dico_jax.data.pipeline import DeviceBatches, training_batches
-from dico_jax.errors import UsageError
+from dico_jax.errors import UsageError, within
 from dico_jax.evaluation.measure import RunEvaluation
 from dico_jax.evaluation.networks import ClassAgreement, class_agreement, require_sklearn
 from dico_jax.files import new_file
@@ -43,10 +43,9 @@ class Run:
 
     def __init__(self, config: ConfigDict, workdir: str, allowed: Sequence[str] = ()):
         check_fields(config)
-        experiments.check_training(config)
         check_watch(config)
         enable_compilation_cache(config.training.compilation_cache)
-        with config_errors():
+        with within("config."):
             self.mesh = create_mesh(**{axis: config.mesh[axis] for axis in meshes.AXES})
             rules = parse_rules(config.mesh.rules)
         shards, parts = meshes.num_batch_shards(self.mesh), config.training.accumulation_steps
@@ -61,7 +60,7 @@ class Run:
         self.read = experiments.reader_from_config(config, self.experiment, self.source)
         training, model = config.training, self.experiment.model
         autoencoder, latent_shape = self.experiment.autoencoder, self.experiment.latent_shape
-        with config_errors():
+        with within("config."):
             optimizer = create_optimizer(config.optimizer, training.num_steps)
             self.learning_rate = learning_rate_schedule(config.optimizer, training.num_steps)
             widths = parse_widths(training.ema_widths, training.ema_snapshot_every_steps)

@@ -14,8 +14,8 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dico_jax.config import check_values, config_errors
-from dico_jax.errors import TrainingStopped, UsageError
+from dico_jax.config import check_values
+from dico_jax.errors import TrainingStopped, UsageError, within
 from dico_jax.training.logging import require_wandb
 
 POLICIES = ("stop", "skip", "rollback")
@@ -29,7 +29,7 @@ _GO_ON = "start again with --config.training.on_nan=skip or =rollback to go on f
 def check_watch(config: ConfigDict) -> None:
     """Raises UsageError for a field that cannot work, naming it, its value and the fix."""
     check_values(config, "training", "profile", "logging")
-    with config_errors():
+    with within("config."):
         if config.training.on_nan not in POLICIES:
             fix = f"is unknown: use one of {', '.join(map(repr, POLICIES))}"
             raise UsageError("training.on_nan", config.training.on_nan, fix)

@@ -23,22 +23,11 @@ from dico_jax.checkpoints.reader import (
     read_meta,
     saved_steps,
 )
-from dico_jax.config import CAREFUL_FIELDS, DEFAULTS, config_to_dict, flatten, without_gone
+from dico_jax.config import DEFAULTS, config_to_dict, flatten, without_gone
+from dico_jax.configs.default import CAREFUL_FIELDS, MUTABLE_FIELDS, MUTABLE_SECTIONS
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.files import write_json
-
-# Fields by section, and whole sections, that may change between two runs in one workdir: they
-# decide how long a run goes on, how fast it is and what it reports, not what it computes.
-MUTABLE_FIELDS = {
-    "data": "source name split path max_bad_fraction num_workers verify_checksums cache_dir",
-    "autoencoder": "path tile_size",
-    "model": "scan_blocks remat",  # these and the mesh change the rounding of sums
-    "training": "num_steps accumulation_steps ema_snapshot_every_steps log_every_steps "
-    "checkpoint_every_steps keep_checkpoints keep_every_steps preemption_exit_status on_nan "
-    "stall_warning_seconds compilation_cache",
-}
-MUTABLE_SECTIONS = ("mesh", "profile", "logging", "sampling", "eval")
 
 
 def data_of(source: Source) -> dict[str, Any]:
