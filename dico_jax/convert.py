@@ -20,7 +20,7 @@ python -m dico_jax.convert inception --input=FILE --out=FILE.safetensors
 With --training the whole state of a run goes over: both sets of weights, AdamW's averages and step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -104,12 +104,7 @@ def _inception(input: str, out: str) -> str:
     return convert_inception(input, out)
 
 
-_CONVERT: dict[str, Callable[..., str]] = {
-    "from_pytorch": _from_pytorch,
-    "to_pytorch": _to_pytorch,
-    "vae": _vae,
-    "inception": _inception,
-}
+_CONVERT = {f.__name__[1:]: f for f in (_from_pytorch, _to_pytorch, _vae, _inception)}
 
 
 def _check(action: str) -> None:

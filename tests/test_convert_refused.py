@@ -355,6 +355,19 @@ def test_damage_in_the_middle_of_a_file_leaves_nothing(tmp_path):
     refused(tmp_path, "a.pt", "is damaged: the checksum of .* does not match")
 
 
+def test_damage_in_the_middle_of_a_run_leaves_nothing(tmp_path):
+    """Of several trees that are written side by side, the writers of all have ended."""
+    write_pt(tmp_path / "good.pt", training_checkpoint())
+    data = (tmp_path / "good.pt").read_bytes()
+    value = WEIGHTS["decoder_level_1.0.conv5.weight"]
+    for raw in (value.tobytes(), (value * value).tobytes()):
+        place = data.rindex(raw) + 100
+        (tmp_path / "a.pt").write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        refused(tmp_path, "a.pt", "is damaged: the checksum of .* does not match", training=True)
+    time.sleep(1)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_terminated_conversion_leaves_nothing(tmp_path):
     """SIGTERM, as schedulers send it, in the middle of writing."""
     model = create_model("DiCo", hidden_size=96, depth=(2, 2, 2, 2, 2))

@@ -5,9 +5,9 @@ that a file with a few missing or misshapen tensors still gives the right sizes,
 names just these.
 """
 
-import collections
 import re
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from dico_jax.autoencoders.kl import KLConfig
@@ -15,7 +15,7 @@ from dico_jax.errors import UsageError
 from dico_jax.pytorch.detection import Shapes, vote
 from dico_jax.pytorch.tensors import shown
 
-_MAX_LEVELS, _MAX_LAYERS, _MAX_WIDTH = 8, 32, 1 << 14
+_MAX_LEVELS, _MAX_LAYERS, _MAX_WIDTH = 8, 8, 1 << 14
 _BLOCK = re.compile(
     r"encoder\.down_blocks\.(\d{1,4})\.resnets\.(\d{1,4})\.(conv1|conv2|norm2)\.bias"
 )
@@ -117,9 +117,5 @@ def _levels(shapes: Shapes) -> tuple[tuple[int, ...], int]:
     if not widths or sorted(widths) != list(range(len(widths))):
         some = f"{len(shapes)} tensors such as {', '.join(shown(key) for key in list(shapes)[:5])}"
         raise UsageError(f"it is no autoencoder (AutoencoderKL): {some}")
-    found = tuple(_most_frequent(widths[level]) for level in range(len(widths)))
-    return found, _most_frequent(depths.values())
-
-
-def _most_frequent(values: Iterable[int]) -> int:
-    return collections.Counter(values).most_common(1)[0][0]
+    found = tuple(statistics.mode(widths[level]) for level in range(len(widths)))
+    return found, statistics.mode(depths.values())

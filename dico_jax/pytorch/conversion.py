@@ -87,7 +87,7 @@ def from_pytorch(
         model_options(model)  # an unknown name is refused before a download
     path, bar, health = local_file(source), ByteProgress(), Health()
     with open_tensors(path, on_bytes=bar.advance) as file, about(source):
-        arguments = run_config.read_arguments(file.tree)
+        arguments = run_config.read_arguments(file.tree, file.metadata)
         optimizer = _optimizer(file.tree) if training else None
         wanted = {"params": "model", "ema_params": "ema"} if training else {"ema_params": weights}
         sets = {item: select_weights(file, which) for item, which in wanted.items()}
@@ -119,15 +119,15 @@ def from_pytorch(
             empty = optimizer_state.published_state(items["params"])
             moments = items.pop("mu"), items.pop("nu")
             items["opt_state"] = optimizer_state.to_optax(empty, count, *moments)
-        name = pathlib.PurePath(source).name
+        name = os.path.basename(source)
         converted = {"file": name, "weights": found, "arguments": arguments}
         nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
         check_new(out, int(_SLACK * nbytes))
         failed: list[BaseException] = []
         leaves = jax.tree.map(lambda leaf: _never_failing(leaf, failed), items)
         with bar.running(nbytes, "reading"), new_folder(out) as folder:
-            text = json.dumps(config, indent=2, sort_keys=True)
-            (folder / "config.json").write_text(text + "\n")
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            (folder / "config.json").write_text(text)
             meta = {"config": config, "class_names": [], "converted": converted}
             with StepWriter(folder / FOLDER, deferred=tuple(items)) as writer:
                 writer.write(step, leaves, meta)
@@ -178,15 +178,20 @@ def to_pytorch(
         found = position_embedding(rows, rows, model.hidden_size)
         table = {TABLE: found.astype(np.float32)[None]}
     tree: dict[str, Any]
+    hidden = run_config.hidden_options(saved.config)
     if training:
         tree = _training_checkpoint(saved, model, table, health, rate_of)
     else:
         tree = _state_dict(saved, parameters(model), table, weights, health)
+        vars(tree).update({run_config.OWN: hidden} if hidden else {})
     nbytes = sum(t.nbytes for t in values_in(tree) if isinstance(t, Deferred | np.ndarray))
     check_new(out, int(_SLACK * nbytes))
-    write = torch_files.write_safetensors if suffix == ".safetensors" else torch_files.write_pt
     with bar.running(nbytes, "writing"):
-        write(out, tree, on_bytes=bar.advance)
+        if suffix == ".safetensors":
+            metadata = {"format": "pt"} | {key: str(value) for key, value in hidden.items()}
+            torch_files.write_safetensors(out, tree, metadata, on_bytes=bar.advance)
+        else:
+            torch_files.write_pt(out, tree, on_bytes=bar.advance)
     health.warn()
     what = "model, ema, opt and args" if training else f"the weights {weights!r}"
     return f"{what} of {saved.config['model']['name']}, step {saved.step}: {out} is written"
@@ -253,6 +258,5 @@ def _training_checkpoint(
     opt = optimizer_state.write_adamw(
         optimizer_state.AdamWState(step, exp_avg, exp_avg_sq, options), raw
     )
-    heads = model.num_heads if isinstance(model, DiT) else None
-    arguments = run_config.written_arguments(saved, heads)
+    arguments = run_config.written_arguments(saved)
     return {"model": raw, "ema": ema, "opt": opt, "args": arguments}

@@ -16,9 +16,11 @@ import difflib
 import json
 import math
 import re
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
+import flax
 import numpy as np
 
 from dico_jax.errors import UsageError
@@ -32,7 +34,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _STAGES = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
 _STAGE_WIDTHS = (1, 2, 4, 2, 2)  # over hidden_size
 _MAX_SIZE = 1 << 20
-_MAX_BLOCKS = 200
+_MAX_BLOCKS = 1000
 _RELEASED_DROPOUT = 0.1
 
 TABLE = "pos_embed"  # of a DiT: fixed, so it is checked and not stored
@@ -137,7 +139,16 @@ def detect_network(
 
 def parameters(model: Denoiser) -> list[Entry]:
     """The parameters of a network, in the state dict's order."""
-    return entries(abstract_params(model), KEY_MAPS[type(model).__name__])
+    # Blocks of a stage are alike, and many of them take long to trace.
+    family, depths = type(model).__name__, np.atleast_1d(model.depth)
+    count = dict(zip(_STAGES if family == "DiCo" else ("blocks",), depths, strict=True))
+    small = model.clone(depth=(1,) * 5 if family == "DiCo" else 1, scan_blocks=False)
+    tree = {
+        (path[0], str(i), *path[2:]) if path[0] in count else path: leaf
+        for path, leaf in flax.traverse_util.flatten_dict(abstract_params(small)).items()
+        for i in range(count.get(path[0], 1))
+    }
+    return entries(flax.traverse_util.unflatten_dict(tree), KEY_MAPS[family])
 
 
 def check_table(tensors: Mapping[str, Any], width: int) -> int | None:
@@ -245,12 +256,12 @@ def _size(shapes: Shapes, places: Mapping[str, Any], what: str) -> int:
 
 def vote(shapes: Shapes, places: str) -> int | None:
     """The most frequent of the sizes read at `places`; the first one of equally frequent ones."""
-    votes: collections.Counter[int] = collections.Counter()
+    votes = []
     for key, axis, divisor in (place.split("/") for place in places.split()):
         lengths = shapes.get(key, ())[int(axis) :]
         if lengths and lengths[0] % int(divisor) == 0:
-            votes[lengths[0] // int(divisor)] += 1
-    return votes.most_common(1)[0][0] if votes else None
+            votes.append(lengths[0] // int(divisor))
+    return statistics.mode(votes) if votes else None
 
 
 def _depth(shapes: Shapes, stage: str) -> int:

@@ -22,9 +22,6 @@ from dico_jax.pytorch.tensors import several, shown
 
 _MAX_STEP = 2**31 - 1  # Optax counts in int32
 
-# Options that change what a step computes, and that Optax's AdamW does not have.
-_REFUSED = ("amsgrad", "maximize")
-
 
 class AdamWState(NamedTuple):
     """The state of a run's optimizer: steps taken, averages by parameter name, its options."""
@@ -42,7 +39,13 @@ def read_adamw(state_dict: object, declared: Iterable[str], wanted: list[Entry])
     UsageError: it is no state of AdamW over one group of these that Optax's AdamW could have; all
     missing and misshapen averages are listed.
     """
-    state, group = _parts(state_dict)
+    parts = state_dict if isinstance(state_dict, Mapping) else {}
+    state, groups = parts.get("state"), parts.get("param_groups")
+    if not isinstance(state, Mapping) or not isinstance(groups, list | tuple):
+        raise UsageError("the optimizer's state has no state and param_groups, as AdamW's has")
+    if len(groups) != 1 or not isinstance(group := groups[0], Mapping):
+        what = f"{len(groups)} groups of parameters; one, as in the released code,"
+        raise UsageError(f"the optimizer has {what} can be converted")
     names, given = list(declared), group.get("params")
     sequence = given if isinstance(given, list | tuple) else []
     numbers = [number for number in sequence if isinstance(number, int)]
@@ -76,18 +79,6 @@ def read_adamw(state_dict: object, declared: Iterable[str], wanted: list[Entry])
     return AdamWState(first[1], **averages, options=_options(group))
 
 
-def _parts(state_dict: object) -> tuple[Mapping, Mapping]:
-    """The parts "state" and the one group of "param_groups"."""
-    parts = state_dict if isinstance(state_dict, Mapping) else {}
-    state, groups = parts.get("state"), parts.get("param_groups")
-    if not isinstance(state, Mapping) or not isinstance(groups, list | tuple):
-        raise UsageError("the optimizer's state has no state and param_groups, as AdamW's has")
-    if len(groups) != 1 or not isinstance(groups[0], Mapping):
-        what = f"{len(groups)} groups of parameters; one, as in the released code,"
-        raise UsageError(f"the optimizer has {what} can be converted")
-    return state, groups[0]
-
-
 def _step(value: object, key: str) -> int:
     """A step counter, which is a whole number in a float."""
     if hasattr(value, "read"):
@@ -102,7 +93,7 @@ def _step(value: object, key: str) -> int:
 
 
 def _options(group: Mapping) -> dict[str, float]:
-    for name in _REFUSED:
+    for name in ("amsgrad", "maximize"):  # which change what a step computes
         if group.get(name):
             raise UsageError(
                 f"the optimizer has {name}={shown(group[name])}, which Optax's AdamW lacks"

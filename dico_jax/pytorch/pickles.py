@@ -45,7 +45,7 @@ _MAX_READS = 1_500_000  # a training checkpoint of DiCo-XL takes about 200,000
 _MAX_VALUES = 500_000  # likewise
 _MAX_TOTAL_FACTOR = 10  # bytes of all tensors over the file's size
 _MAX_TOTAL_FREE = 64 << 20  # bytes
-_MAX_NUMBER_KEYS = 20_000  # of dicts; numbers can be chosen so that all take the same place
+_MAX_NUMBER_KEYS = 10_000  # of dicts; numbers can be chosen so that all take the same place
 _OPCODES = (
     "PROTO MARK POP POP_MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
     "SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINSTRING BINSTRING SHORT_BINBYTES BINBYTES "
@@ -98,7 +98,7 @@ def load(stream: PickleBytes, where: str, size: int, storage: Callable[[Any], St
     The value is a tree of dict, OrderedDict, list, tuple, argparse.Namespace, str, bytes, int,
     float, bool, None, np.dtype (for a torch dtype) and Deferred (for a tensor or parameter), with
     `Inert` for all else. torch.Size becomes a tuple, a set a list;
-    attributes of dicts and tensors are dropped. UsageError: it is malformed, contains itself, or
+    attributes of tensors are dropped. UsageError: it is malformed, contains itself, or
     would be far larger than any checkpoint.
     """
     with refusing(where, "is refused"):
@@ -183,7 +183,8 @@ class _Unpickler(_MACHINE):
     def load_build(self) -> None:
         """Takes the attributes of what has some of interest."""
         state, target = self.stack.pop(), self.stack[-1]
-        if type(state) is dict and type(target) in (Inert, argparse.Namespace):
+        kinds = (Inert, argparse.Namespace, collections.OrderedDict)
+        if type(state) is dict and type(target) in kinds:
             # By reference: a large one could be set again and again.
             setattr(target, "state" if type(target) is Inert else "__dict__", state)
 

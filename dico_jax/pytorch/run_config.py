@@ -14,9 +14,10 @@ from dico_jax.pytorch.detection import Network
 from dico_jax.pytorch.pickles import Inert
 from dico_jax.pytorch.tensors import shown
 
+OWN = "dico_jax"  # attribute of a state dict with hidden options
 _ARGUMENT_KEYS = ("args", "cfg", "config", "hparams", "hyper_parameters", "opts")
 _OBJECTIVE_KEYS = ("prediction", "prediction_type", "objective", "parameterization")
-_NOISE = ("noise", "eps", "epsilon", "none", "")
+_NOISE = ("noise", "pred_noise", "eps", "epsilon", "ddpm", "diffusion", "none", "false", "")
 _SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 _SCHEDULES |= {name: name for name in _SCHEDULES.values()}
 _MAX_ARGUMENTS, _MAX_TEXT, _MAX_LEVELS = 10_000, 1000, 16
@@ -24,15 +25,17 @@ _LATENT_CHANNELS = 4  # of Stable Diffusion's autoencoder
 _LATENT_DOWNSAMPLING = 8
 
 
-def read_arguments(tree: object) -> dict[str, Any]:
-    """The script's arguments in a checkpoint, as JSON values.
+def read_arguments(tree: object, more: Mapping[str, str] = {}) -> dict[str, Any]:
+    """The script's arguments in a checkpoint or its metadata (`more`), as JSON values.
 
     UsageError where they say that the network was not trained to predict noise.
     """
-    there: Mapping = tree if isinstance(tree, Mapping) else {}
-    found = (
-        _json(there[key], iter(range(_MAX_ARGUMENTS))) for key in _ARGUMENT_KEYS if key in there
-    )
+    there = [tree.get(key) for key in _ARGUMENT_KEYS] if isinstance(tree, dict) else []
+    there += [
+        getattr(tree, OWN, None),
+        {k: int(v[:9]) if v.isdecimal() else v for k, v in more.items()},
+    ]
+    found = (_json(values, iter(range(_MAX_ARGUMENTS))) for values in there)
     arguments = next((values for values in found if isinstance(values, dict)), {})
     for key, value in _flat(arguments):
         text = str(value).lower()
@@ -68,19 +71,17 @@ def _json(value: Any, left: Iterator[int], level: int = 0) -> Any:
     return value[:_MAX_TEXT] if isinstance(value, str) else shown(value)
 
 
-def written_arguments(saved: SavedWeights, num_heads: int | None) -> argparse.Namespace:
+def hidden_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What does not show in weights, and is not what is taken where nothing is said."""
+    found = {"num_heads": config["model"]["num_heads"], **config["diffusion"]}
+    return {key: value for key, value in found.items() if value != DEFAULTS["diffusion"].get(key)}
+
+
+def written_arguments(saved: SavedWeights) -> argparse.Namespace:
     """The script's arguments: those the run came with, or what the config says of them."""
     config = saved.config
-    # What does not show in weights; if it is the usual, it may be left unsaid.
-    hidden = {key: config["diffusion"][key] for key in ("diffusion_steps", "noise_schedule")}
-    usual = DEFAULTS["diffusion"] | {
-        "num_heads": None if config["model"]["num_heads"] else num_heads
-    }
-    if num_heads is not None:
-        hidden["num_heads"] = num_heads
-    if saved.converted and (said := saved.converted["arguments"]):
-        more = {key: value for key, value in hidden.items() if value != usual[key]}
-        return argparse.Namespace(**{**said, **more})
+    if saved.converted and saved.converted["arguments"]:
+        return argparse.Namespace(**saved.converted["arguments"] | hidden_options(config))
     return argparse.Namespace(
         model=config["model"]["name"],
         image_size=config["data"]["image_size"],
@@ -90,7 +91,9 @@ def written_arguments(saved: SavedWeights, num_heads: int | None) -> argparse.Na
         log_every=config["training"]["log_every_steps"],
         ckpt_every=config["training"]["checkpoint_every_steps"],
         class_dropout_prob=config["model"]["class_dropout_prob"],
-        **hidden,
+        diffusion_steps=config["diffusion"]["diffusion_steps"],
+        noise_schedule=config["diffusion"]["noise_schedule"],
+        num_heads=config["model"]["num_heads"],
     )
 
 

@@ -21,6 +21,7 @@ from dico_jax.files import Deferred, new_file, write_array
 from dico_jax.pytorch import tensors as stored
 from dico_jax.pytorch.tensors import AGAIN, DTYPES, InputFile, shown
 
+_MAX_TENSORS = 20_000
 # Such as F32, BF16, U8, BOOL, F8_E4M3.
 _CODES = {
     name: re.sub("(f|u|i)(loat|int|nt)", r"\1", name).upper().removesuffix("FN") for name in DTYPES
@@ -43,6 +44,8 @@ def read_safetensors(file: InputFile) -> tuple[dict[str, Deferred], dict[str, st
         stored.refusing(file.name),
         safetensors.safe_open(file.name, "np", backend="pread") as header,
     ):
+        if len(header.offset_keys()) > _MAX_TENSORS:
+            raise ValueError(f"it has over {_MAX_TENSORS} tensors, far more than any checkpoint")
         for name in header.offset_keys():
             part = header.get_slice(name)
             code, shape = part.get_dtype(), tuple(part.get_shape())

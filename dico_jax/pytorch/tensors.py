@@ -33,7 +33,7 @@ DTYPES: dict[str, np.dtype] = {
     "bool": np.dtype(bool),
 }  # fmt: skip
 
-MAX_JSON = 16 << 20  # bytes; 100,000 tensors take about ten million
+MAX_JSON = 16 << 20  # bytes; 20,000 tensors take about two million
 AGAIN = "download or save it again"  # the fix in messages about damaged files
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

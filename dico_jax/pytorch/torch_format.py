@@ -69,8 +69,7 @@ def read_tree(file: InputFile) -> Any:
         if blob is None:
             raise ValueError(f"the storage {shown(key)} has no entry in the file")
         if blob.nbytes != count * (dtype.itemsize if dtype else 1):
-            what = f"of {count} elements does not match its {blob.nbytes} bytes"
-            raise ValueError(f"the storage {shown(key)} {what}")
+            raise ValueError(f"storage {shown(key)} does not match its {blob.nbytes} bytes")
         return Storage(dtype, blob)
 
     stream = pickles.PickleBytes(blobs[f"{root}data.pkl"].read_small(pickles.MAX_BYTES))
@@ -154,9 +153,8 @@ def _root(file: InputFile, names: list[str]) -> str:
         raise UsageError(f"{file.name} {what}: {how}")
     if len(roots) != 1:
         hold = "several data.pkl" if roots else "no FOLDER/data.pkl"
-        what = ", ".join(shown(n, 40) for n in names[:3])
-        why = f"with {hold}: torch.save did not write it"
-        raise UsageError(f"{file.name} is a zip file {why} (it has {what})")
+        why = f"with {hold}: torch.save did not write it (it has {shown(names[:3])})"
+        raise UsageError(f"{file.name} is a zip file {why}")
     return roots[0]
 
 
@@ -176,18 +174,15 @@ def _legacy_tree(file: InputFile) -> Any:
             raise ValueError(f"the storage {shown(key)} is declared in two ways")
         return found
 
-    def no_storage(pid: Any) -> Storage:
-        raise ValueError(f"a persistent id {shown(pid)} where none belongs")
-
-    def following(what: str, of_storage: Any = no_storage) -> Any:
-        return pickles.load(stream, f"{file.name}: {what}", file.size, of_storage)
+    def following(what: str) -> Any:
+        return pickles.load(stream, f"{file.name}: {what}", file.size, storage)
 
     version, system = following("the version"), following("the system")
     if version != _LEGACY_VERSION or not isinstance(system, dict):
         raise UsageError(f"{file.name} is of version {shown(version)} of the format before 1.6")
     if system.get("little_endian") is not True:
         raise UsageError(f"{file.name} is not of a little-endian machine; save it again on one")
-    tree, keys = following("the pickle", storage), following("the list of storages")
+    tree, keys = following("the pickle"), following("the list of storages")
     as_texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
     if not as_texts or sorted(keys) != sorted(storages):
         raise UsageError(f"{file.name} is damaged: its list of storages is not of those it uses")
