@@ -36,6 +36,27 @@ PATHS = {
     "prepare.out",
     "hf": "autoencoder.path vae input",
 }
+# Fields that are one of some words.
+CHOICES = {
+    "optimizer.name": ("adamw", "lion"),
+    "optimizer.schedule": ("constant", "cosine"),
+    "optimizer.weight_decay_mask": ("all", "kernels"),
+    "training.on_nan": ("stop", "skip", "rollback"),
+}
+# How parameters are split where `config.mesh.rules` is (): the first of two matrix products in a
+# row by its output channels over "tensor", the second by its input channels, so that only the
+# second's output is summed over devices. The other channels are split over "fsdp".
+RULES = (
+    (r"/(conv[14]|ca/1|qkv|fc1|adaLN_modulation/1)/kernel$", ("fsdp", "tensor")),
+    (r"/(conv[14]|ca/1|qkv|fc1|adaLN_modulation/1)/bias$", ("tensor",)),
+    (r"/(conv[35]|proj|fc2)/kernel$", ("tensor", "fsdp")),
+    (r"/conv2/kernel$", (None, None, None, "tensor")),
+    (r"/conv2/bias$", ("tensor",)),
+    (r"/body/0/kernel$", (None, None, "fsdp", "tensor")),
+    (r"embedding_table[^/]*/embedding$", (None, "fsdp")),
+    (r"(reduce_chan_level\d|mlp/[02]|linear)/kernel$", ("fsdp", "tensor")),
+    (r"out_proj/kernel$", (None, None, "fsdp", None)),
+)
 
 
 # Fields that older runs wrote and that decide nothing any more: left out where they are read.
@@ -148,7 +169,7 @@ def get_config():
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
     # How parameters are split: pairs of (regular expression of parameter paths, axes), such as
-    # (("conv1/kernel$", ("fsdp", "tensor")),); () for the rules of dico_jax/parallel/sharding.py.
+    # (("conv1/kernel$", ("fsdp", "tensor")),); () for RULES above.
     config.mesh.rules = ()
 
     config.diffusion = config_dict.ConfigDict()

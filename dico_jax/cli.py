@@ -51,10 +51,11 @@ def _watch_signals(pipe: int) -> None:
     """Ends the process where native code, such as a compiler, keeps Python from a signal."""
     plainly, again = {signal.SIGINT.value: 130}, False
     while number := os.read(pipe, 1)[0]:
-        status = getattr(signal.getsignal(number), "at_once", plainly).get(number)
-        if status is not None or (again and number == signal.SIGINT):
-            time.sleep(0 if again else 3)  # it may well end by itself
-            _leave(status or 130)
+        statuses = getattr(signal.getsignal(number), "at_once", plainly)
+        if number in statuses or (again and number == signal.SIGINT):
+            time.sleep(3 if statuses is plainly and not again else 0)  # it may well end by itself
+            os.write(2, b"\ninterrupted\n")
+            _leave(statuses.get(number, 130))
         again |= number == signal.SIGINT
 
 
@@ -75,9 +76,33 @@ def _main(main: Callable[..., None], actions: Actions, given: list[str]) -> None
             raise
         status = 1 if error.errno in _DISK else 2
         _fail(f"{error.filename or 'a disk'}: {error.strerror}", status)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail(_too_large(str(error)), status=1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _too_large(text: str) -> str:
+    """What is said of memory that does not suffice: what was asked, what there is, what helps."""
+    import jax  # late: it is there now
+
+    asked = re.search(r"(?:llocat\w*|Used) ([\d.]+ ?\w+)", text)
+    there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    there = there or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    less: dict[str, Any] = {"a smaller --batch_size": True}
+    if "config" in flags.FLAGS and (config := flags.FLAGS["config"].value):
+        less = {
+            "a smaller --config.data.batch_size or more --config.training.accumulation_steps": 1
+        }
+        less |= {"--config.model.remat=blocks": config.model.remat != "blocks"}
+        less |= {"--config.mesh.fsdp": jax.device_count() > config.mesh.fsdp}
+        less |= {"--config.model.dtype=bfloat16": config.model.dtype != "bfloat16"}
+        less |= {"--config.autoencoder.tile_size": config.autoencoder.name != "identity"}
+    said = f"out of memory: {asked[1] if asked else 'more'} was asked for, {there / 1e9:,.1f} GB"
+    return f"{said} are there: try {' or '.join(way for way, helps in less.items() if helps)}"
 
 
 def _fail(message, status: int = 2) -> NoReturn:

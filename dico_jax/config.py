@@ -78,6 +78,8 @@ def _check_value(field: str, value: Any, preset: Any, kind: type) -> None:
     known = {int: numbers.Integral, float: numbers.Real, tuple: list | tuple}.get(kind, kind)
     if not all(isinstance(v, known) and isinstance(v, bool) == (kind is bool) for v in items):
         raise UsageError(said, value, f"must be {_KINDS[kind]}{' or None' * (preset is None)}")
+    if value not in (choices := default.CHOICES.get(field, [value])):
+        raise UsageError(said, value, f": use {' or '.join(map(repr, choices))}")
     highest = MOST if kind is int else 1e38
     for item in items if kind in (int, float, str) else ():
         check_item(said, item, *RANGE.get(field, (0, highest)))

@@ -136,6 +136,35 @@ def test_sigterm_is_noticed_and_does_not_interrupt():
         assert not preemption.requested()
 
 
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(60)  # which the signal interrupts
+
+
+def test_ctrl_c_asks_for_a_save_and_a_second_one_for_none(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with Preemption() as preemption:
+        preemption.step = 601
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.requested()
+        assert preemption.interrupted
+        assert capfd.readouterr().err == "\nsaving step 601; ^C again to leave without\n"
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_where_nothing_is_to_be_saved_signals_end_the_run_at_once():
+    with Preemption(status=99) as preemption:
+        preemption.at_once = preemption.statuses
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        with pytest.raises(Preempted) as ended:
+            send(signal.SIGTERM)
+        assert ended.value.code == 99
+        assert not preemption.requested()
+
+
 def test_sigterm_after_the_save_changes_the_exit_status_no_more():
     before = signal.getsignal(signal.SIGTERM)
     try:

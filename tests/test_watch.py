@@ -14,24 +14,19 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from configs import default
 from dico_jax import cli
+from dico_jax.config import check_values
 from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import TrainingStopped, UsageError
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated
 from dico_jax.training.speed import Profiler, enable_compilation_cache
 from dico_jax.training.step import attempt_key, mean_of_steps, quarter_losses
-from dico_jax.training.watch import (
-    MAX_ROLLBACKS,
-    NanWatch,
-    StallWatch,
-    check_watch,
-    stall_file,
-)
+from dico_jax.training.watch import MAX_ROLLBACKS, NanWatch, StallWatch, stall_file
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("training.on_nan", "ignore", "on_nan='ignore' is unknown: use one of 'stop', 'skip', 'ro"),
+        ("training.on_nan", "ignore", "on_nan='ignore': use 'stop' or 'skip' or 'rollback'"),
         ("training.stall_warning_seconds", -1, "stall_warning_seconds=-1 must be at least 0"),
         ("profile.start_step", -1, "start_step=-1 must be at least 0"),
         ("profile.num_steps", 0, "num_steps=0 must be at least 1"),
@@ -39,10 +34,10 @@ from dico_jax.training.watch import (
 )
 def test_fields_that_cannot_work(field, value, message):
     config = default.get_config()
-    check_watch(config)
+    check_values(config)
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UsageError, match=f"^config.{field.split('.')[0]}.{message}"):
-        check_watch(config)
+        check_values(config)
 
 
 # Steps that are not finite.
@@ -207,6 +202,41 @@ def test_a_stopped_run_ends_with_status_1_and_one_line(capsys):
         cli._main(main, {}, [])
     assert error.value.code == 1
     assert capsys.readouterr().err == "error: not finite at step 8; use another\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 987654 bytes.\nat"),
+            "987654 by",
+        ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9.5GiB."),
+            "9.5GiB",
+        ),
+        (MemoryError("Unable to allocate 7.45 GiB for an array with shape (9,)"), "7.45 GiB"),
+        (MemoryError(), "more"),
+    ],
+)
+def test_out_of_memory_is_one_line_of_advice(capsys, error, asked):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        cli._main(main, {}, [])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"error: out of memory: {asked}.* was asked for, [0-9.]+ GB are there: ", line)
+    assert "a smaller --batch_size" in line
+
+
+def test_other_errors_are_bugs():
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli._main(main, {}, [])
 
 
 def test_attempts_draw_differently_and_the_first_as_without():

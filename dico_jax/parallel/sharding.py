@@ -14,24 +14,11 @@ import jax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dico_jax.configs.default import RULES as DEFAULT_RULES
 from dico_jax.errors import UsageError
 from dico_jax.parallel.mesh import AXES
 
 Rule = tuple[str, tuple[str | None, ...]]
-
-# The first of two matrix products in a row is split by its output channels over "tensor", the next
-# by its input channels, so that only its output is summed. "fsdp" splits the other channels.
-DEFAULT_RULES: tuple[Rule, ...] = (
-    (r"/(conv[14]|ca/1|qkv|fc1|adaLN_modulation/1)/kernel$", ("fsdp", "tensor")),
-    (r"/(conv[14]|ca/1|qkv|fc1|adaLN_modulation/1)/bias$", ("tensor",)),
-    (r"/(conv[35]|proj|fc2)/kernel$", ("tensor", "fsdp")),
-    (r"/conv2/kernel$", (None, None, None, "tensor")),
-    (r"/conv2/bias$", ("tensor",)),
-    (r"/body/0/kernel$", (None, None, "fsdp", "tensor")),
-    (r"embedding_table[^/]*/embedding$", (None, "fsdp")),
-    (r"(reduce_chan_level\d|mlp/[02]|linear)/kernel$", ("fsdp", "tensor")),
-    (r"out_proj/kernel$", (None, None, "fsdp", None)),
-)
 
 
 def parse_rules(rules: Sequence) -> tuple[Rule, ...]:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def train(config: ConfigDict, workdir: str, allowed: Sequence[str] = ()) -> Clas
     Raises:
       UsageError: something in the config or the workdir cannot work; nothing is changed then.
       TrainingStopped: the run cannot go on, see `config.training.on_nan`.
-      Preempted: SIGTERM came; the state is saved.
+      Preempted: SIGTERM or ^C came; the state is saved.
     """
     run = Run(config, workdir, allowed)
     with contextlib.ExitStack() as stack:
@@ -49,7 +50,8 @@ class _Trainer:
     def __init__(self, run: Run, stack: contextlib.ExitStack):  # closes what is opened here
         config, training = run.config, run.config.training
         self.run, self.config, self.num_steps = run, config, training.num_steps
-        self.preemption = stack.enter_context(Preemption())
+        self.preemption = stack.enter_context(Preemption(training.preemption_exit_status))
+        self.preemption.at_once = self.preemption.statuses
         fields = config_to_dict(config)
         meta = {"config": fields, **run.data}
         rules = training.keep_checkpoints, training.keep_every_steps
@@ -83,6 +85,7 @@ class _Trainer:
         self.log.say(overview(params, include_stats="sharding", max_lines=12))
         while self.start < self.num_steps:
             self._take_steps()
+            self.preemption.at_once = self.preemption.statuses
         result = self.run.judge(functools.partial(self._samples, self.num_steps))
         if result is not None:
             self.log.say(str(result))
@@ -123,11 +126,12 @@ class _Trainer:
         """What is to be done after a step, in order: what is not to be lost comes first."""
         training, grid_every = self.config.training, self.config.sampling.grid_every_steps
         last, preempted = step == self.num_steps, self.preemption.requested()
+        self.preemption.step, self.preemption.at_once = step + 1, {}
         rules = (
             (self._report, last or step % training.log_every_steps == 0),
             (self._keep_averages, self.snapshots.is_due(step)),
             (self._save, last or preempted or step % training.checkpoint_every_steps == 0),
-            (self._leave, preempted and not last),
+            (self._leave, preempted),
             (self._save_grid, grid_every > 0 and step % grid_every == 0),
             (self._evaluate, self.run.evaluation.is_due(step, self.num_steps)),
         )
@@ -152,11 +156,14 @@ class _Trainer:
     def _looking(self, step: int, what: str) -> Iterator[Callable]:
         """Around what shows how the run goes: where it fails, the run goes on."""
         self.saver.wait()
+        saved, statuses = step in self.saver.steps(), self.preemption.statuses
+        self.preemption.at_once = statuses if saved else {signal.SIGINT: 130}
         try:
             yield functools.partial(self._samples, step)
         except Exception as error:
             text = " ".join(str(error).split())[:500] or type(error).__name__
             self.log.say(f"warning: the {what} of step {step} failed, training goes on: {text}")
+        self.preemption.at_once = {}
         self._rested(step)
 
     def _samples(self, step: int, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
@@ -175,8 +182,10 @@ class _Trainer:
 
     def _leave(self, step: int) -> None:
         self.saver.wait()
-        self.log.say(f"SIGTERM: step {step} is saved; the same command goes on")
-        raise Preempted(self.config.training.preemption_exit_status)
+        by_hand = multihost_utils.process_allgather(np.bool_(self.preemption.interrupted)).any()
+        name = "^C" if by_hand else "SIGTERM"
+        self.log.say(f"{name}: step {step} is saved; the same command goes on")
+        raise Preempted(130 if by_hand else self.config.training.preemption_exit_status)
 
     def _rested(self, step: int) -> None:
         """Keeps what has just passed out of the throughput."""

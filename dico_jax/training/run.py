@@ -27,10 +27,10 @@ from dico_jax.parallel.mesh import create_mesh
 from dico_jax.parallel.sharding import DEFAULT_RULES, parse_rules, say_unmet, state_sharding
 from dico_jax.sampling.generate import generate_images, make_generate_fn
 from dico_jax.sampling.grids import image_grid, save_png
+from dico_jax.training.logging import require_wandb
 from dico_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from dico_jax.training.speed import enable_compilation_cache
 from dico_jax.training.step import make_train_step
-from dico_jax.training.watch import check_watch
 from dico_jax.training.workdir import check_workdir, data_of
 
 
@@ -43,9 +43,9 @@ class Run:
 
     def __init__(self, config: ConfigDict, workdir: str, allowed: Sequence[str] = ()):
         check_fields(config)
-        check_watch(config)
         enable_compilation_cache(config.training.compilation_cache)
         with within("config."):
+            require_wandb(config.logging.wandb_project)
             self.mesh = create_mesh(**{axis: config.mesh[axis] for axis in meshes.AXES})
             rules = parse_rules(config.mesh.rules)
         shards, parts = meshes.num_batch_shards(self.mesh), config.training.accumulation_steps

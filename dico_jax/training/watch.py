@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import os
 import pathlib
 import signal
 import sys
@@ -12,28 +13,14 @@ from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from dico_jax.config import check_values
-from dico_jax.errors import TrainingStopped, UsageError, within
-from dico_jax.training.logging import require_wandb
+from dico_jax.errors import TrainingStopped
 
-POLICIES = ("stop", "skip", "rollback")
 MAX_SKIPPED_IN_A_ROW = 100
 MAX_ROLLBACKS = 3
 
 _LOOK = "look for examples that are not finite"
 _GO_ON = "start again with --config.training.on_nan=skip or =rollback to go on from there"
-
-
-def check_watch(config: ConfigDict) -> None:
-    """Raises UsageError for a field that cannot work, naming it, its value and the fix."""
-    check_values(config, "training", "profile", "logging")
-    with within("config."):
-        if config.training.on_nan not in POLICIES:
-            fix = f"is unknown: use one of {', '.join(map(repr, POLICIES))}"
-            raise UsageError("training.on_nan", config.training.on_nan, fix)
-        require_wandb(config.logging.wandb_project)
 
 
 class NanWatch:
@@ -98,29 +85,41 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """Notices SIGTERM while a run trains. Use as a context manager around training and saving.
+    """Notices SIGTERM and ^C while a run trains. Use as a context manager around all of it.
 
-    Where jax.distributed is initialised, its C++ handler stays in charge, which Python's would
-    replace: all processes agree on a step. Otherwise Python's handler sets a flag; only the main
-    thread can install that. Further SIGTERMs change nothing, in particular not during the save.
+    Either asks for a save, and the last of several SIGTERMs nothing else; a second ^C, and signals
+    of `at_once`, where there is nothing to save, end the process. With jax.distributed its handler
+    of SIGTERM stays in charge, which ^C calls: all processes agree on a step.
     """
 
-    def __init__(self):
+    def __init__(self, status: int = 143):
         self._requested, self._agreed = False, jax.distributed.is_initialized()
-        self._asked, self._previous = 0, None
+        self._asked, self._undo = 0, contextlib.ExitStack()
+        self.statuses: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: status}
+        self.step, self.interrupted = 0, False  # the step that would be saved; whether ^C asked
+        self.at_once: dict[int, int] = {}  # of `statuses`
 
     def __enter__(self):
-        if not self._agreed and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._notice)
+        for number in list(self.statuses)[: 1 if self._agreed else 2]:
+            main = threading.current_thread() is threading.main_thread()
+            if main and signal.getsignal(number) is not signal.SIG_IGN:
+                self._undo.callback(signal.signal, number, signal.signal(number, self))
         return self
 
     def __exit__(self, exc_type, exc, traceback):
-        # A process that is ending should end with its own status, whatever is sent to it.
-        if self._previous is not None and not isinstance(exc, Preempted):
-            signal.signal(signal.SIGTERM, self._previous)
+        if not isinstance(exc, Preempted):  # who is ending should do so with its own status
+            self._undo.close()
 
-    def _notice(self, signum, frame):
-        self._requested = True
+    def __call__(self, number, frame):
+        if number in self.at_once or (self.interrupted and number == signal.SIGINT):
+            time.sleep(1)  # a command ends meanwhile: a callback of JAX may lose what is raised
+            raise KeyboardInterrupt if number == signal.SIGINT else Preempted(self.at_once[number])
+        if number == signal.SIGINT:
+            self.interrupted = True  # print() may be what it has interrupted
+            os.write(2, f"\nsaving step {self.step}; ^C again to leave without\n".encode())
+        self._requested = not self._agreed
+        if self._agreed:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self) -> bool:
         """Whether to save now and end; all processes ask equally often, and have one answer."""
@@ -132,16 +131,14 @@ class Preemption:
 
 def stall_file(workdir: pathlib.Path) -> pathlib.Path:
     """Where this process writes its stacks: stall.txt, in further processes stall_N.txt."""
-    index = jax.process_index()
-    return workdir / (f"stall_{index}.txt" if index else "stall.txt")
+    return workdir / (f"stall_{index}.txt" if (index := jax.process_index()) else "stall.txt")
 
 
 class StallWatch:
     """Warns, and adds all stacks to a file, when no step ends for `seconds` (0: never).
 
-    The stacks come from the interpreter's own timer (faulthandler), also where native code holds
-    Python's lock; the line comes from a thread, as soon as that may run. Whatever else takes long
-    between two steps, such as sampling a grid, looks the same.
+    The stacks come from faulthandler's timer, also where native code holds Python's lock; the line
+    comes from a thread, as soon as that may run. Sampling between two steps looks the same.
     """
 
     def __init__(self, seconds: float, file: pathlib.Path, say: Callable[[str], None] = print):
