@@ -1,6 +1,7 @@
 """From picture files and arrays to square uint8 pixels."""
 
 import concurrent.futures
+import functools
 import io
 import struct
 import subprocess
@@ -356,3 +357,15 @@ def test_damaged_files_decode_or_are_bad(name):
             assert pixels.dtype == np.uint8
     assert 0 < len(reasons) < 150
     assert all(reason and "\n" not in reason for reason in reasons)
+
+
+def test_pictures_that_take_more_memory_may_have_fewer_pixels():
+    large = functools.partial(Image.new, size=(5_000, 5_000))
+    for mode, kind, options in (("L", "jpeg2000", {"irreversible": True}), ("LA", "png", {})):
+        stream = io.BytesIO()
+        large(mode).save(stream, kind, **options)
+        with pytest.raises(BadExample, match=r"\(5000, 5000\) pixels are too many.* 22369621"):
+            PictureReader(8, 3)(stream.getvalue())
+    stream = io.BytesIO()
+    large("L").save(stream, "png")
+    assert PictureReader(8, 3)(stream.getvalue()).shape == (8, 8, 3)

@@ -1,6 +1,7 @@
 """Where examples come from: folders, zip files, ArrayRecord files, TFDS, arrays, digits."""
 
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import io
@@ -1028,3 +1029,18 @@ def test_a_number_in_labels_allocates_nothing(tmp_path):
 def test_names_of_classes_are_of_bounded_length(tmp_path):
     with pytest.raises(UsageError, match="names of up to 255 characters"):
         write_files(tmp_path / "x.zip", {"a" * 60_000 + "/1.png": picture_bytes(1)})
+
+
+@pytest.mark.parametrize("at", range(6, 90, 7))
+def test_a_flipped_bit_in_the_head_of_an_array_is_no_allocation(tmp_path, at):
+    np.save(tmp_path / "examples.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.arange(3))
+    data = (tmp_path / "examples.npy").read_bytes()
+    for bit in range(8):
+        changed = bytearray(data)
+        changed[at] ^= 1 << bit
+        (tmp_path / "examples.npy").write_bytes(changed)
+        start = time.monotonic()
+        with contextlib.suppress(UsageError):
+            open_source("arrays", path=str(tmp_path))
+        assert time.monotonic() - start < 5

@@ -96,7 +96,8 @@ def _decode(data: bytes, size: int, exif_rotation: bool) -> Image.Image:
     """An encoded picture, its first frame, in mode "L" or "RGB"."""
     try:  # Pillow's decoders raise errors of any class for damaged data
         picture: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
-        _check_size(picture.size, size)
+        heavy = picture.format == "JPEG2000" or picture.has_transparency_data  # times their pixels
+        _check_size(picture.size, size, MAX_PIXELS // (8 if heavy else 1))
         picture.load()
         if exif_rotation:
             with contextlib.suppress(Exception):  # EXIF data are damaged in many ways, too
@@ -111,12 +112,12 @@ def _decode(data: bytes, size: int, exif_rotation: bool) -> Image.Image:
         raise BadExample(f"{type(error).__name__}: {one_line(error)}".rstrip(": ")) from error
 
 
-def _check_size(picture_size: tuple[int, int], size: int) -> None:
+def _check_size(picture_size: tuple[int, int], size: int, most: int = MAX_PIXELS) -> None:
     """Refuses a picture before it takes the memory: decoded, or with a short side of `size`."""
     short, long = sorted(picture_size)
-    if short * long > MAX_PIXELS or size * size * long > MAX_PIXELS * short:
+    if short * long > most or size * size * long > most * short:
         what = f"{picture_size} pixels are too many, or too narrow to cut a square out of"
-        raise BadExample(f"{what}: the limit is {MAX_PIXELS}")
+        raise BadExample(f"{what}: the limit is {most}")
 
 
 def _plain(picture: Image.Image) -> Image.Image:

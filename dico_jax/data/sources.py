@@ -48,9 +48,6 @@ class Source(Protocol):
         ...
 
 
-_FILES = ("examples.npy", "labels.npy")
-
-
 class _Arrays:
     """Examples in two arrays, whose ids are their positions."""
 
@@ -95,11 +92,13 @@ class ArraySource(_Arrays):
 
     def __init__(self, path: str | None):
         what = "the folder of examples.npy and labels.npy"
-        self.path = required_path(path, what, local="NumPy files")
+        self.path = path = required_path(path, what, local="NumPy files")
         with path_errors(self.path):
             try:
-                examples, labels = (np.load(f"{self.path}/{n}", mmap_mode="r") for n in _FILES)
-            except ValueError as error:
+                examples, labels = (_opened(f"{path}/{n}.npy") for n in ("examples", "labels"))
+            except OSError:
+                raise
+            except Exception as error:  # of many classes, for damaged heads
                 what = f"examples.npy or labels.npy is no NumPy array: {one_line(error)}"
                 raise wrong_path(self.path, what) from error
         if reason := _wrong_arrays(examples, labels):
@@ -111,6 +110,13 @@ class ArraySource(_Arrays):
 
     def __repr__(self):
         return f"ArraySource({self.path!r})"
+
+
+def _opened(file: str) -> np.ndarray:
+    with open(file, "rb") as stream:
+        if stream.read(7) != b"\x93NUMPY\x01":  # other versions may have headers of 4 GB
+            raise ValueError(f"{file} is not of format 1")
+    return np.load(file, mmap_mode="r")
 
 
 def _wrong_arrays(examples: np.ndarray, labels: np.ndarray) -> str | None:

@@ -246,7 +246,7 @@ class ClassConditional(Denoiser):
     def describe_conditions(self, conditions, class_names):
         """The names of classes, or their numbers where they have none."""
         labels = [int(label) for label in self.as_condition(conditions)["label"]]
-        return [class_names[k] if k < len(class_names) else str(k) for k in labels]
+        return [class_names[k][:80] if k < len(class_names) else str(k) for k in labels]
 
     def parse_conditions(self, text, num_images, seed, class_names=()):
         """Labels, int32 (num_images,), of "all" or a list (in turn), or "random" by the seed."""
