@@ -42,6 +42,7 @@ _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", None, "Number of images [all of --samples; 50,000 of --ckpt].", lower_bound=2
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
+_MAX_BAD = cli.define_fields({"max_bad_fraction": "data.max_bad_fraction"})["max_bad_fraction"]
 _SWEEP_CFG = flags.DEFINE_string(
     "sweep_cfg", None, "--ckpt: guidance scales from:to:step, such as 1.0:2.0:0.1."
 )
@@ -60,8 +61,9 @@ def main() -> None:
     from dico_jax.evaluation import measure
 
     metrics = None if _METRICS.value is None else tuple(_METRICS.value)
-    options = measure.Options(_FEATURES.value, _INCEPTION.value, metrics, _BATCH_SIZE.value)
-    how: Any = str(_REFERENCE.value), options, _OUT.value
+    how: Any = _FEATURES.value, _INCEPTION.value, metrics, _BATCH_SIZE.value, _MAX_BAD.value
+    options = measure.Options(*how)
+    how = str(_REFERENCE.value), options, _OUT.value
     if _SAMPLES.value is not None:
         measure.evaluate_files(_SAMPLES.value, *how, num_samples=_NUM_SAMPLES.value)
         return

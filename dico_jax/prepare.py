@@ -27,12 +27,12 @@ from dico_jax.errors import UsageError
 _OF_DATA = "path name split image_size exif_rotation num_workers max_bad_fraction"
 _FIELDS = {name: f"data.{name}" for name in _OF_DATA.split()}
 _FIELDS |= {"vae": "autoencoder.path", "vae_dtype": "autoencoder.dtype"}
-_OF_SOURCE = "source path name split image_size exif_rotation"
+_OF_SOURCE = "source path name split image_size exif_rotation max_bad_fraction"
 _ACTIONS = {
     "latents": (
         "out",
         f"{_OF_SOURCE} mirrored vae vae_dtype dtype batch_size shard_size num_workers "
-        "max_bad_fraction process_index process_count verify",
+        "process_index process_count verify",
     ),
     "reference": ("out", f"{_OF_SOURCE} batch_size features inception channels limit"),
     "classifier": ("out source", f"{_OF_SOURCE} channels max_steps"),
@@ -130,7 +130,7 @@ def _reference() -> None:
         for name in ("name", "split", "image_size", "exif_rotation", "channels", "limit"):
             if _FLAGS[name].present:
                 raise UsageError(f"--{name} is for pictures of a --source")
-    chosen = _chosen("features", "inception", "batch_size")
+    chosen = _chosen("features", "inception", "batch_size", "max_bad_fraction")
     print(prepare_reference(_FLAGS.path or "", source, _FLAGS.out, **chosen))
 
 
@@ -139,7 +139,7 @@ def _classifier() -> None:
     from dico_jax.files import result_path
 
     out = result_path(_FLAGS.out, ".npz")
-    classifier = train_classifier(_source(), _reader(), max_steps=_FLAGS.max_steps)
+    classifier = train_classifier(_source(), _reader(), **_chosen("max_steps", "max_bad_fraction"))
     classifier.save(out)
     accuracy = classifier.info["accuracy"]
     print(f"{out} is written: right on {accuracy:.1%} of the pictures that it has not seen")

@@ -26,9 +26,8 @@ def main() -> None:
     from dico_jax.sampling import checkpoint_sampler
 
     checkpoint_sampler.check_outputs(_OUT.value, _NPZ.value, _OVERWRITE.value)
-    sampler = checkpoint_sampler.CheckpointSampler(
-        _CKPT.value, **sampler_flags.sampler_arguments(_BATCH_SIZE.value)
-    )
+    how = sampler_flags.sampler_arguments(_BATCH_SIZE.value)
+    sampler = checkpoint_sampler.CheckpointSampler(_CKPT.value, **how)
     count, classes = _NUM_IMAGES.value, sampler_flags.CLASSES.value
     sampler.save(_OUT.value, num_images=count, classes=classes, npz=_NPZ.value)
     print(f"{_NUM_IMAGES.value} images and grid.png are in {_OUT.value}")

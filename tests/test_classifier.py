@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dico_jax.data.pictures import PictureReader
+from dico_jax.data.pictures import BadExample, PictureReader
 from dico_jax.data.sources import DigitsSource
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.networks import load_classifier, make_feature_fn, train_classifier
@@ -123,6 +123,22 @@ def test_wrong_descriptions_are_refused_in_one_line(classifier, tmp_path, about)
     np.savez(path, **arrays | {"about": np.frombuffer(text.encode(), np.uint8)})
     with pytest.raises(UsageError, match=r"^\S*a.npz is no classifier.{0,200}$"):
         load_classifier(path)
+
+
+def test_bad_pictures_are_left_out(monkeypatch):
+    source, read = Plain(), PictureReader(4, 1)
+
+    def reads(image, mirrored):
+        if image is source[7]["image"] or np.array_equal(image, source[7]["image"]):
+            raise BadExample("cut")
+        return read(image, mirrored)
+
+    count = sum(np.array_equal(source[i]["image"], source[7]["image"]) for i in range(len(source)))
+    how = {"max_steps": 3, "max_bad_fraction": count / len(source) + 0.1}
+    found = train_classifier(source, reads, **how)
+    assert found.info["bad"]
+    with pytest.raises(UsageError, match="max_bad_fraction"):
+        train_classifier(source, reads, max_steps=3)
 
 
 def test_sources_that_it_cannot_learn():

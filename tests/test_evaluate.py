@@ -114,7 +114,7 @@ def test_an_interrupted_evaluation_goes_on(folder, tmp_path, monkeypatch):
     picture = folder / "images" / "000003.png"
     whole = picture.read_bytes()
     shutil.copy(folder / "images" / "000005.png", picture)
-    with pytest.raises(UsageError, match="was left by an evaluation of other pictures in --samp"):
+    with pytest.raises(UsageError, match="was left by an evaluation of other pictures: rem"):
         evaluate_files(images, reference, options(folder, batch_size=4), str(out))
     picture.write_bytes(whole)
     with monkeypatch.context() as patch:
@@ -131,6 +131,43 @@ def test_an_interrupted_evaluation_goes_on(folder, tmp_path, monkeypatch):
     (tmp_path / "b.json.partial.npz").write_bytes(b"cut")
     with pytest.raises(UsageError, match=r"b.json.partial.npz is damaged: remove it"):
         evaluate_files(images, reference, options(folder), str(tmp_path / "b.json"))
+
+
+def test_bad_pictures_are_left_out_and_counted(folder, tmp_path, monkeypatch):
+    """Also where an evaluation goes on after them."""
+    images = tmp_path / "images"
+    shutil.copytree(folder / "images", images)
+    (images / "000003.png").write_bytes((images / "000004.png").read_bytes()[:60])
+    shutil.copy(images / "grid.png", images / "000012.png")
+    monkeypatch.setattr(evaluator, "_SAVE_EVERY", 8)
+    reference, how = str(folder / "ref.npz"), {"batch_size": 4, "max_bad_fraction": 0.1}
+
+    def found(*out):
+        return evaluate_files(str(images), reference, options(folder, **how), *out)
+
+    expected = found()
+    assert expected["samples"]["count"] == 28
+    assert list(expected["samples"]["bad_pictures"]) == ["000003.png", "000012.png"]
+    assert any("2 pictures cannot be read" in text for text in expected["warnings"])
+    save, out = evaluator.FeatureSummary.save, str(tmp_path / "a.json")
+
+    def interrupted(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator.FeatureSummary, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            found(out)
+    assert found(out)["metrics"] == expected["metrics"]
+    how["max_bad_fraction"] = 0.01
+    with pytest.raises(UsageError, match=r"--samples=.*max_bad_fraction=0.0\d+: 2 of 30 .*000003"):
+        found()
+    measured = evaluate_files(
+        str(folder / "images.npz"), str(images), options(folder, max_bad_fraction=0.1)
+    )
+    assert measured["reference"]["count"] == 28
+    assert set(measured["reference"]["info"]["bad"]) == {"000003.png", "000012.png"}
 
 
 @pytest.mark.slow

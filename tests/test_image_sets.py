@@ -71,12 +71,17 @@ def test_folders_that_are_refused(folder, tmp_path):
     (folder / "more").rmdir()
     write(folder / "000004.png", PICTURES[4, :4])
     refused(
-        r"000004.png cannot be read: it is \(4, 5, 3\) pixels, the first picture \(6, 5, 3\): all"
+        r"=0.0: 1 of 7 .*000004.png: it is \(4, 5, 3\) pixels, the first picture \(6, 5, 3\): all"
     )
     write(folder / "000004.png", PICTURES[4, :, :, 0])
-    refused(r"000004.png cannot be read: it is \(6, 5, 1\) pixels, the first picture \(6, 5, 3\)")
+    refused(r"000004.png: it is \(6, 5, 1\) pixels, the first picture \(6, 5, 3\)")
     (folder / "000004.png").write_bytes(b"no picture")
-    refused("--samples=.*: 000004.png cannot be read: no picture in a format that Pillow reads")
+    refused("--samples=.*: .*000004.png: no picture in a format that Pillow reads")
+    images = FolderImages(str(folder), "--samples", 0.001)
+    sizes, found = all_of(images, 2)
+    assert sizes == [2, 2, 1, 1]
+    np.testing.assert_array_equal(found, np.delete(PICTURES, 4, axis=0))
+    assert list(images.bad) == ["000004.png"]
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UsageError, match=f"--samples={empty}: it has no folders of pic"):

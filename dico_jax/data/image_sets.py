@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from dico_jax.data.bad_examples import too_many_bad
 from dico_jax.data.class_files import FolderSource
 from dico_jax.data.pictures import BadExample, load_whole_picture
 from dico_jax.data.pipeline import Reader, read_ahead
@@ -17,11 +18,15 @@ _BESIDE_SAMPLES = {"grid.png", "sampling.json"}
 
 
 class ImageSet:
-    """Pictures of one `shape` (H, W, C), read batch by batch; `name` is for messages, results."""
+    """Pictures of one `shape` (H, W, C), read batch by batch; `name` is for messages, results.
+
+    `bad` has name and reason of those that were to be read and could not be.
+    """
 
     name: str
     shape: tuple[int, int, int]
-    _indices: np.ndarray  # of the pictures that are to be read
+    bad: dict[str, str]
+    _indices: np.ndarray
 
     def __len__(self):
         return len(self._indices)
@@ -34,7 +39,7 @@ class ImageSet:
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Pictures start to stop (all by default) in their order: uint8 (<= size, H, W, C).
 
-        One that cannot be read, or has another shape, is a UsageError.
+        Without those that cannot be read, or have another shape; UsageError for too many.
         """
         raise NotImplementedError
 
@@ -42,35 +47,44 @@ class ImageSet:
 class SourceImages(ImageSet):
     """The examples of a source of pictures, as training sees them but never mirrored.
 
-    At most `limit` of them, spread evenly.
+    At most `limit` of them, spread evenly, at most a fraction of them bad: one, if it is not 0.
     """
 
-    def __init__(self, source: Source, read: Reader, limit: int | None, name: str = ""):
-        self._source, self._read, name = source, read, name or repr(source)
+    def __init__(self, source: Source, read: Reader, limit=None, max_bad_fraction=0.0, name=""):
+        self._source, self._read, self.name = source, read, name or repr(source)
+        self.bad = {}
         if source.kind != "pictures":
-            raise UsageError(f"{name} has {source.kind}: pictures are needed")
+            raise UsageError(f"{self.name} has {source.kind}: pictures are needed")
         count = len(source) if limit is None else min(limit, len(source))
         self._indices = np.linspace(0, len(source) - 1, count).round().astype(int)
-        self.name, self.shape = name, self._load(0).shape
+        self._fraction = max(max_bad_fraction, 1.5 * (max_bad_fraction > 0) / count)
+        first = (picture.shape for index in self._indices for picture in self._load([index]))
+        self.shape = next(first, (1, 1, 3))  # there is one, unless all may be bad
 
     def batches(self, size, start=0, stop=None):
         """See `ImageSet`."""
         indices = self._indices[start:stop]
-        if len(indices):
-            pictures = grain.MapDataset.source(indices).map(self._load)
-            yield from read_ahead(pictures.batch(size), num_workers=0)
+        parts = [indices[first : first + size] for first in range(0, len(indices), size)]
+        for batch in read_ahead(grain.MapDataset.source(parts).map(self._load), num_workers=0):
+            if len(batch):
+                yield np.stack(batch)
 
-    def _load(self, index):
-        try:
-            picture = self._read(self._source[int(index)]["image"], False)
-            shape = getattr(self, "shape", picture.shape)
-            if picture.shape != shape:
-                differ = f"it is {picture.shape} pixels, the first picture {shape}"
-                raise BadExample(f"{differ}: all must have one size")
-            return picture
-        except BadExample as error:
-            named = self._source.example_id(int(index))
-            raise UsageError(f"{self.name}: {named} cannot be read: {error}") from error
+    def _load(self, indices) -> list[np.ndarray]:
+        good: list[np.ndarray] = []
+        for index in map(int, indices):
+            try:
+                picture = self._read(self._source[index]["image"], False)
+                shape = getattr(self, "shape", picture.shape)
+                if picture.shape != shape:
+                    differ = f"it is {picture.shape} pixels, the first picture {shape}"
+                    raise BadExample(f"{differ}: all must have one size")
+                good.append(picture)
+            except BadExample as error:
+                self.bad[self._source.example_id(index)] = str(error)
+        if len(self.bad) > self._fraction * len(self):
+            field = f"{self.name}: data.max_bad_fraction"
+            raise too_many_bad(dict(self.bad), len(self), self._fraction, field)
+        return good
 
 
 class FolderImages(SourceImages):
@@ -79,7 +93,7 @@ class FolderImages(SourceImages):
     Nothing is cropped or scaled. Beside the pictures may lie what `dico_jax.sample` leaves there.
     """
 
-    def __init__(self, path: str, flag: str):
+    def __init__(self, path: str, flag: str, max_bad_fraction: float = 0.0):
         """Lists a folder, local or gs://, that messages call `flag`; other files are refused."""
         try:
             source = FolderSource(path, flat=True, beside=_BESIDE_SAMPLES)
@@ -89,5 +103,5 @@ class FolderImages(SourceImages):
             listed = ", ".join(sorted(others)[:3])
             what = f"more than the pictures to be measured ({len(others)}, such as {listed})"
             raise UsageError(f"{flag}={path} holds {what}: move them elsewhere")
-        whole = load_whole_picture
-        super().__init__(source, lambda data, _: whole(data), None, f"{flag}={path}")
+        whole, name = load_whole_picture, f"{flag}={path}"
+        super().__init__(source, lambda data, _: whole(data), None, max_bad_fraction, name)

@@ -69,11 +69,8 @@ def q_mean_variance(diffusion: Diffusion, x0, t) -> GaussianMoments:
     """Moments of q(x_t | x_0), DDPM (arXiv 2006.11239) equation 4."""
     (x0,) = as_float(x0)
     alphas_cumprod = diffusion.schedule.alphas_cumprod
-    return GaussianMoments(
-        mean=table_at(np.sqrt(alphas_cumprod), t, x0) * x0,
-        variance=table_at(1.0 - alphas_cumprod, t, x0),
-        log_variance=table_at(np.log(1.0 - alphas_cumprod), t, x0),
-    )
+    mean, variance = table_at(np.sqrt(alphas_cumprod), t, x0) * x0, 1.0 - alphas_cumprod
+    return GaussianMoments(mean, *(table_at(x, t, x0) for x in (variance, np.log(variance))))
 
 
 def q_sample(diffusion: Diffusion, x0, t, noise) -> jax.Array:
@@ -92,11 +89,9 @@ def q_posterior(diffusion: Diffusion, x0, x_t, t) -> GaussianMoments:
     x0, x_t = as_float(x0, x_t)
     s = diffusion.schedule
     mean = table_at(s.posterior_mean_coef1, t, x0) * x0
-    return GaussianMoments(
-        mean=mean + table_at(s.posterior_mean_coef2, t, x0) * x_t,
-        variance=table_at(s.posterior_variance, t, x0),
-        log_variance=table_at(s.posterior_log_variance_clipped, t, x0),
-    )
+    mean = mean + table_at(s.posterior_mean_coef2, t, x0) * x_t
+    variances = s.posterior_variance, s.posterior_log_variance_clipped
+    return GaussianMoments(mean, *(table_at(table, t, x0) for table in variances))
 
 
 def x0_from_noise(diffusion: Diffusion, x_t, t, noise) -> jax.Array:

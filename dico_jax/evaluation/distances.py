@@ -67,11 +67,7 @@ def _without_negative(eigenvalues: np.ndarray) -> np.ndarray:
 
 
 def kernel_distance(
-    sample_features: np.ndarray,
-    reference_features: np.ndarray,
-    num_subsets: int = 100,
-    subset_size: int = 1000,
-    seed: int = 2020,
+    sample_features, reference_features, num_subsets: int = 100, subset_size: int = 1000, seed=2020
 ) -> tuple[float, float]:
     """The Kernel Inception Distance (Binkowski et al., arXiv 1801.01401): the squared maximum mean
     discrepancy of random subsets, unbiased, in float64; the kernel is (x . y / D + 1)^3.

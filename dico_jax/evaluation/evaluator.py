@@ -101,44 +101,51 @@ class Evaluator:
         }
 
     def measure(
-        self, batches: Batches, samples: Any, partial: Any = None, progress: bool = True
+        self, batches: Batches, samples: Any, partial: Any = None, progress: bool = True, bad=None
     ) -> dict[str, Any]:
         """The result for images of which `samples` tells, their "count" above all.
 
-        `partial` is a file for what is known on the way; if it is there, this goes on from it,
-        once the images of files, whose names are in `samples`, are found to be the same.
+        `partial` is a file for what is known on the way; if it is there, this goes on from it.
+        `bad` is given for files, which are read again up to there, to be found the same; it gets
+        those that could not be read.
         """
-        keep = bool(set(self.metrics) & _OF_ALL_FEATURES)
-        about, count = self.about(samples), samples["count"]
+        keep, count = bool(set(self.metrics) & _OF_ALL_FEATURES), samples["count"]
+        about = self.about(samples)
         noted_as = about | {"keeps_features": keep, "version": _VERSION}
         summary = FeatureSummary(self.network, keep, count)
         if partial is not None and partial.exists():
             summary.load(partial, noted_as)
-            read, there = b"", summary.pool.count if "images" in samples else 0
-            for images in batches(0, there) if there else ():
-                read = pictures_digest(images, read)
-            if there and read != summary.pictures:
-                what = f"was left by an evaluation of other pictures in {samples['images']}"
-                raise UsageError(f"{partial} {what}: give another --out, or remove it")
-        noted = summary.pool.count
-        for images in _shown(batches, noted, count, None, progress):
-            summary.add(images, self.features(images))
+        noted, digest = summary.pool.count, b""
+        known = noted if bad is not None else 0  # images that are still to be read again
+        other = f"{partial} was left by an evaluation of other pictures: remove it"
+        for images in _shown(batches, noted - known, count, None, progress):
+            again, images = images[:known], images[known:]
+            digest, known = pictures_digest(again, digest), known - len(again)
+            if len(again) and not known and digest != summary.pictures:
+                raise UsageError(other)
+            if len(images):
+                summary.add(images, self.features(images))
             is_due = summary.pool.count - noted >= _SAVE_EVERY and jax.process_index() == 0
             if partial is not None and is_due:
                 summary.save(partial, noted_as)
                 noted = summary.pool.count
+        if known:
+            raise UsageError(other)
         ranked = bool({"fid", "sfid"} & set(self.metrics))
         rank = distances.rank_warning(summary.pool.count, self.network.width) if ranked else None
         metrics = _numbers(summary, self.reference, self.metrics)
         for name, value in metrics.items():
             if value is not None and not np.isfinite(value):
                 raise NotFiniteError(f"{name} is {value}: features or statistics are too large")
+        if bad:
+            about["samples"] = samples | {"count": summary.pool.count, "bad_pictures": dict(bad)}
+        left_out = bad and f"{len(bad)} pictures cannot be read, and are left out: {min(bad)} ..."
         no_std = metrics.get("inception_score_std", 0) is None and _NO_DEVIATION
         return {
             "metrics": metrics,
             **about,
             "pictures_digest": summary.pictures.hex(),
-            "warnings": [text for text in (self.network.warning, rank, no_std) if text],
+            "warnings": [text for text in (self.network.warning, rank, no_std, left_out) if text],
             "versions": library_versions(),
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -166,17 +173,18 @@ def create_network(features: str, inception: str | None, flag: str = "--") -> Fe
 
 
 def create_evaluator(
-    network: FeatureNetwork, reference: str, metrics: Any, flag: str = "--reference", **how: Any
+    network: FeatureNetwork, reference: str, metrics: Any, flag="--reference", fraction=0.0, **how
 ) -> Evaluator:
     """Opens a reference, an .npz file or a folder of pictures; of images alone, measures them.
 
     Messages call the reference `flag`. `metrics` are names of `METRICS`, or None for all it allows;
-    `how` are batch_size and mesh, see `make_feature_fn`.
+    `fraction` of a folder's may be bad; `how` are batch_size and mesh, see `make_feature_fn`.
     """
     features, name = networks.make_feature_fn(network, **how), f"{flag}={reference}"
     batch_size = how["batch_size"]
     is_file = pathlib.Path(reference).is_file()
-    found = statistics.open_reference(reference) if is_file else open_images(reference, flag)
+    found: Any = is_file and statistics.open_reference(reference)
+    found = found or open_images(reference, flag, fraction)
     images = found.images if isinstance(found, Statistics) else found
     if images is not None:
         images.name = name
@@ -199,11 +207,12 @@ def create_evaluator(
     return Evaluator(network, features, found, chosen, reference)
 
 
-def open_images(path: str, flag: str) -> ImageSet:
-    """A folder of pictures, or an .npz file with arr_0."""
+def open_images(path: str, flag: str, max_bad_fraction: float = 0.0) -> ImageSet:
+    """A folder of pictures, of which some may be bad, or an .npz file with arr_0."""
     check_there(path, flag)
-    is_file = pathlib.Path(path).is_file()
-    return statistics.NpzImages(path, f"{flag}={path}") if is_file else FolderImages(path, flag)
+    if pathlib.Path(path).is_file():
+        return statistics.NpzImages(path, f"{flag}={path}")
+    return FolderImages(path, flag, max_bad_fraction)
 
 
 def check_there(path: str, flag: str) -> None:
@@ -243,17 +252,10 @@ def measure_images(
     for batch in _shown(lambda start: images.batches(batch_size), 0, len(images), "reference"):
         summary.add(batch, features(batch))
     pool, spatial = summary.pool, summary.spatial
-    return Statistics(
-        features=network.name,
-        mean=pool.mean,
-        covariance=pool.covariance,
-        spatial_mean=spatial.mean if spatial else None,
-        spatial_covariance=spatial.covariance if spatial else None,
-        pool_features=summary.pool_features,
-        count=pool.count,
-        digest=summary.pictures.hex(),
-        info={"images": images.name, "network_sha256": network.digest},
-    )
+    more = (spatial.mean, spatial.covariance) if spatial else (None, None)
+    info = {"images": images.name, "network_sha256": network.digest, "bad": dict(images.bad)}
+    kept: Any = summary.pool_features, pool.count, summary.pictures.hex(), info
+    return Statistics(network.name, pool.mean, pool.covariance, *more, *kept)
 
 
 def _shown(

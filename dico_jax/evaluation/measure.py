@@ -39,13 +39,14 @@ class Options:
     inception: str | None = None
     metrics: tuple[str, ...] | None = None
     batch_size: int = 64
+    max_bad_fraction: float = 0.0  # of the pictures of a folder or source
 
     def evaluator(self, reference: str, flag: str = "--reference") -> Evaluator:
         """See `create_evaluator`; on all devices."""
         check_there(reference, flag)  # before weights are loaded
         network, size = create_network(self.features, self.inception), self.batch_size
-        how: Any = {"batch_size": size, "mesh": create_mesh(), "flag": flag}
-        return evaluators.create_evaluator(network, reference, self.metrics, **how)
+        how: Any = {"batch_size": size, "mesh": create_mesh(), "fraction": self.max_bad_fraction}
+        return evaluators.create_evaluator(network, reference, self.metrics, flag, **how)
 
 
 def evaluate_files(
@@ -57,7 +58,7 @@ def evaluate_files(
     `reference` an .npz file or a folder. Returns the result, see docs/evaluation.md.
     """
     file = None if out is None else _checked_outputs(out)
-    images = evaluators.open_images(path, "--samples")
+    images = evaluators.open_images(path, "--samples", options.max_bad_fraction)
     evaluator = options.evaluator(reference)
     evaluator.network.check_images(images.shape, images.name)
     count = len(images) if num_samples is None else num_samples
@@ -65,28 +66,22 @@ def evaluate_files(
         raise UsageError("--num_samples", num_samples, f": {images.name} has {len(images)} images")
     images.take(count)
     batches = functools.partial(images.batches, options.batch_size)
-    return _evaluate(evaluator, batches, {"images": images.name, "count": count}, file)
+    about = {"images": images.name, "count": count}
+    return _evaluate(evaluator, batches, about, file, images.bad)
 
 
 def evaluate_checkpoint(
-    ckpt: str,
-    reference: str,
-    options: Options,
-    out: str | None = None,
-    *,
-    num_samples: int,
-    classes: str = "all",
-    sweep_cfg: str | None = None,
-    **sampler_options,
+    ckpt: str, reference: str, options: Options, out, *, num_samples, classes, sweep_cfg, **how
 ) -> Any:
     """Measures samples of a checkpoint, which are never written; else as `evaluate_files`.
 
-    With `sweep_cfg`, see `parse_sweep`, at every scale, with a plot beside `out`.
+    With `sweep_cfg`, see `parse_sweep`, at every scale, with a plot beside `out`; `how` are options
+    of `CheckpointSampler`.
     """
     scales = sweep_cfg and parse_sweep(sweep_cfg)
     file = None if out is None else _checked_outputs(out, bool(scales))
     results = _read_results(str(out)) if scales else []
-    sampler = CheckpointSampler(ckpt, **sampler_options)
+    sampler = CheckpointSampler(ckpt, **how)
     samples = functools.partial(sampler.images, sampler.conditions(num_samples, classes))
     evaluator = options.evaluator(reference)
 
@@ -113,7 +108,9 @@ def prepare_reference(path: str, source: Any, out: str, **how: Any) -> str:
     else:
         network, size = create_network(options.features, options.inception), options.batch_size
         features_of = networks.make_feature_fn(network, size, create_mesh())
-        statistics = measure_images(SourceImages(*source), network, features_of, size)
+        examples, read, limit = source
+        images = SourceImages(examples, read, limit, options.max_bad_fraction)
+        statistics = measure_images(images, network, features_of, size)
     measured = statistics.pool_features
     if measured is None:
         raise UsageError(f"--path={path} has statistics and no images: use it as it is")
@@ -121,11 +118,12 @@ def prepare_reference(path: str, source: Any, out: str, **how: Any) -> str:
         made_of = {"path": path, "sha256": statistics.digest}
         statistics = dataclasses.replace(statistics, info=statistics.info | {"made_of": made_of})
     save_statistics(file, statistics)
-    return f"{file} is written: {len(measured):,} pictures, features: {statistics.features}"
+    bad = f" ({len(found)} bad ones left out)" if (found := statistics.info.get("bad")) else ""
+    return f"{file} is written: {len(measured):,} pictures{bad}, features: {statistics.features}"
 
 
-def _evaluate(evaluator: Evaluator, batches: Any, about: Any, file: Any) -> dict[str, Any]:
-    result = evaluator.measure(batches, about, file and _partial_file(file))
+def _evaluate(evaluator: Evaluator, batches: Any, about: Any, file: Any, bad: Any = None) -> Any:
+    result = evaluator.measure(batches, about, file and _partial_file(file), bad=bad)
     if jax.process_index() == 0:
         print(table(result))
         if file is not None:
@@ -237,7 +235,8 @@ class RunEvaluation:
         self, config: ConfigDict, source: Source, read: Reader, conditions: Callable, mesh: Mesh
     ):
         """Loads what is there; `conditions` makes, of indices (N,), what the network is told."""
-        self._conditions, self._source, self._read = conditions, source, read
+        self._conditions, self._given = conditions, (source, read)
+        self._fraction = config.data.max_bad_fraction
         self._how: Any = {"batch_size": config.sampling.batch_size, "mesh": mesh}
         self._network: networks.FeatureNetwork | None = None
         self._evaluator: Evaluator | None = None
@@ -271,14 +270,14 @@ class RunEvaluation:
         if network is None and file.exists():
             network = networks.load_classifier(file)
         elif network is None:
-            network = networks.train_classifier(self._source, self._read)
+            network = networks.train_classifier(*self._given, max_bad_fraction=self._fraction)
             if is_first:
                 network.save(file)
         if self._options.reference is not None or own.exists():
             self._evaluator = self._against(network, self._options.reference or str(own))
             return
         features = networks.make_feature_fn(network, **self._how)
-        images = SourceImages(self._source, self._read, _MAX_OWN_PICTURES)
+        images = SourceImages(*self._given, _MAX_OWN_PICTURES, self._fraction)
         found = measure_images(images, network, features, self._how["batch_size"])
         if is_first:
             save_statistics(own, found)
@@ -295,5 +294,5 @@ class RunEvaluation:
         return {f"{name}/{key}": value for key, value in found.items() if value is not None}
 
     def _against(self, network: networks.FeatureNetwork, reference: str) -> Evaluator:
-        metrics, flag = self._options.metrics or None, "config.eval.reference"
-        return evaluators.create_evaluator(network, reference, metrics, **self._how, flag=flag)
+        given = self._options.metrics or None, "config.eval.reference", self._fraction
+        return evaluators.create_evaluator(network, reference, *given, **self._how)

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,6 +24,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from scipy.spatial.distance import pdist
 
+from dico_jax.data.bad_examples import BadExampleLog, too_many_bad
+from dico_jax.data.pictures import BadExample
 from dico_jax.data.pipeline import Reader, read_label, training_batches
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
@@ -162,7 +164,7 @@ def load_classifier(path: str | os.PathLike) -> Classifier:
 
 
 def train_classifier(
-    source: Source, read: Reader, *, max_steps: int = _MAX_STEPS, seed: int = 0
+    source: Source, read: Reader, *, max_steps=_MAX_STEPS, seed=0, max_bad_fraction: float = 0.0
 ) -> Classifier:
     """Trains a classifier on labelled pictures, nine tenths of them; the others tell its accuracy.
 
@@ -192,20 +194,23 @@ def train_classifier(
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    batches = iter(training_batches(train, read, read_label, batch_size=size, seed=seed))
+    fraction = max(max_bad_fraction, 1.5 * (max_bad_fraction > 0) / len(train))  # one may be bad
+    how: Any = {"batch_size": size, "seed": seed, "max_bad_fraction": fraction}
+    log = BadExampleLog(train, read, fraction)
+    batches = iter(training_batches(train, read, read_label, **how))
     batch = next(batches)
     params = jax.jit(network.init)(jax.random.key(seed), batch["image"])["params"]
     opt_state = optimizer.init(params)
     for _ in tqdm.trange(num_steps, desc="classifier", unit="step", dynamic_ncols=True):
         params, opt_state = step(params, opt_state, batch["image"], batch["condition"]["label"])
+        log.add_skipped(batch["index"], batch["skipped"])
         batch = next(batches)
     classify = jax.jit(functools.partial(network.apply, {"params": params}))
-    right = [
-        np.argmax(classify(images)[1], axis=-1) == labels
-        for images, labels in _pictures(held, read, size)
-    ]
-    accuracy = float(np.mean(np.concatenate(right)))
+    unseen = _pictures(held, read, size, log.bad, len(source), fraction)
+    right = [np.argmax(classify(images)[1], axis=-1) == labels for images, labels in unseen]
+    accuracy = float(np.mean(np.concatenate(right))) if right else 0.0
     info = {"source": repr(source), "num_steps": num_steps, "seed": seed, "accuracy": accuracy}
+    info["bad"] = log.bad
     shape = batch["image"].shape[1:]
     return Classifier(jax.device_get(params), shape, source.class_names, info)
 
@@ -226,11 +231,21 @@ class _Subset:
         return self._source.example_id(int(self._indices[index]))
 
 
-def _pictures(source: Any, read: Reader, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pictures(source, read: Reader, size: int, bad: dict, total: int, fraction: float) -> Any:
+    """Batches of images and labels; `bad` ones, a fraction of a total at most, are left out."""
     for first in range(0, len(source), size):
-        examples = [source[i] for i in range(first, min(first + size, len(source)))]
-        images = np.stack([read(example["image"], False) for example in examples])
-        yield images, np.array([example["label"] for example in examples])
+        good = []
+        for i in range(first, min(first + size, len(source))):
+            try:
+                example = source[i]
+                good.append((read(example["image"], False), example["label"]))
+            except BadExample as error:
+                bad[source.example_id(i)] = str(error)
+                if len(bad) > fraction * total:
+                    raise too_many_bad(bad, total, fraction) from error
+        if good:
+            images, labels = zip(*good, strict=True)
+            yield np.stack(images), np.array(labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +256,7 @@ class ClassAgreement:
     classifier_accuracy: float  # share of held-out real images
     agreement: float  # share of generated images taken for the class they were asked for
     spread: float  # mean over classes of the generated over the real mean pairwise distance
+    bad_pictures: int = 0  # real ones that could not be read
 
     def __str__(self):
         unseen = f"the classifier is right on {self.classifier_accuracy:.1%} of unseen real images"
@@ -249,7 +265,7 @@ class ClassAgreement:
 
 
 def class_agreement(
-    images: np.ndarray, labels: np.ndarray, source: Source, read: Reader
+    images: np.ndarray, labels: np.ndarray, source: Source, read: Reader, max_bad_fraction=0.0
 ) -> ClassAgreement:
     """Judges generated images, uint8 (N, H, W, C), by how many are taken for their labels (N,).
 
@@ -259,7 +275,9 @@ def class_agreement(
     require_sklearn("class_agreement")
     from sklearn import model_selection, svm
 
-    real_images, real_labels = next(_pictures(source, read, len(source)))
+    bad: dict[str, str] = {}
+    count = len(source)
+    real_images, real_labels = next(_pictures(source, read, count, bad, count, max_bad_fraction))
     real, generated = (x.reshape(len(x), -1) / 255 for x in (real_images, images))
     fit_x, held_x, fit_y, held_y = model_selection.train_test_split(
         real, real_labels, test_size=0.25, random_state=0, stratify=real_labels
@@ -272,7 +290,7 @@ def class_agreement(
     ]
     accuracy = float(classifier.score(held_x, held_y))
     agreement = float(np.mean(classifier.predict(generated) == labels))
-    return ClassAgreement(len(images), accuracy, agreement, float(np.mean(spreads)))
+    return ClassAgreement(len(images), accuracy, agreement, float(np.mean(spreads)), len(bad))
 
 
 def require_sklearn(field: str) -> None:

@@ -98,19 +98,10 @@ class Moments:
         self._waiting.append(rows.astype(np.float64))
         if sum(map(len, self._waiting)) >= _BLOCK_ROWS:
             rows = np.concatenate(self._waiting)
-            whole = len(rows) // _BLOCK_ROWS * _BLOCK_ROWS
-            self._waiting = [rows[whole:]]
-            for block in np.split(rows[:whole], whole // _BLOCK_ROWS):
+            *blocks, rest = np.split(rows, range(_BLOCK_ROWS, len(rows) + 1, _BLOCK_ROWS))
+            self._waiting = [rest]
+            for block in blocks:
                 self._add(block)
-
-    def merge(self, other: "Moments") -> None:
-        """Adds all rows of `other`, which stays as it is."""
-        check_rows(other._sums["mean"][None], "features", width=len(self._sums["mean"]))
-        theirs = other._complete()
-        if theirs["count"]:
-            self._sums, self._waiting = self._complete(), [theirs["mean"][None][:0]]
-            shift = self._move(theirs["count"], theirs["mean"])
-            self._sums["scatter"] += theirs["scatter"] + np.outer(shift, shift)
 
     @property
     def mean(self) -> np.ndarray:
@@ -123,7 +114,7 @@ class Moments:
         upper = np.triu(self._complete(2)["scatter"]) / (self.count - 1)
         return upper + np.triu(upper, 1).T
 
-    def _complete(self, fewest: int = 0) -> dict[str, Any]:
+    def _complete(self, fewest: int) -> dict[str, Any]:
         if self.count < fewest:
             raise UsageError(f"{self.count} rows of features are too few: give {fewest}")
         done = copy.deepcopy(self)
@@ -304,7 +295,7 @@ class NpzImages(ImageSet):
     def __init__(self, path: str | os.PathLike, name: str | None = None):
         """Looks at the array, without reading it; `name` is for messages and results."""
         self._path = os.fspath(path)
-        self.name = name or self._path
+        self.name, self.bad = name or self._path, {}
         with _opened(self._path) as file:
             if "arr_0" not in file:
                 raise UsageError(f"{path} has no arr_0, uint8 images (NHWC)")

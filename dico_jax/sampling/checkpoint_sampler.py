@@ -62,15 +62,7 @@ class CheckpointSampler:
     """The sampler of a checkpoint, with its config's options or others."""
 
     def __init__(
-        self,
-        ckpt: str,
-        *,
-        step: int | None = None,
-        weights: str = "ema",
-        ema_width: float | None = None,
-        seed: int = 0,
-        overrides: dict[str, Any] | None = None,
-        vae: str | None = None,
+        self, ckpt, *, step=None, weights="ema", ema_width=None, seed=0, overrides=None, vae=None
     ):
         """Loads the weights.
 

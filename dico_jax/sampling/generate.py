@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dico_jax import diffusion
-from dico_jax.autoencoders import Autoencoder, to_uint8
+from dico_jax.autoencoders import to_uint8
 from dico_jax.diffusion import Objective, SamplingOptions
 from dico_jax.errors import TrainingStopped, UsageError
 from dico_jax.models.block_stacks import whole_where_used
@@ -59,14 +59,7 @@ def make_latents_fn(
 
 
 def make_generate_fn(
-    model,
-    objective: Objective,
-    autoencoder: Autoencoder,
-    latent_shape: tuple[int, int, int],
-    options: SamplingOptions,
-    mesh: Mesh,
-    *,
-    load: bool = True,
+    model, objective, autoencoder, latent_shape, options: SamplingOptions, mesh: Mesh, *, load=True
 ) -> GenerateFn:
     """The jitted function (params, indices (N,), conditions) -> images, and which are finite.
 
@@ -76,7 +69,7 @@ def make_generate_fn(
     Args:
       model: the network.
       objective: with the steps of sampling.
-      autoencoder: decodes; its weights are put on the devices once.
+      autoencoder: an `Autoencoder`; its weights are put on the devices once.
       latent_shape: (H, W, C) of the network's input.
       options: how to sample; guidance without a null condition is a UsageError.
       mesh: images are split over it.

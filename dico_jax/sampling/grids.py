@@ -7,8 +7,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 _MIN_CELL = 64  # smaller images are enlarged, pixel by pixel, to at least this side
 _GAP = 2
-_PAPER = (255, 255, 255)
-_INK = (0, 0, 0)
 
 
 def image_grid(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
@@ -19,11 +17,11 @@ def image_grid(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
     font = ImageFont.load_default(size=max(12, min(height // 4, 32)))
     margin = round(max(font.getlength(text) for text in labels)) + 12
     size = margin + columns * (width + _GAP) + _GAP, len(rows) * (height + _GAP) + _GAP
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for r, (images, label) in enumerate(zip(rows, labels, strict=True)):
         top = _GAP + r * (height + _GAP)
-        draw.text((margin - 6, top + height // 2), label, fill=_INK, font=font, anchor="rm")
+        draw.text((margin - 6, top + height // 2), label, fill="black", font=font, anchor="rm")
         for c, image in enumerate(images):
             rgb = np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
             cell = Image.fromarray(rgb).resize((width, height), Image.Resampling.NEAREST)

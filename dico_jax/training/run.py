@@ -152,4 +152,5 @@ class Run:
         model = self.experiment.model
         asked = model.default_conditions(np.arange(count), self.source)
         images = np.concatenate(list(samples(asked)))
-        return class_agreement(images, model.class_labels(asked), self.source, self.read)
+        most = self.config.data.max_bad_fraction
+        return class_agreement(images, model.class_labels(asked), self.source, self.read, most)
