@@ -64,7 +64,7 @@ def read_meta(folder: pathlib.Path, *fields: str) -> dict[str, Any]:
     """The JSON values beside the arrays of a step; DamagedCheckpointError if one is missing."""
     try:
         meta = json.loads((folder / "meta" / "metadata").read_text())
-        return meta | {field: meta[field] for field in fields}
+        return {**meta, **{field: meta[field] for field in fields}}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DamagedCheckpointError(folder / "meta", error) from error
 

@@ -136,7 +136,7 @@ class _NewStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
         (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
         sync(folder, *folder.rglob("*"))
         await super().finalize()  # which writes files of its own, without which a step can be read
-        sync(final.parent, final, *final.iterdir())
+        sync(*final.parents[:2], final, *final.iterdir())
 
 
 def _remove_unfinished(folder: pathlib.Path, step: int) -> None:
