@@ -8,6 +8,7 @@ import os
 import pathlib
 import struct
 import sys
+import threading
 import time
 import types
 
@@ -224,7 +225,8 @@ def test_weights_and_biases_that_ends_is_said_once_and_never_waited_for_long(
     assert said.count("warning: Weights & Biases gets no more numbers (") == 1
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
-    monkeypatch.setattr("dico_jax.training.logging._LAST_WORDS", 0.1)
+    wait = threading.Thread.join
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, most: wait(thread, most / 100))
     with Logger(tmp_path, 2, 10, "dico"):
         wandb.runs[-1].finish = lambda exit_code: time.sleep(60)
         started = time.monotonic()

@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from tests.commands import ROOT, call, call_together
+from dico_jax.checkpoints.reader import saved_steps
+from tests.commands import HURRY, ROOT, call, call_together
 from tests.test_commands import QUICK, QUICK_DICO
 
 STEPS = 20
@@ -131,3 +136,41 @@ def test_surroundings_of_several_processes():
     )
     assert several_processes({"TPU_WORKER_HOSTNAMES": "a,b"})
     assert several_processes({"OMPI_COMM_WORLD_SIZE": "4"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "statuses"), [(signal.SIGKILL, (1, -9)), (signal.SIGINT, 2 * (130,))]
+)
+def test_when_one_process_ends_the_other_does_so_soon_and_in_one_line(tmp_path, number, statuses):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    args = [*QUICK, f"--workdir={tmp_path}", "--config.training.num_steps=100000"]
+    args += ["--config.training.log_every_steps=1", "--config.training.checkpoint_every_steps=10"]
+    args += [f"--coordinator_address={address}", "--num_processes=2"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dico_jax.main", *args, f"--process_id={index}"],
+            cwd=ROOT, stderr=(tmp_path / f"{index}.txt").open("w"), start_new_session=True,
+            env=os.environ | {"XLA_FLAGS": HURRY, "JAX_PLATFORMS": "cpu"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    try:
+        while not saved_steps(tmp_path):
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        processes[1].send_signal(number)
+        found = tuple(process.wait(timeout=30) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    text = (tmp_path / "0.txt").read_text()
+    assert found == statuses, text
+    assert "Traceback" not in text
+    if number == signal.SIGKILL:
+        (error,) = re.findall("^error: .*", text, re.MULTILINE)
+        assert "process 1 is gone" in error
+        assert error.endswith(f"the same command goes on from step {max(saved_steps(tmp_path))}")

@@ -17,10 +17,8 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def create_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of all devices, or the given ones; -1 for data takes what the others leave.
-
-    Devices lie process by process: each feeds a block of rows, and "tensor" stays on one host.
-    """
+    """A mesh of all devices, or the given ones; -1 for data takes what the others leave."""
+    # Process by process: each feeds a block of rows, and "tensor" stays on one host.
     devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
     if not mesh_fits(len(devices), 0, data=data, fsdp=fsdp, tensor=tensor):
         sizes = f"mesh.data={data}, config.mesh.fsdp={fsdp} and config.mesh.tensor={tensor}"

@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import jax
 
@@ -33,11 +34,15 @@ def initialize(
         raise UsageError("--process_id", process_id, f"must be in 0 to {(num_processes or 0) - 1}")
     at = coordinator_address or "the address that JAX found"
     # JAX aborts the process with a stack trace when the others do not come; this is sooner.
-    timer = threading.Timer(timeout_seconds, _give_up, [at, timeout_seconds])
-    timer.daemon = True
+    failed = f"not all processes of this run have joined at {at} in {timeout_seconds} s: check"
+    fix = "that every one was started, with the same address and number of processes"
+    text = f"--distributed_timeout={timeout_seconds}: {failed} {fix}"
+    timer = threading.Timer(timeout_seconds, end, [text, 2])
     timer.start()
+    how: Any = {"initialization_timeout": timeout_seconds + 60}
+    how["heartbeat_timeout_seconds"] = min(timeout_seconds, 100)
     try:
-        jax.distributed.initialize(*parts, initialization_timeout=timeout_seconds + 60)
+        jax.distributed.initialize(*parts, **how)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"this process cannot join the others at {at}: {reason}") from error
@@ -45,11 +50,10 @@ def initialize(
         timer.cancel()
 
 
-def _give_up(address: str, timeout_seconds: int) -> None:
-    failed = f"not all processes of this run have joined at {address} in {timeout_seconds} s: check"
-    fix = "that every one was started, with the same address and number of processes"
-    print(f"error: --distributed_timeout={timeout_seconds}: {failed} {fix}", file=sys.stderr)
-    os._exit(2)  # the main thread is inside JAX and cannot be woken
+def end(text: str, status: int) -> NoReturn:
+    """Ends this process now: the main thread is inside JAX, or would wait for the others there."""
+    print(f"\nerror: {text}", file=sys.stderr)  # below the progress bar
+    os._exit(status)
 
 
 def several_processes(environ: Mapping[str, str]) -> bool:
@@ -58,7 +62,6 @@ def several_processes(environ: Mapping[str, str]) -> bool:
         or int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
         or "JAX_COORDINATOR_ADDRESS" in environ
         or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
-        # A Cloud TPU VM may be one of a slice; its metadata server tells JAX.
-        or bool(glob.glob("/dev/accel*"))
+        or bool(glob.glob("/dev/accel*"))  # a Cloud TPU VM may be one of a slice, which JAX is told
         or (bool(glob.glob("/dev/vfio/*")) and "TPU_SKIP_MDS_QUERY" not in environ)
     )

@@ -39,8 +39,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequenc
     """How a parameter lies on the mesh, a PartitionSpec."""
     pattern, axes = next((rule for rule in rules if re.search(rule[0], path)), ("", ()))
     if len(axes) > len(shape):
-        fix = f"has {len(axes)} axes, but {path} has shape {shape}"
-        raise UsageError(f"mesh.rules: {pattern!r} {fix}")
+        raise UsageError(f"mesh.rules: {pattern!r} has {len(axes)} axes, {path} has shape {shape}")
     sizes = dict(mesh.shape) | {None: 1}
     pairs = zip(axes, shape, strict=False)
     return PartitionSpec(*(a if sizes[a] > 1 and n % sizes[a] == 0 else None for a, n in pairs))

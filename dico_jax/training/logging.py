@@ -24,8 +24,6 @@ from tensorboardX.record_writer import masked_crc32c
 from dico_jax.errors import UsageError
 from dico_jax.files import json_lines
 
-_LAST_WORDS = 20.0  # seconds that W&B has to send what it has not sent yet
-
 
 class Logger(contextlib.AbstractContextManager):
     """What a run reports to. Use as a context manager; silent but in the main process.
@@ -74,13 +72,11 @@ class Logger(contextlib.AbstractContextManager):
 
     def __exit__(self, exception_type, *_):
         self.bar.close()
-        for file in (self._metrics, self._events) if self._is_main else ():
-            file.add(b"")
         # In a thread, for it waits for a server that may be away.
         last = "finish", int(exception_type is not None)
         thread = threading.Thread(target=self._ask_wandb, args=last, daemon=True)
         thread.start()
-        thread.join(_LAST_WORDS)
+        thread.join(20)
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
@@ -122,20 +118,18 @@ class _Appended:
     """A file to add records to. Where that fails it is said once, and they wait."""
 
     def __init__(self, file: pathlib.Path, say: Callable[[str], None]):
-        self._file, self._say, self._waiting, self._failed = file, say, b"", False
+        self._file, self._say, self._waiting = file, say, b""
 
     def add(self, record: bytes) -> None:
-        self._waiting += record
+        failed, self._waiting = bool(self._waiting), self._waiting + record
         try:  # anew every time: a file system that was away takes no old handle
             with self._file.open("ab", buffering=0) as stream:
                 while self._waiting:
                     self._waiting = self._waiting[stream.write(self._waiting) :]
-            self._failed = False
         except OSError as error:
             text = f"warning: {self._file} cannot be written ({error.strerror}): make room there or"
-            if not self._failed:
+            if not failed:
                 self._say(f"{text} mend that; training goes on, and the numbers follow then")
-            self._failed = True
 
 
 def require_wandb(project: str) -> None:

@@ -15,11 +15,13 @@ from ml_collections import ConfigDict
 
 from dico_jax.checkpoints.averages import EmaSnapshots
 from dico_jax.checkpoints.checkpointer import Checkpointer
+from dico_jax.checkpoints.reader import saved_steps
 from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import config_to_dict
 from dico_jax.evaluation.networks import ClassAgreement
 from dico_jax.files import new_file
 from dico_jax.models.block_stacks import stack_blocks, unstack_blocks
+from dico_jax.parallel import processes
 from dico_jax.training.logging import Logger
 from dico_jax.training.run import Run
 from dico_jax.training.speed import Meter, Profiler, peak_speed
@@ -43,7 +45,14 @@ def train(config: ConfigDict, workdir: str, allowed: Sequence[str] = ()) -> Clas
         stack.enter_context(workdir_lock(workdir, jax.process_index()))
         open_workdir(workdir, run.config, allowed, run.data)
         multihost_utils.sync_global_devices("the workdir is open")
-        return _Trainer(run, stack).train()
+        try:
+            return _Trainer(run, stack).train()
+        except jax.errors.JaxRuntimeError as error:
+            others = [str(i) for i in range(jax.process_count()) if i != jax.process_index()]
+            if not others or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            go_on = f"the same command goes on from step {max(saved_steps(workdir), default=0)}"
+            processes.end(f"process {' or '.join(others)} is gone ({error!r:.150}): {go_on}", 1)
 
 
 class _Trainer:
@@ -52,8 +61,7 @@ class _Trainer:
         self.run, self.config, self.num_steps = run, config, training.num_steps
         self.preemption = stack.enter_context(Preemption(training.preemption_exit_status))
         self.preemption.at_once = self.preemption.statuses
-        fields = config_to_dict(config)
-        meta = {"config": fields, **run.data}
+        meta = {"config": (fields := config_to_dict(config)), **run.data}
         rules = training.keep_checkpoints, training.keep_every_steps
         self.saver = stack.enter_context(Checkpointer(run.workdir, meta, *rules))
         every = training.ema_snapshot_every_steps
@@ -94,9 +102,10 @@ class _Trainer:
 
     def _take_steps(self) -> None:
         """Steps to the end, or until the run has to return to an earlier one."""
-        with self.run.batches(self.start) as batches:
-            steps = range(self.start + 1, self.num_steps + 1)
-            for step, batch in zip(steps, batches, strict=False):  # batches have no end
+        with self.run.batches(self.start) as batches:  # which have no end
+            for step, batch in zip(
+                range(self.start + 1, self.num_steps + 1), batches, strict=False
+            ):
                 latents = self.run.to_latents(batch, np.int32(step))
                 self.state, metrics = self.run.train_step(self.state, latents, self.watch.attempt)
                 self._took(step, metrics, batches.waited)

@@ -34,10 +34,7 @@ def loss_fn(params, model, diffusion: Objective, batch: dict, t, noise, sharding
 
 
 def drop_conditions(key, conditions, probability: float, null):
-    """A tree of conditions (N, ...), each example's replaced by `null`'s with `probability`.
-
-    One draw for all arrays of an example. The published code draws it inside the network.
-    """
+    """A tree of conditions (N, ...), those of an example `null`'s, all, with `probability`."""
     dropped = jax.random.bernoulli(key, probability, (len(jax.tree.leaves(conditions)[0]),))
 
     def drop(leaf, nothing):

@@ -39,7 +39,7 @@ class NanWatch:
     def add(self, step: int, finite: jax.Array) -> None:
         self._flags.append((step, finite))
 
-    def check(self, newest_checkpoint: int | None) -> int | None:
+    def check(self, newest: int | None) -> int | None:
         """Reads the flags since the last check: None to go on, or the step to return to (or 0)."""
         flags, self._flags = jax.device_get(self._flags), []
         for step, finite in flags:
@@ -47,13 +47,12 @@ class NanWatch:
             if finite:
                 continue
             if self._on_nan == "rollback":
-                return self._roll_back(step, newest_checkpoint)
+                return self._roll_back(step, newest)
             if self._on_nan == "stop":
-                self._stop(f"{step}", newest_checkpoint, _GO_ON)
+                self._stop(f"{step}", newest, _GO_ON)
             self._skipped += 1
             if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                steps = f"{step}, nor at the {MAX_SKIPPED_IN_A_ROW - 1} steps before"
-                self._stop(steps, newest_checkpoint)
+                self._stop(f"{step}, nor at the {MAX_SKIPPED_IN_A_ROW - 1} steps before", newest)
         return None
 
     def metrics(self) -> dict[str, float]:
@@ -62,12 +61,12 @@ class NanWatch:
         known = {"skip": {"skipped_steps": skipped}, "rollback": {"rollbacks": float(self.attempt)}}
         return known.get(self._on_nan, {})
 
-    def _roll_back(self, step: int, newest_checkpoint: int | None) -> int:
-        target = newest_checkpoint or 0
+    def _roll_back(self, step: int, newest: int | None) -> int:
+        target = newest or 0
         if target != self._rolled_back_to:
             self._rollbacks, self._rolled_back_to = 0, target
         if self._rollbacks == MAX_ROLLBACKS:
-            self._stop(f"{step}, after {MAX_ROLLBACKS} returns to step {target}", newest_checkpoint)
+            self._stop(f"{step}, after {MAX_ROLLBACKS} returns to step {target}", newest)
         self._rollbacks += 1
         self.attempt += 1
         count = f"with other noise (return {self._rollbacks} of at most {MAX_ROLLBACKS})"
