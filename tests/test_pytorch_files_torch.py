@@ -201,8 +201,9 @@ def test_torch_save_of_modules_and_optimizers(tmp_path):
         for source in ("model", "ema"):
             found = select_weights(file, source)
             assert found.source == source
-            assert list(found.tensors) == list(net.state_dict())
-            for key, tensor in net.state_dict().items():
+            arrays = {key: t for key, t in net.state_dict().items() if t.ndim}
+            assert list(found.tensors) == list(arrays)
+            for key, tensor in arrays.items():
                 assert_equals_torch(found.tensors[key].read(), tensor)
         state = file.tree["opt"]["state"]
         assert state[0]["step"].read() == 1
@@ -229,19 +230,38 @@ def test_torch_save_of_what_is_refused(tmp_path):
         "torch.nn.modules.linear.Linear": net,
         "torch._utils._rebuild_sparse_tensor": torch.eye(3).to_sparse(),
         "torch.ComplexFloatStorage": torch.ones(2, dtype=torch.complex64),
-        "torch.device": {"device": torch.device("cuda", 0)},
+        "torch.device": torch.device("cuda", 0),
         "metadata": conj,
-        "Storage by itself": [torch.ones(2).untyped_storage()],
     }
     for part, value in cases.items():
-        torch.save(value, tmp_path / "theirs.pt")
-        with pytest.raises(UsageError, match=r"theirs\.pt") as error:
-            open_tensors(tmp_path / "theirs.pt")
+        torch.save({"a.w": value}, tmp_path / "theirs.pt")
+        with (
+            open_tensors(tmp_path / "theirs.pt") as file,
+            pytest.raises(UsageError, match=r"theirs\.pt") as error,
+        ):
+            select_weights(file)
         assert part in str(error.value)
     torch.save(net.state_dict(), tmp_path / "theirs.pt", _use_new_zipfile_serialization=False)
     with open_tensors(tmp_path / "theirs.pt") as file:  # of before version 1.6: read all the same
         for key, value in net.state_dict().items():
             assert_equals_torch(file.tensors[key].read(), value)
+
+
+def test_torch_save_of_what_is_beside_weights(tmp_path):
+    parameter, buffer = torch.nn.Parameter(torch.ones(2)), torch.nn.Buffer(torch.ones(3))
+    parameter.note = buffer.note = "mine"
+    tree = {
+        "model": {"a.w": parameter, "a.b": buffer},
+        "rng": [torch.get_rng_state(), np.arange(3), np.float64(1)],
+        "device": torch.device("cuda", 0),
+        "storage": torch.ones(2).untyped_storage(),
+        "dtypes": {torch.complex64, torch.float32},
+    }
+    for legacy in (False, True):
+        torch.save(tree, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+        with open_tensors(tmp_path / "x.pt") as file:
+            found = select_weights(file).tensors
+            assert {key: ref.read().sum() for key, ref in found.items()} == {"a.w": 2, "a.b": 3}
 
 
 @pytest.mark.filterwarnings("ignore")

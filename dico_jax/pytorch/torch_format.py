@@ -64,11 +64,11 @@ def read_tree(file: InputFile) -> Any:
             raise UsageError(f"{file.name} {what}; save it again on a little-endian machine")
 
     def storage(pid: Any) -> Storage:
-        dtype, key, count = _declared(pid)
+        dtype, key, nbytes = _declared(pid)
         blob = blobs.get(f"{root}data/{key}")
         if blob is None:
             raise ValueError(f"the storage {shown(key)} has no entry in the file")
-        if blob.nbytes != count * (dtype.itemsize if dtype else 1):
+        if blob.nbytes != nbytes:
             raise ValueError(f"storage {shown(key)} does not match its {blob.nbytes} bytes")
         return Storage(dtype, blob)
 
@@ -77,12 +77,12 @@ def read_tree(file: InputFile) -> Any:
 
 
 def _declared(pid: Any) -> tuple[Any, str, int]:
-    """(dtype or None, key, number of elements) of the storage that a persistent id names."""
+    """(dtype or None, key, number of bytes) of the storage that a persistent id names."""
     kind, cls, key, _, count = pid
     types = type(cls), type(key), type(count)
     if kind != "storage" or types != (Storage, str, int) or count < 0 or len(key) > 100:
         raise ValueError(f"a persistent id {shown(pid)} is not a storage's")
-    return cls.dtype, key, count
+    return cls.dtype, key, count * np.dtype(cls.dtype or "u1").itemsize
 
 
 def _refuse_other(file: InputFile, start: bytes) -> None:
@@ -108,6 +108,10 @@ def _entries(file: InputFile) -> dict[str, Blob]:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
         if len(entries) > _MAX_ENTRIES:
             raise ValueError(f"it declares {len(entries)} zip entries; at most {_MAX_ENTRIES}")
+        if any(e.filename.count("/") == 1 and "/constants.pkl" in e.filename for e in entries):
+            how = "torch.save(torch.jit.load(old).state_dict(), new)"
+            what = "is a TorchScript archive; save its weights with PyTorch"
+            raise UsageError(f"{file.name} {what}: {how}")
         end = 0
         for entry in entries:
             name = entry.filename
@@ -147,10 +151,6 @@ def _check_end(file: InputFile) -> None:
 def _root(file: InputFile, names: list[str]) -> str:
     """The one folder of the zip file, with its slash."""
     roots = [n[: -len("data.pkl")] for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
-    if any(n.endswith("/constants.pkl") and n.count("/") == 1 for n in names):
-        how = "torch.save(torch.jit.load(old).state_dict(), new)"
-        what = "is a TorchScript archive; save its weights with PyTorch"
-        raise UsageError(f"{file.name} {what}: {how}")
     if len(roots) != 1:
         hold = "several data.pkl" if roots else "no FOLDER/data.pkl"
         why = f"with {hold}: torch.save did not write it (it has {shown(names[:3])})"
@@ -164,11 +164,10 @@ def _legacy_tree(file: InputFile) -> Any:
     storages: dict[str, Storage] = {}
 
     def storage(pid: Any) -> Storage:
-        dtype, key, count = _declared(pid[:5])
-        if pid[5:] != (None,) or dtype is None:
-            raise ValueError(f"a persistent id {shown(pid)} of a view, or without a dtype")
-        # It is placed afterwards.
-        new = Storage(dtype, Blob(file, f"storage {key}", 0, count * dtype.itemsize))
+        dtype, key, nbytes = _declared(pid[:5])
+        if pid[5:] != (None,):
+            raise ValueError(f"a persistent id {shown(pid)} of a view")
+        new = Storage(dtype, Blob(file, f"storage {key}", 0, nbytes))  # it is placed afterwards
         found = storages.setdefault(key, new)
         if (found.dtype, found.blob.nbytes) != (dtype, new.blob.nbytes):
             raise ValueError(f"the storage {shown(key)} is declared in two ways")
@@ -188,7 +187,7 @@ def _legacy_tree(file: InputFile) -> Any:
         raise UsageError(f"{file.name} is damaged: its list of storages is not of those it uses")
     at = stream.tell()
     for key in keys:
-        blob, width = storages[key].blob, np.dtype(storages[key].dtype).itemsize
+        blob, width = storages[key].blob, np.dtype(storages[key].dtype or "u1").itemsize
         if int.from_bytes(file.read(at, 8), "little") * width != blob.nbytes:
             raise UsageError(f"{file.name} is damaged: the size of storage {shown(key)}; {AGAIN}")
         blob.start = at + 8
