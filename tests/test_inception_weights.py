@@ -169,7 +169,7 @@ def test_legacy_files_run_no_code(tmp_path):
     path = legacy(tmp_path / "a.pth", SMALL)
     data = path.read_bytes().replace(b"ctorch\nHalfStorage\n", b"cos\nsystem\n")
     path.write_bytes(data)
-    with pytest.raises(UsageError, match="os.system"):
+    with pytest.raises(UsageError, match="its list of storages is not of those it uses"):
         load_inception(path)
 
 
@@ -199,7 +199,7 @@ def spoiled(key, value):
         ),
         (torchvision, r"it is torchvision's Inception \(1000 classes\)"),
         (lambda: {"x_embedder.weight": np.ones(3)}, "it is no Inception network: 1 tensors such"),
-        (lambda: {"epoch": 3}, "should hold tensors by name"),
+        (lambda: {"epoch": 3}, "no tensors by name"),
         (lambda: spoiled(CONV, np.nan), "weights are NaN or infinite.*: Mixed_6b/branch7x7_2/kern"),
         (lambda: spoiled(FC, np.inf), "weights are NaN or infinite.*: fc/kernel"),
         (lambda: spoiled(f"{BN}.running_var", -1), "variances negative: Mixed_6b/branch7x7_2/kern"),
