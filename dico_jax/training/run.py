@@ -100,10 +100,11 @@ class Run:
         sizes = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
         shape = f" ({sizes})" if self.mesh.size > axes["data"] else ""
         model = f"{self.config.model.name}, {count_parameters(self.experiment.model):,} parameters"
-        data = f"{len(self.source):,} examples; {self.mesh.size} x {kind}{shape}"
-        return (
-            f"{model}; {data}; steps {start} to {self.config.training.num_steps} in {self.workdir}"
-        )
+        names, classes = self.source.class_names, self.config.model.num_classes or 0
+        few = f" of {len(names):,} of the {classes:,} classes" * (len(names) < classes)
+        data = f"{len(self.source):,} examples{few}; {self.mesh.size} x {kind}{shape}"
+        steps = f"steps {start} to {self.config.training.num_steps} in {self.workdir}"
+        return f"{model}; {data}; {steps}"
 
     def initial_state(self) -> Any:
         """A fresh `TrainState`, or that of `config.training.init_from`."""
