@@ -60,7 +60,7 @@ _SIZE = ("--source=folder", "--path=PETS", "--image_size=16")
 COMMANDS = {
     "main, anew": (*_TRAIN[:2], "--workdir=new"),
     "main, goes on": (*_TRAIN, "--config.training.num_steps=4"),
-    "prepare latents": ("prepare", "latents", *_SIZE, "--autoencoder=identity", "--out=latents"),
+    "prepare classifier": ("prepare", "classifier", *_SIZE, "--max_steps=5", "--out=new.npz"),
     "prepare reference": ("prepare", "reference", *_SIZE, "--features=c.npz", "--out=new.npz"),
     "sample": ("sample", "--ckpt=run", "--out=more", "--num_images=8", "--npz=more.npz"),
     "evaluate": ("evaluate", "--samples=PETS", "--reference=ref.npz", "--features=c.npz",
