@@ -73,7 +73,6 @@ def main(action: str) -> None:
 
 
 def _with_flags(message: str) -> str:
-    """The message with this command's flags in place of the fields of a config."""
     from dico_jax.config import DEFAULTS
 
     flag = {f"data.{name}": name for name in DEFAULTS["data"]}
@@ -150,7 +149,6 @@ def _chosen(*names: str) -> dict[str, Any]:
 
 
 def _section(section: str, **changes):
-    """A section of configs/default.py with other values."""
     from ml_collections import ConfigDict
 
     from dico_jax.config import DEFAULTS

@@ -42,6 +42,26 @@ def test_streaming_equals_one_shot(offset):
     assert np.array_equal(moments.covariance, moments.covariance.T)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_any_split_and_order_of_merging_are_equal(offset, parts):
+    rng = np.random.default_rng(parts)
+    rows = correlated(4000, offset)
+    whole = streamed(rows)
+    for _ in range(3):
+        cuts = np.sort(rng.integers(0, len(rows), parts - 1))  # parts may be empty
+        waiting = [streamed(part) for part in np.split(rows, cuts)]
+        while len(waiting) > 1:
+            first = waiting.pop(rng.integers(len(waiting)))
+            second = waiting[rng.integers(len(waiting))]
+            before = second.count, first.count
+            second.merge(first)
+            assert (second.count, first.count) == (sum(before), before[1])
+        assert waiting[0].count == len(rows)
+        assert distance(waiting[0].mean, whole.mean) < 1e-10
+        assert distance(waiting[0].covariance, whole.covariance) < 1e-10
+
+
 def test_batch_sizes_change_not_even_the_rounding():
     rows = correlated(2500, 10.0)
     one, other = streamed(rows, sizes=(2500,)), streamed(rows, sizes=(7, 64))
@@ -119,3 +139,5 @@ def test_too_few_rows_and_other_widths():
     assert np.array_equal(moments.mean, np.ones(WIDTH))
     with pytest.raises(UsageError, match="1 rows of features are too few"):
         _ = moments.covariance
+    with pytest.raises(UsageError, match=r"\[1, 5\]: .*\(N, 37\) are expected"):
+        moments.merge(Moments(5))

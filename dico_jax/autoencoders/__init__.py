@@ -80,7 +80,6 @@ def _latent_preview(config) -> Autoencoder:
 
 
 def _sd_vae(config) -> Autoencoder:
-    """Stable Diffusion's, with the weights of config.path."""
     path, tile_size = config.path, config.tile_size
     if not path:
         fix = ": give the file of its weights, or autoencoder.name='latent_preview' to do without"

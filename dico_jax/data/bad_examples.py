@@ -56,7 +56,6 @@ class BadExampleLog:
         self._check()
 
     def _examine(self, index: int) -> None:
-        """Reads an example once more, here, for the reason."""
         try:
             example = self._source[index]
             self._read(example["image"], False)

@@ -138,7 +138,6 @@ class ZipSource(ClassFiles):
 
 
 def _directory(path: str) -> tuple[list[zipfile.ZipInfo], int]:
-    """The entries of a zip file and the file's size."""
     with paths.path_errors(path):
         try:
             with paths.open_file(path) as file, zipfile.ZipFile(file) as archive:
@@ -156,7 +155,6 @@ def _common_folders(pictures: Iterable[str]) -> str:
 
 
 def _entries(path: str, infos: Sequence[zipfile.ZipInfo], size: int) -> np.ndarray:
-    """The `_FIELDS` of each entry, checked."""
     try:
         rows = map(operator.attrgetter(*_FIELDS), infos)
         entries = np.fromiter(rows, list(_FIELDS.items()), len(infos))

@@ -67,7 +67,6 @@ def source_digest(source: Source) -> str:
 
 
 def _field_names(source: Source) -> tuple[str, ...]:
-    """What the first good example has besides its image."""
     for index in range(len(source)):
         with contextlib.suppress(BadExample):
             return tuple(sorted(source[index].keys() - {"image"}))
@@ -231,7 +230,6 @@ def prepare_latents(
 
 
 def _load(source: Source, read: PictureReader, index: int) -> tuple[np.ndarray, _Example]:
-    """An example's picture, uint8 (H, W, 3), and the rest of it."""
     example_id = source.example_id(int(index))
     try:
         fields = dict(source[int(index)])

@@ -212,7 +212,6 @@ class TfdsSource(_Records):
 
 @contextlib.contextmanager
 def _record_errors() -> Iterator[None]:
-    """Turns the errors of a damaged record into BadExample."""
     try:
         yield
     except (RuntimeError, DecodeError, ValueError, KeyError, AttributeError) as error:

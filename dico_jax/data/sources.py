@@ -120,7 +120,6 @@ def _opened(file: str) -> np.ndarray:
 
 
 def _wrong_arrays(examples: np.ndarray, labels: np.ndarray) -> str | None:
-    """What is wrong with the arrays of a source, if anything is."""
     shape, dtype = examples.shape, examples.dtype
     is_pixels = dtype == np.uint8 and len(shape) == 4 and shape[-1] in (1, 3)
     is_latents = dtype.kind == "f" and (len(shape) == 4 or (len(shape) == 5 and shape[1] == 2))

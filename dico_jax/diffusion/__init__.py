@@ -1,9 +1,18 @@
 """Diffusion: schedules, the Gaussian process, objectives, guidance, solvers, noise of images."""
-# ruff: noqa: F403
+# ruff: noqa: F401, I001
+# fmt: off
 
-from dico_jax.diffusion.gaussian import *
-from dico_jax.diffusion.guidance import *
-from dico_jax.diffusion.image_noise import *
-from dico_jax.diffusion.objectives import *
-from dico_jax.diffusion.schedule import *
-from dico_jax.diffusion.solvers import *
+from dico_jax.diffusion.gaussian import (
+    GaussianMoments, ModelMoments, discretized_gaussian_log_likelihood, noise_from_x0, normal_kl,
+    original_timesteps, p_mean_variance, q_mean_variance, q_posterior, q_sample, split_output,
+    training_losses, vb_terms, x0_from_noise,
+)
+from dico_jax.diffusion.guidance import CFG_CHANNELS, classifier_free_guidance, guided_model_fn
+from dico_jax.diffusion.image_noise import image_keys, initial_noise, step_noise
+from dico_jax.diffusion.objectives import (
+    OBJECTIVES, Diffusion, Estimate, Objective, create_diffusion, create_objective,
+)
+from dico_jax.diffusion.schedule import Schedule, beta_schedule, make_schedule, respaced_timesteps
+from dico_jax.diffusion.solvers import (
+    SOLVERS, Path, SamplingOptions, Solver, Trajectory, ddim_step, ddpm_step, sample_loop,
+)

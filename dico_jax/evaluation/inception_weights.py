@@ -134,7 +134,6 @@ def _folded(flat: Mapping[str, np.ndarray], dtype: Any) -> Any:
 
 
 def _read(source: str) -> tuple[dict[str, np.ndarray], str]:
-    """All numbers of a file, by path, float32; and its digest."""
     path = local_file(source)
     with open_tensors(path) as file:
         if file.metadata.get("format", "").startswith(FORMAT):

@@ -103,6 +103,15 @@ class Moments:
             for block in blocks:
                 self._add(block)
 
+    def merge(self, other: "Moments") -> None:
+        """Adds all rows of `other`, which stays as it is."""
+        check_rows(other._sums["mean"][None], "features", width=len(self._sums["mean"]))
+        theirs = other._complete()
+        if theirs["count"]:
+            self._sums, self._waiting = self._complete(), [theirs["mean"][None][:0]]
+            shift = self._move(theirs["count"], theirs["mean"])
+            self._sums["scatter"] += theirs["scatter"] + np.outer(shift, shift)
+
     @property
     def mean(self) -> np.ndarray:
         """The mean of the rows, float64 (D,); UsageError where there is none."""
@@ -114,7 +123,7 @@ class Moments:
         upper = np.triu(self._complete(2)["scatter"]) / (self.count - 1)
         return upper + np.triu(upper, 1).T
 
-    def _complete(self, fewest: int) -> dict[str, Any]:
+    def _complete(self, fewest: int = 0) -> dict[str, Any]:
         if self.count < fewest:
             raise UsageError(f"{self.count} rows of features are too few: give {fewest}")
         done = copy.deepcopy(self)

@@ -198,7 +198,6 @@ def to_pytorch(
 
 
 def _optimizer(tree: object) -> object:
-    """The optimizer's state dict in a training checkpoint."""
     for key in _OPTIMIZER_KEYS:
         if isinstance(tree, Mapping) and key in tree:
             return tree[key]

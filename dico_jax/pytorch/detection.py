@@ -179,7 +179,6 @@ def _family(shapes: Shapes) -> str:
 
 
 def _published_name(family: str, sizes: Mapping[str, Any]) -> str:
-    """The model of exactly these sizes, or the family."""
     ratio = {"DiCo": 2.0, "DiT": 4.0}[family]
     for name, (cls, published) in MODELS.items():
         if cls.__name__ == family and published and {"mlp_ratio": ratio, **published} == sizes:
@@ -220,7 +219,6 @@ def _dit_sizes(shapes: Shapes, num_heads: int | None, likely_heads: object) -> d
 def _interface(
     shapes: Shapes, family: str, sizes: Mapping, num_classes: int | None, likely_classes: object
 ) -> dict[str, Any]:
-    """The options that are not sizes: channels, classes, the variance."""
     places = _DICO_SIZES if family == "DiCo" else _DIT_SIZES
     channels = _size(shapes, places, "in_channels")
     outputs = vote(shapes, places["outputs"])
@@ -242,7 +240,6 @@ def _interface(
 
 
 def _size(shapes: Shapes, places: Mapping[str, Any], what: str) -> int:
-    """The size called `what`, from where it can be read; UsageError where it cannot."""
     found = vote(shapes, places[what])
     if found is None:
         keys = list(dict.fromkeys(place.split("/")[0] for place in places[what].split()))

@@ -52,7 +52,6 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _json(value: Any, left: Iterator[int], level: int = 0) -> Any:
-    """A JSON value for one of a pickle, cut where it is large."""
     if next(left, None) is None or level > _MAX_LEVELS:
         return "..."
     if isinstance(value, argparse.Namespace) or (isinstance(value, Inert) and value.state):

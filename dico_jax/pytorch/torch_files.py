@@ -164,7 +164,6 @@ def select_weights(tree: object, weights: str = "auto", root: str = _DENOISERS) 
 
 
 def _told(value: object) -> str:
-    """What an object is, where that is not known here."""
     return f" ({shown(value.name)})" if isinstance(value, Inert) else ""
 
 

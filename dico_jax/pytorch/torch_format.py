@@ -149,7 +149,6 @@ def _check_end(file: InputFile) -> None:
 
 
 def _root(file: InputFile, names: list[str]) -> str:
-    """The one folder of the zip file, with its slash."""
     roots = [n[: -len("data.pkl")] for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
     if len(roots) != 1:
         hold = "several data.pkl" if roots else "no FOLDER/data.pkl"
@@ -245,7 +244,6 @@ def _can_hold(value: Any) -> bool:
 
 
 def _identifier(archive: zipfile.ZipFile) -> bytes:
-    """40 digits that tell files apart."""
     checksums = [(info.filename, info.CRC) for info in archive.infolist()]
     digest = hashlib.sha256(repr(checksums).encode()).digest()
     return b"%040d" % (int.from_bytes(digest, "big") % 10**40)

@@ -117,7 +117,6 @@ class Profiler:
         return self._steps_done in (self._first - 1, self._last)
 
     def _start(self, step: int) -> None:
-        """Starts the trace, if it is time, and what it calls this step."""
         if self._steps_done == self._first - 1:
             if self._steps_done:  # those steps are not part of the profile
                 jax.block_until_ready(self._metrics)
