@@ -50,8 +50,7 @@ MOMENTS = [
     *[(COMPILING, delay, []) for delay in (0.0, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0)],
     *[(TRAINING, delay, []) for delay in (0.0, 0.1, 0.2, 0.4, 0.8, 1.5)],
     *[(TRAINING, delay, OFTEN) for delay in (0.0, 0.15, 0.5, 1.0)],
-    *[(COMPILING, delay, GRIDS) for delay in (5.0, 7.0)],
-    *[(TRAINING, delay, GRIDS) for delay in (0.0, 0.5)],
+    *[(COMPILING, delay, GRIDS) for delay in (5.0, 7.0, 15.0, 16.5)],
 ]
 
 
