@@ -305,6 +305,8 @@ def test_checkpoints_that_are_none(good):
     meta = good / "ckpt" / "checkpoints" / "0" / "meta" / "metadata"
     config = json.loads(meta.read_text())
     config["config"]["model"]["hidden_size"] = 4
+    assert config.pop("checksums") == "crc32"  # those of now would find the change
+    (meta.parents[1] / "checksums.json").unlink()
     meta.write_text(json.dumps(config))
     refused_out(
         good,

@@ -84,7 +84,7 @@ def test_options_matter():
     [
         ({"sampler": "heun"}, "sampling.sampler='heun' is unknown: use one of ddpm, ddim"),
         ({"cfg_channels": "two"}, "sampling.cfg_channels='two' is unknown: use 'first_three'"),
-        ({"ddim_eta": 2.0}, r"sampling.ddim_eta=2.0 must be from 0 .* to 1"),
+        ({"sampler": "ddim", "ddim_eta": 2.0}, r"sampling.ddim_eta=2.0 must be from 0 .* to 1"),
         ({"cfg_scale": float("nan")}, "sampling.cfg_scale=nan must be at least 0"),
         ({"cfg_scale": float("inf")}, "sampling.cfg_scale=inf must be at least 0 and finite"),
     ],
