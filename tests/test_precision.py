@@ -30,7 +30,7 @@ def drawn(model):
 @pytest.mark.parametrize(
     "network",
     [
-        pytest.param(DICO, id="DiCo"),
+        pytest.param(DICO, id="DiCo", marks=pytest.mark.slow),
         pytest.param(DIT, id="DiT"),
         pytest.param(DEEPER_DICO, id="deeper DiCo", marks=pytest.mark.slow),
     ],

@@ -227,6 +227,7 @@ def last_arrays(workdir):
     }
 
 
+@pytest.mark.slow
 def test_a_preempted_run_goes_on_exactly(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     with digits_run(whole) as process:
