@@ -231,11 +231,22 @@ def test_out_of_memory_is_one_line_of_advice(capsys, error, asked):
     assert "a smaller --batch_size" in line
 
 
-def test_other_errors_are_bugs():
+def test_a_disk_that_tensorstore_cannot_read_is_one_line(capsys):
     def main():
-        raise RuntimeError("a bug")
+        raise ValueError("Error reading 'run/manifest.ocdbt': [os_error_code='5']\nsource ...")
 
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(SystemExit) as ended:
+        cli._main(main, {}, [])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: Error reading 'run/manifest.ocdbt'")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_other_errors_are_bugs(kind):
+    def main():
+        raise kind("a bug")
+
+    with pytest.raises(kind, match="a bug"):
         cli._main(main, {}, [])
 
 
