@@ -27,7 +27,7 @@ def agenda():
 def test_it_goes_on_until_nothing_is_left(tmp_path):
     out, statuses = tmp_path / "gpu.json", []
     environment = os.environ | {"XLA_FLAGS": HURRY}
-    command = [sys.executable, str(PROGRAM), f"--out={out}", "--toy", "--minutes=1.5"]
+    command = [sys.executable, str(PROGRAM), f"--out={out}", "--toy", "--minutes=6"]
     for _ in range(20):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         statuses.append(done.returncode)
