@@ -2,7 +2,6 @@
 
 import ast
 import errno
-import multiprocessing
 import os
 import pathlib
 import re
@@ -60,6 +59,8 @@ def _watch_signals(pipe: int) -> None:
 
 
 def _leave(status: int) -> NoReturn:
+    import multiprocessing  # late: --help does without
+
     for worker in multiprocessing.active_children():  # before they can say that it is gone
         worker.kill()
     sys.stdout.flush()
