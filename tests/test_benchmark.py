@@ -197,7 +197,8 @@ def test_latents_are_those_of_the_sampler():
     )
     params = programs.draw(abstract_params(experiment.model), replicated(mesh))
     indices = np.arange(4, dtype=np.int32)
-    images = np.asarray(generate(params, indices, indices)[0]).astype(int)
+    conditions = experiment.model.zero_condition(4)  # what programs are run with
+    images = np.asarray(generate(params, indices, conditions)[0]).astype(int)
     latents = np.asarray(program.run())
     expected = np.clip(127.5 * latents / 4 + 128, 0, 255).astype(int)
     assert images.std() > 20
