@@ -1,7 +1,7 @@
 r"""Weights in from PyTorch and out again, autoencoders and the Inception network in.
 
 python -m dico_jax.convert from_pytorch --input=FILE --out=DIR
-    [--model=DiCo-XL --weights=auto|ema|model --image_size=256 --training]
+    [--model=DiCo-XL --weights=auto|ema|model|NAME --image_size=256 --training]
     FILE: .pt, .pth, .safetensors, an index of .safetensors, or hf://OWNER/REPO/FILE.
     DIR: a checkpoint for sample, evaluate, and config.training.init_from of main.
 
@@ -20,6 +20,7 @@ python -m dico_jax.convert inception --input=FILE --out=FILE.safetensors
 With --training the whole state of a run goes over: both sets of weights, AdamW's averages and step.
 """
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,8 +34,8 @@ flags.DEFINE_string("ckpt", None, "to_pytorch: workdir of a run, or a converted 
 flags.DEFINE_string("out", None, "What to write: a new folder, or a new file.")
 _WEIGHTS = flags.DEFINE_string(
     "weights", None,
-    "from_pytorch: ema, model, or auto, the averaged ones where there are some [auto]. "
-    "to_pytorch: ema or params [ema].",
+    "from_pytorch: ema, model, or auto, the averaged ones where there are some; or the name of a "
+    "set in the file [auto]. to_pytorch: ema or params [ema].",
 )  # fmt: skip
 _TRAINING = flags.DEFINE_bool("training", False, "Convert the whole state of a training run.")
 flags.DEFINE_string("model", None, "from_pytorch: its name [found from the shapes].")
@@ -45,9 +46,7 @@ for _name, _text in {
     "norm_num_groups": "vae: groups of its GroupNorm [config.json beside the file, or 32].",
 }.items():
     flags.DEFINE_integer(_name, None, _text, lower_bound=1)
-flags.DEFINE_float(
-    "scaling_factor", None, "vae: of its latents [config.json beside the file, or 0.18215].",
-)  # fmt: skip
+flags.DEFINE_float("scaling_factor", None, "vae: of its latents [config.json's, or 0.18215].")
 flags.DEFINE_integer("step", None, "to_pytorch: of the checkpoint [the newest].")
 
 _ACTIONS = {
@@ -56,30 +55,26 @@ _ACTIONS = {
     "vae": ("input out", "norm_num_groups scaling_factor"),
     "inception": ("input out", ""),
 }
-_WEIGHTS_OF = {"from_pytorch": ("auto", "ema", "model"), "to_pytorch": ("ema", "params")}
+_MODULES = {"vae": "autoencoders.weights", "inception": "evaluation.inception_weights"}
 
 
 def main(action: str) -> None:
     """Parses flags and converts."""
-    _check(action)
-    given = {name: flags.FLAGS[name].value for name in " ".join(_ACTIONS[action]).split()}
-    print(_CONVERT[action](**{name: value for name, value in given.items() if value is not None}))
+    if _WEIGHTS.present and _TRAINING.value:
+        raise UsageError("--weights: with --training all weights are converted; leave it out")
+    needed, optional = (names.split() for names in _ACTIONS[action])
+    options = {n: value for n in optional if (value := flags.FLAGS[n].value) is not None}
+    # Late imports: --help answers before JAX is imported.
+    options |= _of_configs() if action == "to_pytorch" else {}
+    module = importlib.import_module(f"dico_jax.{_MODULES.get(action, 'pytorch.conversion')}")
+    convert = getattr(module, f"convert_{action}" if action in _MODULES else action)
+    print(convert(*(flags.FLAGS[name].value for name in needed), **options))
 
 
-# Late imports: --help answers before JAX is imported.
-
-
-def _from_pytorch(input: str, out: str, **options: Any) -> str:
-    from dico_jax.pytorch.conversion import from_pytorch
-
-    return from_pytorch(input, out, **options)
-
-
-def _to_pytorch(ckpt: str, out: str, **options: Any) -> str:
+def _of_configs() -> dict[str, Any]:
     from ml_collections import ConfigDict
 
     from dico_jax.experiment import experiment_from_config
-    from dico_jax.pytorch.conversion import to_pytorch
     from dico_jax.training.optimizer import learning_rate_schedule
 
     def side_of(config: Mapping[str, Any]) -> int:
@@ -89,30 +84,7 @@ def _to_pytorch(ckpt: str, out: str, **options: Any) -> str:
         optimizer = ConfigDict(config["optimizer"])
         return float(learning_rate_schedule(optimizer, config["training"]["num_steps"])(step))
 
-    return to_pytorch(ckpt, out, side_of=side_of, rate_of=rate_of, **options)
-
-
-def _vae(input: str, out: str, **options: Any) -> str:
-    from dico_jax.autoencoders.weights import convert_vae
-
-    return convert_vae(input, out, **options)
-
-
-def _inception(input: str, out: str) -> str:
-    from dico_jax.evaluation.inception_weights import convert_inception
-
-    return convert_inception(input, out)
-
-
-_CONVERT = {f.__name__[1:]: f for f in (_from_pytorch, _to_pytorch, _vae, _inception)}
-
-
-def _check(action: str) -> None:
-    if _WEIGHTS.present and _WEIGHTS.value not in _WEIGHTS_OF[action]:
-        fix = f": {action} knows {', '.join(_WEIGHTS_OF[action])}"
-        raise UsageError("--weights", _WEIGHTS.value, fix)
-    if _WEIGHTS.present and _TRAINING.value:
-        raise UsageError("--weights: with --training all weights are converted; leave it out")
+    return {"side_of": side_of, "rate_of": rate_of}
 
 
 if __name__ == "__main__":

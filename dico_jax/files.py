@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import sys
@@ -110,15 +111,20 @@ def check_new(path: str | os.PathLike, nbytes: int, flag: str = "--out", exists=
         raise UsageError(flag, path, "exists: give another name, or remove it")
     if not target.parent.is_dir():
         raise UsageError(flag, path, f": there is no folder {target.parent}, make it first")
+    if not os.access(target.parent, os.W_OK):
+        raise UsageError(flag, path, f": the folder {target.parent} cannot be written to")
     if (free := shutil.disk_usage(target.parent).free) < nbytes:
         fix = f"needs about {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there"
         raise UsageError("--out", path, f"{fix}: make room, or give another place")
 
 
 def result_path(out: str, suffix: str = "", flag: str = "--out", exists=False) -> pathlib.Path:
-    """The path of a file, new or one that `exists`; UsageError if it cannot be written."""
+    """The path of a file, new or one that `exists`; UsageError if it cannot be written.
+
+    `suffix` is what its name must end with, or a list such as ".pt or .pth".
+    """
     path = pathlib.Path(out)
-    if not path.name.endswith(suffix):
+    if suffix and path.suffix.lower() not in re.findall(r"\.\w+", suffix):
         raise UsageError(flag, out, f": name a {suffix} file")
     if path.is_dir():
         raise UsageError(flag, out, "is a folder: name a file")

@@ -652,7 +652,7 @@ def test_help_is_quick():
         (("from_torch",), "'from_torch' is unknown: use convert from_pytorch or"),
         (("from_pytorch", "--out=x"), "from_pytorch needs --input"),
         (("to_pytorch", "--ckpt=x", "--out=y.pt", "--model=DiCo-S"), "--model is for from_pytorch"),
-        (("from_pytorch", "--input=a", "--out=b", "--weights=params"), "knows auto, ema, model"),
+        (("from_pytorch", "--input=a", "--out=b", "--weights=params"), "a cannot be opened"),
         (("to_pytorch", "--ckpt=a", "--out=b", "--weights=ema", "--training"), "leave it out"),
     ],
 )

@@ -19,7 +19,7 @@ import pytest
 from dico_jax import files
 from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params, create_model
-from dico_jax.pytorch import conversion
+from dico_jax.pytorch import conversion, optimizer_state
 from dico_jax.pytorch.conversion import from_pytorch, load_pytorch, to_pytorch
 from dico_jax.pytorch.key_maps import KEY_MAPS
 from dico_jax.pytorch.torch_files import Deferred, open_tensors, write_pt, write_safetensors
@@ -249,6 +249,12 @@ def test_states_that_cannot_go_on(tmp_path, path, value, message):
     refused(tmp_path, "a.pt", message, training=True)
 
 
+def test_options_of_an_optimizer_may_be_arrays():
+    numbers = {"lr": np.array([1e-4]), "betas": [np.float64(0.9), np.array(0.5, np.float32)]}
+    found = optimizer_state._options(numbers | {"eps": np.float32(0), "weight_decay": 0})
+    assert list(found.values()) == [1e-4, 0.9, 0.5, 0, 0]
+
+
 def test_all_problems_of_a_state_are_listed(tmp_path):
     tree = training_checkpoint()
     change(tree, ("opt", "state", 0), None)
@@ -284,6 +290,7 @@ def test_what_is_there_is_not_overwritten(good):
     refused_out(good, "b.txt", "name a .pt, .pth or .safetensors file")
     refused_out(good, "b.safetensors", "name a .pt", training=True)
     refused_out(good, "no/b.pt", "there is no folder .*no, make it first")
+    refused_out(good, "a.pt", "a.pt exists", step=3)  # the place comes first
     refused_out(good, "b.pt", "--step=3: .* has steps 0", step=3)
     refused_out(good, "b.pt", "--weights=params: .* has only ema", weights="params")
     for out, message in [

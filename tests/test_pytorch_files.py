@@ -460,7 +460,8 @@ def test_prefixes_that_every_name_has():
     every = {"module._orig_mod.a": tensor, "module._orig_mod.b": tensor}
     assert list(select_weights(every).tensors) == ["a", "b"]
     inner = {"latent.0._checkpoint_wrapped_module.w": tensor, "_forward_module.latent.1.w": tensor}
-    assert list(select_weights(inner).tensors) == ["latent.0.w", "latent.1.w"]
+    inner |= {"latent.2._fsdp_wrapped_module._fpw_module.w": tensor, "latent.3._module.w": tensor}
+    assert list(select_weights(inner).tensors) == [f"latent.{i}.w" for i in range(4)]
     with pytest.raises(UsageError, match="has a twice"):
         select_weights({"module.a": tensor, "a": tensor + 1})
 
@@ -497,6 +498,17 @@ def test_sets_that_prefixes_name():
         select_weights(dotless)
 
 
+def test_averages_in_a_list():
+    assert select_weights({"model": A, "ema": [B]}) == ("ema.0", B)
+    several = {"model": A, "emas": {0.999: A, 0.9999: B}}
+    with pytest.raises(UsageError, match="several sets: 'emas.0', 'emas.1'; name one .* --weights"):
+        select_weights(several)
+    assert select_weights(several, "emas.1") == ("emas.1", B)
+    assert select_weights(several, "model") == ("model", A)
+    with pytest.raises(UsageError, match="not one of auto, ema, model, emas.0, emas.1"):
+        select_weights(several, "best")
+
+
 def test_choice_that_is_not_there(tmp_path):
     write_pt(tmp_path / "x.pt", {"model": A, "opt": {"state": {}}, "note": "hi"})
     with open_tensors(tmp_path / "x.pt") as file:
@@ -521,6 +533,9 @@ def test_choice_that_is_not_there(tmp_path):
             "averages .* not read .'ema'.; .* --weights=model",
         ),
         ({"model": A, "ema": {"shadow_params": [np.ones(1)]}}, "not read .'ema.shadow_params'"),
+        ({"model": A, "ema": {0: np.ones(1)}}, "not read .'ema'"),
+        ({"model": A, "ema_flat": np.ones(9)}, "not read .'ema_flat'"),
+        ({"model": A, "optimizer_states": [{"ema": (np.ones(1),)}]}, "'optimizer_states.0.ema'"),
         ({"generator": A, "discriminator": B}, "several sets: 'generator', 'discriminator'"),
         ({"ema": A, "model_ema": B}, "several sets: 'ema', 'model_ema'"),
     ],

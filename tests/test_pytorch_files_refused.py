@@ -924,6 +924,7 @@ def test_what_is_no_weights_is_inert(tmp_path):
         with open_tensors(zip_pt(tmp_path / "x.pt", data, (RAW,))) as file:
             assert select_weights(file).source == "model"
             assert isinstance(file.tree["args"].path, pickles.Inert)
+            assert file.tree["args"].lr == 1.0
 
 
 def test_namespaces_are_what_argparse_makes(tmp_path):

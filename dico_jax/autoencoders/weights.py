@@ -25,7 +25,7 @@ import numpy as np
 from dico_jax.autoencoders.kl import KLConfig, abstract_params
 from dico_jax.autoencoders.kl_detection import detect_config, read_options
 from dico_jax.errors import UsageError
-from dico_jax.files import Deferred, check_new, file_digest
+from dico_jax.files import Deferred, check_new, file_digest, result_path
 from dico_jax.pytorch.hub import file_beside, is_remote, local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, Entry, entries, known_names
 from dico_jax.pytorch.lazy_trees import ByteProgress, Health, deferred_tree
@@ -184,9 +184,7 @@ def convert_vae(
     was made of "source_name" and "source_sha256". Returns what was found and done, in two lines.
     """
     source, out = os.fspath(source), os.fspath(out)
-    if pathlib.PurePath(out).suffix != ".safetensors":
-        raise UsageError(f"--out={out}: name a .safetensors file")
-    check_new(out, 0)  # before a download
+    result_path(out, ".safetensors")  # before a download
     bar = ByteProgress()
     opened = open_kl(source, norm_num_groups=norm_num_groups, scaling_factor=scaling_factor)
     with naming("--input", source), opened as file:

@@ -116,9 +116,8 @@ class StepWriter:
             if (number := _system_error(error)) is None:
                 raise RuntimeError(f"{failed} ({error})") from error
             there = next(path for path in (self._folder, *self._folder.parents) if path.exists())
-            reason = (
-                f"{os.strerror(number)}; {shutil.disk_usage(there).free / 1e6:,.0f} MB free there"
-            )
+            free = shutil.disk_usage(there).free / 1e6
+            reason = f"{os.strerror(number)}; {free:,.0f} MB free there"
             fix = "make room" if number in _NO_ROOM else "mend that"
             steps = saved_steps(self._folder.parent)
             then = f"goes on from step {max(steps)}" if steps else "starts from the beginning"

@@ -91,12 +91,16 @@ class Evaluator:
 
     def about(self, samples: dict[str, Any]) -> dict[str, Any]:
         """What a result for these samples says of its origin."""
-        about = self.reference
-        reference = {"sha256": about.digest, "count": about.count, "info": about.info}
+        of = self.reference
         return {
             "metric_names": list(self.metrics),
             "samples": samples,
-            "reference": {"path": self.path, **reference},
+            "reference": {
+                "path": self.path,
+                "sha256": of.digest,
+                "count": of.count,
+                "info": of.info,
+            },
             "features": {"name": self.network.name, "sha256": self.network.digest},
         }
 

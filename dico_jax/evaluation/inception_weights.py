@@ -23,7 +23,7 @@ from dico_jax.autoencoders.weights import naming
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import inception
 from dico_jax.evaluation.networks import FeatureNetwork, Features, digest_of
-from dico_jax.files import check_new, file_digest, new_file
+from dico_jax.files import check_new, file_digest, new_file, result_path
 from dico_jax.pytorch.hub import local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, entries, known_names
 from dico_jax.pytorch.lazy_trees import ByteProgress, load_params
@@ -87,10 +87,8 @@ def load_inception(
 def convert_inception(source: str | os.PathLike, out: str | os.PathLike) -> str:
     """Writes the weights as a .safetensors, batch norm not folded; returns what was done."""
     source = os.fspath(source)
-    if pathlib.PurePath(out).suffix != ".safetensors":
-        raise UsageError(f"--out={out}: name a .safetensors file")
     count = sum(map(math.prod, state_shapes().values()))
-    check_new(out, 4 * count)
+    check_new(result_path(os.fspath(out), ".safetensors"), 4 * count)
     with naming("--input", source):
         flat, digest = _read(source)
         _folded(flat, np.float32)  # refuses weights that are not finite

@@ -17,7 +17,7 @@ import numpy as np
 from dico_jax.checkpoints.reader import FOLDER, SavedWeights
 from dico_jax.checkpoints.writer import StepWriter
 from dico_jax.errors import UsageError, within
-from dico_jax.files import Deferred, check_new, new_folder
+from dico_jax.files import Deferred, check_new, new_folder, result_path
 from dico_jax.models import abstract_params, create_model, model_options
 from dico_jax.models.dit import DiT, position_embedding
 from dico_jax.pytorch import lazy_trees, optimizer_state, run_config, torch_files
@@ -92,14 +92,9 @@ def from_pytorch(
         wanted = {"params": "model", "ema_params": "ema"} if training else {"ema_params": weights}
         sets = {item: select_weights(file, which) for item, which in wanted.items()}
         chosen, tensors = next(iter(sets.values()))
-        network = detect_network(
-            tensors,
-            model,
-            num_classes=num_classes,
-            likely_classes=arguments.get("num_classes"),
-            num_heads=num_heads,
-            likely_heads=arguments.get("num_heads"),
-        )
+        known: Any = {"num_classes": num_classes, "num_heads": num_heads}
+        known |= {f"likely_{what}": arguments.get(f"num_{what}") for what in ("classes", "heads")}
+        network = detect_network(tensors, model, **known)
         found = "the only weights" if chosen == "weights" else f"the weights {chosen!r}"
         step, options, trees = 0, None, {item: its.tensors for item, its in sets.items()}
         if training:
@@ -163,11 +158,8 @@ def to_pytorch(
     Returns what was done, in a line; after a UsageError nothing is left.
     """
     ckpt, out = os.fspath(ckpt), os.fspath(out)
-    suffix = pathlib.PurePath(out).suffix.lower()
-    if suffix not in (".pt", ".pth", ".safetensors"):
-        raise UsageError(f"--out={out}: name a .pt, .pth or .safetensors file")
-    if training and suffix == ".safetensors":
-        raise UsageError(f"--out={out}: a training checkpoint is more than tensors; name a .pt")
+    kinds = ".pt or .pth" if training else ".pt, .pth or .safetensors"  # the last: tensors alone
+    suffix = result_path(out, kinds).suffix.lower()
     saved, health, bar = SavedWeights(ckpt, step), Health(), ByteProgress()
     with about(f"--ckpt={ckpt}"), within("config."):
         options = {k: v for k, v in saved.config["model"].items() if v is not None}
@@ -254,8 +246,7 @@ def _training_checkpoint(
             raise ValueError("the run's learning rate changes: give rate_of")
         # PyTorch's options are those of now.
         options = options | {"learning_rate": rate_of(saved.config, step)}
-    opt = optimizer_state.write_adamw(
-        optimizer_state.AdamWState(step, exp_avg, exp_avg_sq, options), raw
-    )
+    adamw = optimizer_state.AdamWState(step, exp_avg, exp_avg_sq, options)
+    opt = optimizer_state.write_adamw(adamw, raw)
     arguments = run_config.written_arguments(saved)
     return {"model": raw, "ema": ema, "opt": opt, "args": arguments}

@@ -229,10 +229,8 @@ def check_tensors(tensors: Mapping[str, Any], wanted: list[Entry], key_map: KeyM
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], key_map: KeyMap) -> bool:
-    surplus = set(shape[len(wanted) :])
-    return shape == wanted or (
-        key_map.loose_ones and shape[: len(wanted)] == wanted and surplus == {1}
-    )
+    loose = key_map.loose_ones and shape[: len(wanted)] == wanted
+    return shape == wanted or (loose and set(shape[len(wanted) :]) == {1})
 
 
 def _closest(keys: list[str], others: list[str]) -> list[tuple[str, str]]:

@@ -81,29 +81,29 @@ def read_adamw(state_dict: object, declared: Iterable[str], wanted: list[Entry])
 
 def _step(value: object, key: str) -> int:
     """A step counter, which is a whole number in a float."""
-    if hasattr(value, "read"):
-        value = value.read()
-    number = np.asarray(value)
-    if number.dtype.kind not in "iuf" or number.size != 1:
-        raise UsageError(f"the optimizer's step of {key} is {shown(value, 40)}, not a number")
-    step = float(number.reshape(()))
+    step = _number(value)
     if not 0 <= step <= _MAX_STEP or step != int(step):
-        raise UsageError(f"the optimizer's step of {key} is {step}, not a number of steps")
+        what = shown(value, 40) if math.isnan(step) else step
+        raise UsageError(f"the optimizer's step of {key} is {what}, not a number of steps")
     return int(step)
+
+
+def _number(value: Any) -> float:
+    """A number, also in an array or tensor of one; NaN where it is something else."""
+    array = np.asarray(value.read() if hasattr(value, "read") else value)
+    return float(array.reshape(())) if array.dtype.kind in "iufV" and array.size == 1 else math.nan
 
 
 def _options(group: Mapping) -> dict[str, float]:
     for name in ("amsgrad", "maximize"):  # which change what a step computes
         if group.get(name):
-            raise UsageError(
-                f"the optimizer has {name}={shown(group[name])}, which Optax's AdamW lacks"
-            )
+            has = f"{name}={shown(group[name])}"
+            raise UsageError(f"the optimizer has {has}, which Optax's AdamW lacks")
     if group.get("decoupled_weight_decay", True) is False and group.get("weight_decay"):
         raise UsageError("the optimizer is Adam with weight decay in the gradient, not AdamW")
     try:
         b1, b2 = group["betas"]
-        values = (group["lr"], b1, b2, group["eps"], group["weight_decay"])
-        numbers = [float(np.asarray(v.read() if hasattr(v, "read") else v)) for v in values]
+        numbers = [*map(_number, (group["lr"], b1, b2, group["eps"], group["weight_decay"]))]
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the optimizer's options are not AdamW's ({error})") from error
     options = dict(zip(("learning_rate", "b1", "b2", "eps", "weight_decay"), numbers, strict=True))
@@ -135,20 +135,13 @@ def write_adamw(state: AdamWState, declared: Iterable[str]) -> dict[str, Any]:
         for number, key in enumerate(declared)
         if key in state.exp_avg
     }
-    group = {
-        "lr": state.options["learning_rate"],
-        "betas": (state.options["b1"], state.options["b2"]),
-        "eps": state.options["eps"],
-        "weight_decay": state.options["weight_decay"],
-        # What the conversion does not touch, as PyTorch's constructor sets it.
-        **dict.fromkeys(("amsgrad", "maximize"), False),
-        "foreach": None,
-        **dict.fromkeys(("capturable", "differentiable"), False),
-        "fused": None,
-        "decoupled_weight_decay": True,
-        "params": list(range(len(declared))),
-    }
-    return {"state": moments, "param_groups": [group]}
+    options, numbers = state.options, list(range(len(declared)))
+    group = {"lr": options["learning_rate"], "betas": (options["b1"], options["b2"])}
+    group |= {name: options[name] for name in ("eps", "weight_decay")}
+    # What the conversion does not touch, as PyTorch's constructor sets it.
+    group |= {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False}
+    group |= {"differentiable": False, "fused": None, "decoupled_weight_decay": True}
+    return {"state": moments, "param_groups": [group | {"params": numbers}]}
 
 
 def to_optax(abstract_state: Any, step: Any, exp_avg: Any, exp_avg_sq: Any) -> Any:

@@ -17,6 +17,7 @@ import dataclasses
 import io
 import pickle
 import pickletools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,7 @@ _MAX_VALUES = 500_000  # likewise
 _MAX_TOTAL_FACTOR = 10  # bytes of all tensors over the file's size
 _MAX_TOTAL_FREE = 64 << 20  # bytes
 _MAX_NUMBER_KEYS = 10_000  # of dicts; numbers can be chosen so that all take the same place
+_MAX_NUMBER = 8  # bytes
 _OPCODES = (
     "PROTO MARK POP POP_MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
     "SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINSTRING BINSTRING SHORT_BINBYTES BINBYTES "
@@ -96,10 +98,10 @@ def load(stream: PickleBytes, where: str, size: int, storage: Callable[[Any], St
     gives the storage of a persistent id.
 
     The value is a tree of dict, OrderedDict, list, tuple, argparse.Namespace, str, bytes, int,
-    float, bool, None, np.dtype (for a torch dtype) and Deferred (for a tensor or parameter), with
-    `Inert` for all else. torch.Size becomes a tuple, a set a list;
-    attributes of tensors are dropped. UsageError: it is malformed, contains itself, or
-    would be far larger than any checkpoint.
+    float, bool, None, np.dtype (also for a torch dtype) and Deferred (for a tensor or parameter),
+    with `Inert` for all else. torch.Size becomes a tuple, a set a list, a NumPy scalar a number;
+    attributes of tensors are dropped. UsageError: it is malformed, contains itself, or would be far
+    larger than any checkpoint.
     """
     with refusing(where, "is refused"):
         tree = _Unpickler(stream, storage).load()
@@ -151,7 +153,8 @@ class _Unpickler(_MACHINE):
         """Calls a known function."""
         arguments, function = self.stack.pop(), self.stack[-1]
         if type(function) is Inert:
-            self.stack[-1] = Inert(function.name)
+            made = _NUMBERS.get(function.name, lambda *_: None)(*arguments[:2])
+            self.stack[-1] = Inert(function.name) if made is None else made
         else:
             self.stack[-1] = function(*arguments[:10])  # a large tuple may be given many times
 
@@ -215,10 +218,8 @@ def _tensor_v2(storage: Any, *rest: Any) -> Deferred | Inert:
     return _tensor(storage, getattr(storage, "dtype", None), *rest)
 
 
-def _tensor_v3(
-    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
-) -> Deferred | Inert:
-    return _tensor(storage, dtype, offset, size, stride, grad, hooks, *rest)
+def _tensor_v3(storage: Any, *rest: Any) -> Deferred | Inert:
+    return _tensor(storage, rest[5], *rest[:5], *rest[6:])
 
 
 def _tensor(
@@ -245,6 +246,26 @@ def _of_type(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
     return rebuild(*arguments) if known else Inert(getattr(rebuild, "name", "a tensor"))
 
 
+def _encoded(text: Any = None, *_: Any) -> bytes | None:
+    """Bytes, as protocol 2 has them; few are all that a number needs."""
+    short = type(text) is str and len(text) <= _MAX_NUMBER
+    return text.encode("latin-1", "replace") if short else None
+
+
+def _numpy_dtype(code: Any = None, *_: Any) -> np.dtype | None:
+    known = type(code) is str and re.fullmatch("[fiu][248]|[iub]1", code)
+    return np.dtype(code) if known else None
+
+
+def _numpy_scalar(dtype: Any = None, data: Any = None) -> Any:
+    """The number of NumPy's that a file holds, as Python's."""
+    right = isinstance(dtype, np.dtype) and type(data) is bytes and len(data) == dtype.itemsize
+    return np.frombuffer(data, dtype)[0].item() if right else None
+
+
+# What makes numbers of NumPy, by its name; None for others, which stay inert.
+_NUMBERS: dict[str, Callable] = {"_codecs.encode": _encoded, "numpy.dtype": _numpy_dtype}
+_NUMBERS |= {f"numpy.{core}.multiarray.scalar": _numpy_scalar for core in ("core", "_core")}
 _KNOWN: dict[tuple[str, str], Any] = {
     # Without arguments, and not the classes, whose state could be set.
     ("collections", "OrderedDict"): lambda: collections.OrderedDict(),

@@ -31,10 +31,8 @@ def read_arguments(tree: object, more: Mapping[str, str] = {}) -> dict[str, Any]
     UsageError where they say that the network was not trained to predict noise.
     """
     there = [tree.get(key) for key in _ARGUMENT_KEYS] if isinstance(tree, dict) else []
-    there += [
-        getattr(tree, OWN, None),
-        {k: int(v[:9]) if v.isdecimal() else v for k, v in more.items()},
-    ]
+    texts = {k: int(v[:9]) if v.isdecimal() else v for k, v in more.items()}
+    there += [getattr(tree, OWN, None), texts]
     found = (_json(values, iter(range(_MAX_ARGUMENTS))) for values in there)
     arguments = next((values for values in found if isinstance(values, dict)), {})
     for key, value in _flat(arguments):
@@ -135,11 +133,9 @@ def converted_config(
         side = math.isqrt(network.tokens)
         data["image_size"] = side * network.model.size_divisor * downsampling
     data["image_size"] = image_size or said.get("image_size", data["image_size"])
-    step_size = downsampling * network.model.size_divisor
+    step_size = downsampling * (divisor := network.model.size_divisor)
     if data["image_size"] % step_size:
-        what = (
-            f"latents are {downsampling} times smaller, and divide by {network.model.size_divisor}"
-        )
+        what = f"latents are {downsampling} times smaller, and divide by {divisor}"
         fix = f"must be a multiple of {step_size} ({what}): give another --image_size"
         raise UsageError("config.data.image_size", data["image_size"], fix)
     return config

@@ -25,14 +25,12 @@ __all__ = ["Deferred", "TensorFile", "Weights", "open_tensors", "select_weights"
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _DENOISERS = f"{KEY_MAPS['DiCo'].root}|{KEY_MAPS['DiT'].root}"
-# Parts of names that wrappers add anywhere: DistributedDataParallel, torch.compile, FSDP,
-# activation checkpointing, DeepSpeed.
-_WRAPPERS = re.compile(
-    r"(?<![^.])(module|_orig_mod|_(fsdp|checkpoint)_wrapped_module|_forward_module)\."
-)
-_NEUTRAL = ("state_dict", "module")  # containers whose names say nothing
+# Parts of names that wrappers add anywhere: "module" (DistributedDataParallel), "_orig_mod"
+# (torch.compile), "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module" ...
+_WRAPPERS = re.compile(r"(?<![^.])(module|_\w*mod(ule)?)\.")
+_NEUTRAL = ["state_dict", "module"]  # containers whose names say nothing
 _AVERAGED = re.compile(
-    r"(?<![A-Za-z])(ema|EMA|Ema|swa)(?![a-z])|(?<=[a-z])(EMA|Ema)|(?i:shadow|averag|polyak|teacher)"
+    r"(?<![A-Za-z])(ema|EMA|Ema|swa)s?(?![a-z])|(?<=[a-z])(EMA|Ema)|(?i:shadow|averag|polyak|teacher)"
 )
 # Where no weights are looked for: states of optimizers and the like, and arguments.
 _OTHERS = re.compile(r"opt|lr_|sched|(grad_)?scaler|arg|cfg|conf|hparam|hyper|rng|random", re.I)
@@ -123,35 +121,38 @@ class Weights(NamedTuple):
 def select_weights(tree: object, weights: str = "auto", root: str = _DENOISERS) -> Weights:
     """The weights in a state dict or in a training checkpoint.
 
-    A checkpoint is dicts in dicts, of any names, and sets of tensors by name. Wrappers' parts of
-    names are taken out; what is before `root` names the set: "net_ema.x" is x of net_ema. It is
-    averaged where a name on the way to it says so. What is no tensor is passed over.
+    A checkpoint is dicts and lists of dicts, of any names, and sets of tensors by name. Wrappers'
+    parts of names are taken out; what is before `root` names the set: "net_ema.x" is x of net_ema,
+    "ema.1" the second of a list. It is averaged where a name on the way to it says so. What is no
+    tensor is passed over.
 
     Args:
       tree: a TensorFile, its tree, or a tree of arrays.
-      weights: "ema", "model", or "auto": the averaged weights where there are some. A plain state
-        dict answers to "auto" and "model".
+      weights: "ema", "model", or "auto": the averaged weights where there are some; or the name of
+        a set. A plain state dict answers to "auto" and "model".
       root: of the network's `KeyMap`; where no name has it, all names count.
 
     Raises:
       UsageError: there is no such set, more than one, or averages that cannot be read.
     """
     where = tree.path if isinstance(tree, TensorFile) else "the checkpoint"
-    if weights not in ("auto", "ema", "model"):
-        raise UsageError(f"weights={weights!r} is not one of auto, ema, model")
     found = tree.tree if isinstance(tree, TensorFile) else tree
     if not isinstance(found, Mapping):
         what = f"holds {type(found).__name__}{_told(found)}, not weights by name"
         raise UsageError(f"{where} {what}; {_STATE_DICT}")
     sets, unread = _sets(found, re.compile(rf"(?:^|\.)({root})"), where)
     averaged = [path for path in sets if _AVERAGED.search(path)]
-    if weights != "model" and not averaged and unread:
+    known = ["auto", "ema", "model", *(name for name in sets if name not in ("ema", "model"))]
+    if weights not in known:
+        raise UsageError(f"weights={weights!r} is not one of {', '.join(known[:20])}")
+    if weights in ("auto", "ema") and not averaged and unread:
         fix = "save them by name, or give --weights=model for the others"
         raise UsageError(f"{where} has averages that are not read ({', '.join(unread[:5])}); {fix}")
     raw = [path for path in sets if path not in averaged]
-    chosen = {"auto": averaged or raw, "ema": averaged, "model": raw}[weights]
+    chosen = {"auto": averaged or raw, "ema": averaged, "model": raw}.get(weights, [])
+    chosen = [weights] if weights in sets else chosen
     if len(chosen) > 1:
-        fix = "save the one that is wanted by itself"
+        fix = "name one of them by --weights" if root == _DENOISERS else "save the one by itself"
         raise UsageError(f"{where} has several sets: {', '.join(map(shown, chosen[:20]))}; {fix}")
     if not chosen:
         what = f"no {weights} weights" if sets else "no tensors by name"
@@ -160,7 +161,7 @@ def select_weights(tree: object, weights: str = "auto", root: str = _DENOISERS) 
     for key, value in sets[chosen[0]].items():
         if isinstance(value, Inert):
             raise UsageError(f"{where}: {key} is not weights{_told(value)}; {_STATE_DICT}")
-    return Weights(chosen[0] or "weights", sets[chosen[0]])
+    return Weights("weights" if chosen == _NEUTRAL[:1] else chosen[0], sets[chosen[0]])
 
 
 def _told(value: object) -> str:
@@ -170,7 +171,7 @@ def _told(value: object) -> str:
 def _sets(
     tree: Mapping, root: re.Pattern, where: str
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The sets of weights by name, that of an only one is "", and names of averages not read."""
+    """The sets of weights by name, "state_dict" where it has none; names of averages not read."""
     sets: dict[str, dict[str, Any]] = {}
     others: dict[str, dict[str, Any]] = {}  # tensors whose names do not have the root
     unread = []
@@ -191,25 +192,37 @@ def _sets(
         found = (sets if at else others).setdefault(path, {})
         if found.setdefault(name[start:], value) is not value:
             raise UsageError(f"{where} has {name} twice")
-    # Some averages are kept under names without dots.
+    # Some averages are kept under names without dots, or as one tensor.
     sample = next((name.replace(".", "") for found in sets.values() for name in found), None)
     for path, found in others.items():
+        large = [f"{path}.{k}" for k, v in found.items() if "." not in k and v.nbytes > 8]
+        unread += [shown(k.lstrip(".")) for k in large if sets and _AVERAGED.search(k)]
         unread += [shown(key) for key in found if sample and key.replace(".", "").endswith(sample)]
         if path in sets:  # told of later, as unexpected; but not a count beside the weights
             sets[path] |= {k: v for k, v in found.items() if not is_tensor(v) or v.nbytes > 8}
     return {
-        path: found
+        path or _NEUTRAL[0]: found
         for path, found in (sets or others).items()
         if not ("online" in path and _AVERAGED.search(path))
     }, unread
 
 
-def _leaves(tree: Mapping, path: tuple[str, ...]) -> Iterator[tuple[str, str, Any]]:
-    """All that has a name and may be, or hold, weights: where it is, its name, itself."""
+def _leaves(
+    tree: Mapping, path: tuple[str, ...], aside: bool = False
+) -> Iterator[tuple[str, str, Any]]:
+    """All that has a name and may be, or hold, weights: where it is, its name, itself.
+
+    What lies `aside`, with an optimizer or arguments, is of interest only in lists, as averages.
+    """
     for key, value in tree.items():
         if type(key) is not str or getattr(value, "shape", None) == ():
             continue
-        if not isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value and str not in map(type, value):
+            value = list(value.values())  # by number
+        if isinstance(value, list | tuple) and any(isinstance(part, Mapping) for part in value):
+            value = {str(i): part for i, part in enumerate(value)}
+        if isinstance(value, Mapping):
+            inner = path if key in _NEUTRAL else (*path, key)
+            yield from _leaves(value, inner, aside or bool(_OTHERS.match(key)))
+        elif not aside or (isinstance(value, list | tuple) and any(map(is_tensor, value))):
             yield ".".join(path), key, value
-        elif not _OTHERS.match(key):
-            yield from _leaves(value, path if key in _NEUTRAL else (*path, key))

@@ -296,9 +296,8 @@ class _Pickler(_MACHINE):
         self.save_name("torch._utils", f"_rebuild_tensor_v{2 if old else 3}")
         self.write(pickle.MARK + pickle.MARK)
         self.save("storage")
-        self.save_name(
-            *(("torch", _STORAGE_OF[name]) if old else ("torch.storage", "UntypedStorage"))
-        )
+        storage = ("torch", _STORAGE_OF[name]) if old else ("torch.storage", "UntypedStorage")
+        self.save_name(*storage)
         count = size if old else size * np.dtype(value.dtype).itemsize
         for part in (str(len(self.tensors)), "cpu", count):
             self.save(part)
