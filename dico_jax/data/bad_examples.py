@@ -23,10 +23,10 @@ def too_many_bad(
     return UsageError(field, fraction, f"{what}: mend or remove them, or allow more")
 
 
-def check_bad(bad: Mapping[str, str], num_examples: int, *limit) -> None:
-    """Raises `too_many_bad` where there are; `limit` is the rest of its arguments."""
-    if len(bad) > limit[0] * num_examples:
-        raise too_many_bad(bad, num_examples, *limit)
+def check_bad(bad: Mapping[str, str], num_examples: int, fraction: float, *field: str) -> None:
+    """Raises `too_many_bad` where there are."""
+    if len(bad) > fraction * num_examples:
+        raise too_many_bad(dict(bad), num_examples, fraction, *field)
 
 
 class BadExampleLog:

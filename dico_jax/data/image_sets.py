@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from dico_jax.data.bad_examples import too_many_bad
+from dico_jax.data.bad_examples import check_bad
 from dico_jax.data.class_files import FolderSource
 from dico_jax.data.pictures import BadExample, load_whole_picture
 from dico_jax.data.pipeline import Reader, read_ahead
@@ -81,9 +81,8 @@ class SourceImages(ImageSet):
                 good.append(picture)
             except BadExample as error:
                 self.bad[self._source.example_id(index)] = str(error)
-        if len(self.bad) > self._fraction * len(self):
-            field = f"{self.name}: data.max_bad_fraction"
-            raise too_many_bad(dict(self.bad), len(self), self._fraction, field)
+        field = f"{self.name}: data.max_bad_fraction"
+        check_bad(self.bad, len(self), self._fraction, field)
         return good
 
 

@@ -249,9 +249,8 @@ def _encoded(
 
     def encode_both(params, pictures):
         x = to_model_range(pictures)
-        orientations = [x, x[:, :, ::-1]][: plan.shape[0]]
-        stacked = jnp.stack([encode(params, x) for x in orientations], axis=1)
-        return stacked.astype(DTYPES[plan.dtype])
+        both = [encode(params, way) for way in [x, x[:, :, ::-1]][: plan.shape[0]]]
+        return jnp.stack(both, axis=1).astype(DTYPES[plan.dtype])
 
     jitted = jax.jit(encode_both, in_shardings=(replicated(mesh), split), out_shardings=split)
     params = jax.device_put(autoencoder.params, replicated(mesh))

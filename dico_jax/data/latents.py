@@ -108,7 +108,7 @@ def read_json(file: epath.Path, kind: type) -> Any:
         return Manifest(_from_json(Plan, values["plan"]), shards)
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{file} does not describe latents of format {FORMAT!r}") from error
 
 
@@ -193,8 +193,7 @@ class PreparedLatents:
         return len(self._records)
 
     def _record(self, index) -> dict[str, Any]:
-        data = self._records[index]
-        return msgpack.unpackb(data, ext_hook=_unpack_array, strict_map_key=False)
+        return msgpack.unpackb(self._records[index], ext_hook=_unpack_array, strict_map_key=False)
 
     def __getitem__(self, index):
         record, plan = self._record(index), self.manifest.plan

@@ -240,8 +240,7 @@ def sample_loop(
     indices = jnp.arange(objective.num_steps, dtype=jnp.int32)
     carry, trajectory = jax.lax.scan(body, solver.init(path, *as_float(x_T)), indices, reverse=True)
     samples = solver.end(path, carry)
-    first_step_first = jax.tree.map(lambda a: a[::-1], trajectory)
-    return (samples, first_step_first) if return_trajectory else samples
+    return (samples, jax.tree.map(lambda a: a[::-1], trajectory)) if return_trajectory else samples
 
 
 def find_solver(name: str, field: str = "sampler") -> type[Solver]:

@@ -131,8 +131,7 @@ def _stack(*leaves):
 
 
 def _unstacked(leaf):
-    place = _with_axes(leaf.sharding, lambda axes: axes[1:])
-    return jax.jit(jnp.unstack, out_shardings=place)(leaf)
+    return jax.jit(jnp.unstack, out_shardings=_with_axes(leaf.sharding, lambda a: a[1:]))(leaf)
 
 
 def _of_stack(place):

@@ -142,10 +142,9 @@ class DiT(ClassConditional):
         proj = functools.partial(PatchConv, d, p, dtype)
         x = layers.Named("proj", proj, name="x_embedder")(x)  # (N, T, D)
         # The reference stores the table in float32, whatever it computes in.
-        table = position_embedding(rows, columns, d).astype(np.float32)
-        x = x + jnp.asarray(table, x.dtype)
-        options = self.num_heads, self.mlp_ratio, dtype, self.attention
-        block = functools.partial(DiTBlock, d, *options)
+        x += jnp.asarray(position_embedding(rows, columns, d).astype(np.float32), x.dtype)
+        options = d, self.num_heads, self.mlp_ratio, dtype, self.attention
+        block = functools.partial(DiTBlock, *options)
         x = Stage(self.depth, block, dtype, self.scan_blocks, self.remat, name="blocks")(x, c)
         linear = functools.partial(Dense, p * p * self.out_channels, dtype)
         x = layers.FinalLayer("linear", linear, dtype, name="final_layer")(x, c)

@@ -136,8 +136,8 @@ class CheckpointSampler:
 
     def _given(self, conditions: Any) -> tuple[generation.GenerateFn, Any, Any, int, int]:
         told = self.experiment.model.as_condition(conditions)
-        size = self._config.sampling.batch_size
-        return self._generate, self._params, told, size, self._mesh.size
+        at_a_time = self._config.sampling.batch_size, self._mesh.size
+        return self._generate, self._params, told, *at_a_time
 
     def save(self, out: str, *, num_images: int, classes: str = "all", npz: str | None = None):
         """Writes OUT/000000.png and on, grid.png and sampling.json (how they were made).
