@@ -20,8 +20,7 @@ def main() -> None:
         print("use: dico-jax COMMAND --help")
         print(*(f"  {command:10} {text}" for command, text in COMMANDS.items()), sep="\n")
     elif name not in COMMANDS:
-        text = f"error: {name!r} is no command: use one of {', '.join(COMMANDS)}"
-        print(text, file=sys.stderr)
+        print(f"error: {name!r} is no command: use one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     else:
         del sys.argv[1]

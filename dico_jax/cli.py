@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import functools
 import os
 import pathlib
 import re
@@ -21,6 +22,8 @@ from dico_jax.errors import TrainingStopped, UsageError, one_line
 _CONFIGS = pathlib.Path(__file__).parent / "configs"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)  # no one's mistake
 _FIELDS: dict[str, str] = {}  # that flags are, by the name of the flag
+# What no name of a class, file or tensor does to a terminal; bars go up by lines.
+_ESCAPES = re.compile(r"\x1b(?!\[A)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 _UNSET: list[str] = []  # fields that the command line sets to None
 _MEANT = {"checkpoint": "ckpt", "output": "out workdir", "num_samples": "num_images"}
 
@@ -32,6 +35,7 @@ def run(main: Callable[..., None], actions: Actions = MappingProxyType({})) -> N
     """Runs `main()`; exits 0, 2 for wrong usage, 1 where training stopped itself, 130 at Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):  # names are printed whatever the locale can show
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")
+        stream.write = functools.partial(_write, stream.write)  # type: ignore[method-assign]
     given = [arg for arg in sys.argv[1:] if arg in actions]
     given += [arg for arg in sys.argv[1:2] if actions and arg[:1] != "-"]
     for action in given[:1]:
@@ -44,6 +48,18 @@ def run(main: Callable[..., None], actions: Actions = MappingProxyType({})) -> N
         app.run(lambda _: _main(main, actions, given), flags_parser=_parse_flags)
     except SystemExit as ended:  # threads of compilers and readers crash or hang where Python ends
         _leave(ended.code) if ended.code in (1, 2, 130) else sys.exit(ended.code)
+
+
+def _write(write: Callable[[str], int], text: str) -> int:
+    return write(_ESCAPES.sub(lambda match: ascii(match[0])[1:-1], text))
+
+
+def read_flagfiles() -> None:
+    """Puts what files of --flagfile hold in their place: ml_collections reads it on import."""
+    try:
+        sys.argv[1:] = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+    except (flags.Error, ValueError) as error:
+        _fail(error)
 
 
 def _watch_signals(pipe: int) -> None:
@@ -95,17 +111,15 @@ def _too_large(text: str) -> str:
     asked = re.search(r"(?:llocat\w*|Used) ([\d.]+ ?\w+)", text)
     there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     there = there or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    less: dict[str, Any] = {"a smaller --batch_size": True}
+    by: dict[str, Any] = {"a smaller --batch_size": True}
     if "config" in flags.FLAGS and (config := flags.FLAGS["config"].value):
-        less = {
-            "a smaller --config.data.batch_size or more --config.training.accumulation_steps": 1
-        }
-        less |= {"--config.model.remat=blocks": config.model.remat != "blocks"}
-        less |= {"--config.mesh.fsdp": jax.device_count() > config.mesh.fsdp}
-        less |= {"--config.model.dtype=bfloat16": config.model.dtype != "bfloat16"}
-        less |= {"--config.autoencoder.tile_size": config.autoencoder.name != "identity"}
+        by = {"a smaller --config.data.batch_size or more --config.training.accumulation_steps": 1}
+        by |= {"--config.model.remat=blocks": config.model.remat != "blocks"}
+        by |= {"--config.mesh.fsdp": jax.device_count() > config.mesh.fsdp}
+        by |= {"--config.model.dtype=bfloat16": config.model.dtype != "bfloat16"}
+        by |= {"--config.autoencoder.tile_size": config.autoencoder.name != "identity"}
     said = f"out of memory: {asked[1] if asked else 'more'} was asked for, {there / 1e9:,.1f} GB"
-    return f"{said} are there: try {' or '.join(way for way, helps in less.items() if helps)}"
+    return f"{said} are there: try {' or '.join(way for way, helps in by.items() if helps)}"
 
 
 def _fail(message, status: int = 2) -> NoReturn:
@@ -257,11 +271,10 @@ def define_cpu_tuning() -> Callable[..., None]:
 
 def _check_action(given: list[str], actions: Actions) -> str:
     """The action, if it is there and has the flags that it needs, and no other's."""
-    if not given or given[0] not in actions:
+    if not given or (action := given[0]) not in actions:
         said = f"{given[0]!r} is unknown" if given else "what to do is missing"
         command = pathlib.Path(sys.argv[0]).stem
         raise UsageError(f"{said}: use {' or '.join(f'{command} {name}' for name in actions)}")
-    action = given[0]
     needed, optional = (names.split() for names in actions[action])
     for name in needed:
         if not flags.FLAGS[name].value:

@@ -60,7 +60,7 @@ def main() -> None:
     _JOIN()
     from dico_jax.evaluation import measure
 
-    metrics = None if _METRICS.value is None else tuple(_METRICS.value)
+    metrics = tuple(_METRICS.value) if _METRICS.value else None
     how: Any = _FEATURES.value, _INCEPTION.value, metrics, _BATCH_SIZE.value, _MAX_BAD.value
     options = measure.Options(*how)
     how = str(_REFERENCE.value), options, _OUT.value

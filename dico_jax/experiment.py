@@ -63,8 +63,8 @@ def experiment_from_config(config: ConfigDict) -> Experiment:
             fix += f" network's input must divide by {model.size_divisor}): use "
             fix += f"{f'{below} or ' * (below > 0)}{below + step}"
             raise UsageError("data.image_size", image_size, fix)
-    side = image_size // shrinks
-    return Experiment(model, diffusion, autoencoder, (side, side, model.in_channels))
+    shape = image_size // shrinks, image_size // shrinks, model.in_channels
+    return Experiment(model, diffusion, autoencoder, shape)
 
 
 def sampling_from_config(config: ConfigDict) -> tuple[Objective, SamplingOptions]:
@@ -168,6 +168,6 @@ def _check_latents(config: ConfigDict, experiment: Experiment, source) -> None:
         values, name = [source[i]["image"] for i in some], config.autoencoder.name
         low, high = np.min(values), np.max(values)
         most, taken = (1.001, "pixels in [-1, 1]") if name == "identity" else (30, "scaled latents")
-        if not -most <= low <= high <= most:
+        if not -most <= low <= high <= most or 0 <= low < high:  # as of floats in [0, 1]
             fix = f"takes uint8 or {taken}, but {source!r} has {low:.4g} to {high:.4g}"
             raise UsageError("autoencoder.name", name, fix)

@@ -6,6 +6,7 @@ from ml_collections import config_flags
 from dico_jax import cli
 from dico_jax.configs.default import CAREFUL_FIELDS
 
+cli.read_flagfiles()
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, see configs/; --config.a.b=value changes a field.",
 )  # fmt: skip

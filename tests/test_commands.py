@@ -147,6 +147,8 @@ def test_sample_writes_images_a_grid_and_an_npz(workdir, tmp_path):
         (["--workdir=gs://b/x"], ["--workdir=gs://b/x", "only a disk works here"]),
         (["--workdir="], ["--workdir= is empty"]),
         (["--wrkdir=x"], ["wrkdir", "workdir"]),
+        (["--flagfile=/no/such"], ["/no/such", "No such file"]),
+        (["--flagfile=tests"], ["tests", "directory"]),
         (["extra"], ["extra", "--name=value"]),
     ],
 )
@@ -298,3 +300,9 @@ def test_commands_run_from_anywhere(tmp_path):
     done = call("dico_jax.main", *args, cwd=tmp_path, fresh=True)
     assert_refused(done, "config.seed")
     assert "No module named" not in done.stderr
+
+
+def test_no_name_changes_a_terminal(tmp_path):
+    code = "from dico_jax import cli; cli.run(lambda: print('a\\x1b[31m\\x07\\x9b b\\rc'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.stdout == rb"a\x1b[31m\x07\x9b b" + b"\rc\n", done.stderr

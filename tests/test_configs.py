@@ -235,8 +235,9 @@ def test_float_examples_in_another_range_are_refused(tmp_path):
         ("identity", 255, r"takes uint8 or pixels in \[-1, 1\], but .* has 0 to 255"),
         ("latent_preview", 255, "takes uint8 or scaled latents, but .* has 0 to 255"),
         ("identity", math.nan, "has nan to nan"),
-        ("identity", 1, None),
-        ("latent_preview", 5, None),
+        ("identity", 1, r"takes uint8 or pixels in \[-1, 1\], but .* has 0 to 1"),
+        ("identity", -1, None),
+        ("latent_preview", -5, None),
     ):
         config.autoencoder.name = name
         config.data.image_size = 32 if name != "identity" else 8

@@ -570,12 +570,16 @@ def test_array_records_of_old_names_with_class_names_and_ids(tmp_path):
     other = {"image/encoded": b"i", "image/class/label": 2}
     write_records(tmp_path / "a.array_record", [make_example(**f) for f in (features, other)])
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(UsageError, match="has a label 2: count from 0, or name all classes"):
+        open_source("array_record", path=str(tmp_path))  # whose first label may be 1
+    other["image/class/label"] = 7
+    write_records(tmp_path / "a.array_record", [make_example(**f) for f in (features, other)])
     source = open_source("array_record", path=str(tmp_path))
     assert source.class_names == ["cat", "dog"]
     assert source[0] == {"image": b"i", "label": 1}
     assert source.example_id(0) == "n01/1.JPEG"
     assert source.example_id(1) == "a.array_record/1"
-    with pytest.raises(BadExample, match="its label is 2, but there are 2 classes"):
+    with pytest.raises(BadExample, match="its label is 7, but there are 2 classes"):
         source[1]
     (tmp_path / "classes.txt").write_text("cat\n\ndog\n")
     with pytest.raises(UsageError, match=r"classes.txt has empty lines"):
@@ -979,7 +983,10 @@ def test_labels_of_a_dataset_json_are_read(tmp_path, name):
     assert not source.skipped
 
 
-@pytest.mark.parametrize("labels", [[0, 1, -1], [0, 2**32, 1], [0, 1, 0.5], [[1, 0], [0, 1]], []])
+@pytest.mark.parametrize(
+    "labels",
+    [[0, 1, -1], [1, 2, 3], [0, 2**32, 1], [0, 1, 0.5], [[1, 0], [0, 1]], [True], [None], []],
+)
 def test_other_labels_of_a_dataset_json_are_refused(tmp_path, labels):
     with pytest.raises(UsageError, match=r"its dataset.json does not give all pictures whole num"):
         write_files(tmp_path / "edm", edm_files(labels))
@@ -1024,6 +1031,24 @@ def test_a_number_in_labels_allocates_nothing(tmp_path):
         np.save(tmp_path / "labels.npy", labels)
         with pytest.raises(UsageError, match=said):
             open_source("arrays", path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"), [([1, 2, 3], "are 1 to 3: count from 0"), ([0, 2**40], "are 0 to 1099")]
+)
+def test_labels_of_records_are_checked(tmp_path, labels, said):
+    examples = [make_example(image=b"i", label=label) for label in labels]
+    write_records(tmp_path / "a.array_record", examples)
+    with pytest.raises(UsageError, match=said):
+        open_source("array_record", path=str(tmp_path))
+
+
+def test_links_that_lead_in_circles_end(tmp_path):
+    write_folder(tmp_path / "x", {"cat/1.png": b"1", "dog/2.png": b"2"})
+    for name in ("cat", "dog"):
+        (tmp_path / "x" / name / "loop").symlink_to(tmp_path / "x")
+    with pytest.raises(UsageError, match="lie deeper than CLASS/FILE .cat/loop/"):
+        open_source("folder", path=str(tmp_path / "x"))
 
 
 def test_names_of_classes_are_of_bounded_length(tmp_path):

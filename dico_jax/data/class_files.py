@@ -86,11 +86,11 @@ class FolderSource(ClassFiles):
         return paths.read_file(os.path.join(self.path, name))
 
 
-def _list_below(folder: str) -> tuple[list[str], list[str]]:
-    """Names of all files in a folder and deeper, and of what else is in it."""
+def _list_below(folder: str, depth: int = 3) -> tuple[list[str], list[str]]:
+    """Names of all files in a folder and deeper, though not for ever, and of what else is in it."""
     folders, files, others = paths.list_folder(folder)
-    for name in folders:
-        files += [f"{name}/{file}" for file in _list_below(os.path.join(folder, name))[0]]
+    for name in folders if depth else ():  # links may lead in circles
+        files += [f"{name}/{f}" for f in _list_below(os.path.join(folder, name), depth - 1)[0]]
     return files, others
 
 
@@ -241,12 +241,13 @@ def _labelled(path: str, names: list[str], text: bytes) -> tuple[dict, dict[str,
         pairs = json.loads(text)["labels"]
         label_of = dict.fromkeys(names, 0) if pairs is None else dict(pairs)
         labels = [label_of[name] for name in names]
-        if {*map(type, labels)} != {int} or min(labels) < 0 or max(labels) >= paths.MAX_CLASSES:
-            raise ValueError("there are no labels, or others")
+        low, high = min(labels), max(labels)
+        if {*map(type, labels)} != {int} or low < 0 or low == 1 or high >= paths.MAX_CLASSES:
+            raise ValueError(f"they are {low} to {high}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         what = f"its {_LABELS} does not give all pictures whole numbers from 0 on as labels"
         raise paths.wrong_path(path, f"{what} ({type(error).__name__}: {error})") from error
-    files: dict[str, list[str]] = {str(label): [] for label in range(max(labels) + 1)}
+    files: dict[str, list[str]] = {str(label): [] for label in range(high + 1)}
     for name, label in zip(names, labels, strict=True):
         files[str(label)].append(name)
     return files, {}

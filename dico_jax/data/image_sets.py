@@ -62,7 +62,6 @@ class SourceImages(ImageSet):
         self.shape = next(first, (1, 1, 3))  # there is one, unless all may be bad
 
     def batches(self, size, start=0, stop=None):
-        """See `ImageSet`."""
         indices = self._indices[start:stop]
         parts = [indices[first : first + size] for first in range(0, len(indices), size)]
         for batch in read_ahead(grain.MapDataset.source(parts).map(self._load), num_workers=0):
@@ -81,8 +80,7 @@ class SourceImages(ImageSet):
                 good.append(picture)
             except BadExample as error:
                 self.bad[self._source.example_id(index)] = str(error)
-        field = f"{self.name}: data.max_bad_fraction"
-        check_bad(self.bad, len(self), self._fraction, field)
+        check_bad(self.bad, len(self), self._fraction, f"{self.name}: data.max_bad_fraction")
         return good
 
 

@@ -106,10 +106,8 @@ def read_json(file: epath.Path, kind: type) -> Any:
             return _from_json(kind, values)
         shards = [_from_json(Shard, shard) for shard in values["shards"]]
         return Manifest(_from_json(Plan, values["plan"]), shards)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} cannot be read: {error}") from error
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{file} does not describe latents of format {FORMAT!r}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{file} does not describe latents of {FORMAT!r}: {error}") from error
 
 
 def finished_shards(folder: epath.Path, plan: Plan, which: Iterable[int]) -> dict[int, Shard]:

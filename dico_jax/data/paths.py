@@ -15,7 +15,7 @@ from dico_jax.errors import UsageError, one_line
 MAX_FILE_BYTES = 1 << 30
 MAX_CLASSES = 100_000
 
-_LEFT_BEHIND = {"Thumbs.db", "desktop.ini", "__MACOSX"}
+_LEFT_BEHIND = {"thumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir"}
 
 
 def is_remote(path: str) -> bool:
@@ -42,7 +42,7 @@ def required_path(path: str | None, what: str, *, local: str = "") -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a name is one that file managers and archivers leave behind, or starts with a dot."""
-    return name in _LEFT_BEHIND or (name[:1] == "." and name not in (".", ".."))
+    return name.lower() in _LEFT_BEHIND or (name[:1] == "." and name not in (".", ".."))
 
 
 def picture_names(names: Iterable[str]) -> list[str]:
@@ -101,5 +101,5 @@ def path_errors(path: str) -> Iterator[None]:
     except Exception as error:  # the client libraries of buckets have errors of many classes
         if isinstance(error, UsageError) or not (isinstance(error, OSError) or is_remote(path)):
             raise
-        fix = ": pip install 'dico_jax[gcs]'" if isinstance(error, ImportError) else ""
+        fix = ": pip install gcsfs" if isinstance(error, ImportError) else ""
         raise wrong_path(path, f"{type(error).__name__}: {one_line(error)}{fix}") from error

@@ -71,8 +71,7 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
     _check_size(picture.size, size)
     while min(picture.size) >= 2 * size:
         picture = picture.resize([side // 2 for side in picture.size], Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
+    width, height = (round(side * (size / min(picture.size))) for side in picture.size)
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2

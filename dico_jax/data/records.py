@@ -16,9 +16,9 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.core import read_only_builder, registered
 from tensorflow_datasets.proto import tf_example_pb2
 
-from dico_jax.data.paths import path_errors, required_path, wrong_path
+from dico_jax.data.paths import MAX_CLASSES, path_errors, required_path, wrong_path
 from dico_jax.data.pictures import BadExample
-from dico_jax.errors import UsageError, one_line
+from dico_jax.errors import UsageError, one_line, shown
 
 _FILES = ("*.array_record*", "*.arrayrecord*")
 
@@ -26,7 +26,7 @@ _FILES = ("*.array_record*", "*.arrayrecord*")
 _NEEDED = ((("image", "image/encoded"), bytes), (("label", "image/class/label"), int))
 _ID = (("file_name", "id", "image/filename"), bytes)
 _OPENERS = 16  # files at once
-_TRIED = 10  # records, to find a good one
+_TRIED = 200  # records, to find a good one, and labels of no class
 
 
 class _Records:
@@ -55,7 +55,9 @@ class _Records:
             raise BadExample(f"its feature {self._image} is not one picture")
         count = len(self.class_names)
         if not isinstance(label, int | np.integer) or not 0 <= label < count:
-            raise BadExample(f"its label is {label}, but there are {count} classes")
+            if label == count:  # not one bad example: all others may have another class's name
+                raise UsageError(f"{self!r} has a label {count}: count from 0, or name all classes")
+            raise BadExample(f"its label is {shown(str(label))}, but there are {count} classes")
         return example | {"image": image, "label": int(label)}
 
     def example_id(self, index) -> str:
@@ -100,7 +102,10 @@ class ArrayRecordSource(_Records):
         )
         self._image, self._label, self._id = self._find_features()
         names = _read_class_names(path, os.path.join(folder, "classes.txt"))
-        self.class_names = names or [str(i) for i in range(self._largest_label() + 1)]
+        self.class_names = names or self._counted_classes()
+        for index in np.linspace(0, len(self) - 1, min(len(self), _TRIED)).astype(int):
+            with contextlib.suppress(BadExample, RuntimeError):
+                self[index]
 
     def _find_features(self) -> tuple[str, str, str | None]:
         """The names of the features of image, label and id, of the first good record of a few."""
@@ -118,12 +123,16 @@ class ArrayRecordSource(_Records):
         wanted = " and ".join(f"{' or '.join(names)} ({kind.__name__})" for names, kind in _NEEDED)
         raise wrong_path(self.path, f"records need the features {wanted}, but have {found}")
 
-    def _largest_label(self) -> int:
-        labels = [0]
+    def _counted_classes(self) -> list[str]:
+        labels = []
         for index in tqdm.tqdm(range(len(self)), desc="labels", dynamic_ncols=True, delay=2):
             with contextlib.suppress(BadExample):  # found again when it is to be trained on
                 labels.append(self._example(index).get(self._label))
-        return max(label for label in labels if isinstance(label, int))
+        labels = [label for label in labels if isinstance(label, int) and label >= 0] or [0]
+        if min(labels) == 1 or max(labels) >= MAX_CLASSES:
+            what = f"its labels are {min(labels)} to {max(labels)}: count from 0 to at most"
+            raise wrong_path(self.path, f"{what} {MAX_CLASSES - 1}, or name all in classes.txt")
+        return [str(i) for i in range(max(labels) + 1)]
 
     def _example(self, index):
         with _record_errors():
@@ -167,6 +176,7 @@ class TfdsSource(_Records):
         pixels = [n for n in pixels if features[n].np_dtype == np.uint8]
         self._image = _pick_feature(builder, "image", images or pixels)
         classes = [n for n, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+        classes = [n for n in classes if (features[n].num_classes or 0) <= MAX_CLASSES]
         self._label = _pick_feature(builder, "label", classes)
         self._texts = [n for n, f in features.items() if isinstance(f, tfds.features.Text)]
         self._id = "file_name" if "file_name" in self._texts else None

@@ -229,8 +229,7 @@ def vb_terms(diffusion: Diffusion, model_output, x0, x_t, t, clip_denoised=False
     p = p_mean_variance(diffusion, model_output, x_t, t, clip_denoised=clip_denoised)
     kl = normal_kl(q.mean, q.log_variance, p.mean, p.log_variance)
     log_likelihood = discretized_gaussian_log_likelihood(x0, p.mean, 0.5 * p.log_variance)
-    nats = jnp.where(jnp.asarray(t) == 0, -mean_flat(log_likelihood), mean_flat(kl))
-    return nats / math.log(2.0)
+    return jnp.where(jnp.asarray(t) == 0, -mean_flat(log_likelihood), mean_flat(kl)) / math.log(2.0)
 
 
 def training_losses(
@@ -258,8 +257,7 @@ def training_losses(
     output = model_fn(x_t, original_timesteps(diffusion, t))
     x0, noise, x_t, output = as_float(x0, noise, x_t, output)
     prediction, variance_channels = split_output(diffusion, output, x0.shape[-1])
-    target = noise if diffusion.prediction == "noise" else x0
-    mse = mean_flat(jnp.square(target - prediction))
+    mse = mean_flat(jnp.square((noise if diffusion.prediction == "noise" else x0) - prediction))
     if diffusion.loss == "kl":
         vb = vb_terms(diffusion, output, x0, x_t, t)
         return {"loss": diffusion.num_steps * vb, "mse": mse, "vb": vb}

@@ -129,8 +129,11 @@ class Diffusion(Objective):
     quartered = ("mse",)
 
     def __post_init__(self):
-        choices = {"prediction": PREDICTIONS, "variance": VARIANCES, "loss": LOSSES}
-        for name, known in choices.items():
+        for name, known in {
+            "prediction": PREDICTIONS,
+            "variance": VARIANCES,
+            "loss": LOSSES,
+        }.items():
             if (value := getattr(self, name)) not in known:
                 raise UsageError(name, value, f"is unknown: use {' or '.join(map(repr, known))}")
 
@@ -138,7 +141,6 @@ class Diffusion(Objective):
     def from_options(
         cls, options: Mapping[str, Any], *, learn_sigma: bool, num_steps: int | None = None
     ) -> Self:
-        """See `Objective.from_options` and `create_diffusion`."""
         name, steps = options["noise_schedule"], options["diffusion_steps"]
         schedule = make_schedule(name, steps, "" if num_steps is None else num_steps)
         return cls(schedule, variance="learned_range" if learn_sigma else "fixed_large")
@@ -155,7 +157,6 @@ class Diffusion(Objective):
         return t, jax.random.normal(noise_key, x0.shape, x0.dtype)
 
     def loss_terms(self, model_fn: ModelFn, x0, t, noise) -> dict[str, jax.Array]:
-        """See `dico_jax.diffusion.training_losses`."""
         return gaussian.training_losses(self, model_fn, x0, t, noise)
 
     def progress(self, t) -> jax.Array:

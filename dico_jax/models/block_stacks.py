@@ -109,7 +109,6 @@ def stack_shardings(tree: Any, stages: Sequence[str]) -> Any:
 
 
 def unstack_blocks(tree: Any) -> Any:
-
     def is_stack(node):
         return isinstance(node, dict) and node.keys() == {STACK}
 
@@ -123,10 +122,8 @@ def unstack_blocks(tree: Any) -> Any:
     return jax.tree.map(apart, tree, is_leaf=is_stack)
 
 
-# A small program for every shape and sharding, which JAX keeps, not a large one for all parameters.
-
-
 def _stack(*leaves):
+    # A small program for every shape and sharding, which JAX keeps, not a large one for all.
     return jnp.stack(leaves)
 
 

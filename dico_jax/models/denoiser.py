@@ -1,6 +1,8 @@
 """What every network has: its arguments, its condition, the shape of its output."""
 
+import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -60,14 +62,11 @@ class Denoiser(nn.Module):
 
     def checks(self) -> Iterator[tuple[str, bool, str]]:
         """Per check of an option its name, whether its value is right, and what else to use."""
-        yield from self.check_positive("in_channels")
+        for field in (field.name for field in dataclasses.fields(self) if field.type is int):
+            value = getattr(self, field)
+            yield field, isinstance(value, int) and value > 0, "must be at least 1"
         known = f"is unknown: use one of {', '.join(REMAT_POLICIES)}"
         yield "remat", self.remat in REMAT_POLICIES, known
-
-    def check_positive(self, *fields: str):
-        """Checks of `checks` that fields are 1 or more."""
-        values = ((field, getattr(self, field)) for field in fields)
-        return ((f, isinstance(v, int) and v > 0, "must be at least 1") for f, v in values)
 
     def __call__(self, x, t, condition):
         self.check_input(x.shape)
@@ -192,7 +191,6 @@ class ClassConditional(Denoiser):
 
     def checks(self):
         yield from super().checks()
-        yield from self.check_positive("num_classes")
         fix = "must be in [0, 1): the published models use 0.1"
         yield "class_dropout_prob", 0 <= self.class_dropout_prob < 1, fix
 
@@ -256,14 +254,18 @@ class ClassConditional(Denoiser):
             return {"label": generator.integers(0, self.num_classes, num_images).astype(np.int32)}
         numbers: Iterable[int] = range(self.num_classes)
         if text != "all":
-            numbers = (self._number(part.strip(), text, class_names) for part in text.split(","))
+            # A name may have commas.
+            known = sorted((name for name in class_names if "," in name), key=len, reverse=True)
+            pattern = rf"(?:^|,)\s*({'|'.join(map(re.escape, known))}|[^,]*?)\s*(?=,|$)"
+            numbers = (self._number(part, text, class_names) for part in re.findall(pattern, text))
         return {"label": np.resize(np.array([*numbers], np.int32), num_images)}
 
     def _number(self, part: str, text: str, class_names: Sequence[str]) -> int:
         digits, named = part.removeprefix("#"), [k for k, n in enumerate(class_names) if n == part]
         numbers = [int(digits)] if digits.isdecimal() and int(digits) < self.num_classes else []
-        if named and numbers and named != numbers:
-            fix = f": is {part} the name of class #{named[0]}, or class #{part}? Write one of these"
+        if len(both := sorted({*named, *numbers})) > 1:
+            which = " or ".join(f"#{k}" for k in both[:9])
+            fix = f": {part} is the name or number of class {which}: write one of these"
             raise UsageError("--classes", text, fix)
         if found := named or numbers:
             return found[0]

@@ -80,7 +80,7 @@ class DiCo(ClassConditional):
 
     def checks(self):
         yield from super().checks()
-        yield "hidden_size", self.hidden_size > 0 and self.hidden_size % 2 == 0, "must be even"
+        yield "hidden_size", self.hidden_size % 2 == 0, "must be even"
         yield "mlp_ratio", int(self.mlp_ratio * self.hidden_size) > 0, "leaves no feed-forward"
         five = "must give the blocks of five stages, each at least 1, such as (5, 4, 4, 4, 4)"
         good = isinstance(self.depth, tuple) and len(self.depth) == 5 and min(self.depth) > 0

@@ -119,7 +119,6 @@ class DiT(ClassConditional):
 
     def checks(self):
         yield from super().checks()
-        yield from self.check_positive("hidden_size", "num_heads", "depth", "patch_size")
         yield "mlp_ratio", int(self.mlp_ratio * self.hidden_size) > 0, "leaves no feed-forward"
         divides = self.hidden_size % self.num_heads == self.hidden_size % 4 == 0
         yield "hidden_size", divides, f"must divide by model.num_heads={self.num_heads} and by 4"

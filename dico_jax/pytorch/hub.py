@@ -50,7 +50,7 @@ def _download(name: str, beside: str | None = None) -> str:
     try:
         import huggingface_hub
     except ImportError as error:
-        fix = "pip install 'dico_jax[hub]', or download the file yourself and give its path"
+        fix = "pip install huggingface_hub, or download the file yourself and give its path"
         raise UsageError(f"{name} needs huggingface_hub: {fix}") from error
     repo = f"{owner}/{repo}"
     try:

@@ -91,13 +91,12 @@ class CheckpointSampler:
         else:
             self._params = jax.device_put(rebuilt_ema(ckpt, ema_width, step), sharding)
             used_step = snapshot_steps(ckpt)[-1] if step is None else step
-        names = json.dumps(self.class_names).encode()
         self.settings: dict[str, Any] = {
             "ckpt": str(pathlib.Path(ckpt).absolute()),
             "step": used_step,
             "weights": weights if ema_width is None else f"ema_width={ema_width}",
             "weights_digest": weights_digest(ckpt, used_step, weights, ema_width is not None),
-            "class_names_digest": hashlib.sha256(names).hexdigest(),
+            "class_names_digest": hashlib.sha256(json.dumps(self.class_names).encode()).hexdigest(),
             **{section: config[section].to_dict() for section in ("model", "diffusion")},
             "seed": seed,
             "autoencoder": {
@@ -175,8 +174,7 @@ class CheckpointSampler:
         picked = [indices[:_GRID_SIDE] for indices in images.values()][:_GRID_SIDE]
         rows = [np.stack([load_png(files[i]) for i in indices]) for indices in picked]
         firsts = jax.tree.map(lambda leaf: leaf[[i[0] for i in picked]], conditions)
-        names = self.experiment.model.describe_conditions(firsts, self.class_names)
-        return image_grid(rows, names)
+        return image_grid(rows, self.experiment.model.describe_conditions(firsts, self.class_names))
 
 
 def check_outputs(out: str, npz: str | None, overwrite: bool) -> None:
