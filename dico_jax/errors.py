@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _LONGEST = 1500  # characters of a message's beginning, and of its end
@@ -19,6 +19,12 @@ def one_line(message: Any) -> str:
     """A message in one line of bounded length; what to do stands at its end."""
     text = shown(" ".join(str(message).split()))
     return text if len(text) <= 2 * _LONGEST else f"{text[:_LONGEST]} ... {text[-_LONGEST:]}"
+
+
+def several(parts: Sequence[str], most: int = 1000) -> str:
+    """What a message lists, or the first of very many."""
+    more = f"; and {len(parts) - most} more" if len(parts) > most else ""
+    return "; ".join(parts[:most]) + more
 
 
 class UsageError(ValueError):

@@ -54,26 +54,6 @@ for _module in (cli, sampler_flags):
 
 def main() -> None:
     """Measures, prints and writes."""
-    _check()
-    # Late imports: --help answers before JAX is imported.
-    sampler_flags.use_all_cores(_CKPT.value)
-    _JOIN()
-    from dico_jax.evaluation import measure
-
-    metrics = tuple(_METRICS.value) if _METRICS.value else None
-    how: Any = _FEATURES.value, _INCEPTION.value, metrics, _BATCH_SIZE.value, _MAX_BAD.value
-    options = measure.Options(*how)
-    how = str(_REFERENCE.value), options, _OUT.value
-    if _SAMPLES.value is not None:
-        measure.evaluate_files(_SAMPLES.value, *how, num_samples=_NUM_SAMPLES.value)
-        return
-    choices = sampler_flags.sampler_arguments(_BATCH_SIZE.value)
-    choices |= {"classes": sampler_flags.CLASSES.value, "sweep_cfg": _SWEEP_CFG.value}
-    choices["num_samples"] = _NUM_SAMPLES.value or 50_000
-    measure.evaluate_checkpoint(str(_CKPT.value), *how, **choices)
-
-
-def _check() -> None:
     if (_SAMPLES.value is None) == (_CKPT.value is None):
         raise UsageError("give either --samples or --ckpt: what is to be measured")
     if _SAMPLES.value is not None:
@@ -82,6 +62,20 @@ def _check() -> None:
                 raise UsageError(f"--{name} is for --ckpt, not for --samples")
     if _SWEEP_CFG.value is not None and (flags.FLAGS["cfg_scale"].present or _OUT.value is None):
         raise UsageError("--sweep_cfg needs --out, for its result and plot, and no --cfg_scale")
+    # Late imports: --help answers before JAX is imported.
+    sampler_flags.use_all_cores(_CKPT.value)
+    _JOIN()
+    from dico_jax.evaluation import measure
+
+    metrics = tuple(_METRICS.value) if _METRICS.value else None
+    how: Any = _FEATURES.value, _INCEPTION.value, metrics, _BATCH_SIZE.value, _MAX_BAD.value
+    how = str(_REFERENCE.value), measure.Options(*how), _OUT.value
+    if _SAMPLES.value is not None:
+        measure.evaluate_files(_SAMPLES.value, *how, num_samples=_NUM_SAMPLES.value)
+        return
+    choices = sampler_flags.sampler_arguments(_BATCH_SIZE.value) | {"sweep_cfg": _SWEEP_CFG.value}
+    choices |= {"classes": sampler_flags.CLASSES.value, "num_samples": _NUM_SAMPLES.value or 50_000}
+    measure.evaluate_checkpoint(str(_CKPT.value), *how, **choices)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -528,8 +529,13 @@ def test_a_warm_started_run_goes_on_without_its_start(step, tmp_path, monkeypatc
         wanted = file.tree["ema"]["up3_2.body.0.weight"].read().transpose(2, 3, 1, 0)
     np.testing.assert_allclose(kernel.read(), wanted, rtol=0, atol=0 if step != "true" else 3e-4)
     # A run's own checkpoint is a start too.
-    again = WarmStart(str(tmp_path / "run"), create_model("DiCo", **SMALL))
+    again_model = create_model("DiCo", **SMALL)
+    again = WarmStart(str(tmp_path / "run"), again_model)
     assert "step 2" in str(again)
+    assert "classes" not in str(again)
+    names = ["other", *SavedWeights(str(tmp_path / "run")).class_names[1:]]
+    again = WarmStart(str(tmp_path / "run"), again_model, types.SimpleNamespace(class_names=names))
+    assert str(again).endswith("; the classes are others: label 0 is 0 there and other here")
 
 
 @golden.requires_golden
@@ -563,7 +569,7 @@ def test_nan_weights_are_counted(tmp_path, capsys):
     tensors["latent.0.conv1.bias"][:] = 3e38  # large, but finite: their sum is not
     write_pt(tmp_path / "a.pt", tensors)
     wanted = (
-        "warning: 4 weights are NaN or infinite, in 2 tensors: x_embedder.proj.bias (3), "
+        "warning: 4 weights are NaN or infinite, in 2 tensors: x_embedder.proj.bias (3); "
         "latent.0.conv1.weight (1)\n"
     )
     from_pytorch(tmp_path / "a.pt", tmp_path / "ckpt")

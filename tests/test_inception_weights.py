@@ -365,4 +365,4 @@ def test_where_the_caches_are(variables, monkeypatch):
         monkeypatch.setenv(name, value)
     base = "/x" if "XDG_CACHE_HOME" in variables else "/h/.cache"
     assert str(inception_weights.cache_folder()) == f"{base}/dico_jax"
-    assert str(inception_weights._torch_hub()) == f"{base}/torch/hub/checkpoints"
+    assert str(inception_weights._folder("TORCH_HOME", "torch")) == f"{base}/torch"

@@ -6,12 +6,15 @@ import io
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from dico_jax.data import pictures
 from dico_jax.data.pictures import MAX_PIXELS, BadExample, PictureReader, picture_suffixes
 from tests import golden
 from tests.real_data import IMAGENET, requires_data
@@ -369,3 +372,24 @@ def test_pictures_that_take_more_memory_may_have_fewer_pixels():
     stream = io.BytesIO()
     large("L").save(stream, "png")
     assert PictureReader(8, 3)(stream.getvalue()).shape == (8, 8, 3)
+
+
+def test_large_pictures_are_decoded_one_at_a_time(monkeypatch):
+    at_once, most, plain = [], [], pictures._plain
+
+    def slow(picture):
+        at_once.append(threading.get_ident())
+        most.append(len(at_once))
+        time.sleep(0.05)
+        at_once.pop()
+        return plain(picture)
+
+    monkeypatch.setattr(pictures, "_plain", slow)
+    data = [encode(Image.new("RGB", (20, 20)), "png")] * 4
+    for limit, expected in ((8 * 399, {1}), (8 * 400, {1, 2, 3, 4})):
+        monkeypatch.setattr(pictures, "MAX_PIXELS", limit)
+        most.clear()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert {x.shape for x in pool.map(PictureReader(8, 3), data)} == {(8, 8, 3)}
+        assert set(most) <= expected
+        assert max(most) == 1 or limit == 8 * 400

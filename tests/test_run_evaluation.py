@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from dico_jax.checkpoints.reader import saved_steps
+from dico_jax.data.pictures import PictureReader
+from dico_jax.data.sources import ArraySource
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import networks
 from dico_jax.evaluation.measure import RunEvaluation
-from dico_jax.evaluation.statistics import Statistics, open_reference
+from dico_jax.evaluation.statistics import Statistics, open_reference, save_statistics
+from dico_jax.parallel.mesh import create_mesh
 from dico_jax.training.loop import train
 from dico_jax.training.watch import Preempted
 from tests.test_training import tiny_config
@@ -62,6 +65,44 @@ def test_a_curve_that_goes_on_after_an_interruption(tmp_path, monkeypatch):
     monkeypatch.setattr(networks, "_MIN_STEPS", 3)  # then it is another classifier
     with pytest.raises(UsageError, match=r"reference.npz was measured with other weights"):
         train(config(), str(tmp_path / "parts"))
+
+
+class Pictures(ArraySource):
+    """Forty pictures of two classes, of which one or all may be replaced."""
+
+    def __init__(self, replaced):
+        pixels = np.random.default_rng(0).integers(0, 255, (40, 8, 8, 1)).astype(np.uint8)
+        pixels[:replaced] = 255 - pixels[:replaced]
+        self._take(pixels, np.arange(40) % 2)
+
+    def __repr__(self):
+        return "Pictures()"
+
+
+def test_what_a_run_keeps_belongs_to_the_content_of_its_pictures(tmp_path, capfd):
+    def opened(replaced):
+        read, mesh = PictureReader(8, 1), create_mesh()
+        evaluation = RunEvaluation(config(), Pictures(replaced), read, np.asarray, mesh)
+        evaluation.open(tmp_path)
+        return evaluation._evaluator.network.digest, capfd.readouterr().err
+
+    first, said = opened(0)
+    assert "other pictures" not in said
+    files = [tmp_path / name for name in ("classifier.npz", "reference.npz")]
+    before = [file.read_bytes() for file in files]
+    assert opened(0)[0] == first
+    assert [file.read_bytes() for file in files] == before
+    second, said = opened(20)
+    assert second != first
+    for file in files:
+        assert f"warning: {file} is of other pictures than the data: made anew" in said
+    # Files that do not say what they were made of are used as they are.
+    kept, statistics = networks.load_classifier(files[0]), open_reference(files[1])
+    del kept.info["pictures"], statistics.info["pictures"]
+    kept.save(files[0])
+    files[1].unlink()
+    save_statistics(files[1], statistics)
+    assert opened(40) == (second, "")
 
 
 @pytest.mark.parametrize(

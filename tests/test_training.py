@@ -11,6 +11,7 @@ import pytest
 from configs import _saved, digits
 from dico_jax.checkpoints.state import create_state, initializer, update_width_emas
 from dico_jax.config import check_fields, config_to_dict
+from dico_jax.data.class_files import FolderSource
 from dico_jax.diffusion import create_diffusion
 from dico_jax.errors import UsageError
 from dico_jax.models import create_model
@@ -26,7 +27,7 @@ from dico_jax.training.logging import Logger
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
 from dico_jax.training.step import drop_conditions, make_train_step
-from dico_jax.training.workdir import check_workdir, open_workdir
+from dico_jax.training.workdir import check_workdir, data_of, open_workdir
 
 
 def tiny_config(seed=0):
@@ -295,10 +296,27 @@ def test_a_run_belongs_to_its_classes(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     open_workdir(str(folder), config, (), more)
     assert "had 40 examples and goes on with 41" in capsys.readouterr().err
+    # Of all names, where both have a digest of them.
+    open_workdir(str(folder), config, (), data | {"examples": [40, "a", "all"]})
+    assert capsys.readouterr().err == ""
+    save_meta(folder, 6, config, **data | {"examples": [40, "a", "all"]})
+    open_workdir(str(folder), config, (), data | {"examples": [40, "a", "others"]})
+    assert "had 40 examples and goes on with 40, or others" in capsys.readouterr().err
     for names in (["dog", "zebra"], ["dog", "cat"], ["cat"], ["cat", "dog", "z" * 99_999]):
         with pytest.raises(UsageError, match="data of other classes .label [012] is ") as error:
             check_workdir(str(folder), config, (), more | {"class_names": names})
         assert len(str(error.value)) < 1_000
+
+
+def test_the_fingerprint_of_a_folder_is_of_all_names(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for i in range(2_001):
+        (tmp_path / "cat" / f"{i:04d}.png").touch()
+    before = data_of(FolderSource(str(tmp_path)))["examples"]
+    (tmp_path / "cat" / "0001.png").rename(tmp_path / "cat" / "0001a.png")
+    after = data_of(FolderSource(str(tmp_path)))["examples"]
+    assert before[:2] == after[:2]  # as runs have recorded it before
+    assert before[2] != after[2]
 
 
 def test_broken_lines_of_json_are_left_out(tmp_path, capsys):

@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import with_defaults
-from dico_jax.errors import UsageError
+from dico_jax.errors import UsageError, several
 from dico_jax.files import Deferred
 from dico_jax.models import abstract_params
 from dico_jax.ops.cpu import copies_fit
@@ -92,8 +92,7 @@ def differences(there: Mapping[Any, Any], here: Mapping[Any, Any]) -> str:
     """The first leaves whose shapes, by path, differ between a checkpoint and what is wanted."""
     both = {k: [d.get(k, "missing") for d in (there, here)] for k in there.keys() | here.keys()}
     found = [f"{'.'.join(k)} is {a} there and {b} here" for k, (a, b) in both.items() if a != b]
-    more = f"; and {len(found) - _MAX_LISTED} more" if len(found) > _MAX_LISTED else ""
-    return "; ".join(sorted(found)[:_MAX_LISTED]) + more
+    return several(sorted(found), _MAX_LISTED)
 
 
 def class_differences(*names: Sequence[str]) -> str:

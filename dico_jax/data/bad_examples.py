@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dico_jax.data.pictures import BadExample
-from dico_jax.errors import UsageError
+from dico_jax.errors import UsageError, several
 from dico_jax.files import json_lines
 
 _FIELD = "config.data.max_bad_fraction"
@@ -17,9 +17,8 @@ def too_many_bad(
     bad: Mapping[str, str], num_examples: int, fraction: float, field: str = _FIELD
 ) -> UsageError:
     """The error that stops for bad examples (id to reason); `field` is what sets the fraction."""
-    listed = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[:_LISTED])
-    more = f"; and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
-    what = f": {len(bad)} of {num_examples} examples cannot be read ({listed}{more})"
+    listed = several([f"{name}: {reason}" for name, reason in bad.items()], _LISTED)
+    what = f": {len(bad)} of {num_examples} examples cannot be read ({listed})"
     return UsageError(field, fraction, f"{what}: mend or remove them, or allow more")
 
 

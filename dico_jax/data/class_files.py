@@ -37,13 +37,13 @@ class ClassFiles:
         self._starts = np.cumsum([0, *map(len, files.values())])
         # A third of the memory of a list of strings, and pickled 20 times faster.
         names = itertools.chain.from_iterable(files.values())
-        self._names = np.array([name.encode("utf-8", "surrogateescape") for name in names])
+        self.names = np.array([name.encode("utf-8", "surrogateescape") for name in names])
 
     def _name(self, index) -> str:
-        return self._names[index].decode("utf-8", "surrogateescape")
+        return self.names[index].decode("utf-8", "surrogateescape")
 
     def __len__(self):
-        return len(self._names)
+        return len(self.names)
 
     def __getitem__(self, index) -> dict[str, Any]:
         label = np.searchsorted(self._starts, range(len(self))[index], side="right") - 1

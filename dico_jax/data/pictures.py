@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import functools
 import io
+import math
+import threading
 import warnings
 
 import numpy as np
@@ -17,6 +19,7 @@ from dico_jax.errors import one_line
 
 # Pillow refuses larger pictures, as such files are made to fill the memory; 2 * 13,377 squared.
 MAX_PIXELS = 178_956_970
+_ONE_LARGE = threading.Lock()  # a few of these at once, in as many threads, would fill the memory
 # Formats whose files Pillow knows but does not decode itself: write-only ones, and those that need
 # another program (Ghostscript) or a handler.
 _UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
@@ -46,15 +49,16 @@ class PictureReader:
         It may be read-only: pixels that have the wanted shape are returned as they are. BadExample
         if it cannot be decoded or its values have no agreed meaning as pixels.
         """
-        if not isinstance(image, np.ndarray):
-            picture = _decode(image, self.size, self.exif_rotation)
-        elif image.shape == (self.size, self.size, self.channels) and image.dtype == np.uint8:
-            return image[:, ::-1] if mirrored else image
-        else:
-            picture = _from_pixels(image)
-        if self.channels == 1 and picture.mode != "L":
-            picture = picture.convert("L")
-        pixels = np.asarray(center_crop(picture, self.size))
+        with contextlib.ExitStack() as turn:
+            if not isinstance(image, np.ndarray):
+                picture = _decode(image, self.size, self.exif_rotation, turn)
+            elif image.shape == (self.size, self.size, self.channels) and image.dtype == np.uint8:
+                return image[:, ::-1] if mirrored else image
+            else:
+                picture = _from_pixels(image)
+            if self.channels == 1 and picture.mode != "L":
+                picture = picture.convert("L")
+            pixels = np.asarray(center_crop(picture, self.size))
         if pixels.ndim == 2:  # grey channels stay equal in the crop, so one is enough
             pixels = np.repeat(pixels[:, :, None], self.channels, axis=2)
         return pixels[:, ::-1] if mirrored else pixels
@@ -62,7 +66,8 @@ class PictureReader:
 
 def load_whole_picture(data: bytes) -> np.ndarray:
     """All of an encoded picture, neither cropped nor scaled: uint8 (H, W, 1 or 3)."""
-    pixels = np.asarray(_decode(data, size=1, exif_rotation=False))
+    with contextlib.ExitStack() as turn:
+        pixels = np.asarray(_decode(data, size=1, exif_rotation=False, turn=turn))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
@@ -91,12 +96,14 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name not in _UNREADABLE)
 
 
-def _decode(data: bytes, size: int, exif_rotation: bool) -> Image.Image:
-    """An encoded picture, its first frame, in mode "L" or "RGB"."""
+def _decode(data: bytes, size: int, exif_rotation: bool, turn: contextlib.ExitStack) -> Image.Image:
+    """An encoded picture, its first frame, in mode "L" or "RGB"; large ones in `turn`."""
     try:  # Pillow's decoders raise errors of any class for damaged data
         picture: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
         heavy = picture.format == "JPEG2000" or picture.has_transparency_data  # times their pixels
         _check_size(picture.size, size, MAX_PIXELS // (8 if heavy else 1))
+        if math.prod(picture.size) > MAX_PIXELS // 8:
+            turn.enter_context(_ONE_LARGE)
         picture.load()
         if exif_rotation:
             with contextlib.suppress(Exception):  # EXIF data are damaged in many ways, too
@@ -136,14 +143,16 @@ def _plain(picture: Image.Image) -> Image.Image:
 
 def _from_wide_grey(picture: Image.Image) -> Image.Image:
     """Grey of 16 bits, in a mode of 16 or 32, to 8 bits: 257 of its steps are one."""
-    values = np.asarray(picture).astype(np.int32)
+    values = np.array(picture, np.int32)
     transparent = picture.info.get("transparency")
     if isinstance(transparent, int):
         values[values == transparent] = 65535
     if values.min() < 0 or values.max() > 65535:
         found = f"grey values from {values.min()} to {values.max()}"
         raise BadExample(f"{found} cannot be shown as they are: save it with 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    values += 128
+    values //= 257
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:

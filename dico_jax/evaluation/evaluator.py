@@ -185,7 +185,6 @@ def create_evaluator(
     `fraction` of a folder's may be bad; `how` are batch_size and mesh, see `make_feature_fn`.
     """
     features, name = networks.make_feature_fn(network, **how), f"{flag}={reference}"
-    batch_size = how["batch_size"]
     is_file = pathlib.Path(reference).is_file()
     found: Any = is_file and statistics.open_reference(reference)
     found = found or open_images(reference, flag, fraction)
@@ -193,7 +192,7 @@ def create_evaluator(
     if images is not None:
         images.name = name
     if not isinstance(found, Statistics):
-        found = measure_images(found, network, features, batch_size)
+        found = measure_images(found, network, features, how["batch_size"])
         if is_file:
             found = dataclasses.replace(found, digest=file_digest(reference))
     weights = found.info.get("network_sha256", network.digest)
@@ -206,7 +205,7 @@ def create_evaluator(
             raise UsageError(f"{name} was measured with {what}: {theirs}, and {ours} is used")
     chosen = choose_metrics(metrics, found, name, images is not None)
     if images is not None and found.pool_features is None and set(chosen) & _OF_ALL_FEATURES:
-        measured = measure_images(images, network, features, batch_size)
+        measured = measure_images(images, network, features, how["batch_size"])
         found = dataclasses.replace(found, pool_features=measured.pool_features)
     return Evaluator(network, features, found, chosen, reference)
 

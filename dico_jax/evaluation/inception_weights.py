@@ -168,12 +168,9 @@ def _folder(variable: str, name: str) -> pathlib.Path:
     return pathlib.Path(os.environ.get(variable) or f"{base}/{name}").expanduser()
 
 
-def _torch_hub() -> pathlib.Path:
-    return _folder("TORCH_HOME", "torch") / "hub" / "checkpoints"
-
-
 def _published_file(flag: str) -> str:
-    for path in (folder / name for folder in (cache_folder(), _torch_hub()) for name in FILE_NAMES):
+    hub = _folder("TORCH_HOME", "torch") / "hub" / "checkpoints"
+    for path in (folder / name for folder in (cache_folder(), hub) for name in FILE_NAMES):
         if path.is_file():
             _check_digest(str(path), path, "remove it")
             return str(path)

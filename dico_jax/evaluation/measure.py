@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,13 +22,13 @@ from dico_jax.errors import UsageError
 from dico_jax.evaluation import evaluator as evaluators
 from dico_jax.evaluation import networks
 from dico_jax.evaluation.evaluator import Evaluator, check_there, create_network, measure_images
-from dico_jax.evaluation.statistics import save_statistics
+from dico_jax.evaluation.statistics import open_reference, save_statistics
 from dico_jax.files import new_file, result_path, write_json
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler, differences
 
 _MAX_SCALES = 1000
-_MAX_OWN_PICTURES = 50_000
+_MAX_OWN_PICTURES, _MAX_COMPARED = 50_000, 5_000
 _PLOTTED = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score"}
 
 
@@ -66,8 +67,7 @@ def evaluate_files(
         raise UsageError("--num_samples", num_samples, f": {images.name} has {len(images)} images")
     images.take(count)
     batches = functools.partial(images.batches, options.batch_size)
-    about = {"images": images.name, "count": count}
-    return _evaluate(evaluator, batches, about, file, images.bad)
+    return _evaluate(evaluator, batches, {"images": images.name, "count": count}, file, images.bad)
 
 
 def evaluate_checkpoint(
@@ -115,8 +115,7 @@ def prepare_reference(path: str, source: Any, out: str, **how: Any) -> str:
     if measured is None:
         raise UsageError(f"--path={path} has statistics and no images: use it as it is")
     if statistics.digest:
-        made_of = {"path": path, "sha256": statistics.digest}
-        statistics = dataclasses.replace(statistics, info=statistics.info | {"made_of": made_of})
+        statistics.info["made_of"] = {"path": path, "sha256": statistics.digest}
     save_statistics(file, statistics)
     bad = f" ({len(found)} bad ones left out)" if (found := statistics.info.get("bad")) else ""
     return f"{file} is written: {len(measured):,} pictures{bad}, features: {statistics.features}"
@@ -228,6 +227,14 @@ def _but_scale(result: dict[str, Any]) -> dict[str, Any]:
     return {key: result[key] for key in ("metric_names", "reference", "features")} | samples
 
 
+def _is_of(file: pathlib.Path, kept: Any, digest: str) -> bool:
+    """Whether what a run has kept in a file is of these pictures, as far as it says; else said."""
+    is_it = getattr(kept, "info", {}).get("pictures", digest) == digest
+    if not is_it and jax.process_index() == 0:
+        print(f"warning: {file} is of other pictures than the data: made anew", file=sys.stderr)
+    return is_it
+
+
 class RunEvaluation:
     """Measures samples of a run, as `config.eval` asks. Making it checks and writes nothing."""
 
@@ -262,24 +269,36 @@ class RunEvaluation:
         return every > 0 and (step % every == 0 or step == last_step)
 
     def open(self, workdir: pathlib.Path) -> None:
-        """Makes what `workdir` lacks: the classifier, the statistics of the run's own pictures."""
+        """Makes what `workdir` lacks: the classifier, the statistics of the run's own pictures.
+
+        What is there, but of other pictures, is made anew: up to 5,000 are read to compare them.
+        """
         if not self._options.every_steps or self._evaluator is not None:
             return
         own, file = workdir / "reference.npz", workdir / "classifier.npz"
-        network, is_first = self._network, jax.process_index() == 0
+        network, reference = self._network, self._options.reference
+        given = SourceImages(*self._given, _MAX_COMPARED, self._fraction).batches(64)
+        digest = functools.reduce(lambda a, b: evaluators.pictures_digest(b, a), given, b"").hex()
+        is_first = jax.process_index() == 0
         if network is None and file.exists():
-            network = networks.load_classifier(file)
-        elif network is None:
+            kept = networks.load_classifier(file)
+            network = kept if _is_of(file, kept, digest) else None
+        if network is None:
             network = networks.train_classifier(*self._given, max_bad_fraction=self._fraction)
+            network.info["pictures"] = digest
             if is_first:
                 network.save(file)
-        if self._options.reference is not None or own.exists():
-            self._evaluator = self._against(network, self._options.reference or str(own))
+        if reference is None and own.exists() and _is_of(own, open_reference(own), digest):
+            reference = str(own)
+        if reference is not None:
+            self._evaluator = self._against(network, reference)
             return
         features = networks.make_feature_fn(network, **self._how)
         images = SourceImages(*self._given, _MAX_OWN_PICTURES, self._fraction)
         found = measure_images(images, network, features, self._how["batch_size"])
+        found.info["pictures"] = digest
         if is_first:
+            own.unlink(missing_ok=True)
             save_statistics(own, found)
         chosen = evaluators.choose_metrics(self._options.metrics or None, found, str(own))
         self._evaluator = Evaluator(network, features, found, chosen, str(own))

@@ -211,8 +211,7 @@ def train_classifier(
     accuracy = float(np.mean(np.concatenate(right))) if right else 0.0
     info = {"source": repr(source), "num_steps": num_steps, "seed": seed, "accuracy": accuracy}
     info["bad"] = log.bad
-    shape = batch["image"].shape[1:]
-    return Classifier(jax.device_get(params), shape, source.class_names, info)
+    return Classifier(jax.device_get(params), batch["image"].shape[1:], source.class_names, info)
 
 
 class _Subset:
@@ -272,7 +271,6 @@ def class_agreement(
     A support vector classifier (RBF kernel) is fitted on three quarters of the real pictures of
     `source`, and its own accuracy is taken on the rest. Needs scikit-learn.
     """
-    require_sklearn("class_agreement")
     from sklearn import model_selection, svm
 
     bad: dict[str, str] = {}

@@ -167,8 +167,7 @@ def to_pytorch(
     table = {}
     if isinstance(model, DiT):
         rows = side_of(saved.config) // model.patch_size
-        found = position_embedding(rows, rows, model.hidden_size)
-        table = {TABLE: found.astype(np.float32)[None]}
+        table = {TABLE: position_embedding(rows, rows, model.hidden_size)[None].astype(np.float32)}
     tree: dict[str, Any]
     hidden = run_config.hidden_options(saved.config)
     if training:

@@ -87,9 +87,8 @@ def detect_model(
         raise UsageError(f"--num_heads={num_heads} is for --model=DiT; not for {name or family}")
     sizes = dict(MODELS[name][1]) if name is not None else {}
     if not sizes:
-        sizes = (
-            _dico_sizes(shapes) if family == "DiCo" else _dit_sizes(shapes, num_heads, likely_heads)
-        )
+        heads = num_heads, likely_heads
+        sizes = _dico_sizes(shapes) if family == "DiCo" else _dit_sizes(shapes, *heads)
         name = _published_name(family, sizes)
     options = _interface(shapes, family, sizes, num_classes, likely_classes)
     known = {} if name in MODELS and MODELS[name][1] else sizes

@@ -24,8 +24,7 @@ from typing import Any
 import flax
 import numpy as np
 
-from dico_jax.errors import UsageError
-from dico_jax.pytorch.tensors import several
+from dico_jax.errors import UsageError, several
 
 Path = tuple[str, ...]
 
@@ -185,10 +184,9 @@ def entries(abstract_params: Any, key_map: KeyMap) -> list[Entry]:
 def declaration_order(key: str, key_map: KeyMap) -> tuple[int, ...]:
     """Sorts keys as the published code declares them; names that are not listed come last."""
     names = [*key_map.declaration.split(), *_LEAF_ORDER]
-    parts = key.split(".")
     return tuple(
         int(part) if part.isdecimal() else names.index(part) if part in names else len(names)
-        for part in parts
+        for part in key.split(".")
     )
 
 

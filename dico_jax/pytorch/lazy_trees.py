@@ -19,10 +19,9 @@ import numpy as np
 import tqdm
 
 from dico_jax.checkpoints.reader import differences
-from dico_jax.errors import UsageError
+from dico_jax.errors import UsageError, several
 from dico_jax.files import Deferred
 from dico_jax.pytorch.key_maps import Entry, KeyMap, Path, check_tensors, entries, known_names
-from dico_jax.pytorch.tensors import several
 
 _MAX_NAMED = 5
 
@@ -87,10 +86,9 @@ class Health:
             print(f"warning: {self.rounded} float64 tensors, rounded to float32", file=sys.stderr)
         if self._bad:
             worst = sorted(self._bad.items(), key=lambda item: -item[1])
-            named = ", ".join(f"{key} ({count})" for key, count in worst[:_MAX_NAMED])
-            more = f" and {len(worst) - _MAX_NAMED} more" if len(worst) > _MAX_NAMED else ""
+            named = several([f"{key} ({count})" for key, count in worst], _MAX_NAMED)
             what = f"{sum(self._bad.values())} weights are NaN or infinite"
-            print(f"warning: {what}, in {len(worst)} tensors: {named}{more}", file=sys.stderr)
+            print(f"warning: {what}, in {len(worst)} tensors: {named}", file=sys.stderr)
 
 
 def load_params(tensors: Mapping[str, Any], abstract_params: Any, key_map: KeyMap) -> Any:

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 import optax
 
-from dico_jax.errors import UsageError
+from dico_jax.errors import UsageError, several
 from dico_jax.files import is_tensor
 from dico_jax.pytorch.key_maps import Entry
-from dico_jax.pytorch.tensors import several, shown
+from dico_jax.pytorch.tensors import shown
 
 _MAX_STEP = 2**31 - 1  # Optax counts in int32
 

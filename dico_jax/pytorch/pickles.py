@@ -120,8 +120,7 @@ def load(stream: PickleBytes, where: str, size: int, storage: Callable[[Any], St
 
 class _Opcodes(dict):
     def __missing__(self, code: int) -> Any:
-        names = {ord(op.code): op.name for op in pickletools.opcodes}
-        name = names.get(code, f"0x{code:02x}")
+        name = {ord(op.code): op.name for op in pickletools.opcodes}.get(code, f"0x{code:02x}")
         raise ValueError(f"opcode {name} is none that torch.save writes for weights")
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import reprlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -58,12 +58,6 @@ def shown(value: object, limit: int = 100) -> str:
     """`value` from a file, printable, short and in one line for a message; strings are quoted."""
     text = repr(value[: 2 * limit]) if isinstance(value, str | bytes) else _SHORT.repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def several(parts: Sequence[str], most: int = 1000) -> str:
-    """What a message lists, or the first of very many."""
-    more = f"; and {len(parts) - most} more" if len(parts) > most else ""
-    return "; ".join(parts[:most]) + more
 
 
 _SHORT = _Short()

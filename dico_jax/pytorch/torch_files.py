@@ -71,15 +71,14 @@ def open_tensors(
     suffix = os.path.splitext(path)[1].lower()
     with contextlib.ExitStack() as opened:  # closes files, should one of them be refused
         if suffix == ".json":
-            found = TensorFile(path, *_shards(path, on_bytes, opened))
+            parts: Any = _shards(path, on_bytes, opened)
         else:
             file = InputFile(path, on_bytes)
             opened.callback(file.close)
             looks_safe = suffix not in _TORCH_SUFFIXES and file.size > 9 and file.read(8, 1) == b"{"
-            if suffix == ".safetensors" or looks_safe:
-                found = TensorFile(path, *read_safetensors(file))
-            else:
-                found = TensorFile(path, read_tree(file), {})
+            looks_safe |= suffix == ".safetensors"
+            parts = read_safetensors(file) if looks_safe else (read_tree(file), {})
+        found = TensorFile(path, *parts)
         found.push(opened.pop_all())
     return found
 
@@ -196,7 +195,7 @@ def _sets(
     sample = next((name.replace(".", "") for found in sets.values() for name in found), None)
     for path, found in others.items():
         large = [f"{path}.{k}" for k, v in found.items() if "." not in k and v.nbytes > 8]
-        unread += [shown(k.lstrip(".")) for k in large if sets and _AVERAGED.search(k)]
+        unread += [shown(k.lstrip(".")) for k in large if _AVERAGED.search(k)]
         unread += [shown(key) for key in found if sample and key.replace(".", "").endswith(sample)]
         if path in sets:  # told of later, as unexpected; but not a count beside the weights
             sets[path] |= {k: v for k, v in found.items() if not is_tensor(v) or v.nbytes > 8}

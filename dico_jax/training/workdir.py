@@ -31,10 +31,12 @@ from dico_jax.files import write_json
 
 
 def data_of(source: Source) -> dict[str, Any]:
-    """What a run remembers of its data: the names of classes, how many examples, and which."""
+    """What a run remembers: classes, count, digests of 1,000 names and of all those in memory."""
     some = np.linspace(0, len(source) - 1, min(len(source), 1_000), dtype=int)
     ids = json.dumps([source.example_id(int(index)) for index in some]).encode()
     which = [len(source), hashlib.sha256(ids).hexdigest()]
+    if (names := getattr(source, "names", None)) is not None:
+        which.append(hashlib.sha256(names.tobytes()).hexdigest())
     return {"class_names": list(source.class_names), "examples": which}
 
 
@@ -70,9 +72,9 @@ def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None
     if data and (found := class_differences(meta["class_names"], data["class_names"])):
         text = f"belongs to a run on data of other classes ({found})"
         raise UsageError("--workdir", workdir, f"{text}: use that data, or another --workdir")
-    if data and meta.get("examples", data["examples"]) != data["examples"]:
-        there, here = meta["examples"][0], data["examples"][0]
-        changes.append(f"the run had {there} examples and goes on with {here}, or with others")
+    there, here = meta.get("examples"), data and data["examples"]
+    if here and there and there != here[: len(there)]:  # older runs have no digest of all names
+        changes.append(f"the run had {there[0]} examples and goes on with {here[0]}, or others")
     return changes + list(differing.values())
 
 
