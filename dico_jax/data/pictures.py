@@ -19,7 +19,9 @@ from dico_jax.errors import one_line
 
 # Pillow refuses larger pictures, as such files are made to fill the memory; 2 * 13,377 squared.
 MAX_PIXELS = 178_956_970
-_ONE_LARGE = threading.Lock()  # a few of these at once, in as many threads, would fill the memory
+# Large ones take turns, in pieces that malloc gives back: below 32 MB every thread keeps its own.
+_ONE_LARGE = threading.Lock()
+Image.core.set_block_size(64 << 20)
 # Formats whose files Pillow knows but does not decode itself: write-only ones, and those that need
 # another program (Ghostscript) or a handler.
 _UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}

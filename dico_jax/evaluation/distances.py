@@ -18,8 +18,7 @@ _TILE = 2000  # rows of either set that the device has at a time
 _SPARE = 8  # candidates beyond k that are kept of every row
 _UNIT32, _UNIT64 = 2.0**-24, 2.0**-53  # largest relative error of one rounding
 _HALF_MAX = float(np.finfo(np.float16).max)
-_PAIRS_BYTES = 32 << 20
-_HOST_ROWS = 128
+_PAIRS_BYTES, _HOST_ROWS = 32 << 20, 128
 
 
 def frechet_distance(sample_mean, sample_covariance, reference_mean, reference_covariance) -> float:

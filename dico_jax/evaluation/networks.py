@@ -273,8 +273,7 @@ def class_agreement(
     """
     from sklearn import model_selection, svm
 
-    bad: dict[str, str] = {}
-    count = len(source)
+    bad, count = dict[str, str](), len(source)
     real_images, real_labels = next(_pictures(source, read, count, bad, count, max_bad_fraction))
     real, generated = (x.reshape(len(x), -1) / 255 for x in (real_images, images))
     fit_x, held_x, fit_y, held_y = model_selection.train_test_split(
