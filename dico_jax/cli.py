@@ -21,6 +21,7 @@ from dico_jax.errors import TrainingStopped, UsageError, one_line
 
 _CONFIGS = pathlib.Path(__file__).parent / "configs"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)  # no one's mistake
+_NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 _FIELDS: dict[str, str] = {}  # that flags are, by the name of the flag
 # What no name of a class, file or tensor does to a terminal; bars go up by lines.
 _ESCAPES = re.compile(r"\x1b(?!\[A)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
@@ -77,6 +78,8 @@ def _watch_signals(pipe: int) -> None:
 def _leave(status: int) -> NoReturn:
     import multiprocessing  # late: --help does without
 
+    if (beat := sys.modules.get("dico_jax.parallel.processes")) and beat.Heartbeat.current:
+        beat.Heartbeat.current.leave(status)  # the other processes end as well
     for worker in multiprocessing.active_children():  # before they can say that it is gone
         worker.kill()
     sys.stdout.flush()
@@ -96,7 +99,7 @@ def _main(main: Callable[..., None], actions: Actions, given: list[str]) -> None
     except (MemoryError, RuntimeError, ValueError) as error:
         if "os_error_code" in str(error):  # TensorStore's, of a file that Orbax reads or writes
             _fail(error, status=1)
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         _fail(_too_large(str(error)), status=1)
     except KeyboardInterrupt:

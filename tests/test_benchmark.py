@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dico_jax import cli
 from dico_jax.autoencoders import Autoencoder
 from dico_jax.benchmarking import Options, programs, report, runner
-from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config, sampling_from_config
 from dico_jax.models import MODELS, abstract_params, create_model, forward_macs
 from dico_jax.models.dico import DiCo
@@ -278,41 +278,14 @@ def test_numbers_that_are_not_finite_are_refused():
         runner.check_finite({"a": jnp.ones(3), "b": jnp.array([1.0, jnp.nan])}, "DiT")
 
 
-@pytest.mark.parametrize("where", ["compiling", "running"])
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (
-            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nx"),
-            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
-        ),
-        (MemoryError(), "MemoryError"),
-    ],
-)
-def test_lack_of_memory_is_one_line(monkeypatch, where, error, said):
-
-    def fail(*args):
-        raise error
-
-    def program(action, config, mesh):
-        return programs.Program(None, None, fail) if where == "running" else fail()
-
-    monkeypatch.setattr(runner, "make_program", program)
-    with pytest.raises(UsageError) as raised:
-        runner.run_benchmark(options("train"))
-    assert str(raised.value) == (
-        "--batch_size=4: the memory does not suffice for tiny-DiT in float32; use "
-        f"--batch_size=2, or --dtype=bfloat16, more devices, --remat=blocks ({said})"
-    )
-    error = jax.errors.JaxRuntimeError("INTERNAL: something else")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        runner.run_benchmark(options("train"))
-
-
-def test_a_real_lack_of_memory():
-    with pytest.raises(UsageError, match="--ceiling_sizes: the memory does not suffice for"):
-        # More than a processor can address.
-        runner.run_benchmark(options("forward", repeats=1, ceiling_sizes=(10_000_000,)))
+def test_a_real_lack_of_memory_is_one_line(capsys):
+    sizes = (10_000_000,)  # more than a processor can address
+    wanted = options("forward", repeats=1, ceiling_sizes=sizes)
+    with pytest.raises(SystemExit) as ended:
+        cli._main(lambda: runner.run_benchmark(wanted), {}, [])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory: ")
 
 
 # The table.

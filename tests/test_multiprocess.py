@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dico_jax.checkpoints.reader import saved_steps
+from dico_jax.training.workdir import workdir_lock
 from tests.commands import HURRY, ROOT, call, call_together
 from tests.test_commands import QUICK, QUICK_DICO
 
@@ -138,18 +139,15 @@ def test_surroundings_of_several_processes():
     assert several_processes({"OMPI_COMM_WORLD_SIZE": "4"})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "statuses"), [(signal.SIGKILL, (1, -9)), (signal.SIGINT, 2 * (130,))]
-)
-def test_when_one_process_ends_the_other_does_so_soon_and_in_one_line(tmp_path, number, statuses):
+def start_pair(tmp_path, *more):
+    """Two processes of one run that would train for long; what they say is in 0.txt and 1.txt."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    args = [*QUICK, f"--workdir={tmp_path}", "--config.training.num_steps=100000"]
+    args = [*QUICK, f"--workdir={tmp_path / 'run'}", "--config.training.num_steps=100000"]
     args += ["--config.training.log_every_steps=1", "--config.training.checkpoint_every_steps=10"]
-    args += [f"--coordinator_address={address}", "--num_processes=2"]
-    processes = [
+    args += [f"--coordinator_address={address}", "--num_processes=2", *more]
+    return [
         subprocess.Popen(
             [sys.executable, "-m", "dico_jax.main", *args, f"--process_id={index}"],
             cwd=ROOT, stderr=(tmp_path / f"{index}.txt").open("w"), start_new_session=True,
@@ -158,19 +156,44 @@ def test_when_one_process_ends_the_other_does_so_soon_and_in_one_line(tmp_path, 
         )
         for index in range(2)
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hit", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGINT])
+def test_when_one_process_ends_the_other_does_so_soon_and_in_one_line(tmp_path, number, hit):
+    processes = start_pair(tmp_path, "--distributed_timeout=30")
+    other = processes[1 - hit]
     try:
-        while not saved_steps(tmp_path):
+        while not saved_steps(tmp_path / "run"):
             assert all(process.poll() is None for process in processes)
             time.sleep(0.1)
-        processes[1].send_signal(number)
-        found = tuple(process.wait(timeout=30) for process in processes)
+        processes[hit].send_signal(number)
+        status = other.wait(timeout=30 if number != signal.SIGSTOP else 60)
+        if number == signal.SIGINT:
+            assert processes[hit].wait(timeout=30) == 130
     finally:
         for process in processes:
             process.kill()
-    text = (tmp_path / "0.txt").read_text()
-    assert found == statuses, text
+    text = (tmp_path / f"{1 - hit}.txt").read_text()
+    assert status == (130 if number == signal.SIGINT else 1), text
     assert "Traceback" not in text
-    if number == signal.SIGKILL:
+    if number != signal.SIGINT:
         (error,) = re.findall("^error: .*", text, re.MULTILINE)
-        assert "process 1 is gone" in error
-        assert error.endswith(f"the same command goes on from step {max(saved_steps(tmp_path))}")
+        silent = " (silent for 30 s)" * (number == signal.SIGSTOP)
+        assert error.startswith(f"error: process {hit} is gone{silent}: the same command goes on")
+        assert error.endswith(f"from step {max(saved_steps(tmp_path / 'run'))}")
+
+
+@pytest.mark.slow
+def test_a_second_group_in_a_workdir_that_is_in_use_ends_as_a_whole(tmp_path):
+    with workdir_lock(str(tmp_path / "run")):
+        processes = start_pair(tmp_path)
+        try:
+            assert [process.wait(timeout=120) for process in processes] == [2, 2]
+        finally:
+            for process in processes:
+                process.kill()
+    for index, says in enumerate(("", "process 0 has ended with status 2: ")):
+        (line,) = (tmp_path / f"{index}.txt").read_text().split("\n\n")[-1].strip().splitlines()
+        assert line.startswith(f"error: {says}--workdir={tmp_path / 'run'} is in use by another")

@@ -217,6 +217,7 @@ def test_a_stopped_run_ends_with_status_1_and_one_line(capsys):
         ),
         (MemoryError("Unable to allocate 7.45 GiB for an array with shape (9,)"), "7.45 GiB"),
         (MemoryError(), "more"),
+        (RuntimeError("INTERNAL: Out of memory"), "more"),  # on CPUs
     ],
 )
 def test_out_of_memory_is_one_line_of_advice(capsys, error, asked):

@@ -1,5 +1,6 @@
 """The programs that are measured: a forward pass, a training step, a whole sampling."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -48,13 +49,10 @@ def plan_train(config: ConfigDict, mesh: Mesh) -> Plan:
     optimizer = create_optimizer(config.optimizer, config.training.num_steps)
     options = {"seed": config.seed, "ema_decay": config.training.ema_decay}
     step = make_train_step(model, diffusion, optimizer, mesh=mesh, **options)
-    abstract = jax.eval_shape(
-        lambda state: map_stacks(lambda *leaves: jnp.stack(leaves), state, model.stacked_stages),
-        jax.eval_shape(initializer(model, optimizer, shape), jax.random.key(0)),
-    )
-    function = _jitted(
-        lambda state, batch: step(state, batch), mesh, donate_argnums=0, out_shardings=whole
-    )
+    stack = functools.partial(map_stacks, lambda *leaves: jnp.stack(leaves))
+    state = jax.eval_shape(initializer(model, optimizer, shape), jax.random.key(0))
+    abstract = jax.eval_shape(lambda state: stack(state, model.stacked_stages), state)
+    function = _jitted(step, mesh, donate_argnums=0, out_shardings=whole)
     batch = {"x": x, "condition": condition}
     return Plan(function, abstract, batch, len(x) * training_flops(model, shape))
 
@@ -65,8 +63,7 @@ def plan_sample(config: ConfigDict, mesh: Mesh) -> Plan:
     process, options = sampling_from_config(config)
     latents = make_latents_fn(model, process, shape, options)
     arrays = np.arange(len(x), dtype=np.int32), condition
-    # Guidance has a pass with and one without label.
-    passes = len(x) * process.num_steps * (1 if options.cfg_scale == 1 else 2)
+    passes = len(x) * process.num_steps * (1 if options.cfg_scale == 1 else 2)  # one without label
     function = _jitted(lambda params, args: latents(params, *args), mesh)
     return Plan(function, abstract_params(model), arrays, passes * forward_flops(model, shape))
 

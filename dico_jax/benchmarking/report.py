@@ -6,11 +6,9 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from dico_jax.errors import UsageError
 from dico_jax.files import library_versions
-from dico_jax.models import MODELS, abstract_params, create_model, forward_macs
+from dico_jax.models import MODELS, count_parameters, create_model, forward_macs
 
 _DOWNSAMPLING = 8  # of Stable Diffusion's autoencoder, whose latents the published networks see
 SOURCES = {
@@ -87,8 +85,7 @@ def _column(model: Mapping[str, Any]) -> dict[str, str]:
     }
     memory = model["memory_gb_per_device"] or {}
     for name in ("arguments", "outputs_not_in_place", "temporaries"):
-        label = f"{name.replace('_', ' ')} per device"
-        column[label] = _optional("{:.3f} GB", memory.get(name))
+        column[f"{name.replace('_', ' ')} per device"] = _optional("{:.3f} GB", memory.get(name))
     return column
 
 
@@ -121,7 +118,7 @@ def model_table(image_size: int) -> list[dict[str, Any]]:
     return [
         {
             "model": name,
-            "parameters": _count_parameters(model),
+            "parameters": count_parameters(model),
             "multiply_adds_per_image": forward_macs(model, (side, side, model.in_channels)),
             "published_parameters": PUBLISHED.get(name, none)[0],
             "published_multiply_adds_per_image": PUBLISHED.get(name, none)[1].get(image_size),
@@ -129,19 +126,6 @@ def model_table(image_size: int) -> list[dict[str, Any]]:
         }
         for name, model in models.items()
     ]
-
-
-def _count_parameters(model: Any) -> int:
-    """As `count_parameters`, of a network with one block per stage: equal blocks are not traced."""
-    depths = (model.depth,) if isinstance(model.depth, int) else model.depth
-    one = 1 if isinstance(model.depth, int) else (1,) * len(depths)
-    params = abstract_params(model.clone(depth=one))
-
-    def size(tree):
-        return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-    blocks = zip(model.stages, depths, strict=True)
-    return size(params) + sum((depth - 1) * size(params[stage]) for stage, depth in blocks)
 
 
 def table_text(rows: Iterable[Mapping[str, Any]]) -> str:

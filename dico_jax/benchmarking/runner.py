@@ -24,17 +24,10 @@ from dico_jax.models import count_parameters, forward_macs
 from dico_jax.parallel.mesh import check_batch_size, create_mesh, num_batch_shards
 from dico_jax.training.speed import peak_flops, peak_memory_gb
 
-# Sides of the square matrices of the ceiling.
 _CEILING_SIZES = {"cpu": (1024, 2048, 4096), "gpu": (4096, 8192, 16384), "tpu": (4096, 8192)}
 
 
-def measure(
-    functions: Mapping[str, Callable[[], object]],
-    warmup: int = 2,
-    repeats: int = 10,
-    seconds: float = 5.0,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
+def measure(functions: Mapping, warmup=2, repeats=10, seconds=5.0, clock=time.perf_counter):
     """Times functions in rounds: each runs once in every round, one after the other.
 
     They wait for the device. After `warmup` rounds that do not count there are `repeats`, and more
@@ -60,9 +53,7 @@ def summary(times: Sequence[float]) -> dict[str, Any]:
     return found | {"times_seconds": list(times)}
 
 
-def run_benchmark(
-    options: Options, report: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+def run_benchmark(options: Options, report: Callable[[str], Any] = str) -> dict[str, Any]:
     """The result that docs/benchmark.md describes; `report` is told what is being done.
 
     FloatingPointError for results that are not finite.
@@ -83,12 +74,10 @@ def run_benchmark(
             sampling_from_config(config)
     with jax.default_matmul_precision(options.matmul_precision):
         rows = _measured(options, configs, mesh, report)
-        memory = peak_memory_gb(mesh.devices.flat)  # without the ceiling's matrices
-        ceiling = None
+        memory, ceiling = peak_memory_gb(mesh.devices.flat), None  # before the ceiling's matrices
         if options.ceiling:
             report("measuring the ceiling")
-            with _memory_errors("--ceiling_sizes: {} for these matrices; use smaller ones"):
-                ceiling = measure_ceiling(mesh, options.dtype, options.ceiling_sizes)
+            ceiling = measure_ceiling(mesh, options.dtype, options.ceiling_sizes)
     peaks = {peak_flops(device.device_kind) for device in mesh.devices.flat}
     peak = peaks.pop() if len(peaks) == 1 else None
     for row in rows:
@@ -126,9 +115,7 @@ def make_config(options: Options, name: str) -> ConfigDict:
     return config
 
 
-def _measured(
-    options: Options, configs: Mapping[str, ConfigDict], mesh: Mesh, report: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def _measured(options: Options, configs: Mapping[str, ConfigDict], mesh: Mesh, report: Callable):
     programs: dict[str, Program] = {}
     for name, config in configs.items():
         report(f"compiling {options.action} of {name}")
@@ -136,12 +123,8 @@ def _measured(
             programs[name] = make_program(options.action, config, mesh)
             check_finite(programs[name].run(), name)
 
-    def run(name):
-        with _errors(options, name):
-            return programs[name].run()
-
     report("measuring")
-    runs = {name: functools.partial(run, name) for name in programs}
+    runs = {name: program.run for name, program in programs.items()}
     times = measure(runs, options.warmup, options.repeats, options.seconds)
     return [_figures(name, configs[name], programs[name], times[name], mesh) for name in configs]
 
@@ -175,43 +158,20 @@ def check_finite(outputs: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def _errors(options: Options, name: str) -> Iterator[None]:
-    size = options.batch_size
-    smaller = f"--batch_size={size // 2}" if size > 1 else "a smaller --image_size"
-    others = "--dtype=bfloat16, more devices" + ", --remat=blocks" * (options.action == "train")
     flags = {"name": "model" if name == options.model else "compare", "num_steps": "steps"}
-    wanted = f"{name} in {options.dtype}; use {smaller}, or {others}"
     try:
-        with _memory_errors(f"--batch_size={size}: {{}} for {wanted}"):
-            yield
+        yield
     except UsageError as error:
         field = r"(?<![\w.])(?:config\.)?(?:model|data|sampling)\.(\w+)(?=\W)"
         text = re.sub(field, lambda found: f"--{flags.get(found[1], found[1])}", str(error))
         raise UsageError(text) from error
 
 
-@contextlib.contextmanager
-def _memory_errors(message: str) -> Iterator[None]:
-    """One line where memory does not suffice: `message`, with that in place of its braces."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        said = str(error).strip() or "MemoryError"
-        # XLA has a status of its own for it, but on CPUs only the words tell.
-        short = re.search("RESOURCE_EXHAUSTED|out of memory", said, re.IGNORECASE)
-        if not short and not isinstance(error, MemoryError):
-            raise
-        text = message.format("the memory does not suffice")
-        raise UsageError(f"{text} ({said.splitlines()[0]})") from error
-
-
-def measure_ceiling(
-    mesh: Mesh, dtype: str, sizes: Sequence[int] = (), seconds: float = 1.0
-) -> dict[str, Any]:
+def measure_ceiling(mesh: Mesh, dtype: str, sizes=(), seconds: float = 1.0) -> dict[str, Any]:
     """What the devices can do at best: products of square matrices, by the best size's median."""
     platform = mesh.devices.flat[0].platform
     products = 1 if platform == "cpu" else 8  # per run, so that starting a run does not count
     rows = []
-    # One size after the other: matrices of all sizes at once would only need memory.
     for size in sizes or _CEILING_SIZES.get(platform, _CEILING_SIZES["gpu"]):
         run = {"": _product(mesh, dtype, size, products)}
         found = summary(measure(run, warmup=1, repeats=5, seconds=seconds)[""])

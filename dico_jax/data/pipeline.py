@@ -1,7 +1,6 @@
 """From a source to batches, on Grain, in an order that is a function of (seed, step).
 
-Every epoch is shuffled anew. Batch k of a run is the k-th `batch_size` examples of the endless
-sequence: the position of a run is its step, whatever the number of processes and workers.
+Every epoch is shuffled anew. Batch k is the k-th `batch_size` examples of the endless sequence.
 """
 
 import contextlib
@@ -138,9 +137,8 @@ class DeviceBatches(Iterator, contextlib.AbstractContextManager):
             if not (found := re.search("Worker process.* (code .?[0-9]+)", str(error))):
                 raise
             fix = "the same command goes on; --config.data.num_workers=1 or 0 needs less memory"
-            raise TrainingStopped(
-                f"a worker that reads data is gone ({found[1]}): {fix}"
-            ) from error
+            text = f"a worker that reads data is gone ({found[1]}): {fix}"
+            raise TrainingStopped(text) from error
         self.waited = time.monotonic() - start
         self._log.add_skipped(index, skipped)
         return arrays

@@ -91,7 +91,15 @@ def create_model(name: str, **options) -> Denoiser:
 
 def count_parameters(model: Denoiser) -> int:
     """The number of trainable parameters; DiT's fixed position table, a constant, is not one."""
-    return sum(x.size for x in jax.tree.leaves(abstract_params(model)))
+    depths = np.ravel(model.depth).tolist() if model.stages else []
+    # Equal blocks are traced once: a depth may be a number, or one of every stage.
+    one = {"depth": jax.tree.map(lambda _: 1, model.depth)} if depths else {}
+    params, counts = (
+        abstract_params(model.clone(**one)),
+        dict(zip(model.stages, depths, strict=True)),
+    )
+    sizes = {k: sum(leaf.size for leaf in jax.tree.leaves(tree)) for k, tree in params.items()}
+    return sum(size * counts.get(name, 1) for name, size in sizes.items())
 
 
 def abstract_params(model: Denoiser) -> Any:

@@ -61,9 +61,8 @@ def check_batch_size(batch_size: int, num_shards: int, field: str = "data.batch_
     if batch_size < 1 or batch_size % num_shards:
         below = max(batch_size, 0) // num_shards * num_shards
         sizes = " or ".join(str(b) for b in (below, below + num_shards) if b > 0)
-        raise UsageError(
-            field, batch_size, f"does not divide over {num_shards} devices: use {sizes}"
-        )
+        fix = f"does not divide over {num_shards} devices: use {sizes}"
+        raise UsageError(field, batch_size, fix)
 
 
 def to_global(batch: Any, sharding: NamedSharding) -> Any:

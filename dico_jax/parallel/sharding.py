@@ -1,7 +1,6 @@
-"""How the state of a run lies on the mesh: rules from parameter paths to mesh axes.
+"""How the state of a run lies on the mesh, by rules (pattern, axes).
 
-A rule is (pattern, axes): the first whose pattern is in a parameter's path says which axes of the
-mesh split it, where a dimension divides. Averages and moments lie as their parameter does.
+The first rule whose pattern is in a parameter's path says which axes split it, where it divides.
 """
 
 import contextlib
@@ -40,8 +39,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequenc
     pattern, axes = next((rule for rule in rules if re.search(rule[0], path)), ("", ()))
     if len(axes) > len(shape):
         raise UsageError(f"mesh.rules: {pattern!r} has {len(axes)} axes, {path} has shape {shape}")
-    sizes = dict(mesh.shape) | {None: 1}
-    pairs = zip(axes, shape, strict=False)
+    sizes, pairs = dict(mesh.shape) | {None: 1}, zip(axes, shape, strict=False)
     return PartitionSpec(*(a if sizes[a] > 1 and n % sizes[a] == 0 else None for a, n in pairs))
 
 

@@ -28,13 +28,10 @@ from dico_jax.files import json_lines
 class Logger(contextlib.AbstractContextManager):
     """What a run reports to. Use as a context manager; silent but in the main process.
 
-    metrics.jsonl has a JSON object a line. What an interrupted run left of later steps than it goes
-    on from is dropped, and TensorBoard forgets it; W&B shows it twice. UsageError: W&B refuses.
+    Of later steps than a run goes on from all is dropped, but by W&B. UsageError: W&B refuses.
     """
 
-    def __init__(
-        self, workdir: pathlib.Path, start_step: int, num_steps: int, wandb_project="", config=None
-    ):
+    def __init__(self, workdir, start_step: int, num_steps: int, wandb_project="", config=None):
         self._workdir, self._is_main = workdir, jax.process_index() == 0
         project = wandb_project if self._is_main else ""
         self._wandb = _open_wandb(project, workdir, config) if project else None
@@ -44,8 +41,7 @@ class Logger(contextlib.AbstractContextManager):
 
     def _open(self, step: int) -> None:
         if self._is_main:
-            file = self._workdir / "metrics.jsonl"
-            steps = [0]
+            file, steps = self._workdir / "metrics.jsonl", [0]
 
             def stays(values: dict) -> bool:
                 steps.append(int(values["step"]))
@@ -141,7 +137,6 @@ def require_wandb(project: str) -> None:
 
 def _open_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any] | None) -> Any:
     """The run of Weights & Biases whose id is kept in `workdir`, so that it goes on as well."""
-    require_wandb(project)
     wandb: Any = import_module("wandb")
     id_file = workdir / "wandb_run_id"
     if not id_file.exists():

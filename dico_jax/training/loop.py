@@ -21,7 +21,7 @@ from dico_jax.config import config_to_dict
 from dico_jax.evaluation.networks import ClassAgreement
 from dico_jax.files import new_file
 from dico_jax.models.block_stacks import stack_blocks, unstack_blocks
-from dico_jax.parallel import processes
+from dico_jax.parallel.processes import Heartbeat
 from dico_jax.training.logging import Logger
 from dico_jax.training.run import Run
 from dico_jax.training.speed import Meter, Profiler, peak_speed
@@ -40,19 +40,16 @@ def train(config: ConfigDict, workdir: str, allowed: Sequence[str] = ()) -> Clas
       TrainingStopped: the run cannot go on, see `config.training.on_nan`.
       Preempted: SIGTERM or ^C came; the state is saved.
     """
-    run = Run(config, workdir, allowed)
-    with contextlib.ExitStack() as stack:
+    go_on = "the same command goes on from step {}".format
+    heartbeat = Heartbeat(lambda: go_on(max(saved_steps(workdir), default=0)))
+    with heartbeat, contextlib.ExitStack() as stack:
+        run = Run(config, workdir, allowed)
         stack.enter_context(workdir_lock(workdir, jax.process_index()))
         open_workdir(workdir, run.config, allowed, run.data)
         multihost_utils.sync_global_devices("the workdir is open")
-        try:
-            return _Trainer(run, stack).train()
-        except jax.errors.JaxRuntimeError as error:
-            others = [str(i) for i in range(jax.process_count()) if i != jax.process_index()]
-            if not others or "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            go_on = f"the same command goes on from step {max(saved_steps(workdir), default=0)}"
-            processes.end(f"process {' or '.join(others)} is gone ({error!r:.150}): {go_on}", 1)
+        trainer = _Trainer(run, stack)
+        stack.push(lambda kind, error, _: error and heartbeat.__exit__(kind, error, _))
+        return trainer.train()
 
 
 class _Trainer:
@@ -103,9 +100,8 @@ class _Trainer:
     def _take_steps(self) -> None:
         """Steps to the end, or until the run has to return to an earlier one."""
         with self.run.batches(self.start) as batches:  # which have no end
-            for step, batch in zip(
-                range(self.start + 1, self.num_steps + 1), batches, strict=False
-            ):
+            steps = range(self.start + 1, self.num_steps + 1)
+            for step, batch in zip(steps, batches, strict=False):
                 latents = self.run.to_latents(batch, np.int32(step))
                 self.state, metrics = self.run.train_step(self.state, latents, self.watch.attempt)
                 self._took(step, metrics, batches.waited)
@@ -135,10 +131,11 @@ class _Trainer:
         """What is to be done after a step, in order: what is not to be lost comes first."""
         training, grid_every = self.config.training, self.config.sampling.grid_every_steps
         last, preempted = step == self.num_steps, self.preemption.requested()
+        averages = self.snapshots.is_due(step)
         self.preemption.step, self.preemption.at_once = step + 1, {}
         rules = (
             (self._report, last or step % training.log_every_steps == 0),
-            (self._keep_averages, self.snapshots.is_due(step)),
+            (lambda n: self.snapshots.save(n, unstack_blocks(self.state.width_emas)), averages),
             (self._save, last or preempted or step % training.checkpoint_every_steps == 0),
             (self._leave, preempted),
             (self._save_grid, grid_every > 0 and step % grid_every == 0),
@@ -182,9 +179,6 @@ class _Trainer:
                 self._save(step)
                 self._leave(step)
             yield images
-
-    def _keep_averages(self, step: int) -> None:
-        self.snapshots.save(step, unstack_blocks(self.state.width_emas))
 
     def _save(self, step: int) -> None:
         self.saver.save(step, unstack_blocks(self.state), {"attempt": self.watch.attempt})

@@ -37,8 +37,7 @@ from dico_jax.training.workdir import check_workdir, data_of
 class Run:
     """What a run consists of. Building it checks everything and changes nothing.
 
-    `config` is complete, with what the source knows; `target` has the shapes and the shardings
-    of the state, as checkpoints have it; that of `train_step` is one of `stack_blocks`.
+    `target` has the shapes and shardings of a state of checkpoints; `train_step`'s are stacked.
     """
 
     def __init__(self, config: ConfigDict, workdir: str, allowed: Sequence[str] = ()):
@@ -76,9 +75,8 @@ class Run:
                     fix = "is for networks that are told a class: set it to 0"
                     raise UsageError("eval.class_agreement_samples", count, fix)
             samples = any((config.sampling.grid_every_steps, count, config.eval.every_steps))
-            self._generate = make_generate_fn(
-                model, process, autoencoder, latent_shape, sampling, self.mesh, load=samples
-            )
+            how = autoencoder, latent_shape, sampling, self.mesh
+            self._generate = make_generate_fn(model, process, *how, load=samples)
         conditions = functools.partial(model.default_conditions, source=self.source)
         self.evaluation = RunEvaluation(config, self.source, self.read, conditions, self.mesh)
         fresh = training.init_from and not saved_steps(workdir)
@@ -138,8 +136,7 @@ class Run:
         sampling, model = self.config.sampling, self.experiment.model
         conditions, names = model.grid_conditions(sampling.grid_rows, self.source)
         repeated = jax.tree.map(lambda a: np.repeat(a, sampling.grid_columns, axis=0), conditions)
-        images = np.concatenate(list(samples(repeated)))
-        grid = image_grid(np.split(images, len(names)), names)
+        grid = image_grid(np.split(np.concatenate(list(samples(repeated))), len(names)), names)
         if jax.process_index() == 0:
             (self.workdir / "samples").mkdir(exist_ok=True)
             with new_file(self.workdir / "samples" / f"step_{step:07d}.png") as file:
@@ -152,6 +149,5 @@ class Run:
             return None
         model = self.experiment.model
         asked = model.default_conditions(np.arange(count), self.source)
-        images = np.concatenate(list(samples(asked)))
-        most = self.config.data.max_bad_fraction
+        images, most = np.concatenate(list(samples(asked))), self.config.data.max_bad_fraction
         return class_agreement(images, model.class_labels(asked), self.source, self.read, most)

@@ -23,8 +23,7 @@ from dico_jax.training.step import mean_of_steps
 
 _CACHE_DIR = "jax_compilation_cache_dir"
 
-# Makers' FLOP/s for dense bfloat16 products (V100, which has none: float16) of what JAX calls a
-# device, half a chip of TPU v3. Names match as a whole: a slice of a GPU, or an L40, is another.
+# Makers' FLOP/s of dense bfloat16 (V100: float16) of a device of JAX: half a chip of TPU v3.
 _PEAK_FLOPS = (
     (r"NVIDIA (H100 80GB HBM3|H200|GH200 \d+GB)", 989.4e12),
     (r"NVIDIA (H100|H200) NVL", 835.5e12),
@@ -91,11 +90,7 @@ class Profiler:
         self._first = profile.start_step if jax.process_index() == 0 else 0
         self._last = self._first + profile.num_steps - 1 if self._first else 0
         self._folder, self._say = workdir / "profile", say
-        self._steps_done, self._metrics, self._step = (
-            0,
-            None,
-            contextlib.ExitStack(),
-        )  # with its name
+        self._steps_done, self._metrics, self._step = 0, None, contextlib.ExitStack()
 
     def __enter__(self):
         if self._first == 1:
@@ -135,16 +130,14 @@ class Profiler:
 def run_fits(config: ConfigDict) -> Callable[[int], bool]:
     """Says of a number of CPU devices whether a run has the mesh, batches and memory for them."""
     mesh, size, parts = config.mesh, config.data.batch_size, config.training.accumulation_steps
-    sizes = {axis: mesh[axis] for axis in AXES}
-    try:
+    sizes, state = {axis: mesh[axis] for axis in AXES}, 0
+    if jax.distributed.is_initialized():  # it keeps the devices that it has
+        return lambda count: False
+    with contextlib.suppress(UsageError):  # which the run says
         # Parameters, their average, gradients, two moments, and one copy in hand: float32.
         state = 6 * 4 * count_parameters(model_from_config(config))
-    except UsageError:  # which the run says
-        state = 0
 
     def fits(count: int) -> bool:
-        if jax.distributed.is_initialized():  # it keeps the devices that it has
-            return False
         divides = parts > 0 and size % parts == 0 and mesh_fits(count, size // parts, **sizes)
         return divides and copies_fit(state, count // (mesh.fsdp * mesh.tensor))
 

@@ -63,9 +63,7 @@ def gradients(params, model, diffusion, batch: dict, t, noise, parts: int = 1, s
     return grads, {name: value.T.reshape(-1) for name, value in terms.items()}
 
 
-def apply_gradients(
-    state: TrainState, grads, optimizer: optax.GradientTransformation, ema_decay: float
-) -> tuple[TrainState, dict]:
+def apply_gradients(state: TrainState, grads, optimizer, ema_decay: float) -> tuple:
     """The state after one optimizer step, but for its `width_emas`, and the norms of the step."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -105,8 +103,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict, attempt):
         key = attempt_key(jax.random.fold_in(run_keys(seed)[1], state.step), attempt)
         t, noise = diffusion.draw(key, batch["x"])
-        drop_key = jax.random.split(key, 3)[2]
-        null = model.null_condition(len(t))
+        drop_key, null = jax.random.split(key, 3)[2], model.null_condition(len(t))
         if null is not None and (dropout := model.condition_dropout) > 0:
             conditions = drop_conditions(drop_key, batch["condition"], dropout, null)
             batch = batch | {"condition": conditions}
@@ -155,8 +152,7 @@ def mean_of_steps(steps: list[dict[str, Any]]) -> dict[str, float]:
     for name in kept[0]:
         values = (step[name] for step in kept)
         averages = (v if isinstance(v, Average) else Average(total=v, count=1) for v in values)
-        exact = (jax.tree.map(np.float64, average) for average in averages)
-        mean = functools.reduce(Average.merge, exact)
+        mean = functools.reduce(Average.merge, (jax.tree.map(np.float64, a) for a in averages))
         if name != "finite" and mean.count > 0:
             means[name] = float(mean.compute())
     return means

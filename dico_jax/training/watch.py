@@ -16,8 +16,7 @@ from jax.experimental import multihost_utils
 
 from dico_jax.errors import TrainingStopped
 
-MAX_SKIPPED_IN_A_ROW = 100
-MAX_ROLLBACKS = 3
+MAX_SKIPPED_IN_A_ROW, MAX_ROLLBACKS = 100, 3
 
 _LOOK = "look for examples that are not finite"
 _GO_ON = "start again with --config.training.on_nan=skip or =rollback to go on from there"
@@ -26,8 +25,7 @@ _GO_ON = "start again with --config.training.on_nan=skip or =rollback to go on f
 class NanWatch:
     """Decides what follows from steps that were not finite, as `config.training.on_nan` says.
 
-    It reads the flags of steps before a save, so that every checkpoint is good. `attempt` grows by
-    1 with every return to one: it decides draws, and checkpoints have it: parts make up a run.
+    Flags are read before a save, so every checkpoint is good. `attempt` grows by 1 with a return.
     """
 
     def __init__(self, on_nan: str, attempt: int = 0, say: Callable[[str], None] = print):
@@ -86,9 +84,8 @@ class Preempted(SystemExit):
 class Preemption:
     """Notices SIGTERM and ^C while a run trains. Use as a context manager around all of it.
 
-    Either asks for a save, and the last of several SIGTERMs nothing else; a second ^C, and signals
-    of `at_once`, where there is nothing to save, end the process. With jax.distributed its handler
-    of SIGTERM stays in charge, which ^C calls: all processes agree on a step.
+    Either asks for a save; a second ^C, and signals of `at_once`, where nothing is to be saved, end
+    the process. With jax.distributed ^C calls its handler of SIGTERM: all agree on a step.
     """
 
     def __init__(self, status: int = 143):
@@ -136,8 +133,7 @@ def stall_file(workdir: pathlib.Path) -> pathlib.Path:
 class StallWatch:
     """Warns, and adds all stacks to a file, when no step ends for `seconds` (0: never).
 
-    The stacks come from faulthandler's timer, also where native code holds Python's lock; the line
-    comes from a thread, as soon as that may run. Sampling between two steps looks the same.
+    Stacks come from faulthandler's timer, also where native code holds Python's lock.
     """
 
     def __init__(self, seconds: float, file: pathlib.Path, say: Callable[[str], None] = print):

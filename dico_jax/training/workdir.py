@@ -16,13 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dico_jax.checkpoints.reader import (
-    FOLDER,
-    DamagedCheckpointError,
-    class_differences,
-    read_meta,
-    saved_steps,
-)
+from dico_jax.checkpoints import reader
 from dico_jax.config import DEFAULTS, config_to_dict, flatten, without_gone
 from dico_jax.configs.default import CAREFUL_FIELDS, MUTABLE_FIELDS, MUTABLE_SECTIONS
 from dico_jax.data.sources import Source
@@ -47,12 +41,13 @@ def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None
     """
     if not workdir:
         raise UsageError("--workdir", workdir, "is empty: name a folder")
-    if not (steps := saved_steps(workdir)):
+    if not (steps := reader.saved_steps(workdir)):
         return []
     file, changes = pathlib.Path(workdir, "config.json"), []
     try:
-        meta = read_meta(file.parent / FOLDER / str(max(steps)), "config", "class_names")
-    except DamagedCheckpointError:  # said by what restores it
+        newest = file.parent / reader.FOLDER / str(max(steps))
+        meta = reader.read_meta(newest, "config", "class_names")
+    except reader.DamagedCheckpointError:  # said by what restores it
         meta = {"class_names": []}
     try:
         if "model.name" not in (old := without_gone(json.loads(file.read_text()))):
@@ -69,7 +64,7 @@ def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None
         if differing.keys() <= set(CAREFUL_FIELDS):
             fix += "".join(f", or --allow_config_change={field}" for field in differing)
         raise UsageError("--workdir", workdir, f"{text}: {fix}")
-    if data and (found := class_differences(meta["class_names"], data["class_names"])):
+    if data and (found := reader.class_differences(meta["class_names"], data["class_names"])):
         text = f"belongs to a run on data of other classes ({found})"
         raise UsageError("--workdir", workdir, f"{text}: use that data, or another --workdir")
     there, here = meta.get("examples"), data and data["examples"]
@@ -83,13 +78,14 @@ def open_workdir(workdir: str, config: ConfigDict, *more) -> pathlib.Path:
 
     It says and records what `check_workdir` finds to have changed, which is given all arguments.
     """
-    changes = check_workdir(workdir, config, *more)
-    path = _made(workdir)
+    changes, path = check_workdir(workdir, config, *more), _made(workdir)
     if jax.process_index() == 0:
         for change in changes:
             print(f"warning: {change}", file=sys.stderr)
             with (path / "config_changes.jsonl").open("a") as log:
-                log.write(json.dumps({"step": max(saved_steps(path)), "change": change}) + "\n")
+                log.write(
+                    json.dumps({"step": max(reader.saved_steps(path)), "change": change}) + "\n"
+                )
         write_json(path / "config.json", dict(sorted(config_to_dict(config).items())))
     return path
 
