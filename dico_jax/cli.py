@@ -48,7 +48,7 @@ def run(main: Callable[..., None], actions: Actions = MappingProxyType({})) -> N
     try:
         app.run(lambda _: _main(main, actions, given), flags_parser=_parse_flags)
     except SystemExit as ended:  # threads of compilers and readers crash or hang where Python ends
-        _leave(ended.code) if ended.code in (1, 2, 130) else sys.exit(ended.code)
+        _leave(ended.code) if ended.code and isinstance(ended.code, int) else sys.exit(ended.code)
 
 
 def _write(write: Callable[[str], int], text: str) -> int:
@@ -244,7 +244,7 @@ def define_distributed_flags() -> Callable[[], None]:
     count = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
     index = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
     timeout = flags.DEFINE_integer(
-        "distributed_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
+        "distributed_timeout", 300, "Seconds to wait for others or their heartbeats.", lower_bound=1
     )
 
     def join() -> None:

@@ -24,13 +24,12 @@ flags.adopt_module_key_flags(cli)  # so that --help shows them
 def main() -> None:
     """Parses flags and trains."""
     cli.load_config(config := _CONFIG.value)
-    _JOIN()
     # Late imports: --help answers before JAX is imported.
+    from dico_jax.training.loop import train
     from dico_jax.training.speed import run_fits
 
+    _JOIN()
     _USE_ALL_CORES(run_fits(config))
-    from dico_jax.training.loop import train
-
     train(config, _WORKDIR.value, _ALLOW.value)
 
 

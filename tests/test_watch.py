@@ -448,6 +448,16 @@ def test_a_profile_is_written(tmp_path):
     ]
 
 
+def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "profile").write_text("a file in the folder's place")
+    said = []
+    with Profiler(profile_config(1, 2), tmp_path, said.append) as profiler:
+        for step in range(1, 4):
+            profiler.step_done(step, {"loss": jnp.ones(4)})
+    (line,) = said
+    assert line.startswith(f"warning: no profile in {tmp_path / 'profile'}, training goes on: ")
+
+
 # Kept programs.
 
 

@@ -43,7 +43,7 @@ def result_text(result: Mapping[str, Any]) -> str:
     head += "precision {matmul_precision})"
     head += ", {steps} steps, guidance scale {cfg_scale}" * ("steps" in settings)
     columns = [_column(model) for model in models]
-    table = _padded(zip(columns[0], *(column.values() for column in columns), strict=True))
+    table = _padded([*zip(columns[0], *(column.values() for column in columns), strict=True)])
     lines = [(head + ", on {count} x {kind}").format(**result | settings | devices)]
     lines += [f"  {label}  {'   '.join(cells)}" for label, *cells in table]
     for model in models:
@@ -99,8 +99,7 @@ def _giga(number: float | None) -> str:
     return f"{number / 1e12:.4g} T" if number >= 1e12 else f"{number / 1e9:.4g} G"
 
 
-def _padded(rows: Iterable[Sequence[str]]) -> list[list[str]]:
-    rows = list(rows)
+def _padded(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
 
@@ -114,14 +113,13 @@ def model_table(image_size: int) -> list[dict[str, Any]]:
         choices = " or ".join(str(size) for size in (below, below + step) if size > 0)
         raise UsageError(f"--image_size={image_size} must be a multiple of {step}: use {choices}")
     side = image_size // _DOWNSAMPLING
-    none: tuple[str | None, dict[int, str]] = (None, {})
     return [
         {
             "model": name,
             "parameters": count_parameters(model),
             "multiply_adds_per_image": forward_macs(model, (side, side, model.in_channels)),
-            "published_parameters": PUBLISHED.get(name, none)[0],
-            "published_multiply_adds_per_image": PUBLISHED.get(name, none)[1].get(image_size),
+            "published_parameters": PUBLISHED.get(name, (None, {}))[0],
+            "published_multiply_adds_per_image": PUBLISHED.get(name, (None, {}))[1].get(image_size),
             "source": SOURCES[type(model).__name__] if name in PUBLISHED else None,
         }
         for name, model in models.items()

@@ -124,6 +124,7 @@ class DeviceBatches(Iterator, contextlib.AbstractContextManager):
         ahead = grain.experimental.ThreadPrefetchIterDataset
         self._iterator = iter(ahead(batches.map(to_devices), prefetch_buffer_size=_BATCHES_AHEAD))
         self._log, self.waited = log, 0.0  # seconds, for the newest batch
+        self.waits = False  # a signal's handler may raise StopIteration then: reading may hang
         # Signals to a whole group are for the main thread; other threads and workers inherit this.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
         self._iterator.start_prefetch()
@@ -132,6 +133,7 @@ class DeviceBatches(Iterator, contextlib.AbstractContextManager):
     def __next__(self) -> Any:
         start = time.monotonic()
         try:
+            self.waits = True
             arrays, index, skipped = next(self._iterator)
         except RuntimeError as error:
             if not (found := re.search("Worker process.* (code .?[0-9]+)", str(error))):
@@ -139,6 +141,8 @@ class DeviceBatches(Iterator, contextlib.AbstractContextManager):
             fix = "the same command goes on; --config.data.num_workers=1 or 0 needs less memory"
             text = f"a worker that reads data is gone ({found[1]}): {fix}"
             raise TrainingStopped(text) from error
+        finally:
+            self.waits = False
         self.waited = time.monotonic() - start
         self._log.add_skipped(index, skipped)
         return arrays

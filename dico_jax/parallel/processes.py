@@ -43,8 +43,8 @@ def initialize(
     timer = threading.Timer(timeout_seconds, end, [f"{failed} at {at}: {fix}", 2])
     timer.start()
     Heartbeat.host, Heartbeat.silence = address.rpartition(":")[0], min(timeout_seconds, 90)
-    how: Any = {"initialization_timeout": timeout_seconds + 60}
-    how["heartbeat_timeout_seconds"] = Heartbeat.silence + 60  # after `Heartbeat`'s
+    limits = ("initialization_timeout", "heartbeat_timeout_seconds")  # JAX aborts: ours come first
+    how: Any = dict.fromkeys(limits, timeout_seconds + 60)
     try:
         jax.distributed.initialize(*parts, **how)
     except (RuntimeError, ValueError) as error:
@@ -71,9 +71,6 @@ def several_processes(environ: Mapping[str, str]) -> bool:
     )
 
 
-_GRACE = 3  # seconds to end by themselves, as all do where all have one error
-
-
 class Heartbeat(contextlib.AbstractContextManager):
     """While it lasts, a process of the run that is gone ends this one too, in one line.
 
@@ -82,7 +79,7 @@ class Heartbeat(contextlib.AbstractContextManager):
     """
 
     current: Any = None
-    host, silence = "", 90  # of process 0, where it is known; seconds
+    host, silence, grace = "", 90, 3  # of process 0, if known; seconds; and to end by itself
 
     def __init__(self, go_on: Callable[[], str]):
         self._go_on, self._me, self._peers = go_on, 0, dict[int, Any]()
@@ -101,7 +98,7 @@ class Heartbeat(contextlib.AbstractContextManager):
 
     def _meet(self, listener: Any, key: str, host: str, port: str) -> None:
         while listener:
-            with contextlib.suppress(OSError, EOFError):  # of a stranger, who does not know the key
+            with contextlib.suppress(OSError, EOFError, ValueError):  # of strangers without key
                 peer = listener.accept()
                 if peer.poll(5) and (hello := peer.recv_bytes(64).decode()).startswith(key):
                     self._start(self._listen, int(hello[len(key) :]), peer)
@@ -132,9 +129,9 @@ class Heartbeat(contextlib.AbstractContextManager):
         del self._peers[index]
         text = said.decode() or f"1 process {index} is gone{silent}"
         status, _, why = text.partition(" ")
-        if status != "0" and not self._left.wait(_GRACE if said else 0):
+        if status != "0" and not self._left.wait(self.grace if said else 0):
             self._ending.acquire()  # for good: the first is the cause of all others
-            self._tell(text, 2 * _GRACE)
+            self._tell(text, 2 * self.grace)
             end(f"{why}: {self._go_on()}" if status == "1" else why, int(status))
 
     def leave(self, status: int, why: str = "") -> None:
@@ -142,12 +139,12 @@ class Heartbeat(contextlib.AbstractContextManager):
         if not self._left.is_set():
             self._left.set()
             said = f"{status} process {self._me} has ended with status {status}{why}"
-            self._tell(said, 2 * _GRACE if status else 0)
+            self._tell(said, 2 * self.grace)
 
     def __exit__(self, kind, error, traceback):
         ours = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAU" not in str(error)
         if self._peers and ours:  # most likely of another's end, which `_listen` is about to name
-            time.sleep(self.silence + _GRACE)
+            time.sleep(self.silence + self.grace)
         known = {type(None): 0, SystemExit: 0, KeyboardInterrupt: 130, UsageError: 2, object: 1}
         status = next(known[kind] for kind in known if isinstance(error, kind))
         self.leave(status, f": {one_line(error)[:500]}" * bool(str(error)))

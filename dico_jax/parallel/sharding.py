@@ -54,10 +54,7 @@ def state_sharding(state: Any, mesh: Mesh, rules: Sequence[Rule] = DEFAULT_RULES
 
 
 def say_unmet(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> None:
-    """Prints which rules of `config.mesh.rules` find no parameter, and which parameters no rule.
-
-    Vectors are left out. Some of `DEFAULT_RULES`, which are for all networks, find nothing.
-    """
+    """Prints which rules of `config.mesh.rules` find no parameter, and which matrices no rule."""
     if jax.process_index() or not (rules or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1):
         return
     shapes = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}

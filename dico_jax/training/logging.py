@@ -137,6 +137,7 @@ def require_wandb(project: str) -> None:
 
 def _open_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any] | None) -> Any:
     """The run of Weights & Biases whose id is kept in `workdir`, so that it goes on as well."""
+    require_wandb(project)
     wandb: Any = import_module("wandb")
     id_file = workdir / "wandb_run_id"
     if not id_file.exists():

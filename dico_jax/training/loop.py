@@ -100,6 +100,7 @@ class _Trainer:
     def _take_steps(self) -> None:
         """Steps to the end, or until the run has to return to an earlier one."""
         with self.run.batches(self.start) as batches:  # which have no end
+            self.preemption.waits = lambda: batches.waits
             steps = range(self.start + 1, self.num_steps + 1)
             for step, batch in zip(steps, batches, strict=False):
                 latents = self.run.to_latents(batch, np.int32(step))
@@ -112,6 +113,10 @@ class _Trainer:
                     return self._return_to(back)
                 for action in due:
                     action(step)
+            if step < self.num_steps:  # no batch has come
+                if self.watch.check(None) is None:
+                    self._save(step)
+                self._leave(step)
         self.start = self.num_steps
 
     def _took(self, step: int, metrics: dict, waited: float) -> None:
@@ -186,8 +191,8 @@ class _Trainer:
     def _leave(self, step: int) -> None:
         self.saver.wait()
         by_hand = multihost_utils.process_allgather(np.bool_(self.preemption.interrupted)).any()
-        name = "^C" if by_hand else "SIGTERM"
-        self.log.say(f"{name}: step {step} is saved; the same command goes on")
+        name, saved = "^C" if by_hand else "SIGTERM", max(self.saver.steps(), default=0)
+        self.log.say(f"{name}: step {saved} is saved; the same command goes on")
         raise Preempted(130 if by_hand else self.config.training.preemption_exit_status)
 
     def _rested(self, step: int) -> None:

@@ -14,7 +14,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from dico_jax.errors import UsageError
+from dico_jax.errors import UsageError, one_line
 from dico_jax.experiment import model_from_config
 from dico_jax.models import count_parameters, training_flops
 from dico_jax.ops.cpu import copies_fit
@@ -115,16 +115,24 @@ class Profiler:
         if self._steps_done == self._first - 1:
             if self._steps_done:  # those steps are not part of the profile
                 jax.block_until_ready(self._metrics)
-            jax.profiler.start_trace(self._folder)
+            self._try(jax.profiler.start_trace, self._folder)
         self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
 
     def _stop(self, wait: bool) -> None:
         if wait:  # or the devices' part of the last steps would be missing
             jax.block_until_ready(self._metrics)
         self._step.close()
-        jax.profiler.stop_trace()
         count, folder = self._steps_done - self._first + 1, self._folder
-        self._say(f"profile of {count} steps in {folder}: xprof --logdir={folder}")
+        if self._try(jax.profiler.stop_trace):
+            self._say(f"profile of {count} steps in {folder}: xprof --logdir={folder}")
+
+    def _try(self, action: Callable, *args) -> bool:
+        try:
+            action(*args)
+        except Exception as error:  # a full or lost disk
+            self._last = 0
+            self._say(f"warning: no profile in {self._folder}, training goes on: {one_line(error)}")
+        return self._last > 0
 
 
 def run_fits(config: ConfigDict) -> Callable[[int], bool]:

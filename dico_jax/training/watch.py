@@ -94,6 +94,7 @@ class Preemption:
         self.statuses: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: status}
         self.step, self.interrupted = 0, False  # the step that would be saved; whether ^C asked
         self.at_once: dict[int, int] = {}  # of `statuses`
+        self.waits: Callable[[], bool] = bool  # for what may never come, after a step
 
     def __enter__(self):
         for number in list(self.statuses)[: 1 if self._agreed else 2]:
@@ -112,10 +113,14 @@ class Preemption:
             raise KeyboardInterrupt if number == signal.SIGINT else Preempted(self.at_once[number])
         if number == signal.SIGINT:
             self.interrupted = True  # print() may be what it has interrupted
-            os.write(2, f"\nsaving step {self.step}; ^C again to leave without\n".encode())
+            step = self.step - (self.waits() and not self._agreed)
+            os.write(2, f"\nsaving step {step}; ^C again to leave without\n".encode())
         self._requested = not self._agreed
         if self._agreed:
             os.kill(os.getpid(), signal.SIGTERM)
+        elif self.waits():
+            self.waits = bool
+            raise StopIteration
 
     def requested(self) -> bool:
         """Whether to save now and end; all processes ask equally often, and have one answer."""

@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dico_jax.checkpoints import reader
+from dico_jax.checkpoints.reader import saved_steps
 from dico_jax.config import DEFAULTS, config_to_dict, flatten, without_gone
 from dico_jax.configs.default import CAREFUL_FIELDS, MUTABLE_FIELDS, MUTABLE_SECTIONS
 from dico_jax.data.sources import Source
@@ -41,7 +42,7 @@ def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None
     """
     if not workdir:
         raise UsageError("--workdir", workdir, "is empty: name a folder")
-    if not (steps := reader.saved_steps(workdir)):
+    if not (steps := saved_steps(workdir)):
         return []
     file, changes = pathlib.Path(workdir, "config.json"), []
     try:
@@ -83,9 +84,7 @@ def open_workdir(workdir: str, config: ConfigDict, *more) -> pathlib.Path:
         for change in changes:
             print(f"warning: {change}", file=sys.stderr)
             with (path / "config_changes.jsonl").open("a") as log:
-                log.write(
-                    json.dumps({"step": max(reader.saved_steps(path)), "change": change}) + "\n"
-                )
+                log.write(json.dumps({"step": max(saved_steps(path)), "change": change}) + "\n")
         write_json(path / "config.json", dict(sorted(config_to_dict(config).items())))
     return path
 
