@@ -1,7 +1,6 @@
 """The mesh of devices and how arrays lie on it.
 
-Axes: "data" (every device has a whole copy of the state), "fsdp" (devices share the state and split
-the batch as well), "tensor" (devices share the channels of a layer and see the same examples).
+Axes: "data" (whole copies of the state), "fsdp" (shares of it), "tensor" (shares of channels).
 """
 
 from typing import Any

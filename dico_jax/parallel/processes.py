@@ -22,10 +22,7 @@ from dico_jax.errors import UsageError, one_line
 def initialize(
     coordinator_address: str | None = None, num_processes=None, process_id=None, timeout_seconds=300
 ) -> None:
-    """Joins the other processes of the run, if there are any, before JAX is used.
-
-    Where JAX does not find them, give three arguments. Where they do not come, the status is 2.
-    """
+    """Joins the other processes of the run, if there are any, before JAX is used; or UsageError."""
     names = "--coordinator_address", "--num_processes", "--process_id"
     parts = coordinator_address, num_processes, process_id
     missing = [name for name, value in zip(names, parts, strict=True) if value is None]
@@ -111,11 +108,11 @@ class Heartbeat(contextlib.AbstractContextManager):
         while not self._left.wait(1):
             self._tell("")
 
-    def _tell(self, said: str, patience: float = 0) -> None:
+    def _tell(self, said: str, last: bool = False) -> None:
         for peer in list(self._peers.values()):
             with contextlib.suppress(OSError):
                 peer.send_bytes(said.encode())
-        until = time.monotonic() + patience
+        until = time.monotonic() + 2 * self.grace * last
         while self._me == 0 and self._peers and time.monotonic() < until:
             time.sleep(0.05)  # without process 0 JAX aborts them before they can say why
 
@@ -131,15 +128,14 @@ class Heartbeat(contextlib.AbstractContextManager):
         status, _, why = text.partition(" ")
         if status != "0" and not self._left.wait(self.grace if said else 0):
             self._ending.acquire()  # for good: the first is the cause of all others
-            self._tell(text, 2 * self.grace)
+            self._tell(text, last=True)
             end(f"{why}: {self._go_on()}" if status == "1" else why, int(status))
 
     def leave(self, status: int, why: str = "") -> None:
         """Tells the others that this process ends; where the status is not 0, they end as well."""
         if not self._left.is_set():
             self._left.set()
-            said = f"{status} process {self._me} has ended with status {status}{why}"
-            self._tell(said, 2 * self.grace)
+            self._tell(f"{status} process {self._me} has ended with status {status}{why}", True)
 
     def __exit__(self, kind, error, traceback):
         ours = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAU" not in str(error)

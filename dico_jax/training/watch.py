@@ -18,7 +18,6 @@ from dico_jax.errors import TrainingStopped
 
 MAX_SKIPPED_IN_A_ROW, MAX_ROLLBACKS = 100, 3
 
-_LOOK = "look for examples that are not finite"
 _GO_ON = "start again with --config.training.on_nan=skip or =rollback to go on from there"
 
 
@@ -71,7 +70,7 @@ class NanWatch:
         self._say(f"warning: {self._bad} {step}; going on from step {target} {count}")
         return target
 
-    def _stop(self, steps: str, newest: int | None, advice: str = _LOOK) -> NoReturn:
+    def _stop(self, steps: str, newest, advice="look for examples that are not finite") -> NoReturn:
         saved = "the newest good checkpoint is step" if newest else "no checkpoint has been saved"
         text = f"{self._bad} {steps}; {saved} {newest or 'yet'}: {advice}, or start with a lower"
         raise TrainingStopped(f"{text} --config.optimizer.learning_rate in a new workdir")
