@@ -71,8 +71,7 @@ def several_processes(environ: Mapping[str, str]) -> bool:
 class Heartbeat(contextlib.AbstractContextManager):
     """While it lasts, a process of the run that is gone ends this one too, in one line.
 
-    Each has a connection to process 0, on which both say every second that they are there, and at
-    last how they end: "STATUS TEXT", which process 0 passes on. `go_on` says what to do then.
+    Each and process 0 tell each other every second that they are there, or "STATUS TEXT" at the end.
     """
 
     current: Any = None

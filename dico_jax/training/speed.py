@@ -155,8 +155,7 @@ def run_fits(config: ConfigDict) -> Callable[[int], bool]:
 def enable_compilation_cache(setting: str, min_compile_seconds: float = 1.0) -> str | None:
     """Makes JAX keep compiled programs in a folder; to be called before the first compilation.
 
-    See `config.training.compilation_cache`; what compiles faster than `min_compile_seconds` is not
-    kept. Returns the folder in use, or None; one that cannot be written is told on stderr.
+    Returns the folder that `config.training.compilation_cache` names, or None; failure is told.
     """
     # Not on CPUs: programs of another model in one home are mistrusted (jax-ml/jax#38445).
     base = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/dico_jax/xla"

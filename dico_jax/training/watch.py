@@ -135,10 +135,7 @@ def stall_file(workdir: pathlib.Path) -> pathlib.Path:
 
 
 class StallWatch:
-    """Warns, and adds all stacks to a file, when no step ends for `seconds` (0: never).
-
-    Stacks come from faulthandler's timer, also where native code holds Python's lock.
-    """
+    """Warns, with all stacks in a file, also of native code, when no step ends for `seconds` > 0."""
 
     def __init__(self, seconds: float, file: pathlib.Path, say: Callable[[str], None] = print):
         self._seconds, self._path, self._say = seconds, file, say
