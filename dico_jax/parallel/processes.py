@@ -71,7 +71,7 @@ def several_processes(environ: Mapping[str, str]) -> bool:
 class Heartbeat(contextlib.AbstractContextManager):
     """While it lasts, a process of the run that is gone ends this one too, in one line.
 
-    Each and process 0 tell each other every second that they are there, or "STATUS TEXT" at the end.
+    Each and process 0 tell each other every second that they are there, or "STATUS TEXT" last.
     """
 
     current: Any = None

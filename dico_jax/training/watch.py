@@ -135,7 +135,7 @@ def stall_file(workdir: pathlib.Path) -> pathlib.Path:
 
 
 class StallWatch:
-    """Warns, with all stacks in a file, also of native code, when no step ends for `seconds` > 0."""
+    """Warns, with all stacks in a file, also in native code, if no step ends for `seconds` > 0."""
 
     def __init__(self, seconds: float, file: pathlib.Path, say: Callable[[str], None] = print):
         self._seconds, self._path, self._say = seconds, file, say
