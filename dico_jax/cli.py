@@ -26,7 +26,8 @@ _FIELDS: dict[str, str] = {}  # that flags are, by the name of the flag
 # What no name of a class, file or tensor does to a terminal; bars go up by lines.
 _ESCAPES = re.compile(r"\x1b(?!\[A)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 _UNSET: list[str] = []  # fields that the command line sets to None
-_MEANT = {"checkpoint": "ckpt", "output": "out workdir", "num_samples": "num_images"}
+_MEANT = {"checkpoint": "ckpt", "workdir": "ckpt", "output": "out workdir", "out": "workdir"}
+_MEANT |= {"num_samples": "num_images", "num_images": "num_samples", "guidance_scale": "cfg_scale"}
 
 # Per action of a command, which `main` gets, the flags that it needs, and those that it may have.
 Actions = Mapping[str, tuple[str, str]]
@@ -151,7 +152,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except Exception as error:  # of a config file, whose lines are in the traceback
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f"--config={path}, line {lines[-1]}: {type(error).__name__}: " if lines else ""
-        _fail(f"{where}{error}")
+        _fail(where + re.sub("Traceback .*\n", "", str(error).strip(), flags=re.DOTALL))
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     return rest
@@ -178,8 +179,7 @@ def _find_config(argv: list[str]) -> str:
     if not pathlib.Path(path).exists():
         if not (_CONFIGS / f"{name}.py").is_file() or "/" in name:
             there = ", ".join(sorted(f.stem for f in _CONFIGS.glob("[a-z]*.py")))
-            what = f"--config={path} cannot be read (no such file)"
-            raise UsageError(f"{what}: give a file, or one of {there}")
+            raise UsageError("--config", path, f"cannot be read: give a file, or one of {there}")
         path = str(_CONFIGS / f"{name}.py")
     pathlib.Path(path).read_bytes()  # or an OSError
     if path.endswith(".json"):  # a run's

@@ -39,7 +39,7 @@ _INCEPTION = flags.DEFINE_string(
     "inception", None, "Weights of the Inception network [the cache, then the public release]."
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", None, "Number of images [all of --samples; 50,000 of --ckpt].", lower_bound=2
+    "num_samples", None, "Number of images [all of --samples; 50,000 of --ckpt].", 2, 10_000_000
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
 _MAX_BAD = cli.define_fields({"max_bad_fraction": "data.max_bad_fraction"})["max_bad_fraction"]

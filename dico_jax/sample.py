@@ -9,7 +9,7 @@ _CKPT = flags.DEFINE_string(
     "ckpt", None, "Workdir of a run, or a converted checkpoint.", required=True
 )
 _OUT = flags.DEFINE_string("out", None, "Folder for 000000.png and on, grid.png.", required=True)
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 100, "Number of images.", lower_bound=1)
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 100, "Number of images.", 1, 10_000_000)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time [config].", lower_bound=1)
 for _module in (cli, sampler_flags):
     flags.adopt_module_key_flags(_module)  # so that --help shows them

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -240,6 +241,10 @@ def test_workdirs_that_are_none(tmp_path):
         open_workdir(str(file / "below"), tiny_config())
     with pytest.raises(UsageError, match="--workdir= is empty: name a folder"):
         check_workdir("", tiny_config())
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "metrics.jsonl")
+    with pytest.raises(UsageError, match="has a metrics.jsonl that is no file of yours"):
+        open_workdir(str(tmp_path / "pipe"), tiny_config())
     (tmp_path / "old" / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(UsageError, match="config.json cannot be read .*: restore it"):
         open_workdir(str(tmp_path / "old"), tiny_config())

@@ -63,8 +63,7 @@ class Denoiser(nn.Module):
     def checks(self) -> Iterator[tuple[str, bool, str]]:
         """Per check of an option its name, whether its value is right, and what else to use."""
         for field in (field.name for field in dataclasses.fields(self) if field.type is int):
-            value = getattr(self, field)
-            yield field, isinstance(value, int) and value > 0, "must be at least 1"
+            yield field, isinstance(v := getattr(self, field), int) and v > 0, "must be at least 1"
         known = f"is unknown: use one of {', '.join(REMAT_POLICIES)}"
         yield "remat", self.remat in REMAT_POLICIES, known
 
@@ -254,8 +253,7 @@ class ClassConditional(Denoiser):
             return {"label": generator.integers(0, self.num_classes, num_images).astype(np.int32)}
         numbers: Iterable[int] = range(self.num_classes)
         if text != "all":
-            # A name may have commas.
-            known = sorted((name for name in class_names if "," in name), key=len, reverse=True)
+            known = sorted((n for n in class_names if "," in n), key=len, reverse=True)  # longest
             pattern = rf"(?:^|,)\s*({'|'.join(map(re.escape, known))}|[^,]*?)\s*(?=,|$)"
             numbers = (self._number(part, text, class_names) for part in re.findall(pattern, text))
         return {"label": np.resize(np.array([*numbers], np.int32), num_images)}
@@ -264,8 +262,7 @@ class ClassConditional(Denoiser):
         digits, named = part.removeprefix("#"), [k for k, n in enumerate(class_names) if n == part]
         numbers = [int(digits)] if digits.isdecimal() and int(digits) < self.num_classes else []
         if len(both := sorted({*named, *numbers})) > 1:
-            which = " or ".join(f"#{k}" for k in both[:9])
-            fix = f": {part} is the name or number of class {which}: write one of these"
+            fix = f": {part} may be each of classes {both[:9]}: write #{both[0]}, or another"
             raise UsageError("--classes", text, fix)
         if found := named or numbers:
             return found[0]

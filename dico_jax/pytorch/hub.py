@@ -48,6 +48,7 @@ def _download(name: str, beside: str | None = None) -> str:
     if beside is not None:
         file = os.path.join(os.path.dirname(file), beside)
     try:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it tells of every try
         import huggingface_hub
     except ImportError as error:
         fix = "pip install huggingface_hub, or download the file yourself and give its path"

@@ -42,12 +42,15 @@ def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None
     """
     if not workdir:
         raise UsageError("--workdir", workdir, "is empty: name a folder")
+    for file in pathlib.Path(workdir).glob("*.json*"):  # which reading a pipe would wait for
+        if file.exists() and not (file.is_file() and os.access(file, os.R_OK | os.W_OK)):
+            raise UsageError("--workdir", workdir, f"has a {file.name} that is no file of yours")
     if not (steps := saved_steps(workdir)):
         return []
     file, changes = pathlib.Path(workdir, "config.json"), []
     try:
         newest = file.parent / reader.FOLDER / str(max(steps))
-        meta = reader.read_meta(newest, "config", "class_names")
+        meta = reader.read_meta(reader.verified(newest, "meta").parent, "config", "class_names")
     except reader.DamagedCheckpointError:  # said by what restores it
         meta = {"class_names": []}
     try:
