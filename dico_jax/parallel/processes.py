@@ -5,7 +5,6 @@ import glob
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -53,7 +52,7 @@ def initialize(
 
 def end(text: str, status: int) -> NoReturn:
     """Ends this process now: the main thread is inside JAX, or would wait for the others there."""
-    print(f"\nerror: {text}", file=sys.stderr)  # below the progress bar
+    os.write(2, f"\nerror: {text}\n".encode())  # below the bar; whole, JAX may write too
     os._exit(status)
 
 
