@@ -256,7 +256,7 @@ def rewrite(name, **changes):
         ),
         (remove("manifest.json"), {}, r"is not finished \(3 of 3 shards\)"),
         (lambda c: [remove(f"{n}.json")(c) for n in ("plan", "manifest")], {}, "no manifest.json"),
-        (lambda copy: (copy / "manifest.json").write_text("{"), {}, "manifest.json cannot be read"),
+        (lambda copy: (copy / "manifest.json").write_text("{"), {}, "manifest.json does not desc"),
         (lambda copy: (copy / "manifest.json").write_text("{}"), {}, "does not describe latents"),
         (rewrite("manifest.json", format="2"), {}, "its format is '2', not 'dico_jax latents 1'"),
         (shutil.rmtree, {}, "does not exist"),

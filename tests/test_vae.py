@@ -267,7 +267,7 @@ def test_the_released_autoencoder_is_fetched_late(monkeypatch):
     assert vae.scaling_factor == 0.18215
     message = (
         "autoencoder.path=hf://stabilityai/sd-vae-ft-ema/diffusion_pytorch_model.safetensors: "
-        r"needs huggingface_hub: pip install 'dico_jax\[hub\]', or .*; give a local file, or "
+        r"needs huggingface_hub: pip install huggingface_hub, or .*; give a local file, or "
         "autoencoder.name='latent_preview'"
     )
     for attribute in ("params", "encoder_digest"):

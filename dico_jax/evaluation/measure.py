@@ -160,7 +160,7 @@ def table(result: dict[str, Any]) -> str:
 
 def _read_results(out: str) -> list[dict[str, Any]]:
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--sweep_cfg needs matplotlib for its plot: pip install 'dico_jax[plot]'")
+        raise UsageError("--sweep_cfg needs matplotlib for its plot: pip install matplotlib")
     try:
         results = json.loads(pathlib.Path(out).read_text())["sweep"]
         return [result for result in results if _but_scale(result)]  # which are none without those

@@ -293,7 +293,7 @@ def class_agreement(
 def require_sklearn(field: str) -> None:
     """Raises UsageError, naming what needs it, where scikit-learn is not installed."""
     if importlib.util.find_spec("sklearn") is None:
-        raise UsageError(f"{field} needs scikit-learn: pip install 'dico_jax[demo]'")
+        raise UsageError(f"{field} needs scikit-learn: pip install scikit-learn")
 
 
 def mean_pairwise_distance(x: np.ndarray) -> float:

@@ -131,7 +131,7 @@ class _Appended:
 def require_wandb(project: str) -> None:
     """Raises UsageError where `config.logging.wandb_project` is set and wandb is not installed."""
     if project and importlib.util.find_spec("wandb") is None:
-        fix = "needs Weights & Biases: pip install 'dico_jax[wandb]', or leave it empty"
+        fix = "needs Weights & Biases: pip install wandb, or leave it empty"
         raise UsageError("logging.wandb_project", project, fix)
 
 
