@@ -202,6 +202,7 @@ def _check_flag(command: str, flag: flags.Flag) -> None:
         flag.value = expanded(said, name, given)
 
 
+@functools.cache
 def config_fields() -> dict[str, tuple[Any, str]]:
     """Per field "section.name" of configs/default.py its default, None if not set, and meaning."""
     # The file is read, not run: --help answers before ml_collections is imported.
