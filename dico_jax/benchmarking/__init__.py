@@ -27,6 +27,8 @@ class Options:
     repeats: int = _option(10, "Runs that count, at least.")
     seconds: float = _option(5.0, "Runs go on for so long.")
     devices: int = _option(0, "Use the first so many devices; 0 for all.")
-    matmul_precision: str = _option("default", "Of float32.", values=("default", "high", "highest"))
+    matmul_precision: str = _option(
+        "default", "Of float32 products.", values=("default", "high", "highest")
+    )
     ceiling: bool = _option(True, "Measure matrix products, for the utilisation.")
     ceiling_sizes: tuple[int, ...] = _option((), "Sides of their matrices [by the platform].")

@@ -87,10 +87,9 @@ def run_benchmark(options: Options, report: Callable[[str], Any] = str) -> dict[
     device = mesh.devices.flat[0]
     ratios = [row["median_seconds"] / rows[0]["median_seconds"] for row in rows]
     idle = {"action", "devices", *(() if options.action == "sample" else ("steps", "cfg_scale"))}
-    settings = dataclasses.asdict(options)
     return {
         "action": options.action,
-        "settings": {name: settings[name] for name in settings if name not in idle},
+        "settings": {k: v for k, v in dataclasses.asdict(options).items() if k not in idle},
         "models": rows,
         "comparison": [
             {"model": options.model, "compared_with": name, "times_as_fast": ratio}
@@ -122,7 +121,6 @@ def _measured(options: Options, configs: Mapping[str, ConfigDict], mesh: Mesh, r
         with _errors(options, name):
             programs[name] = make_program(options.action, config, mesh)
             check_finite(programs[name].run(), name)
-
     report("measuring")
     runs = {name: program.run for name, program in programs.items()}
     times = measure(runs, options.warmup, options.repeats, options.seconds)

@@ -63,7 +63,7 @@ def gradients(params, model, diffusion, batch: dict, t, noise, parts: int = 1, s
     return grads, {name: value.T.reshape(-1) for name, value in terms.items()}
 
 
-def apply_gradients(state: TrainState, grads, optimizer, ema_decay: float) -> tuple:
+def apply_gradients(state: TrainState, grads, optimizer, ema_decay) -> tuple[TrainState, dict]:
     """The state after one optimizer step, but for its `width_emas`, and the norms of the step."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
