@@ -21,7 +21,7 @@ from dico_jax.errors import TrainingStopped, UsageError, one_line
 
 _CONFIGS = pathlib.Path(__file__).parent / "configs"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)  # no one's mistake
-_NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
+_NO_MEMORY = "(?i)RESOURCE_EXHAUSTED|out of memory"
 _FIELDS: dict[str, str] = {}  # that flags are, by the name of the flag
 # What no name of a class, file or tensor does to a terminal; bars go up by lines.
 _ESCAPES = re.compile(r"\x1b(?!\[A)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
@@ -100,7 +100,7 @@ def _main(main: Callable[..., None], actions: Actions, given: list[str]) -> None
     except (MemoryError, RuntimeError, ValueError) as error:
         if "os_error_code" in str(error):  # TensorStore's, of a file that Orbax reads or writes
             _fail(error, status=1)
-        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+        if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error)):
             raise
         _fail(_too_large(str(error)), status=1)
     except KeyboardInterrupt:
@@ -203,15 +203,12 @@ def _check_flag(command: str, flag: flags.Flag) -> None:
 
 
 @functools.cache
-def config_fields() -> dict[str, tuple[Any, str]]:
-    """Per field "section.name" of configs/default.py its default, None if not set, and meaning."""
+def config_fields() -> dict[str, tuple[str, str]]:
+    """Per field "section.name" of configs/default.py its value and comment, as written there."""
     # The file is read, not run: --help answers before ml_collections is imported.
     text = (pathlib.Path(__file__).parent / "configs" / "default.py").read_text()
-    found = {}
-    for comment, field, value in re.findall(r"((?: *#.*\n)*)    config\.(\w+\.\w+) = (.*)", text):
-        default = None if "config_dict." in value else ast.literal_eval(value)
-        found[field] = default, " ".join(comment.replace("#", " ").split())
-    return found
+    found = re.findall(r"((?: *#.*\n)*)    config\.(\w+\.\w+) = (.*)", text)
+    return {field: (value, comment) for comment, field, value in found}
 
 
 def define_fields(fields: Mapping[str, str], note: str = "") -> dict[str, flags.FlagHolder]:
@@ -219,7 +216,9 @@ def define_fields(fields: Mapping[str, str], note: str = "") -> dict[str, flags.
     known, found = config_fields(), {}
     kinds: dict[type, str] = {bool: "bool", int: "integer", float: "float"}
     for name, field in fields.items():
-        default, meaning = known[field]
+        value, comment = known[field]
+        default = None if "config_dict." in value else ast.literal_eval(value)
+        meaning = " ".join(comment.replace("#", " ").split())
         define = getattr(flags, f"DEFINE_{kinds.get(type(default), 'string')}")
         found[name] = define(name, None if note else default, f"{meaning}{note}")
     _FIELDS.update(fields)
