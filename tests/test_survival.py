@@ -85,7 +85,7 @@ def test_the_lock_goes_with_its_process(tmp_path):
 def test_folders_that_cannot_be_locked(tmp_path, monkeypatch, capfd):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(UsageError, match="is a file: give a folder"),
+        pytest.raises(FileExistsError, match=f"{tmp_path}/file"),  # a line, by the commands
         workdir_lock(f"{tmp_path}/file"),
     ):
         pass

@@ -235,15 +235,20 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
 def test_workdirs_that_are_none(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(UsageError, match="is a file: give a folder"):
+    with pytest.raises(UsageError, match="file is no folder that you may read"):
         open_workdir(str(file), tiny_config())
     with pytest.raises(NotADirectoryError, match="file/below"):  # the commands make a line of it
         open_workdir(str(file / "below"), tiny_config())
     with pytest.raises(UsageError, match="--workdir= is empty: name a folder"):
         check_workdir("", tiny_config())
     (tmp_path / "pipe").mkdir()
-    os.mkfifo(tmp_path / "pipe" / "metrics.jsonl")
-    with pytest.raises(UsageError, match="has a metrics.jsonl that is no file of yours"):
+    for name in ("metrics.jsonl", ".lock"):
+        os.mkfifo(tmp_path / "pipe" / name)
+        with pytest.raises(UsageError, match=f"{name} is no file that you may read and write"):
+            open_workdir(str(tmp_path / "pipe"), tiny_config())
+        (tmp_path / "pipe" / name).unlink()
+    (tmp_path / "pipe" / "checkpoints").touch()
+    with pytest.raises(UsageError, match="checkpoints is no folder that you may"):
         open_workdir(str(tmp_path / "pipe"), tiny_config())
     (tmp_path / "old" / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(UsageError, match="config.json cannot be read .*: restore it"):

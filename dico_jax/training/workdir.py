@@ -42,12 +42,15 @@ def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None
     """
     if not workdir:
         raise UsageError("--workdir", workdir, "is empty: name a folder")
-    for file in pathlib.Path(workdir).glob("*.json*"):  # which reading a pipe would wait for
-        if file.exists() and not (file.is_file() and os.access(file, os.R_OK | os.W_OK)):
-            raise UsageError("--workdir", workdir, f"has a {file.name} that is no file of yours")
+    folders = (path := pathlib.Path(workdir)), path / reader.FOLDER
+    for item in (*folders, *path.glob("*.json*"), path / ".lock"):  # a pipe would be waited for
+        right, kind = (item.is_dir(), "folder") if item in folders else (item.is_file(), "file")
+        if item.exists() and not (right and os.access(item, os.R_OK | os.W_OK)):
+            text = f"cannot be used: {item} is no {kind} that you may read and write: give another"
+            raise UsageError("--workdir", workdir, text)
     if not (steps := saved_steps(workdir)):
         return []
-    file, changes = pathlib.Path(workdir, "config.json"), []
+    file, changes = path / "config.json", []
     try:
         newest = file.parent / reader.FOLDER / str(max(steps))
         meta = reader.read_meta(reader.verified(newest, "meta").parent, "config", "class_names")
@@ -120,9 +123,7 @@ def workdir_lock(workdir: str, process_index: int = 0) -> Iterator[None]:
 
 
 def _made(workdir: str) -> pathlib.Path:
-    if (path := pathlib.Path(workdir)).is_file():
-        raise UsageError("--workdir", workdir, "is a file: give a folder")
-    path.mkdir(parents=True, exist_ok=True)
+    (path := pathlib.Path(workdir)).mkdir(parents=True, exist_ok=True)
     return path
 
 
