@@ -97,9 +97,9 @@ def _main(main: Callable[..., None], actions: Actions, given: list[str]) -> None
             raise
         status = 1 if error.errno in _DISK else 2
         _fail(f"{error.filename or 'a disk'}: {error.strerror}", status)
-    except (MemoryError, RuntimeError, ValueError) as error:
-        if "os_error_code" in str(error):  # TensorStore's, of a file that Orbax reads or writes
-            _fail(error, status=1)
+    except Exception as error:
+        if "os_error_code" in (text := str(error.__cause__ or error)):  # TensorStore's, in Orbax's
+            _fail(text, status=1)
         if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error)):
             raise
         _fail(_too_large(str(error)), status=1)
