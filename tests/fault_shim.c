@@ -2,13 +2,15 @@
    with LD_PRELOAD.
 
    Environment: FAULT_DIR, under which operations count; FAULT_COUNT, a file of eight bytes shared by
-   all processes that holds how many there have been; FAULT_AT, the number of the one that fails
-   (from 1; none if absent); FAULT_ERRNO; FAULT_STICKY=1 if all that write fail from there on, as on a
-   full disk; FAULT_LOG, a file that the failed ones are written into. */
+   all processes that holds how many there have been; FAULT_ONLY, a pattern of those that count, as
+   "open /path/of/*"; FAULT_AT, the number of the one that fails (from 1; none if 0); FAULT_ERRNO;
+   FAULT_STICKY=1 if all that write fail from there on, as on a full disk; FAULT_LOG, a file that the
+   failed ones are written into, or all, if none is to fail. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -53,19 +55,24 @@ static int below(int dirfd, const char *path) {
 
 /* Whether this operation is one to fail; sets errno if it is. */
 static int fails(const char *operation, int dirfd, const char *path, int writes) {
-  const char *at = getenv("FAULT_AT"), *log = getenv("FAULT_LOG");
+  const char *at = getenv("FAULT_AT"), *log = getenv("FAULT_LOG"), *only = getenv("FAULT_ONLY");
+  char line[PATH_MAX * 2 + 64];
   long *count, number, wanted = at ? atol(at) : 0;
-  int sticky = getenv("FAULT_STICKY") != NULL;
+  int n, sticky = getenv("FAULT_STICKY") != NULL;
   if (sticky && !writes) return 0; /* a full disk can be read */
   if (!below(dirfd, path) || !(count = counter())) return 0;
+  n = snprintf(line, sizeof line, "%s %s\n", operation, path);
+  line[n - 1] = 0;
+  /* All that come after one that counts go on counting where the disk is full. */
+  if (only && !(sticky && *count) && fnmatch(only, line, 0)) return 0;
+  line[n - 1] = '\n';
   number = __atomic_add_fetch(count, 1, __ATOMIC_SEQ_CST);
-  if (!wanted || !(number == wanted || (sticky && number > wanted))) return 0;
+  if (wanted && number != wanted && !(sticky && number > wanted)) return 0;
   if (log) {
     int fd = REAL(open)(log, O_WRONLY | O_CREAT | O_APPEND, 0644);
-    char line[PATH_MAX + 64];
-    int n = snprintf(line, sizeof line, "%ld %s %s\n", number, operation, path);
     if (fd >= 0) { if (REAL(write)(fd, line, n) < 0) {} close(fd); }
   }
+  if (!wanted) return 0;
   errno = atoi(getenv("FAULT_ERRNO"));
   return 1;
 }
