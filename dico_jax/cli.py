@@ -215,8 +215,7 @@ def define_fields(fields: Mapping[str, str], note: str = "") -> dict[str, flags.
     """Defines a flag per field, explained as it is there; with a `note` its default is None."""
     known, found = config_fields(), {}
     kinds: dict[type, str] = {bool: "bool", int: "integer", float: "float"}
-    for name, field in fields.items():
-        value, comment = known[field]
+    for name, (value, comment) in {name: known[field] for name, field in fields.items()}.items():
         default = None if "config_dict." in value else ast.literal_eval(value)
         meaning = " ".join(comment.replace("#", " ").split())
         define = getattr(flags, f"DEFINE_{kinds.get(type(default), 'string')}")

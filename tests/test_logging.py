@@ -198,6 +198,19 @@ def test_files_that_cannot_be_written_for_a_while(tmp_path, monkeypatch, capfd, 
         assert f"{tmp_path / name} cannot be written ({os.strerror(number)}): make room" in line
 
 
+def test_what_waits_is_written_at_the_end(tmp_path, monkeypatch):
+    def failing(self, *args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Logger(tmp_path, 0, 10) as log:
+        monkeypatch.setattr(pathlib.Path, "open", failing)
+        log.scalars(1, {"loss": 1.0})
+        monkeypatch.undo()
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [1]
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    assert [event.step for event in read_events(file) if event.summary.value] == [1]
+
+
 def test_event_files_have_right_checksums(tmp_path):
     with Logger(tmp_path, 0, 1) as log:
         log.scalars(1, {"loss": 1.0})

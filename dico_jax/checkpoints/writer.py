@@ -71,7 +71,8 @@ class StepWriter:
                 raise
             print(f"warning: {error}", file=sys.stderr)  # what ended the run matters more
         finally:
-            self._manager.close()
+            with contextlib.suppress(Exception):  # it raises again what a failed save has
+                self._manager.close()
 
     def steps(self) -> list[int]:
         return list(self._manager.all_steps())
@@ -144,8 +145,7 @@ def _remove_unfinished(folder: pathlib.Path, step: int) -> None:
         if type(thread).__module__.startswith("orbax") and thread is not threading.current_thread():
             with contextlib.suppress(Exception):  # it raises what the thread has raised
                 thread.join(timeout=60)
-    # TensorStore's threads cannot be waited for, and may write a file, its folder included, after
-    # the others have given up. The next run removes what comes later still.
+    # TensorStore's threads cannot be waited for, and may write later; the next run removes that.
     for _ in range(0 if jax.process_index() else 20):
         for unfinished in folder.glob(_UNFINISHED.format(step)):
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -68,11 +68,12 @@ class Logger(contextlib.AbstractContextManager):
 
     def __exit__(self, exception_type, *_):
         self.bar.close()
-        # In a thread, for it waits for a server that may be away.
+        for log in (self._metrics, self._events) if self._is_main else ():
+            log.add(b"")  # what waits
         last = "finish", int(exception_type is not None)
         thread = threading.Thread(target=self._ask_wandb, args=last, daemon=True)
         thread.start()
-        thread.join(20)
+        thread.join(20)  # it waits for a server that may be away
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
