@@ -211,6 +211,12 @@ def test_what_waits_is_written_at_the_end(tmp_path, monkeypatch):
     assert [event.step for event in read_events(file) if event.summary.value] == [1]
 
 
+def test_a_run_without_numbers_leaves_no_file_of_them(tmp_path):
+    with Logger(tmp_path, 0, 10):
+        pass
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_event_files_have_right_checksums(tmp_path):
     with Logger(tmp_path, 0, 1) as log:
         log.scalars(1, {"loss": 1.0})

@@ -120,8 +120,8 @@ class _Appended:
     def add(self, record: bytes) -> None:
         failed, self._waiting = bool(self._waiting), self._waiting + record
         try:  # anew every time: a file system that was away takes no old handle
-            with self._file.open("ab", buffering=0) as stream:
-                while self._waiting:
+            while self._waiting:
+                with self._file.open("ab", buffering=0) as stream:
                     self._waiting = self._waiting[stream.write(self._waiting) :]
         except OSError as error:
             text = f"warning: {self._file} cannot be written ({error.strerror}): make room there or"
