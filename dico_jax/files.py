@@ -162,6 +162,15 @@ def file_digest(path: str | os.PathLike) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def arrays_digest(flat: Mapping[str, Any]) -> str:
+    """sha256 (hex) over names and float32 numbers, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(flat):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(flat[name], "<f4").data)
+    return digest.hexdigest()
+
+
 def library_versions() -> dict[str, str]:
     """This project's version, and that of each library that decides numbers, by package."""
     return {"dico_jax": __version__} | {n: importlib.metadata.version(n) for n in _LIBRARIES}
