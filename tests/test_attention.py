@@ -5,8 +5,8 @@ import pytest
 
 from dico_jax import create_model
 from dico_jax.errors import UsageError
-from dico_jax.ops import attention
-from dico_jax.ops.attention import self_attention
+from dico_jax.ops import attention as attention_module
+from dico_jax.ops.attention import attention
 
 
 def operands(dtype, head=8):
@@ -15,11 +15,11 @@ def operands(dtype, head=8):
 
 
 def a_gpu(monkeypatch, name="NVIDIA H200", capability=(9, 0)):
-    """Lets JAX and `self_attention` think that there is a GPU."""
+    """Lets JAX and `attention` think that there is a GPU."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(attention, "_gpu", lambda: (name, capability))
+    monkeypatch.setattr(attention_module, "_gpu", lambda: (name, capability))
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda version: version <= "9.0")
 
@@ -33,14 +33,14 @@ def test_attention_is_the_softmax_of_scaled_products():
         q, k, v = (np.asarray(a, np.float64) for a in operands(jnp.float32))
         weights = np.exp(np.einsum("nqhd,nkhd->nhqk", q, k) / np.sqrt(8))
         expected = np.einsum("nhqk,nkhd->nqhd", weights / weights.sum(-1, keepdims=True), v)
-        out = jax.jit(self_attention)(q, k, v)
+        out = jax.jit(attention)(q, k, v)
         np.testing.assert_allclose(out, expected, atol=1e-14)
 
 
 def test_attention_in_bfloat16_takes_its_softmax_in_float32():
     q, k, v = operands(jnp.bfloat16)
-    out = jax.jit(self_attention)(q, k, v)
-    expected = jax.jit(self_attention)(*(a.astype(jnp.float32) for a in (q, k, v)))
+    out = jax.jit(attention)(q, k, v)
+    expected = jax.jit(attention)(*(a.astype(jnp.float32) for a in (q, k, v)))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=2e-2)
 
@@ -58,15 +58,15 @@ def test_cudnn_is_refused_where_it_cannot_be(dtype, head, message):
     with pytest.raises(
         UsageError, match=f'model.attention="cudnn" needs .*{message}.*: use "auto"'
     ):
-        self_attention(*operands(dtype, head), implementation="cudnn")
-    jax.eval_shape(self_attention, *operands(dtype, head))  # "auto" takes XLA
+        attention(*operands(dtype, head), implementation="cudnn")
+    jax.eval_shape(attention, *operands(dtype, head))  # "auto" takes XLA
 
 
 @pytest.mark.parametrize(("name", "capability"), [("Tesla V100", (7, 0)), ("AMD MI300X", ())])
 def test_cudnn_is_refused_on_other_gpus(monkeypatch, name, capability):
     a_gpu(monkeypatch, name, capability)
     with pytest.raises(UsageError, match=f"NVIDIA GPU of compute capability 8.0.*not {name}"):
-        self_attention(*operands(jnp.bfloat16), implementation="cudnn")
+        attention(*operands(jnp.bfloat16), implementation="cudnn")
 
 
 def test_unknown_implementations():

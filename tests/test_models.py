@@ -211,7 +211,7 @@ def test_model_options_list_everything():
         "hidden_size", "depth", "mlp_ratio", "in_channels", "num_classes", "class_dropout_prob",
         "learn_sigma", "dtype", "scan_blocks", "remat", "plain_ops",
     }  # fmt: skip
-    assert len(MODELS) == 5 + 4 * 3 + 2
+    assert len(MODELS) == 2 * 5 + 4 * 3 + 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dico_jax.ops import cpu
-from dico_jax.ops.attention import self_attention
+from dico_jax.ops.attention import attention
 from dico_jax.ops.conv import conv3x3, conv_gelu_mean, depthwise_conv3x3
 from dico_jax.ops.cpu import apart, stored, winograd_conv3x3, winograd_pays, with_sums
 from dico_jax.ops.linear import gated_linear, linear, linear_gelu
@@ -399,4 +399,4 @@ def test_attention_in_the_context_is_two_products(monkeypatch):
     args = [jnp.ones((2, 6, 3, 8), jnp.bfloat16)] * 3
     monkeypatch.setattr("dico_jax.ops.attention._cudnn_lacks", lambda *_: "")
     with plain_ops():
-        self_attention(*args)  # cuDNN's runs nowhere here
+        attention(*args)  # cuDNN's runs nowhere here

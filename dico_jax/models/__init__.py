@@ -2,17 +2,20 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from dico_jax.errors import UsageError
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.dico import DiCo
 from dico_jax.models.dit import DiT
+from dico_jax.models.text_dico import TextDiCo
 from dico_jax.ops.plain import check_float64
 
 # Paper table 1 (DiCo-H: table 5) and the DiT paper's table 1.
@@ -38,7 +41,10 @@ MODELS: dict[str, tuple[type[Denoiser], Mapping[str, Any]]] = {
         for name, sizes in _DIT.items()
         for patch in (2, 4, 8)
     },
+    # Told a text. The paper gives no size; these are those of table 1.
+    **{f"Text{name}": (TextDiCo, sizes) for name, sizes in _DICO.items()},
     "DiCo": (DiCo, {}),
+    "TextDiCo": (TextDiCo, {}),
     "DiT": (DiT, {}),
 }
 
@@ -94,12 +100,11 @@ def count_parameters(model: Denoiser) -> int:
     depths = np.ravel(model.depth).tolist() if model.stages else []
     # Equal blocks are traced once: a depth may be a number, or one of every stage.
     one = {"depth": jax.tree.map(lambda _: 1, model.depth)} if depths else {}
-    params, counts = (
-        abstract_params(model.clone(**one)),
-        dict(zip(model.stages, depths, strict=True)),
+    counts = dict(zip(model.stages, depths, strict=True))
+    params = flatten_dict(abstract_params(model.clone(**one)))
+    return sum(
+        leaf.size * math.prod(counts.get(part, 1) for part in path) for path, leaf in params.items()
     )
-    sizes = {k: sum(leaf.size for leaf in jax.tree.leaves(tree)) for k, tree in params.items()}
-    return sum(size * counts.get(name, 1) for name, size in sizes.items())
 
 
 def abstract_params(model: Denoiser) -> Any:

@@ -30,7 +30,8 @@ REMAT_POLICIES = {
 class Stage(nn.Module):
     """`depth` equal blocks one after the other, named "0", "1", ..., made by `block(name=...)`.
 
-    A block maps (x, c) to the next x, and has nothing but parameters, which it uses in `dtype`.
+    A block maps (x, c) to the next x, and has nothing but parameters, which it uses in `dtype`; c
+    is a tree of arrays. Where `own` is given, a tree for each block, it maps (x, c, that tree).
     With `scan` one `jax.lax.scan` runs all, and stacked parameters are taken, too. What blocks
     compute inside can be captured only with `scan` off and `remat` "none".
     """
@@ -42,18 +43,19 @@ class Stage(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, x, c):
+    def __call__(self, x, c, own=None):
         names = [str(i) for i in range(self.depth)]
+        owns = [()] * self.depth if own is None else [(tree,) for tree in own]
         if self.is_initializing() or not (self.scan or self.remat != "none"):
-            for name in names:
-                x = self.block(name=name)(x, c)
+            for name, more in zip(names, owns, strict=True):
+                x = self.block(name=name)(x, c, *more)
             return x
         params, run = self.variables["params"], self._pure_block()
         if self.scan:
-            stacked = self._stacked(params, names)
-            return jax.lax.scan(lambda x, block: (run(block, x, c), None), x, stacked)[0]
-        for name in names:
-            x = run(params[name], x, c)
+            each = self._stacked(params, names), jax.tree.map(lambda *a: jnp.stack(a), *owns)
+            return jax.lax.scan(lambda x, e: (run(e[0], x, c, *e[1]), None), x, each)[0]
+        for name, more in zip(names, owns, strict=True):
+            x = run(params[name], x, c, *more)
         return x
 
     def _stacked(self, params, names):
@@ -64,8 +66,8 @@ class Stage(nn.Module):
         return jax.tree.map(lambda *b: jnp.stack([x.astype(self.dtype) for x in b]), *blocks)
 
     def _pure_block(self):
-        def run(params, x, c):
-            return self.block(parent=None).apply({"params": params}, x, c)
+        def run(params, *args):
+            return self.block(parent=None).apply({"params": params}, *args)
 
         if self.remat == "none":
             return run

@@ -52,7 +52,10 @@ class Denoiser(nn.Module):
     stages: ClassVar[tuple[str, ...]] = ()  # parts whose parameters are those of equal blocks
     size_divisor = 1  # what height and width of the input must divide by
     condition_tables: ClassVar[tuple[str, ...]] = ()  # parts with a row per value of the condition
+    condition_parts: ClassVar[tuple[str, ...]] = ()  # which networks told something else lack
     condition_dropout = 0.0  # the probability with which training replaces a condition by the null
+    asked_by = "classes"  # the flag that asks for conditions, see `parse_conditions`
+    may_be_zero: ClassVar[tuple[str, ...]] = ()  # of the whole numbers among the options
 
     def __post_init__(self):
         for field, good, fix in self.checks():
@@ -63,7 +66,9 @@ class Denoiser(nn.Module):
     def checks(self) -> Iterator[tuple[str, bool, str]]:
         """Per check of an option its name, whether its value is right, and what else to use."""
         for field in (field.name for field in dataclasses.fields(self) if field.type is int):
-            yield field, isinstance(v := getattr(self, field), int) and v > 0, "must be at least 1"
+            least = int(field not in self.may_be_zero)
+            good = isinstance(value := getattr(self, field), int) and value >= least
+            yield field, good, f"must be at least {least}"
         known = f"is unknown: use one of {', '.join(REMAT_POLICIES)}"
         yield "remat", self.remat in REMAT_POLICIES, known
 
@@ -71,7 +76,7 @@ class Denoiser(nn.Module):
         self.check_input(x.shape)
         check_float64("dtype", self.dtype)
         with plain_ops(self.plain_ops):
-            return self.forward(x, t, self.as_condition(condition))
+            return self.forward(x, t, self.from_read(self.as_condition(condition)))
 
     def forward(self, x, t, condition):
         """What a network computes."""
@@ -117,9 +122,20 @@ class Denoiser(nn.Module):
         """The tree of what a caller gave as condition."""
         return condition
 
+    def from_read(self, conditions: Condition) -> Condition:
+        """What the network is told, on the devices, of a batch of what `read_condition` gave."""
+        return conditions
+
     def null_condition(self, n: int) -> Condition | None:
         """The condition of n examples that says nothing; None if training has not shown one."""
         return None
+
+    def encode_condition(self, params: Any, condition: Condition) -> Condition:
+        """What follows from parameters and condition alone, to be given in the condition's place.
+
+        Sampling does it once, not at every step.
+        """
+        return condition
 
     def read_condition(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The condition of one example of a source, without a batch axis; or UsageError."""
@@ -165,7 +181,7 @@ class Denoiser(nn.Module):
     def parse_conditions(
         self, text: str, num_images: int, seed: int, class_names: Sequence[str] = ()
     ) -> Condition:
-        """The conditions of all images, (num_images, ...), that the flag --classes asks for."""
+        """The conditions of all images, (num_images, ...), that the flag `asked_by` asks for."""
         raise UsageError("--classes", text, f": {type(self).__name__} has no parse_conditions")
 
     def class_labels(self, conditions: Condition) -> Any:
@@ -186,7 +202,7 @@ class ClassConditional(Denoiser):
     num_classes: int = 1000
     class_dropout_prob: float = 0.1  # of the label in training; 0 for no null class
 
-    condition_tables = ("y_embedder",)
+    condition_tables = condition_parts = ("y_embedder",)
 
     def checks(self):
         yield from super().checks()
@@ -226,7 +242,7 @@ class ClassConditional(Denoiser):
 
     @classmethod
     def complete_options(cls, options, source):
-        known = options.get("num_classes") is not None
+        known = options.get("num_classes") is not None or not source.class_names
         return options if known else options | {"num_classes": len(source.class_names)}
 
     def check_source(self, source):

@@ -1,7 +1,8 @@
 """DiCo, the Diffusion ConvNet (arXiv 2505.11196, section 3): a U of five stages of conv blocks."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from dico_jax.models import layers
 from dico_jax.models.block_stacks import Stage
-from dico_jax.models.denoiser import ClassConditional
+from dico_jax.models.denoiser import ClassConditional, Denoiser
 from dico_jax.models.layers import Conv3x3, Dense
 from dico_jax.ops.pointwise import multiply_vector, norm_modulate
 
@@ -30,9 +31,10 @@ class DiCoBlock(nn.Module):
     width: int
     mlp_ratio: float
     dtype: jnp.dtype
+    fusion: Callable[..., nn.Module] | None = None  # of x with what the block is `given`
 
     @nn.compact
-    def __call__(self, x, c):  # x (N, H, W, width), c (N, width)
+    def __call__(self, x, c, given=None):  # x (N, H, W, width), c (N, width)
         def conv1x1(features, name, **options):
             return Dense(features, self.dtype, name=name, **options)
 
@@ -43,6 +45,8 @@ class DiCoBlock(nn.Module):
         h, mean = layers.DepthwiseConvGelu(self.dtype, name="conv2")(h)
         h = multiply_vector(h, ChannelAttention(self.dtype, name="ca")(mean))
         x = x + conv1x1(self.width, "conv3")(h, gate1)
+        if self.fusion is not None:
+            x = self.fusion(name="text")(x, given)
 
         h = norm_modulate(x, shift2, scale2)
         h = conv1x1(int(self.mlp_ratio * self.width), "conv4", with_gelu=True)(h)
@@ -62,8 +66,8 @@ class Resample(nn.Module):
         return self.shuffle(layers.Named("0", conv, name="body")(x))
 
 
-class DiCo(ClassConditional):
-    """A DiCo network, called as every `Denoiser`. `create_model` makes the published sizes.
+class Trunk(Denoiser):
+    """What DiCo networks share, whatever they are told.
 
     Attributes:
       hidden_size: width D of the first stage, even; the stages are D, 2D, 4D, 2D, 2D wide.
@@ -86,21 +90,37 @@ class DiCo(ClassConditional):
         good = isinstance(self.depth, tuple) and len(self.depth) == 5 and min(self.depth) > 0
         yield "depth", good, five
 
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """The width of every one of `stages`."""
+        return tuple(k * self.hidden_size for k in (1, 2, 4, 2, 2))
+
+    def embed_condition(self, condition, widths: tuple[int, ...]) -> tuple[Any, Mapping]:
+        """A vector (N, width) for every width, which those of the time are added to.
+
+        Then, by stage, what the `fusion` of each of its blocks is given besides x.
+        """
+        raise NotImplementedError
+
+    def fusion(self, width: int) -> Callable[..., nn.Module] | None:
+        """What makes the module after the conv module of every block of a width, if any."""
+        return None
+
     @nn.compact
     def forward(self, x, t, condition):
         d, dtype, wide = self.hidden_size, self.dtype, self.wide_dtype
         widths = (d, 2 * d, 4 * d)
-        tables = tuple((f"embedding_table_{k}", width) for k, width in enumerate(widths))
-        labels = self.embed_labels(condition, tables)
+        vectors, given = self.embed_condition(condition, widths)
         c1, c2, c3 = (
-            layers.embed_times(t, width, wide, f"t_embedder_{k}") + label
-            for k, (width, label) in enumerate(zip(widths, labels, strict=True), start=1)
+            layers.embed_times(t, width, wide, f"t_embedder_{k}") + vector
+            for k, (width, vector) in enumerate(zip(widths, vectors, strict=True), start=1)
         )
 
         def stage(i, width):
-            block = functools.partial(DiCoBlock, width, self.mlp_ratio, dtype)
-            options = dtype, self.scan_blocks, self.remat
-            return Stage(self.depth[i], block, *options, name=self.stages[i])
+            block = functools.partial(DiCoBlock, width, self.mlp_ratio, dtype, self.fusion(width))
+            name, options = self.stages[i], (dtype, self.scan_blocks, self.remat)
+            blocks = Stage(self.depth[i], block, *options, name=name)
+            return functools.partial(blocks, own=given.get(name))
 
         def down(width, name):  # (N, H, W, width) to (N, H/2, W/2, 2 width)
             return Resample(width // 2, dtype, layers.pixel_unshuffle, name=name)
@@ -143,3 +163,11 @@ class DiCo(ClassConditional):
         sizes, widths = (full, half, quarter, half, full), (d, 2 * d, 4 * d, 2 * d, 2 * d)
         blocks = sum(n * block(*at) for n, *at in zip(self.depth, sizes, widths, strict=True))
         return vectors + ends + down + up + fuse + blocks
+
+
+class DiCo(Trunk, ClassConditional):
+    """A DiCo network, called as every `Denoiser`. `create_model` makes the published sizes."""
+
+    def embed_condition(self, condition, widths):
+        tables = tuple((f"embedding_table_{k}", width) for k, width in enumerate(widths))
+        return self.embed_labels(condition, tables), {}

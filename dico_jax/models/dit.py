@@ -12,7 +12,7 @@ from dico_jax.models import layers
 from dico_jax.models.block_stacks import Stage
 from dico_jax.models.denoiser import ClassConditional
 from dico_jax.models.layers import Dense
-from dico_jax.ops.attention import Implementation, self_attention
+from dico_jax.ops.attention import Implementation, attention
 from dico_jax.ops.pointwise import add_vector, multiply_vector, norm_modulate
 
 
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         dense = functools.partial(Dense, dtype=self.dtype)
         qkv = dense(3 * width, name="qkv")(x).reshape(n, tokens, 3, self.num_heads, head)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        out = self_attention(q, k, v, implementation=self.implementation)
+        out = attention(q, k, v, implementation=self.implementation)
         return dense(width, name="proj")(out.reshape(n, tokens, width))
 
 

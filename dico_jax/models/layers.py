@@ -132,6 +132,18 @@ class LabelEmbedder(nn.Module):
         return [embed(width, embedding_init=normal_002, name=n)(y) for n, width in self.tables]
 
 
+class TextEmbedder(nn.Module):
+    """Linear layers "0", "1", ... of features (N, P) to vectors (N, width), zero at first."""
+
+    widths: tuple[int, ...]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, pooled):
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=zeros)
+        return [dense(width, name=str(k))(pooled) for k, width in enumerate(self.widths)]
+
+
 class Conv3x3(nn.Module):
     """3x3 convolution with padding 1; kernel (3, 3, C, width)."""
 

@@ -1,4 +1,4 @@
-"""Self-attention, the spatial mixing of every DiT block (arXiv 2212.09748, section 3.2)."""
+"""Attention: of positions to each other (arXiv 2212.09748, section 3.2), or to tokens of text."""
 
 import math
 from typing import Literal
@@ -14,16 +14,25 @@ from dico_jax.ops.plain import accumulation_dtype, wants_plain
 Implementation = Literal["auto", "xla", "cudnn"]
 
 
-def self_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: Implementation = "auto"
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Softmax of q k / sqrt(head) over the keys, times v, all (N, T, heads, head)."""
+    """Softmax of q k / sqrt(head) over the keys, times v: (N, Q, heads, head).
+
+    The queries q are (N, Q, heads, head), keys and values (N, K, heads, head). A `mask`, bool of a
+    shape that broadcasts to (N, heads, Q, K), is false where a query is not to look.
+    """
     missing = _cudnn_lacks(q.dtype, q.shape[-1])
     if implementation == "cudnn" and missing:
         raise UsageError(f'model.attention="cudnn" needs {missing}: use "auto"')
     if implementation == "xla" or missing or wants_plain():
-        return _two_products(q, k, v)
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return _two_products(q, k, v, mask)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
 
 def _cudnn_lacks(dtype, head: int) -> str:
@@ -47,7 +56,9 @@ def _gpu() -> tuple[str, tuple[int, ...]]:
     return device.device_kind, tuple(map(int, numbers)) if all(map(str.isdigit, numbers)) else ()
 
 
-def _two_products(q, k, v):
+def _two_products(q, k, v, mask):
     wide, scaled = accumulation_dtype(q.dtype), q / math.sqrt(q.shape[-1])
     logits = jnp.einsum("nqhd,nkhd->nhqk", scaled, k, preferred_element_type=wide)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -jnp.inf)
     return jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(logits).astype(v.dtype), v)
