@@ -3,7 +3,8 @@ r"""Prepares data ahead of training, and references ahead of evaluation.
 python -m dico_jax.prepare latents --source=folder --path=DIR --out=DIR [--image_size=256 ...]
     Encodes every picture of a source, and its mirror image. Run it again to go on after an
     interruption, and with --process_index=I --process_count=N on N machines that share DIR. For
-    training with --config.data.source=latents --config.data.path=DIR.
+    training with --config.data.source=latents --config.data.path=DIR. With --text=CLIP all captions
+    of each picture too, for a model that is told texts.
 python -m dico_jax.prepare latents --out=DIR --verify
     Checks everything that was prepared.
 python -m dico_jax.prepare reference --path=DIR|FILE.npz --out=FILE.npz
@@ -24,14 +25,14 @@ from dico_jax import cli
 from dico_jax.errors import UsageError
 
 # Flags that are fields of a config, in data or as named.
-_OF_DATA = "path name split image_size exif_rotation num_workers max_bad_fraction"
+_OF_DATA = "path captions name split image_size exif_rotation crop num_workers max_bad_fraction"
 _FIELDS = {name: f"data.{name}" for name in _OF_DATA.split()}
 _FIELDS |= {"vae": "autoencoder.path", "vae_dtype": "autoencoder.dtype"}
-_OF_SOURCE = "source path name split image_size exif_rotation max_bad_fraction"
+_OF_SOURCE = "source path captions name split image_size exif_rotation crop max_bad_fraction"
 _ACTIONS = {
     "latents": (
         "out",
-        f"{_OF_SOURCE} mirrored vae vae_dtype dtype batch_size shard_size num_workers "
+        f"{_OF_SOURCE} mirrored text vae vae_dtype dtype batch_size shard_size num_workers "
         "process_index process_count verify",
     ),
     "reference": ("out", f"{_OF_SOURCE} batch_size features inception channels limit"),
@@ -44,7 +45,10 @@ def _define_flags() -> None:
     cli.define_fields(_FIELDS)
     string, integer = flags.DEFINE_string, flags.DEFINE_integer
     string("out", None, "latents: folder, local or gs://; others: a new .npz file.")
-    string("source", None, "folder, zip, tfds, array_record, arrays or digits.")
+    string("source", None, "As config.data.source, such as folder, zip, captions, tar or tfds.")
+    string(
+        "text", None, "Text encoder for captions: CLIP's folder or file, or hf://OWNER/REPO/FILE."
+    )
     flags.DEFINE_bool("mirrored", True, "Encode mirrored pictures too.")
     flags.DEFINE_enum("dtype", "float16", ["float16", "bfloat16"], "Of the stored numbers.")
     integer("batch_size", 32, "Pictures at a time, over all devices.", 1)
@@ -103,7 +107,12 @@ def _prepared(out: str) -> str:
     options = Options(**_chosen(*(field.name for field in dataclasses.fields(Options))))
     source = _source()
     vae = create_autoencoder(_section("autoencoder", path=_FLAGS.vae, dtype=_FLAGS.vae_dtype))
-    manifest = prepare_latents(source, vae, out, options)
+    text = None
+    if _FLAGS.text is not None:
+        from dico_jax.text.encoders import load_encoder
+
+        text = load_encoder(_FLAGS.text, "--text")
+    manifest = prepare_latents(source, vae, out, options, text)
     if manifest is None:
         return f"this process's shards are in {out}; others are still at work"
     size = sum(shard.bytes for shard in manifest.shards)
@@ -112,8 +121,14 @@ def _prepared(out: str) -> str:
 
 
 def _said(manifest) -> str:
-    count = sum(shard.count for shard in manifest.shards)
-    return f"{count:,} examples in {len(manifest.shards)} shards"
+    count, captions, cut = (
+        sum(getattr(shard, name) for shard in manifest.shards)
+        for name in ("count", "captions", "cut")
+    )
+    said = f" with {captions:,} captions" if captions else ""
+    length = manifest.plan.text_length
+    said += f" ({cut:,} of them cut, as they are longer than {length} tokens)" if cut else ""
+    return f"{count:,} examples{said} in {len(manifest.shards)} shards"
 
 
 def _reference() -> None:
@@ -126,7 +141,16 @@ def _reference() -> None:
     elif _FLAGS.path is None:
         raise UsageError("reference needs --path or --source: what is to be measured")
     else:
-        for name in ("name", "split", "image_size", "exif_rotation", "channels", "limit"):
+        for name in (
+            "captions",
+            "name",
+            "split",
+            "image_size",
+            "exif_rotation",
+            "crop",
+            "channels",
+            "limit",
+        ):
             if _FLAGS[name].present:
                 raise UsageError(f"--{name} is for pictures of a --source")
     chosen = _chosen("features", "inception", "batch_size", "max_bad_fraction")
@@ -159,13 +183,13 @@ def _section(section: str, **changes):
 def _source():
     from dico_jax.data.sources import create_source
 
-    return create_source(_section("data", **_chosen("source", "path", "name", "split")))
+    return create_source(_section("data", **_chosen("source", "path", "captions", "name", "split")))
 
 
 def _reader():
     from dico_jax.data.pictures import PictureReader
 
-    return PictureReader(_FLAGS.image_size, int(_FLAGS.channels), _FLAGS.exif_rotation)
+    return PictureReader(_FLAGS.image_size, int(_FLAGS.channels), _FLAGS.exif_rotation, _FLAGS.crop)
 
 
 if __name__ == "__main__":

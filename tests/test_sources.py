@@ -921,7 +921,8 @@ def test_no_arrays(tmp_path):
 def test_unknown_sources():
     with pytest.raises(UsageError, match="data.source='digit' is unknown: use one of latents, fol"):
         open_source("digit")
-    assert list(SOURCES) == ["latents", "folder", "zip", "tfds", "array_record", "arrays", "digits"]
+    known = "latents folder zip captions tar tfds array_record arrays digits worded_digits"
+    assert list(SOURCES) == known.split()
 
 
 def test_workers_stay_light(tmp_path):

@@ -92,7 +92,7 @@ def _sd_vae(config) -> Autoencoder:
 
     def decode(params, latents):
         plain = functools.partial(model.apply, {"params": params}, method="decode")
-        latents = latents.astype(jnp.float32) / sizes.scaling_factor
+        latents = latents.astype(jnp.float32) / factor
         return decode_in_tiles(plain, latents, tile_size, sizes.downsampling)
 
     def encode_moments(params, pictures):
@@ -104,7 +104,8 @@ def _sd_vae(config) -> Autoencoder:
                 raise UsageError(f"it has {file.config}, and {sizes} was expected")
             return file.read()
 
-    side, channels, factor = sizes.downsampling, sizes.latent_channels, sizes.scaling_factor
+    factor = config.scaling_factor or sizes.scaling_factor
+    side, channels = sizes.downsampling, sizes.latent_channels
     return Autoencoder("sd_vae", side, channels, decode, encode_moments, factor, load)
 
 

@@ -17,7 +17,7 @@ from dico_jax.data import paths
 from dico_jax.data.pictures import BadExample
 from dico_jax.errors import one_line, shown
 
-_LISTERS = 16  # of folders at once; what takes time is a bucket or a network disk
+LISTERS = 16  # of folders at once; what takes time is a bucket or a network disk
 # What is kept of a zip file's entry to read it: attributes of ZipInfo.
 _FIELDS: dict[str, Any] = dict.fromkeys(("header_offset", "compress_size", "file_size"), np.int64)
 _FIELDS |= {"CRC": np.uint32, "compress_type": np.uint16, "flag_bits": np.uint16}
@@ -65,8 +65,8 @@ class FolderSource(ClassFiles):
         path = paths.required_path(path, "a folder with one subfolder of pictures per class")
         with paths.path_errors(path):
             folders, files, others = paths.list_folder(path)
-            with concurrent.futures.ThreadPoolExecutor(_LISTERS) as pool:
-                inside = pool.map(lambda name: _list_below(os.path.join(path, name)), folders)
+            with concurrent.futures.ThreadPoolExecutor(LISTERS) as pool:
+                inside = pool.map(lambda name: list_below(os.path.join(path, name)), folders)
                 listings = dict(zip(folders, inside, strict=True))
             there = _LABELS in files and not flat
             labels = paths.read_file(os.path.join(path, _LABELS)) if there else None
@@ -86,11 +86,11 @@ class FolderSource(ClassFiles):
         return paths.read_file(os.path.join(self.path, name))
 
 
-def _list_below(folder: str, depth: int = 3) -> tuple[list[str], list[str]]:
+def list_below(folder: str, depth: int = 3) -> tuple[list[str], list[str]]:
     """Names of all files in a folder and deeper, though not for ever, and of what else is in it."""
     folders, files, others = paths.list_folder(folder)
     for name in folders if depth else ():  # links may lead in circles
-        files += [f"{name}/{f}" for f in _list_below(os.path.join(folder, name), depth - 1)[0]]
+        files += [f"{name}/{f}" for f in list_below(os.path.join(folder, name), depth - 1)[0]]
     return files, others
 
 

@@ -14,7 +14,7 @@ from dico_jax.errors import UsageError
 
 _SEED = 2020
 # What `dico_jax.sample` writes beside its images.
-_BESIDE_SAMPLES = {"grid.png", "sampling.json"}
+_BESIDE_SAMPLES = {"grid.png", "sampling.json", "prompts.txt"}
 
 
 class ImageSet:
@@ -30,6 +30,11 @@ class ImageSet:
 
     def __len__(self):
         return len(self._indices)
+
+    @property
+    def indices(self) -> np.ndarray:
+        """Which of all pictures, by number, are left."""
+        return self._indices
 
     def take(self, count: int) -> None:
         """Leaves so many, which a fixed seed draws: the first may all be of a few classes."""

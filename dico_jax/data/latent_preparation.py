@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
 import tempfile
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -25,6 +26,7 @@ from dico_jax.data.bad_examples import check_bad
 from dico_jax.data.latents import (
     ARRAY,
     DTYPES,
+    NULL_TEXT,
     Manifest,
     Plan,
     Shard,
@@ -38,6 +40,9 @@ from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.files import file_digest, library_versions
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated, to_global
+from dico_jax.text.encoders import ClipEncoder
+
+_TOLD = 32  # examples whose captions are encoded at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Options:
 
     image_size: int = 256  # side in pixels, after the centre crop
     exif_rotation: bool = False  # turn pictures as their EXIF data say
+    crop: str = "adm"  # a key of `pictures.CROPS`
     mirrored: bool = True  # the mirrored picture too, which training with horizontal flips needs
     dtype: str = "float16"  # of the moments, a name of `DTYPES`
     shard_size: int = 4096  # examples; a shard that is not finished is made anew after a kill
@@ -73,8 +79,10 @@ def _field_names(source: Source) -> tuple[str, ...]:
     return ()
 
 
-def make_plan(source: Source, autoencoder: Autoencoder, options: Options) -> Plan:
-    """What is going to be made; a UsageError where source and autoencoder do not fit."""
+def make_plan(
+    source: Source, autoencoder: Autoencoder, options: Options, text: ClipEncoder | None = None
+) -> Plan:
+    """What is going to be made; a UsageError where source, autoencoder and text do not fit."""
     size, step = options.image_size, autoencoder.downsampling
     if source.kind != "pictures":
         raise UsageError(f"--source: {source!r} has {source.kind}, not pictures to encode")
@@ -82,7 +90,13 @@ def make_plan(source: Source, autoencoder: Autoencoder, options: Options) -> Pla
         raise UsageError(f"--vae: {autoencoder.name!r} has no encoder")
     if size < 1 or size % step:
         raise UsageError("--image_size", size, f"must be a multiple of {step}")
-    same = ("image_size", "exif_rotation", "dtype", "shard_size")
+    fields = _field_names(source)
+    if text is not None:
+        if "captions" not in fields:
+            fix = "leave it out, or give --source=captions, tar or tfds"
+            raise UsageError(f"--text: {source!r} has no captions to encode: {fix}")
+        fields = tuple(sorted({*fields, "tokens", "pooled"}))
+    same = ("image_size", "exif_rotation", "crop", "dtype", "shard_size")
     return Plan(
         **{name: getattr(options, name) for name in same},
         source=repr(source),
@@ -92,14 +106,20 @@ def make_plan(source: Source, autoencoder: Autoencoder, options: Options) -> Pla
         encoder_digest=autoencoder.encoder_digest,
         shape=(1 + options.mirrored, size // step, size // step, 2 * autoencoder.channels),
         class_names=tuple(source.class_names),
-        fields=_field_names(source),
+        fields=fields,
+        text_digest=text.digest if text else "",
+        text_length=text.length if text else 0,
     )
 
 
 def _write_json(file: epath.Path, values: dict[str, Any]) -> None:
-    # Not `files.write_json`: processes on several machines may write the same file at once.
+    _write(file, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def _write(file: epath.Path, data: bytes) -> None:
+    # Not `files.new_file`: processes on several machines may write the same file at once.
     temporary = file.parent / f".{file.name}.{os.getpid()}"
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    temporary.write_bytes(data)
     temporary.replace(file)
 
 
@@ -119,6 +139,13 @@ def claim_folder(folder: epath.Path, plan: Plan) -> None:
         _write_json(file, new)
 
 
+def _write_null_text(file: epath.Path, text: ClipEncoder) -> None:
+    stream = io.BytesIO()
+    null = text.null().arrays
+    np.savez(stream, tokens=null["tokens"], pooled=null["pooled"], digest=np.array(text.digest))
+    _write(file, stream.getvalue())
+
+
 # Of an example: its id, its fields but the image, and why it is bad or None.
 _Example = tuple[str, dict[str, Any], str | None]
 
@@ -130,8 +157,11 @@ def write_shard(
     examples: Iterable[tuple[_Example, np.ndarray]],
     bad: Mapping[str, str],
     process_index: int = 0,
+    text: ClipEncoder | None = None,
 ) -> None:
     """Writes a shard that appears when it is complete; `bad` is what more could not be read."""
+    cut_before, captions = text.tokenizer.cut if text else 0, 0
+    examples = _with_features(iter(examples), text) if text else examples
     remote, target = is_remote(str(folder)), folder / plan.shard_file(shard)
     all_bad, fields = dict(bad), list[set[str]]()
     with tempfile.TemporaryDirectory(
@@ -146,16 +176,32 @@ def write_shard(
                 continue
             assert moments.shape == plan.shape
             fields.append(set(others))
+            captions += len(others["captions"]) if text else 0
             writer.write(_record(example_id, moments.astype(DTYPES[plan.dtype]), dict(others)))
         writer.close()
         common = tuple(sorted(set.intersection(*fields))) if fields else ()
         size, digest = file.stat().length, file_digest(file)
-        done = Shard(target.name, len(fields), size, digest, all_bad, common)
+        cut = text.tokenizer.cut - cut_before if text else 0
+        done = Shard(target.name, len(fields), size, digest, all_bad, common, captions, cut)
         if remote:
             file.copy(target, overwrite=True)
         else:
             file.replace(target)
     _write_json(target.with_suffix(".json"), dataclasses.asdict(done))
+
+
+def _with_features(
+    examples: Iterator[tuple[_Example, np.ndarray]], text: ClipEncoder
+) -> Iterator[tuple[_Example, np.ndarray]]:
+    """The examples with "tokens" and "pooled" of their captions among their fields."""
+    while group := list(itertools.islice(examples, _TOLD)):
+        texts = [caption for (_, fields, _), _ in group for caption in fields.get("captions", ())]
+        features, at = text(texts) if texts else {}, 0
+        for (example_id, fields, reason), moments in group:
+            end = at + len(fields.get("captions", ()))
+            told = {name: array[at:end] for name, array in features.items()}
+            yield (example_id, fields | told if end > at else fields, reason), moments
+            at = end
 
 
 def _record(example_id: str, moments: np.ndarray, fields: dict[str, Any]) -> bytes:
@@ -190,15 +236,23 @@ def write_manifest(folder: epath.Path, plan: Plan, versions: dict[str, str]) -> 
 
 
 def prepare_latents(
-    source: Source, autoencoder: Autoencoder, out: str, options: Options
+    source: Source,
+    autoencoder: Autoencoder,
+    out: str,
+    options: Options,
+    text: ClipEncoder | None = None,
 ) -> Manifest | None:
     """Encodes this process's shards of pictures that are not in the folder `out` yet.
+
+    With `text` all captions of each as well, and "" once for all.
 
     Returns the manifest, which the last process writes, or None while others are still at work.
     A UsageError leaves the shards that are finished.
     """
-    plan, folder = make_plan(source, autoencoder, options), epath.Path(out)
+    plan, folder = make_plan(source, autoencoder, options, text), epath.Path(out)
     claim_folder(folder, plan)
+    if text is not None and not (folder / NULL_TEXT).exists():
+        _write_null_text(folder / NULL_TEXT, text)
     for path in folder.glob(f".writing-{options.process_index}-*"):
         path.rmtree()  # what was left half written by a kill
     mine = range(len(plan.shards))[options.process_index :: options.process_count]
@@ -225,14 +279,18 @@ def prepare_latents(
         for shard in todo:
             examples = itertools.islice(stream, len(plan.shards[shard]))
             skipped = source.skipped if shard == 0 else {}
-            write_shard(folder, plan, shard, examples, skipped, options.process_index)
+            write_shard(folder, plan, shard, examples, skipped, options.process_index, text)
     return write_manifest(folder, plan, library_versions())
 
 
-def _load(source: Source, read: PictureReader, index: int) -> tuple[np.ndarray, _Example]:
+def _load(
+    source: Source, read: PictureReader, captioned: bool, index: int
+) -> tuple[np.ndarray, _Example]:
     example_id = source.example_id(int(index))
     try:
         fields = dict(source[int(index)])
+        if captioned and not fields.get("captions"):
+            raise BadExample("it has no caption")
         return read(fields.pop("image"), False), (example_id, fields, None)
     except BadExample as error:
         black = np.zeros((read.size, read.size, read.channels), np.uint8)
@@ -254,7 +312,8 @@ def _encoded(
 
     jitted = jax.jit(encode_both, in_shardings=(replicated(mesh), split), out_shardings=split)
     params = jax.device_put(autoencoder.params, replicated(mesh))
-    load = functools.partial(_load, source, PictureReader(plan.image_size, 3, plan.exif_rotation))
+    reader = PictureReader(plan.image_size, 3, plan.exif_rotation, plan.crop)
+    load = functools.partial(_load, source, reader, bool(plan.text_digest))
     dataset = grain.MapDataset.source(np.asarray(indices)).map(load)
     dataset = dataset.batch(batch_size, batch_fn=lambda loaded: tuple(zip(*loaded, strict=True)))
 

@@ -1,19 +1,21 @@
 """Folders of latents prepared ahead of training, as a source; docs/data.md lists their files.
 
 A record is msgpack: {"moments": bytes, "label": int, "id": str, "fields": {...}}, the last with
-what else the example had. The bytes are float16 or bfloat16 of shape (orientations, h, w,
-2 * channels): mean, then log variance of the autoencoder's posterior, not scaled, of the picture
-and (with two orientations) of the mirrored picture.
+what else the example had, and float16 "tokens" (K, L, E) and "pooled" (K, P), the features of its K
+captions, where a text encoder was given. The bytes are float16 or bfloat16 of shape (orientations,
+h, w, 2 * channels): mean, then log variance of the autoencoder's posterior, not scaled, of the
+picture and (with two orientations) of the mirrored picture.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import msgpack
@@ -23,12 +25,16 @@ from array_record.python import array_record_data_source
 from etils import epath
 
 from dico_jax.data.paths import is_remote, required_path
-from dico_jax.errors import UsageError, within
+from dico_jax.errors import UsageError, one_line, within
 from dico_jax.files import file_digest
+
+if TYPE_CHECKING:
+    from dico_jax.text.encoders import Constants
 
 FORMAT = "dico_jax latents 1"
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 ARRAY = 1  # msgpack's code for an array: msgpack of its dtype, shape and bytes
+NULL_TEXT = "null_text.npz"  # the features of "", and of which encoder
 _FIRST_FIELDS = ("label",)  # all that the first folders kept, which do not tell
 
 
@@ -49,6 +55,9 @@ class Plan:
     class_names: tuple[str, ...]
     fields: tuple[str, ...] = _FIRST_FIELDS  # of the first good example, besides its image
     format: str = FORMAT
+    text_digest: str = ""  # of the encoder whose features of captions there are
+    text_length: int = 0  # tokens of each caption
+    crop: str = "adm"  # a key of `pictures.CROPS`
 
     def __post_init__(self):
         if self.format != FORMAT:
@@ -74,6 +83,8 @@ class Shard:
     sha256: str
     bad: dict[str, str]  # id to reason, of the examples that are missing in it
     fields: tuple[str, ...] = _FIRST_FIELDS  # what all of its examples have besides their images
+    captions: int = 0  # whose features there are
+    cut: int = 0  # of these, longer than the text encoder reads
 
 
 class Manifest(NamedTuple):
@@ -187,6 +198,39 @@ class PreparedLatents:
                     raise _damaged(self._folder, shard, said)
                 bar.update(shard.bytes)
 
+    @property
+    def text_digest(self) -> str | None:
+        """The digest of the encoder of the captions; None for latents without features of them."""
+        return self.manifest.plan.text_digest or None
+
+    @property
+    def text_length(self) -> int | None:
+        """L of the features "tokens" (K, L, E); None for latents without."""
+        return self.manifest.plan.text_length or None
+
+    @property
+    def null_text(self) -> "Constants | None":
+        """The features of no text, float16 "tokens" (L, E) and "pooled" (P,); None without any.
+
+        UsageError: its file is missing, damaged or of another encoder.
+        """
+        if self.text_digest is None:
+            return None
+        from dico_jax.text.encoders import Constants  # late: workers that read need no JAX
+
+        file = epath.Path(self.path) / NULL_TEXT
+        try:
+            with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
+                found = {name: arrays[name] for name in ("tokens", "pooled")}
+                digest = str(arrays["digest"])
+        except Exception as error:  # of many classes, for damaged files
+            fix = "delete it, if it is there, and run the same dico_jax.prepare again"
+            raise UsageError(f"{file} cannot be read ({one_line(error)}): {fix}") from error
+        if digest != self.text_digest:
+            said = f"is of the text encoder {digest[:12]}, the captions of {self.text_digest[:12]}"
+            raise UsageError(f"{file} {said}: copy the folder again")
+        return Constants(**found)
+
     def __len__(self):
         return len(self._records)
 
@@ -242,12 +286,21 @@ def verify(path: str) -> Manifest:
     source = PreparedLatents(path)
     source.check_checksums()
     fields, classes = source.manifest.fields, (-1, *range(len(source.class_names)))
+    _ = source.null_text  # or an error
     for index in tqdm.tqdm(range(len(source)), unit="image", desc="records", dynamic_ncols=True):
         right = False
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             example = source[index]
-            right = fields <= example.keys() and example.get("label", -1) in classes
-            right = right and np.isfinite(example["image"].astype(np.float32)).all()
+            arrays, features = [example["image"]], list[np.ndarray]()
+            if source.text_digest is not None:
+                features = [example["tokens"], example["pooled"]]
+            right = (
+                fields <= example.keys()
+                and example.get("label", -1) in classes
+                and all(len(array) == len(example["captions"]) for array in features)
+                and all(array.shape[1] == source.text_length for array in features[:1])
+                and all(np.isfinite(a.astype(np.float32)).all() for a in arrays + features)
+            )
         if not right:
             said = f"record {index} cannot be read, lacks a field, is of no class or not finite"
             raise UsageError(f"{path}: {said}")

@@ -44,6 +44,7 @@ class PictureReader:
     size: int
     channels: int
     exif_rotation: bool = False
+    crop: str = "adm"  # a key of `CROPS`
 
     def __call__(self, image: bytes | np.ndarray, mirrored: bool = False) -> np.ndarray:
         """uint8 (size, size, channels) of an encoded picture or uint8 pixels (H, W, 1 or 3).
@@ -60,7 +61,7 @@ class PictureReader:
                 picture = _from_pixels(image)
             if self.channels == 1 and picture.mode != "L":
                 picture = picture.convert("L")
-            pixels = np.asarray(center_crop(picture, self.size))
+            pixels = np.asarray(CROPS[self.crop](picture, self.size))
         if pixels.ndim == 2:  # grey channels stay equal in the crop, so one is enough
             pixels = np.repeat(pixels[:, :, None], self.channels, axis=2)
         return pixels[:, ::-1] if mirrored else pixels
@@ -83,6 +84,19 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return picture.crop((left, top, left + size, top + size))
+
+
+def lanczos_crop(picture: Image.Image, size: int) -> Image.Image:
+    """The middle square of a picture, then scaled to (size, size): U-ViT's way with MS-COCO."""
+    _check_size(picture.size, size)
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+CROPS = {"adm": center_crop, "lanczos": lanczos_crop}
 
 
 @functools.cache

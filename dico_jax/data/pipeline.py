@@ -42,6 +42,15 @@ def read_label(example: dict[str, Any]) -> dict[str, np.ndarray]:
     return {"label": np.asarray(example["label"], np.int32)}
 
 
+def one_caption(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """The example with one of its captions, and the features of that one, drawn anew each visit."""
+    if not (captions := example.get("captions")):
+        return example
+    drawn = slice(k := int(rng.integers(len(captions))), k + 1)
+    kept = {n: example[n][drawn] for n in ("captions", "tokens", "pooled") if n in example}
+    return example | kept
+
+
 def training_batches(
     source: Source,
     read: Reader,
@@ -73,7 +82,7 @@ def training_batches(
         while len(bad) <= max_bad_fraction * count:
             position = (int(index) + len(bad)) % count
             try:
-                example = source[position]
+                example = one_caption(source[position], rng)
                 return {
                     "image": read(example["image"], mirrored),
                     "condition": read_condition(example),

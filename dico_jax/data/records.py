@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.core import read_only_builder, registered
 from tensorflow_datasets.proto import tf_example_pb2
 
+from dico_jax.data.captions import clean
 from dico_jax.data.paths import MAX_CLASSES, path_errors, required_path, wrong_path
 from dico_jax.data.pictures import BadExample
 from dico_jax.errors import UsageError, one_line, shown
@@ -35,7 +36,8 @@ class _Records:
     kind = "pictures"
     class_names: list[str]
     _image: str  # these are names of features
-    _label: str
+    _label: str | None
+    _captions: str | None = None  # has them itself, or in its part "text"
     _id: str | None
     _records: Any
     _example: Callable[[int], dict[str, Any]]  # the features of a record
@@ -49,10 +51,14 @@ class _Records:
 
     def __getitem__(self, index) -> dict[str, Any]:
         example = self._example(range(len(self))[index])
-        image, label = example.pop(self._image, None), example.pop(self._label, None)
+        image, label = example.pop(self._image, None), example.pop(self._label or "", None)
         example.pop(self._id or "", None)
         if not isinstance(image, bytes | np.ndarray):
             raise BadExample(f"its feature {self._image} is not one picture")
+        if self._captions is not None:
+            if not (captions := _texts_in(example.pop(self._captions, None))):
+                raise BadExample("it has no caption")
+            return example | {"image": image, "captions": captions}
         count = len(self.class_names)
         if not isinstance(label, int | np.integer) or not 0 <= label < count:
             if label == count:  # not one bad example: all others may have another class's name
@@ -155,7 +161,7 @@ class TfdsSource(_Records):
     """The examples of a split that is on this disk; nothing is downloaded.
 
     Further features are as TFDS gives them, but for texts, which are strings, and pictures, which
-    stay encoded. The feature file_name is the id.
+    stay encoded. The feature file_name is the id. Without a label an example has "captions".
     """
 
     def __init__(self, name: str | None, path: str | None, split: str):
@@ -177,10 +183,13 @@ class TfdsSource(_Records):
         self._image = _pick_feature(builder, "image", images or pixels)
         classes = [n for n, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
         classes = [n for n in classes if (features[n].num_classes or 0) <= MAX_CLASSES]
-        self._label = _pick_feature(builder, "label", classes)
+        told = [n for n in ("captions", "caption") if n in features]
+        self._captions = None if classes else next(iter(told), None)
+        self._label = None if self._captions else _pick_feature(builder, "label", classes)
         self._texts = [n for n, f in features.items() if isinstance(f, tfds.features.Text)]
-        self._id = "file_name" if "file_name" in self._texts else None
-        self.class_names = list(features[self._label].names)
+        names = ["file_name", *(["image/filename"] if self._captions else [])]  # that of COCO
+        self._id = next((name for name in names if name in self._texts), None)
+        self.class_names = list(features[self._label].names) if self._label else []
         count, kind = _check_split(builder, split), builder.info.file_format.value
         try:
             self._open(builder)
@@ -192,7 +201,7 @@ class TfdsSource(_Records):
             fix = "prepare it with tfds build --file_format=array_record, or tfds convert_format"
             raise UsageError("data.split", split, f"{what}: {fix}")
         with contextlib.suppress(BadExample):
-            if (self._example(0)[self._label] or 0) < 0:
+            if self._label and (self._example(0)[self._label] or 0) < 0:
                 raise UsageError("data.split", split, f"of {self._folder} has no labels (but -1)")
 
     def _open(self, builder: tfds.core.DatasetBuilder) -> None:
@@ -218,6 +227,15 @@ class TfdsSource(_Records):
 
     def __repr__(self):
         return f"TfdsSource({self._folder!r}, {self._split!r})"
+
+
+def _texts_in(value: Any) -> list[str]:
+    """The captions in a feature: a text, several, or the part "text" of what has more."""
+    value = value.get("text") if isinstance(value, dict) else value
+    texts = list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+    return clean(
+        t.decode(errors="replace") if isinstance(t, bytes) else str(t or "") for t in texts
+    )
 
 
 @contextlib.contextmanager

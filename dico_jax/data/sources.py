@@ -32,10 +32,12 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"image", "label", ...}: the label is an int, the position in `class_names`.
 
+        Those of captioned pictures have "captions", texts, at least one, and may have no label.
+
         Pictures are bytes of a picture file or uint8 (H, W, 1 or 3). Latents and moments are
-        floats (H, W, C) or, with the mirrored picture's, (2, H, W, C). Further fields, such as
-        "caption", are what the source has: text, numbers, bytes, arrays, or lists and dicts of
-        these. A network's `read_condition` takes what it wants.
+        floats (H, W, C) or, with the mirrored picture's, (2, H, W, C). Further fields are what the
+        source has: text, numbers, bytes, arrays, or lists and dicts of these. A network's
+        `read_condition` takes what it wants.
 
         Raises:
           BadExample: this one example cannot be read.
@@ -145,10 +147,13 @@ SOURCES: dict[str, Callable[[Any], Source]] = {
     "latents": lambda c: _module("latents").PreparedLatents.from_config(c),
     "folder": lambda c: _module("class_files").FolderSource(c.path),
     "zip": lambda c: _module("class_files").ZipSource(c.path),
+    "captions": lambda c: _module("captions").CaptionedFiles(c.path, c.captions, c.split),
+    "tar": lambda c: _module("captions").TarSource(c.path),
     "tfds": lambda c: _module("records").TfdsSource(c.name, c.path, c.split),
     "array_record": lambda c: _module("records").ArrayRecordSource(c.path),
     "arrays": lambda c: ArraySource(c.path),
     "digits": lambda c: DigitsSource(),
+    "worded_digits": lambda c: _module("worded_digits").WordedDigits(),
 }
 
 
@@ -160,6 +165,6 @@ def create_source(config) -> Source:
     try:
         return SOURCES[name](config)
     except ImportError as error:
-        packages = "scikit-learn" if name == "digits" else "tensorflow-datasets array_record"
+        packages = "scikit-learn" if "digits" in name else "tensorflow-datasets array_record"
         fix = f"needs {packages} ({one_line(error)}): pip install {packages}"
         raise UsageError("data.source", name, fix) from error
