@@ -1,4 +1,4 @@
-r"""Weights in from PyTorch and out again, autoencoders and the Inception network in.
+r"""Weights in from PyTorch and out again, autoencoders, the Inception network and CLIP in.
 
 python -m dico_jax.convert from_pytorch --input=FILE --out=DIR
     [--model=DiCo-XL --weights=auto|ema|model|NAME --image_size=256 --training]
@@ -17,6 +17,10 @@ python -m dico_jax.convert inception --input=FILE --out=FILE.safetensors
     FILE: pt_inception-2015-12-05-6726825d.pth or weights-inception-2015-12-05-6726825d.pth. The
     result is for --inception of evaluate.
 
+python -m dico_jax.convert clip --input=FILE|DIR --out=FILE.safetensors
+    DIR: CLIP, or one of its towers, as transformers writes it; or a FILE in one, also hf://.
+    The result, with the tokenizer, is for config.text.path and --clip of evaluate.
+
 With --training the whole state of a run goes over: both sets of weights, AdamW's averages and step.
 """
 
@@ -29,7 +33,7 @@ from absl import flags
 from dico_jax import cli
 from dico_jax.errors import UsageError
 
-flags.DEFINE_string("input", None, "from_pytorch, vae, inception: the file to read.")
+flags.DEFINE_string("input", None, "from_pytorch, vae, inception, clip: the file to read.")
 flags.DEFINE_string("ckpt", None, "to_pytorch: workdir of a run, or a converted checkpoint.")
 flags.DEFINE_string("out", None, "What to write: a new folder, or a new file.")
 _WEIGHTS = flags.DEFINE_string(
@@ -54,8 +58,10 @@ _ACTIONS = {
     "to_pytorch": ("ckpt out", "weights step training"),
     "vae": ("input out", "norm_num_groups scaling_factor"),
     "inception": ("input out", ""),
+    "clip": ("input out", ""),
 }
 _MODULES = {"vae": "autoencoders.weights", "inception": "evaluation.inception_weights"}
+_MODULES["clip"] = "text.clip_weights"
 
 
 def main(action: str) -> None:
@@ -74,8 +80,11 @@ def main(action: str) -> None:
 def _of_configs() -> dict[str, Any]:
     from ml_collections import ConfigDict
 
-    from dico_jax.experiment import experiment_from_config
+    from dico_jax.experiment import experiment_from_config, model_from_config
     from dico_jax.training.optimizer import learning_rate_schedule
+
+    def model_of(config: Mapping[str, Any]) -> Any:
+        return model_from_config(ConfigDict(config))
 
     def side_of(config: Mapping[str, Any]) -> int:
         return experiment_from_config(ConfigDict(config)).latent_shape[0]
@@ -84,7 +93,7 @@ def _of_configs() -> dict[str, Any]:
         optimizer = ConfigDict(config["optimizer"])
         return float(learning_rate_schedule(optimizer, config["training"]["num_steps"])(step))
 
-    return {"side_of": side_of, "rate_of": rate_of}
+    return {"model_of": model_of, "side_of": side_of, "rate_of": rate_of}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import with_defaults
 from dico_jax.errors import UsageError, several
 from dico_jax.files import Deferred
-from dico_jax.models import abstract_params
+from dico_jax.models import abstract_params, find_model
 from dico_jax.ops.cpu import copies_fit
 from dico_jax.parallel.mesh import from_same
 
@@ -170,6 +170,7 @@ class SavedWeights:
       folder, step: which checkpoint it is.
       config: the config it was made with, a dict; fields it did not have yet have their defaults.
       class_names: of the classes it was trained on.
+      text_digest: of what read its texts; None for a network that was told none.
       converted: of a converted checkpoint, where it came from; else None.
       available: the weights that it has, of "ema" and "params".
     """
@@ -190,6 +191,7 @@ class SavedWeights:
         self._path = path / FOLDER / str(self.step)
         meta = read_meta(verified(self._path, "meta").parent, "config", "class_names")
         self.config, self.class_names = with_defaults(meta["config"]), meta["class_names"]
+        self.text_digest = meta.get("text_digest")
         self.converted = meta.get("converted")
         self.available = [name for name, item in ITEMS.items() if (self._path / item).is_dir()]
 
@@ -214,7 +216,10 @@ class SavedWeights:
 
 
 class WarmStart:
-    """The weights that a run starts from; tables with another number of rows start fresh."""
+    """The weights that a run starts from; tables with another number of rows start fresh.
+
+    So do, where that network was told something else, as a class and not a text, the parts for it.
+    """
 
     def __init__(self, folder: str, model: Any, source: Any = None):
         """Opens the newest checkpoint of `folder` and compares shapes; no weights are read."""
@@ -226,13 +231,21 @@ class WarmStart:
         self._leaves = saved.leaves(self._weights)
         trees = flatten_dict(abstract_params(model)), self._leaves
         here, there = ({path: tuple(x.shape) for path, x in tree.items()} for tree in trees)
+        theirs, ours = (
+            set(network.condition_parts)
+            for network in (find_model(saved.config["model"]["name"])[0], model)
+        )
+        self._left = [path for path in there if {*path} & (theirs - ours)]
+        self._added = [path for path in here if {*path} & (ours - theirs)]
         self.fresh = [
             path
             for path, shape in here.items()
             if path[0] in model.condition_tables and path in there
             if there[path][0] != shape[0] and there[path][1:] == shape[1:]
         ]
-        if found := differences(there | {path: here[path] for path in self.fresh}, here):
+        told = {path: here[path] for path in (*self.fresh, *self._added)}
+        kept = {path: shape for path, shape in there.items() if path not in self._left}
+        if found := differences(kept | told, here):
             name = saved.config["model"]["name"]
             raise UsageError(field, folder, f"has another network ({name}): {found}")
 
@@ -241,16 +254,24 @@ class WarmStart:
         if self.fresh:
             rows = self._leaves[self.fresh[0]].shape[0]
             text += f"; the label tables have {rows} rows there, so they start fresh"
+        for paths, how in ((self._left, "not taken"), (self._added, "not there, so fresh")):
+            text += f"; {how}: {', '.join(_parts(paths))}" if paths else ""
         return text + (f"; the classes are others: {self._others}" if self._others else "")
 
     def apply(self, state: TrainState) -> TrainState:
         params = flatten_dict(state.params)
-        for path in params.keys() - self.fresh:
+        for path in params.keys() - {*self.fresh, *self._added}:
             array = np.asarray(self._leaves[path].read(), params[path].dtype)
             params[path] = from_same(array, params[path].sharding)
         tree = unflatten_dict(params)
         # The average starts as a copy: two names for one buffer could not both be donated.
         return state.replace(params=tree, ema_params=jax.tree.map(jnp.copy, tree))
+
+
+def _parts(paths: Iterable[Path]) -> list[str]:
+    """The modules that parameters are of, numbers of blocks as *."""
+    names = (path[:-1][:3] for path in paths)
+    return sorted({".".join("*" if part.isdecimal() else part for part in name) for name in names})
 
 
 def weights_fit(folder: str | None) -> Callable[[int], bool]:

@@ -18,7 +18,7 @@ from dico_jax.checkpoints.reader import FOLDER, SavedWeights
 from dico_jax.checkpoints.writer import StepWriter
 from dico_jax.errors import UsageError, within
 from dico_jax.files import Deferred, check_new, new_folder, result_path
-from dico_jax.models import abstract_params, create_model, model_options
+from dico_jax.models import abstract_params, model_options
 from dico_jax.models.dit import DiT, position_embedding
 from dico_jax.pytorch import lazy_trees, optimizer_state, run_config, torch_files
 from dico_jax.pytorch.detection import TABLE, check_table, detect_network, parameters
@@ -94,6 +94,7 @@ def from_pytorch(
         chosen, tensors = next(iter(sets.values()))
         known: Any = {"num_classes": num_classes, "num_heads": num_heads}
         known |= {f"likely_{what}": arguments.get(f"num_{what}") for what in ("classes", "heads")}
+        known["likely_length"] = arguments.get("text_length")
         network = detect_network(tensors, model, **known)
         found = "the only weights" if chosen == "weights" else f"the weights {chosen!r}"
         step, options, trees = 0, None, {item: its.tensors for item, its in sets.items()}
@@ -140,6 +141,7 @@ def to_pytorch(
     step: int | None = None,
     weights: str = "ema",
     training: bool = False,
+    model_of: Callable[[Mapping[str, Any]], Any] = run_config.saved_model,
     side_of: Callable[[Mapping[str, Any]], int] = run_config.latent_side,
     rate_of: Callable[[Mapping[str, Any], int], float] | None = None,
 ) -> str:
@@ -151,6 +153,7 @@ def to_pytorch(
       step: of the checkpoint; the newest if None.
       weights: "ema" or "params".
       training: write a training checkpoint: model, ema, opt (with AdamW's state), args.
+      model_of: gives the network for a config.
       side_of: gives the side of the network's input for a config, which a DiT's table follows.
       rate_of: gives the learning rate for a config and a number of steps taken; needed for training
         checkpoints of runs whose rate changes.
@@ -162,8 +165,7 @@ def to_pytorch(
     suffix = result_path(out, kinds).suffix.lower()
     saved, health, bar = SavedWeights(ckpt, step), Health(), ByteProgress()
     with about(f"--ckpt={ckpt}"), within("config."):
-        options = {k: v for k, v in saved.config["model"].items() if v is not None}
-        model = create_model(**options)
+        model = model_of(saved.config)
     table = {}
     if isinstance(model, DiT):
         rows = side_of(saved.config) // model.patch_size

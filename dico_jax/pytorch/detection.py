@@ -3,7 +3,8 @@
 What can be seen: family, widths, depths, input channels, classes, whether the variance is learned.
 What cannot: the number of attention heads (known for published widths), and whether the last row of
 the label tables is a null class: taken to be, as in all released models, unless it is the only row
-or there are 1000, the classes of ImageNet.
+or there are 1000, the classes of ImageNet. Nor how many tokens a network is told that reads
+features of a text.
 
 Every size is read off several tensors and the most frequent answer wins, so that a file with a few
 missing or misshapen tensors still gives the right model, and an error that names just these.
@@ -69,6 +70,7 @@ def detect_model(
     likely_classes: object = None,
     num_heads: int | None = None,
     likely_heads: object = None,
+    likely_length: object = None,
 ) -> dict[str, Any]:
     """The model of a state dict, as the fields of `config.model` (see configs/default.py).
 
@@ -79,6 +81,9 @@ def detect_model(
       likely_classes: the same from a source that may be wrong: used where it fits.
       num_heads: of a DiT, which is needed where its width is none of the published ones.
       likely_heads: the same from a source that may be wrong: used where it fits.
+      likely_length: tokens of a text, where they do not show.
+
+    Of a network that reads texts itself, "vocab_size" is there besides.
     """
     family = _family(shapes)
     if name is not None and MODELS[name][0].__name__ != family:
@@ -88,9 +93,15 @@ def detect_model(
     sizes = dict(MODELS[name][1]) if name is not None else {}
     if not sizes:
         heads = num_heads, likely_heads
-        sizes = _dico_sizes(shapes) if family == "DiCo" else _dit_sizes(shapes, *heads)
+        sizes = _dit_sizes(shapes, *heads) if family == "DiT" else _dico_sizes(shapes)
         name = _published_name(family, sizes)
-    options = _interface(shapes, family, sizes, num_classes, likely_classes)
+    options = _interface(shapes, family, sizes)
+    if family == "TextDiCo":
+        if num_classes is not None:
+            raise UsageError("--num_classes", num_classes, "is for networks that are told a class")
+        options |= _text_options(shapes, likely_length)
+    else:
+        options |= _classes(shapes, family, num_classes, likely_classes)
     known = {} if name in MODELS and MODELS[name][1] else sizes
     fields = dict.fromkeys(("hidden_size", "depth", "mlp_ratio", "num_heads", "patch_size"))
     return {"name": name, **fields, **known, **options, "dtype": "float32"}
@@ -105,16 +116,23 @@ class Network:
     model: Denoiser
     wanted: list[Entry]  # its parameters
     tokens: int | None  # rows of a DiT's position table
+    vocab_size: int = 0  # of an encoder of texts that belongs to it
 
     def description(self) -> str:
         """A line: name or sizes, parameters, channels, classes."""
         sizes = ("hidden_size", "depth", "mlp_ratio", "num_heads", "patch_size")
+        if "text_fusion" in self.fields:
+            fusion, width = self.fields["text_fusion"], self.fields["text_width"]
+            words = f"of {self.vocab_size} words, " if self.vocab_size else ""
+            told = f"told a text {words}by {fusion} (width {width})"
+        else:
+            null = "and a" if self.fields["class_dropout_prob"] else "without a"
+            told = f"{self.fields['num_classes']} classes {null} null class"
         own = ", ".join(f"{k}={self.fields[k]}" for k in sizes if self.fields[k] is not None)
         return (
             f"{self.fields['name']}{f' of no published size ({own})' if own else ''}, "
             f"{sum(math.prod(entry.shape) for entry in self.wanted):,} parameters, "
-            f"{self.fields['in_channels']} input channels, {self.fields['num_classes']} classes "
-            f"{'and a' if self.fields['class_dropout_prob'] else 'without a'} null class, "
+            f"{self.fields['in_channels']} input channels, {told}, "
             f"{'learned' if self.fields['learn_sigma'] else 'fixed'} variance"
         )
 
@@ -132,21 +150,22 @@ def detect_network(
             title += f" (it looks like a {found})" if found != title else ""
     model = create_model(**{k: v for k, v in fields.items() if v is not None})
     fields = json.loads(json.dumps(fields))  # lists for tuples, as the config's file has them
-    table = check_table(tensors, model.hidden_size)
-    return Network(title, fields, model, parameters(model), table)
+    words, table = fields.pop("vocab_size", 0), check_table(tensors, model.hidden_size)
+    return Network(title, fields, model, parameters(model), table, words)
 
 
 def parameters(model: Denoiser) -> list[Entry]:
     """The parameters of a network, in the state dict's order."""
     # Blocks of a stage are alike, and many of them take long to trace.
     family, depths = type(model).__name__, np.atleast_1d(model.depth)
-    count = dict(zip(_STAGES if family == "DiCo" else ("blocks",), depths, strict=True))
-    small = model.clone(depth=(1,) * 5 if family == "DiCo" else 1, scan_blocks=False)
-    tree = {
-        (path[0], str(i), *path[2:]) if path[0] in count else path: leaf
-        for path, leaf in flax.traverse_util.flatten_dict(abstract_params(small)).items()
-        for i in range(count.get(path[0], 1))
-    }
+    count = dict(zip(model.stages, depths, strict=True))
+    small = model.clone(depth=1 if family == "DiT" else (1,) * 5, scan_blocks=False)
+    tree: dict[Any, Any] = {}
+    for path, leaf in flax.traverse_util.flatten_dict(abstract_params(small)).items():
+        at = 1 + (path[0] == "text_fusion")  # where the number of a block is
+        blocks = range(count.get(path[at - 1], 1))
+        in_block = path[at - 1] in count
+        tree |= {(*path[:at], str(i), *path[at + 1 :]) if in_block else path: leaf for i in blocks}
     return entries(flax.traverse_util.unflatten_dict(tree), KEY_MAPS[family])
 
 
@@ -174,11 +193,12 @@ def _family(shapes: Shapes) -> str:
         some = ", ".join(list(shapes)[:5])
         what = f"{len(shapes)} tensors such as {some}"
         raise UsageError(f"these are not the weights of a DiCo or DiT: {what}")
-    return "DiCo" if dico >= dit else "DiT"
+    family = "TextDiCo" if any(key.startswith("text_fusion.") for key in shapes) else "DiCo"
+    return family if dico >= dit else "DiT"
 
 
 def _published_name(family: str, sizes: Mapping[str, Any]) -> str:
-    ratio = {"DiCo": 2.0, "DiT": 4.0}[family]
+    ratio = 4.0 if family == "DiT" else 2.0
     for name, (cls, published) in MODELS.items():
         if cls.__name__ == family and published and {"mlp_ratio": ratio, **published} == sizes:
             return name
@@ -215,13 +235,18 @@ def _dit_sizes(shapes: Shapes, num_heads: int | None, likely_heads: object) -> d
     }
 
 
-def _interface(
-    shapes: Shapes, family: str, sizes: Mapping, num_classes: int | None, likely_classes: object
-) -> dict[str, Any]:
-    places = _DICO_SIZES if family == "DiCo" else _DIT_SIZES
+def _interface(shapes: Shapes, family: str, sizes: Mapping) -> dict[str, Any]:
+    places = _DIT_SIZES if family == "DiT" else _DICO_SIZES
     channels = _size(shapes, places, "in_channels")
     outputs = vote(shapes, places["outputs"])
-    rows = _size(shapes, places, "rows")
+    learned = outputs != channels * sizes.get("patch_size", 1) ** 2
+    return {"in_channels": channels, "learn_sigma": learned}
+
+
+def _classes(
+    shapes: Shapes, family: str, num_classes: int | None, likely_classes: object
+) -> dict[str, Any]:
+    rows = _size(shapes, _DIT_SIZES if family == "DiT" else _DICO_SIZES, "rows")
     if num_classes is None and type(likely_classes) is int and 0 <= rows - likely_classes <= 1:
         num_classes = max(likely_classes, 1)
     elif num_classes is None:
@@ -230,11 +255,24 @@ def _interface(
         fix = f"use {rows - 1} (and a null class) or {rows}"
         what = f"does not fit: the label tables have {rows} rows: {fix}"
         raise UsageError("--num_classes", num_classes, what)
+    dropout = _RELEASED_DROPOUT if rows > num_classes else 0.0
+    return {"num_classes": num_classes, "class_dropout_prob": dropout}
+
+
+def _text_options(shapes: Shapes, likely_length: object) -> dict[str, Any]:
+    attends = any(k.startswith("text_fusion.") and k.endswith(".kv.weight") for k in shapes)
+    first = "kv" if attends else "0"
+    places = " ".join(f"text_fusion.{stage}.0.{first}.weight/1/1" for stage in _STAGES)
+    length = likely_length if type(likely_length) is int and 0 < likely_length < _MAX_SIZE else 77
+    words = vote(shapes, "text_encoder.token_embedding.weight/0/1") or 0
     return {
-        "in_channels": channels,
-        "num_classes": num_classes,
-        "class_dropout_prob": _RELEASED_DROPOUT if rows > num_classes else 0.0,
-        "learn_sigma": outputs != channels * sizes.get("patch_size", 1) ** 2,
+        "text_fusion": "cross_attention" if attends else "dwc",
+        "text_length": vote(shapes, "text_encoder.position_embedding.weight/0/1") or length,
+        "text_width": _size(shapes, {"text_width": places}, "text_width"),
+        "pooled_width": vote(shapes, " ".join(f"text_embedder.{i}.weight/1/1" for i in range(3)))
+        or 0,
+        "text_dropout_prob": _RELEASED_DROPOUT,
+        **({"vocab_size": words, "text_layers": _depth(shapes, "text_encoder")} if words else {}),
     }
 
 

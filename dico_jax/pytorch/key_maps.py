@@ -66,6 +66,7 @@ LEAVES: Mapping[tuple[str, int], tuple[str, Layout]] = {
     ("kernel", 2): ("weight", LINEAR),
     ("kernel", 4): ("weight", CONV),
     ("embedding", 2): ("weight", SAME),
+    ("class_embedding", 1): ("class_embedding", SAME),
     ("scale", 1): ("weight", SAME),
     ("bias", 1): ("bias", SAME),
     ("mean", 1): ("running_mean", SAME),
@@ -99,7 +100,7 @@ class KeyMap:
     loose_ones: bool = False
 
 
-KEY_MAPS = {
+_KEY_MAPS = {
     "DiCo": KeyMap(
         root=r"(x|y|t)_embedder\w*\.|(en|de)coder_level_\d\.|latent\.\d|up\d_|down\d_|final_layer\.|"
         r"reduce_chan",
@@ -143,8 +144,20 @@ KEY_MAPS = {
         ),
         loose_ones=True,
     ),
+    "CLIP": KeyMap(
+        root=r"(text|vision)_model\.|(text|visual)_projection\.|logit_scale$",
+        constants=re.compile(r"\.position_ids$|^logit_scale$"),
+    ),
     "Inception": KeyMap(constants=re.compile(r"\.num_batches_tracked$")),
 }
+# DiCo's, and what nobody has published: parts that read a text, and the fusions of blocks.
+_TEXT = dataclasses.replace(
+    _KEY_MAPS["DiCo"],
+    root=rf"text_(embedder|encoder|fusion)\.|{_KEY_MAPS['DiCo'].root}",
+    declaration=f"text_encoder text_embedder text_fusion {_KEY_MAPS['DiCo'].declaration} text kv q "
+    "token_embedding position_embedding norm1 qkv proj norm2 fc1 fc2 norm",
+)
+KEY_MAPS = {**_KEY_MAPS, "TextDiCo": _TEXT}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,17 +10,22 @@ from typing import Any
 from dico_jax.checkpoints.reader import SavedWeights
 from dico_jax.config import DEFAULTS
 from dico_jax.errors import UsageError
+from dico_jax.models import MODELS, create_model, model_options
+from dico_jax.models.denoiser import Denoiser
+from dico_jax.models.text_conditional import TextConditional
 from dico_jax.pytorch.detection import Network
 from dico_jax.pytorch.pickles import Inert
 from dico_jax.pytorch.tensors import shown
 
 OWN = "dico_jax"  # attribute of a state dict with hidden options
+_SPECIAL_TOKENS = 3  # start, end, and what is unknown
+_TEXT_OPTIONS = ("text_length", "text_dropout_prob")  # which do not show in weights
 _ARGUMENT_KEYS = ("args", "cfg", "config", "hparams", "hyper_parameters", "opts")
 _OBJECTIVE_KEYS = ("prediction", "prediction_type", "objective", "parameterization")
 _NOISE = ("noise", "pred_noise", "eps", "epsilon", "ddpm", "diffusion", "none", "false", "")
 _SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 _SCHEDULES |= {name: name for name in _SCHEDULES.values()}
-_MAX_ARGUMENTS, _MAX_TEXT, _MAX_LEVELS = 10_000, 1000, 16
+_MAX_ARGUMENTS, _MAX_TEXT, _MAX_LEVELS = 10_000, 10_000, 16
 _LATENT_CHANNELS = 4  # of Stable Diffusion's autoencoder
 _LATENT_DOWNSAMPLING = 8
 
@@ -71,7 +76,23 @@ def _json(value: Any, left: Iterator[int], level: int = 0) -> Any:
 def hidden_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """What does not show in weights, and is not what is taken where nothing is said."""
     found = {"num_heads": config["model"]["num_heads"], **config["diffusion"]}
-    return {key: value for key, value in found.items() if value != DEFAULTS["diffusion"].get(key)}
+    found = {k: value for k, value in found.items() if value != DEFAULTS["diffusion"].get(k)}
+    return found | _text_options(config)
+
+
+def _text_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    model, text = config["model"], config["text"]
+    if not issubclass(MODELS[model["name"]][0], TextConditional):
+        return {}
+    found = {k: v for k in _TEXT_OPTIONS if (v := model[k]) is not None}
+    return found | {f"text_{k}": v for k, v in text.items() if v != DEFAULTS["text"][k]}
+
+
+def saved_model(config: Mapping[str, Any]) -> Denoiser:
+    """The network of a checkpoint's config, one that does not read texts itself."""
+    given, known = config["model"], model_options(config["model"]["name"])
+    told = {k: v for k, v in given.items() if k in known or v != DEFAULTS["model"][k]}
+    return create_model(**{k: v for k, v in told.items() if v is not None})
 
 
 def written_arguments(saved: SavedWeights) -> argparse.Namespace:
@@ -91,6 +112,7 @@ def written_arguments(saved: SavedWeights) -> argparse.Namespace:
         diffusion_steps=config["diffusion"]["diffusion_steps"],
         noise_schedule=config["diffusion"]["noise_schedule"],
         num_heads=config["model"]["num_heads"],
+        **_text_options(config),
     )
 
 
@@ -112,12 +134,15 @@ def converted_config(
         downsampling = 1
         config["autoencoder"]["name"] = "identity"
         config["sampling"]["cfg_channels"] = "all"
-    if not model["class_dropout_prob"]:
-        config["sampling"]["cfg_scale"] = 1.0  # guidance needs the null class
     config["model"] |= model
-    dropout = arguments.get("class_dropout_prob")
-    if model["class_dropout_prob"] and isinstance(dropout, float) and 0 < dropout < 1:
-        config["model"]["class_dropout_prob"] = dropout
+    what = "text_dropout_prob" if "text_fusion" in model else "class_dropout_prob"
+    dropout = _fraction(arguments.get(what))
+    if dropout is not None and (dropout or "text_fusion" in model) and model[what]:
+        config["model"][what] = dropout
+    if not config["model"][what]:
+        config["sampling"]["cfg_scale"] = 1.0  # guidance needs the null class, or text
+    if "text_fusion" in model:
+        config["text"] |= _texts(network, arguments)
     config["optimizer"] |= dict(optimizer or {})
     config["training"]["num_steps"] = max(config["training"]["num_steps"], step)
     said = {k: v for k, v in arguments.items() if type(v) is int and v > 0}
@@ -139,6 +164,27 @@ def converted_config(
         fix = f"must be a multiple of {step_size} ({what}): give another --image_size"
         raise UsageError("config.data.image_size", data["image_size"], fix)
     return config
+
+
+def _fraction(value: object) -> float | None:
+    """A probability below 1, also one in a text as metadata have it."""
+    try:
+        found = float(value) if isinstance(value, str | float | int) else math.nan
+    except ValueError:
+        return None
+    return found if 0 <= found < 1 else None
+
+
+def _texts(network: Network, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.text` of a network that is told a text."""
+    given = {name: str(arguments.get(f"text_{name}") or "") for name in DEFAULTS["text"]}
+    found = {name: value for name, value in given.items() if value}
+    count = len({*found.get("words", "").split()}) + _SPECIAL_TOKENS
+    if network.vocab_size and count != network.vocab_size:
+        what = f"has an encoder of {network.vocab_size} words and marks"
+        fix = "these words are not in the file: convert what `to_pytorch` wrote"
+        raise UsageError(f"the network {what}, and {fix}")
+    return found | ({"encoder": "words"} if network.vocab_size else {"encoder": "clip"})
 
 
 def latent_side(config: Mapping[str, Any]) -> int:

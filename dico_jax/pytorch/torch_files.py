@@ -24,7 +24,7 @@ __all__ = ["Deferred", "TensorFile", "Weights", "open_tensors", "select_weights"
            "write_safetensors"]  # fmt: skip
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_DENOISERS = f"{KEY_MAPS['DiCo'].root}|{KEY_MAPS['DiT'].root}"
+_DENOISERS = f"{KEY_MAPS['TextDiCo'].root}|{KEY_MAPS['DiT'].root}"  # the first has DiCo's
 # Parts of names that wrappers add anywhere: "module" (DistributedDataParallel), "_orig_mod"
 # (torch.compile), "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module" ...
 _WRAPPERS = re.compile(r"(?<![^.])(module|_\w*mod(ule)?)\.")
