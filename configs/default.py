@@ -13,13 +13,16 @@ from ml_collections import config_dict
 RANGES = {
     (0, 1): "data.max_bad_fraction optimizer.min_learning_rate_ratio sampling.ddim_eta",
     (0, math.nextafter(1, 0)): "optimizer.b1 optimizer.b2 training.ema_decay "
-    "model.class_dropout_prob",
+    "model.class_dropout_prob model.text_dropout_prob",
     (0, 255): "data.num_workers",
     (0, 1000): "model.mlp_ratio",
     (0, 2**32 - 1): "seed",
     (1, 255): "training.preemption_exit_status",
-    (1, 1000): "sampling.grid_rows sampling.grid_columns model.depth",
-    (1, 2**14): "data.image_size model.in_channels model.patch_size model.num_heads",
+    (0, 2**14): "model.pooled_width",
+    (1, 1000): "sampling.grid_rows sampling.grid_columns model.depth model.text_length "
+    "model.text_layers",
+    (1, 2**14): "data.image_size model.in_channels model.patch_size model.num_heads "
+    "model.text_width",
     (1, 2**20): "model.hidden_size model.num_classes sampling.batch_size sampling.num_steps",
     (1, 2**31 - 1): "training.num_steps training.accumulation_steps training.log_every_steps "
     "training.checkpoint_every_steps training.keep_checkpoints profile.num_steps",
@@ -32,12 +35,15 @@ RANGES = {
 PATHS = {
     "": "data.cache_dir training.init_from eval.features eval.inception config workdir ckpt out "
     "npz features inception",
-    "gs s3": "data.path training.compilation_cache eval.reference path samples reference "
-    "prepare.out",
-    "hf": "autoencoder.path vae input",
+    "gs s3": "data.path data.captions training.compilation_cache eval.reference path captions "
+    "samples reference prepare.out",
+    "hf": "autoencoder.path text.path vae text_encoder clip input text",
 }
 # Fields that are one of some words.
 CHOICES = {
+    "data.crop": ("adm", "lanczos"),
+    "model.text_fusion": ("dwc", "cross_attention"),
+    "text.encoder": ("clip", "words"),
     "optimizer.name": ("adamw", "lion"),
     "optimizer.schedule": ("constant", "cosine"),
     "optimizer.weight_decay_mask": ("all", "kernels"),
@@ -66,8 +72,10 @@ CAREFUL_FIELDS = ("data.batch_size", "optimizer.learning_rate", "model.dtype", "
 # Fields by section, and whole sections, that may change between two runs in one workdir: they
 # decide how long a run goes on, how fast it is and what it reports, not what it computes.
 MUTABLE_FIELDS = {
-    "data": "source name split path max_bad_fraction num_workers verify_checksums cache_dir",
+    "data": "source name split path captions max_bad_fraction num_workers verify_checksums "
+    "cache_dir",
     "autoencoder": "path tile_size",
+    "text": "path",
     "model": "scan_blocks remat",  # these and the mesh change the rounding of sums
     "training": "num_steps accumulation_steps ema_snapshot_every_steps log_every_steps "
     "checkpoint_every_steps keep_checkpoints keep_every_steps preemption_exit_status on_nan "
@@ -86,13 +94,19 @@ def get_config():
     # Where examples come from: "latents" (prepared by dico_jax.prepare), "folder" (pictures in a
     # subfolder per class), "zip" (the same in a zip file), "tfds" (TensorFlow Datasets),
     # "array_record" (ArrayRecord files of tf.train.Examples), "arrays" (NumPy files) or "digits"
-    # (scikit-learn's 1,797 digits). docs/data.md describes each.
+    # (scikit-learn's 1,797 digits). With captions: "captions" (pictures and a file of their
+    # captions, or a text beside each), "tar" (webdataset's tar files), "tfds" (coco_captions) or
+    # "worded_digits" (the digits, described). docs/data.md describes each.
     config.data.source = "latents"
     # Folder or file of the source, local or gs://; for "tfds" its data_dir.
     config.data.path = config_dict.placeholder(str)
-    # "tfds" only: the dataset, such as "imagenet2012:5.1.0" or "cifar10", and its split.
+    # "tfds" only: the dataset, such as "imagenet2012:5.1.0" or "cifar10".
     config.data.name = config_dict.placeholder(str)
+    # The split of "tfds", and of Karpathy's file of "captions", such as "train+restval".
     config.data.split = "train"
+    # "captions" only: the file with captions by name of a picture (JSON, JSON lines, CSV, COCO's or
+    # Karpathy's); None for metadata.jsonl, or a .txt beside every picture.
+    config.data.captions = config_dict.placeholder(str)
     # Side of the (square) images in pixels; latents are smaller by the autoencoder's factor.
     config.data.image_size = 256
     # Examples per step, over all devices.
@@ -102,6 +116,9 @@ def get_config():
     # Turn pictures as their EXIF data say. Cameras' pictures need it; the published ImageNet
     # pipeline does not look at it.
     config.data.exif_rotation = False
+    # How a square is cut out: "adm" as the published ImageNet pipeline does, or "lanczos", the
+    # middle square scaled by a Lanczos filter, as U-ViT does with MS-COCO.
+    config.data.crop = "adm"
     # What the network sees of the autoencoder's posterior: "sample" (drawn anew at every visit),
     # "mean", or "fixed" (one draw per example and orientation, as the released code prepares).
     config.data.latent_sampling = "sample"
@@ -124,6 +141,8 @@ def get_config():
     config.autoencoder.path = "hf://stabilityai/sd-vae-ft-ema/diffusion_pytorch_model.safetensors"
     # Dtype of its activations: "float32" or "bfloat16" (about 1e-2 off). Parameters are float32.
     config.autoencoder.dtype = "float32"
+    # What latents are multiplied by for the diffusion; unset for what the weights come with.
+    config.autoencoder.scaling_factor = config_dict.placeholder(float)
     # Decode in overlapping tiles of this many latent positions a side, at least 8 (0: never), for
     # images whose activations do not fit in memory. Tiles change the colours a little: GroupNorm
     # and attention see one tile.
@@ -160,6 +179,28 @@ def get_config():
     # Run every operation in its plain form, which can be differentiated forwards and twice, for
     # objectives that need it. Gradients take more time and memory.
     config.model.plain_ops = False
+
+    # Networks that are told a text only: how it meets the picture, "dwc" (a depthwise convolution
+    # whose kernel the text gives) or "cross_attention".
+    config.model.text_fusion = config_dict.placeholder(str)
+    # Tokens of a text, the width of their features, and that of the pooled features, 0 to do
+    # without these; unset for CLIP ViT-L/14's 77, 768 and 768.
+    config.model.text_length = config_dict.placeholder(int)
+    config.model.text_width = config_dict.placeholder(int)
+    config.model.pooled_width = config_dict.placeholder(int)
+    # Layers of an encoder that is trained along.
+    config.model.text_layers = config_dict.placeholder(int)
+    # Probability of replacing the text by none in training, which guidance needs.
+    config.model.text_dropout_prob = config_dict.placeholder(float)
+
+    config.text = config_dict.ConfigDict()
+    # What reads texts for a network that is told some: "clip" (frozen, with weights from `path`),
+    # or "words", a small encoder that is trained along and knows `words`.
+    config.text.encoder = "clip"
+    # "clip" only: a folder as transformers writes it, a file in one, or hf://OWNER/REPO/FILE.
+    config.text.path = "hf://openai/clip-vit-large-patch14/model.safetensors"
+    # "words" only: its words, lower case, between spaces; all others are one that is unknown.
+    config.text.words = ""
 
     config.mesh = config_dict.ConfigDict()
     # Devices along each axis of the mesh; their product is the number of devices. "data" copies the

@@ -1,4 +1,4 @@
-r"""Measures images: FID, sFID, Inception Score, precision, recall, KID.
+r"""Measures images: FID, sFID, Inception Score, precision, recall, KID, CLIP score.
 
 python -m dico_jax.evaluate --samples=DIR|FILE.npz --reference=FILE.npz|DIR [--out=FILE.json]
     Images in a folder or in arr_0 of an .npz file.
@@ -6,6 +6,8 @@ python -m dico_jax.evaluate --ckpt=DIR --reference=FILE.npz|DIR [--num_samples=5
     Samples of a checkpoint, straight into the numbers, on all devices.
 python -m dico_jax.evaluate --ckpt=DIR --reference=FILE.npz --sweep_cfg=1.0:2.0:0.1 --out=FILE.json
     The same for every guidance scale from 1.0 to 2.0, with a plot beside FILE.json.
+python -m dico_jax.evaluate --samples=DIR --clip=PATH [--prompts=FILE] [--reference=...]
+    The CLIP score of images that `sample --prompts` wrote, with DIR/prompts.txt.
 
 With --out the same command goes on after an interruption. docs/evaluation.md explains the numbers.
 """
@@ -23,13 +25,13 @@ _CKPT = flags.DEFINE_string("ckpt", None, "Workdir of a run, or a converted chec
 _REFERENCE = flags.DEFINE_string(
     "reference", None,
     "What is compared with: an .npz file of ADM, of pytorch-fid or of `prepare reference`, or a "
-    "folder of pictures.",
-    required=True,
+    "folder of pictures. The CLIP score needs none.",
 )  # fmt: skip
 _OUT = flags.DEFINE_string("out", None, "JSON file for the result and how it was made.")
 _METRICS = flags.DEFINE_list(
     "metrics", None,
-    "Some of fid, sfid, inception_score, precision_recall, kid [all that the reference allows].",
+    "Some of fid, sfid, inception_score, precision_recall, kid, clip_score [all that the reference "
+    "allows, and the last with --clip].",
 )  # fmt: skip
 _FEATURES = flags.DEFINE_string(
     "features", "inception",
@@ -38,6 +40,12 @@ _FEATURES = flags.DEFINE_string(
 _INCEPTION = flags.DEFINE_string(
     "inception", None, "Weights of the Inception network [the cache, then the public release]."
 )
+_CLIP = flags.DEFINE_string(
+    "clip", None,
+    "--samples: CLIP with both towers, for clip_score: a folder as transformers writes it, a file "
+    "in one or of `convert clip`, or hf://OWNER/REPO/FILE. The texts are the lines of --prompts "
+    "[prompts.txt in the folder].",
+)  # fmt: skip
 _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", None, "Number of images [all of --samples; 50,000 of --ckpt].", 2, 10_000_000
 )
@@ -58,8 +66,10 @@ def main() -> None:
         raise UsageError("give either --samples or --ckpt: what is to be measured")
     if _SAMPLES.value is not None:
         for name in (*sampler_flags.NAMES, "sweep_cfg"):
-            if flags.FLAGS[name].present:
+            if flags.FLAGS[name].present and name != "prompts":
                 raise UsageError(f"--{name} is for --ckpt, not for --samples")
+    elif _CLIP.value is not None:
+        raise UsageError("--clip is for --samples: `sample --prompts` writes some")
     if _SWEEP_CFG.value is not None and (flags.FLAGS["cfg_scale"].present or _OUT.value is None):
         raise UsageError("--sweep_cfg needs --out, for its result and plot, and no --cfg_scale")
     # Late imports: --help answers before JAX is imported.
@@ -69,12 +79,14 @@ def main() -> None:
 
     metrics = tuple(_METRICS.value) if _METRICS.value else None
     how: Any = _FEATURES.value, _INCEPTION.value, metrics, _BATCH_SIZE.value, _MAX_BAD.value
-    how = str(_REFERENCE.value), measure.Options(*how), _OUT.value
+    if _SAMPLES.value is not None:
+        how = *how, _CLIP.value, flags.FLAGS["prompts"].value
+    how = _REFERENCE.value, measure.Options(*how), _OUT.value
     if _SAMPLES.value is not None:
         measure.evaluate_files(_SAMPLES.value, *how, num_samples=_NUM_SAMPLES.value)
         return
     choices = sampler_flags.sampler_arguments(_BATCH_SIZE.value) | {"sweep_cfg": _SWEEP_CFG.value}
-    choices |= {"classes": sampler_flags.CLASSES.value, "num_samples": _NUM_SAMPLES.value or 50_000}
+    choices |= {"asked": sampler_flags.asked(), "num_samples": _NUM_SAMPLES.value or 50_000}
     measure.evaluate_checkpoint(str(_CKPT.value), *how, **choices)
 
 

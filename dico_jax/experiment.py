@@ -17,6 +17,8 @@ from dico_jax.diffusion import Objective, SamplingOptions, create_objective
 from dico_jax.errors import UsageError, within
 from dico_jax.models import create_model, find_model, model_options
 from dico_jax.models.denoiser import Denoiser
+from dico_jax.models.text_conditional import TextConditional
+from dico_jax.text.encoders import Words, load_encoder, load_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +42,44 @@ def model_from_config(config: ConfigDict) -> Denoiser:
             for name, value in config.model.items()
             if value is not None and (name in known or value != defaults[name])
         }
+        if config.text.encoder == "words" and "vocab_size" in known:
+            options["vocab_size"] = _words(config).vocab_size
         return create_model(**options)
 
 
-def experiment_from_config(config: ConfigDict) -> Experiment:
-    """The network, process and autoencoder of a config."""
-    check_values(config, "data", "autoencoder", "diffusion")
+def _words(config: ConfigDict) -> Words:
+    if not config.text.words.split():
+        raise UsageError("text.words", config.text.words, "is empty: the encoder knows no word")
+    length = config.model.text_length or TextConditional.text_length
+    return load_words(config.text.words, length)
+
+
+def _with_texts(config: ConfigDict, model: Denoiser, source: Source | None) -> Denoiser:
+    """The network with what reads its texts; prepared features need none but that of no text."""
+    if not isinstance(model, TextConditional):
+        return model
+    if model.vocab_size:
+        words = _words(config)
+        return model.clone(texts=words, null_text=words.null())
+    texts: Words | None = None
+    null = source.null_text if isinstance(source, PreparedLatents) else None
+    if null is None:
+        texts = load_encoder(config.text.path, "text.path")
+        null = texts.null()
+    for name, zeros in model.zero_condition(1).items():
+        if (found := null.arrays[name].shape) != (wanted := zeros.shape[1:]):
+            where = f"text.path={config.text.path}" if texts else repr(source)
+            fix = f"gives {name} {found}, and the network is told {wanted}: set model.text_length,"
+            raise UsageError(f"{where} {fix} model.text_width and model.pooled_width")
+    return model.clone(texts=texts, null_text=null)
+
+
+def experiment_from_config(config: ConfigDict, source: Source | None = None) -> Experiment:
+    """The network, process and autoencoder of a config, for a source of examples, if any."""
+    check_values(config, "data", "autoencoder", "diffusion", "text")
     model = model_from_config(config)
+    with within("config."):
+        model = _with_texts(config, model, source)
     with within("config.diffusion."):
         diffusion = create_objective(config.diffusion, learn_sigma=model.learn_sigma)
     with within("config."):
@@ -107,7 +140,7 @@ def reader_from_config(config: ConfigDict, experiment: Experiment, source: Sourc
         _check_examples(config, experiment.model, source)
         if source.kind == "pictures":
             channels = _picture_channels(config, experiment)
-            read: Reader = PictureReader(data.image_size, channels, data.exif_rotation)
+            read: Reader = PictureReader(data.image_size, channels, data.exif_rotation, data.crop)
         else:
             _check_latents(config, experiment, source)
             read = read_orientation

@@ -28,9 +28,9 @@ def main() -> None:
     checkpoint_sampler.check_outputs(_OUT.value, _NPZ.value, _OVERWRITE.value)
     how = sampler_flags.sampler_arguments(_BATCH_SIZE.value)
     sampler = checkpoint_sampler.CheckpointSampler(_CKPT.value, **how)
-    count, classes = _NUM_IMAGES.value, sampler_flags.CLASSES.value
-    sampler.save(_OUT.value, num_images=count, classes=classes, npz=_NPZ.value)
-    print(f"{_NUM_IMAGES.value} images and grid.png are in {_OUT.value}")
+    count = _NUM_IMAGES.value
+    sampler.save(_OUT.value, num_images=count, npz=_NPZ.value, **sampler_flags.asked())
+    print(f"{count} images and grid.png are in {_OUT.value}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dico_jax.configs import default, digits, folder
 from dico_jax.errors import UsageError
 from dico_jax.experiment import (
     experiment_from_config,
+    model_from_config,
     reader_from_config,
     sampling_from_config,
     source_from_config,
@@ -27,7 +28,8 @@ from dico_jax.training.step import loss_fn
 
 FIELDS = frozenset(flatten(DEFAULTS))
 NUMBERS = {"model.hidden_size", "model.depth", "model.mlp_ratio", "model.num_heads"}
-NUMBERS |= {"model.patch_size"}
+NUMBERS |= {"model.patch_size", "model.text_length", "model.text_width", "model.pooled_width"}
+NUMBERS |= {"model.text_layers", "model.text_dropout_prob", "autoencoder.scaling_factor"}
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem[0] != "_")
@@ -42,7 +44,8 @@ PARAMETERS = {
 
 
 def test_the_published_sizes_have_configs():
-    assert set(NAMES) == {"default", "digits", "cifar10", "folder", *PARAMETERS}
+    told_texts = {"worded_digits", "coco256", "coco256_uvit"}
+    assert set(NAMES) == {"default", "digits", "cifar10", "folder", *told_texts, *PARAMETERS}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,6 +64,9 @@ def test_config_builds(name):
     process, _ = sampling_from_config(config)
     assert process.num_steps == config.sampling.num_steps
 
+    if name.startswith("coco"):  # its text encoder has to be there
+        assert model_from_config(config).text_dropout_prob == 0.1
+        return
     experiment = experiment_from_config(config)
     if name in PARAMETERS:
         assert count_parameters(experiment.model) == PARAMETERS[name]

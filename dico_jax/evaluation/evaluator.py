@@ -15,6 +15,7 @@ import tqdm
 from dico_jax.data.image_sets import FolderImages, ImageSet
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import distances, networks, statistics
+from dico_jax.evaluation.clip_score import CLIP_SCORE, ClipScorer, clip_numbers
 from dico_jax.evaluation.networks import FeatureFn, FeatureNetwork, Features
 from dico_jax.evaluation.statistics import SPLIT_SIZE, InceptionScore, Moments, Statistics
 from dico_jax.files import file_digest, library_versions
@@ -35,13 +36,16 @@ Batches = Callable[..., Iterator[np.ndarray]]  # images from one on (to one), ui
 class FeatureSummary:
     """What is kept of the features of `total` images, batch by batch: sums, and perhaps all."""
 
-    def __init__(self, network: FeatureNetwork, keep_features: bool, total: int):
+    def __init__(
+        self, network: FeatureNetwork, keep_features: bool, total: int, with_scores: bool = False
+    ):
         self.pool = Moments(network.width)
         self.score = InceptionScore(network.num_classes, total=total)
         self.spatial = Moments(network.spatial_width) if network.spatial_width else None
         parts = {"pool": self.pool, "spatial": self.spatial, "logits": self.score}
         self._parts = {name: part for name, part in parts.items() if part is not None}
         self._kept = [np.empty((0, network.width), np.float32)] if keep_features else None
+        self.scores = np.empty(0) if with_scores else None  # of each image, of `ClipScorer`
         self.pictures = b""  # the digest of all images so far
 
     @property
@@ -63,6 +67,8 @@ class FeatureSummary:
         arrays: dict[str, Any] = {"pictures": np.frombuffer(self.pictures, np.uint8)}
         if self._kept is not None:
             arrays["kept"] = self.pool_features
+        if self.scores is not None:
+            arrays["scores"] = self.scores
         for name, part in self._parts.items():
             arrays |= {f"{name}/{key}": value for key, value in part.to_arrays().items()}
         statistics.save_arrays(path, about, arrays)
@@ -77,32 +83,36 @@ class FeatureSummary:
         for name, part in self._parts.items():
             part.restore({key: arrays[f"{name}/{key}"] for key in part.to_arrays()})
         self._kept = self._kept and [arrays["kept"]]
+        self.scores = None if self.scores is None else arrays["scores"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Compares sets of images with one reference."""
+    """Compares sets of images with one reference, and perhaps with their texts."""
 
     network: FeatureNetwork
     features: FeatureFn  # of batches of images, see `make_feature_fn`
-    reference: Statistics
+    reference: Statistics | None
     metrics: tuple[str, ...]  # which numbers, of `METRICS`
     path: str  # where the reference is from
+    scorer: ClipScorer | None = None
 
     def about(self, samples: dict[str, Any]) -> dict[str, Any]:
         """What a result for these samples says of its origin."""
-        of = self.reference
+        of, scorer = self.reference, self.scorer
+        kept = of and {"sha256": of.digest, "count": of.count, "info": of.info}
         return {
-            "metric_names": list(self.metrics),
+            "metric_names": [*self.metrics, *([CLIP_SCORE] if scorer else [])],
             "samples": samples,
-            "reference": {
-                "path": self.path,
-                "sha256": of.digest,
-                "count": of.count,
-                "info": of.info,
-            },
+            "reference": kept and {"path": self.path, **kept},
             "features": {"name": self.network.name, "sha256": self.network.digest},
+            **({"clip": scorer.about} if scorer else {}),
         }
+
+    def _scores(self, images: np.ndarray, features: Features, start: int) -> Any:
+        scorer: Any = self.scorer
+        found = features if self.network is scorer.network else scorer.features(images)
+        return scorer.scores(found.pool, start)
 
     def measure(
         self, batches: Batches, samples: Any, partial: Any = None, progress: bool = True, bad=None
@@ -116,7 +126,7 @@ class Evaluator:
         keep, count = bool(set(self.metrics) & _OF_ALL_FEATURES), samples["count"]
         about = self.about(samples)
         noted_as = about | {"keeps_features": keep, "version": _VERSION}
-        summary = FeatureSummary(self.network, keep, count)
+        summary = FeatureSummary(self.network, keep, count, self.scorer is not None)
         if partial is not None and partial.exists():
             summary.load(partial, noted_as)
         noted, digest = summary.pool.count, b""
@@ -127,8 +137,17 @@ class Evaluator:
             digest, known = pictures_digest(again, digest), known - len(again)
             if len(again) and not known and digest != summary.pictures:
                 raise UsageError(other)
+            if bad and self.scorer:
+                fix = (
+                    "cannot be read, so the texts belong to other pictures: remove it and its line"
+                )
+                raise UsageError(f"--prompts: {min(bad)} {fix}")
             if len(images):
-                summary.add(images, self.features(images))
+                found, start = self.features(images), summary.pool.count
+                summary.add(images, found)
+                if summary.scores is not None:
+                    scores = self._scores(images, found, start)
+                    summary.scores = np.append(summary.scores, scores)
             is_due = summary.pool.count - noted >= _SAVE_EVERY and jax.process_index() == 0
             if partial is not None and is_due:
                 summary.save(partial, noted_as)
@@ -137,7 +156,8 @@ class Evaluator:
             raise UsageError(other)
         ranked = bool({"fid", "sfid"} & set(self.metrics))
         rank = distances.rank_warning(summary.pool.count, self.network.width) if ranked else None
-        metrics = _numbers(summary, self.reference, self.metrics)
+        metrics = _numbers(summary, self.reference, self.metrics) if self.metrics else {}
+        metrics |= {} if summary.scores is None else clip_numbers(summary.scores)
         for name, value in metrics.items():
             if value is not None and not np.isfinite(value):
                 raise NotFiniteError(f"{name} is {value}: features or statistics are too large")
@@ -225,9 +245,10 @@ def check_there(path: str, flag: str) -> None:
 
 
 def check_metrics(names: Iterable[str], flag: str) -> None:
-    """Raises UsageError for a name that is none of `METRICS`."""
-    if unknown := set(names) - set(METRICS):
-        fix = f"is unknown: use some of {', '.join(METRICS)}"
+    """Raises UsageError for a name that is none of `METRICS`, or, of a flag, `CLIP_SCORE`."""
+    known = (*METRICS, CLIP_SCORE) if flag == "--" else METRICS
+    if unknown := set(names) - set(known):
+        fix = f"is unknown: use some of {', '.join(known)}"
         raise UsageError(f"{flag}metrics: {min(unknown)!r} {fix}")
 
 

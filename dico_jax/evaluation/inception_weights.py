@@ -22,8 +22,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dico_jax.autoencoders.weights import naming
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import inception
-from dico_jax.evaluation.networks import FeatureNetwork, Features, digest_of
-from dico_jax.files import check_new, file_digest, new_file, result_path
+from dico_jax.evaluation.networks import FeatureNetwork, Features
+from dico_jax.files import arrays_digest, check_new, file_digest, new_file, result_path
 from dico_jax.pytorch.hub import local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, entries, known_names
 from dico_jax.pytorch.lazy_trees import ByteProgress, load_params
@@ -92,7 +92,7 @@ def convert_inception(source: str | os.PathLike, out: str | os.PathLike) -> str:
     with naming("--input", source):
         flat, digest = _read(source)
         _folded(flat, np.float32)  # refuses weights that are not finite
-    metadata = {"format": FORMAT, "tensors_sha256": digest_of(flat)}
+    metadata = {"format": FORMAT, "tensors_sha256": arrays_digest(flat)}
     metadata |= {"source_name": pathlib.PurePath(source).name, "source_sha256": digest}
     bar = ByteProgress()
     with bar.running(4 * count, "writing"):
@@ -153,7 +153,7 @@ def _read_converted(file: TensorFile) -> tuple[dict[str, np.ndarray], str]:
     about, shapes = file.metadata, {name: ref.shape for name, ref in file.tensors.items()}
     if about["format"] == FORMAT and shapes == state_shapes():
         flat = {name: file.tensors[name].read() for name in shapes}
-        if digest_of(flat) == about.get("tensors_sha256"):
+        if arrays_digest(flat) == about.get("tensors_sha256"):
             return flat, about.get("source_sha256", "")
     raise UsageError("it is damaged, was changed, or is of another version: convert it again")
 

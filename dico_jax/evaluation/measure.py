@@ -21,6 +21,7 @@ from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import evaluator as evaluators
 from dico_jax.evaluation import networks
+from dico_jax.evaluation.clip_score import CLIP_SCORE, ClipScorer, texts_of
 from dico_jax.evaluation.evaluator import Evaluator, check_there, create_network, measure_images
 from dico_jax.evaluation.statistics import open_reference, save_statistics
 from dico_jax.files import new_file, result_path, write_json
@@ -29,6 +30,7 @@ from dico_jax.sampling.checkpoint_sampler import CheckpointSampler, differences
 
 _MAX_SCALES = 1000
 _MAX_OWN_PICTURES, _MAX_COMPARED = 50_000, 5_000
+_CLIP_FILES = "a folder of CLIP as transformers writes it, a file, or hf://OWNER/REPO/FILE"
 _PLOTTED = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score"}
 
 
@@ -41,54 +43,93 @@ class Options:
     metrics: tuple[str, ...] | None = None
     batch_size: int = 64
     max_bad_fraction: float = 0.0  # of the pictures of a folder or source
+    clip: str | None = None  # for the CLIP score
+    prompts: str | None = None  # see `texts_of`
 
-    def evaluator(self, reference: str, flag: str = "--reference") -> Evaluator:
-        """See `create_evaluator`; on all devices."""
-        check_there(reference, flag)  # before weights are loaded
-        network, size = create_network(self.features, self.inception), self.batch_size
-        how: Any = {"batch_size": size, "mesh": create_mesh(), "fraction": self.max_bad_fraction}
-        return evaluators.create_evaluator(network, reference, self.metrics, flag, **how)
+    def check(self, reference: str | None) -> None:
+        """Raises UsageError where reference, metrics and CLIP do not fit together."""
+        evaluators.check_metrics(self.metrics or (), "--")
+        scores = self.clip is not None if self.metrics is None else CLIP_SCORE in self.metrics
+        if scores != (self.clip is not None):
+            fix = f"needs --clip: {_CLIP_FILES}" if scores else "leave it out, or name clip_score"
+            raise UsageError(f"--metrics: {CLIP_SCORE} {fix}" if scores else f"--clip: {fix}")
+        if self.prompts is not None and not scores:
+            raise UsageError("--prompts", self.prompts, "is for --clip and the CLIP score")
+        others = [name for name in self.metrics or () if name != CLIP_SCORE]
+        if reference is None and (others or not scores):
+            what = ", ".join(others) or "what is compared with"
+            raise UsageError(
+                f"--reference is needed: {what} (an .npz file or a folder of pictures)"
+            )
+        if reference is not None and self.metrics and not others:
+            raise UsageError("--reference", reference, f"is not for {CLIP_SCORE}: leave it out")
+
+    def evaluator(
+        self, reference: str | None, flag: str = "--reference", texts: Sequence[str] = ()
+    ) -> Evaluator:
+        """See `create_evaluator`, with a `ClipScorer` of the `texts`, if any; on all devices."""
+        how: Any = {"batch_size": self.batch_size, "mesh": create_mesh()}
+        if reference is not None:
+            check_there(reference, flag)  # before weights are loaded
+        scorer = ClipScorer(str(self.clip), texts, **how) if self.clip is not None else None
+        if reference is None and scorer is not None:
+            return Evaluator(scorer.network, scorer.features, None, (), "", scorer)
+        network = create_network(self.features, self.inception)
+        names = self.metrics and tuple(name for name in self.metrics if name != CLIP_SCORE)
+        given: Any = network, reference, names, flag, self.max_bad_fraction
+        return dataclasses.replace(evaluators.create_evaluator(*given, **how), scorer=scorer)
 
 
 def evaluate_files(
-    path: str, reference: str, options: Options, out: Any = None, *, num_samples: int | None = None
+    path: str,
+    reference: str | None,
+    options: Options,
+    out: Any = None,
+    *,
+    num_samples: int | None = None,
 ) -> dict[str, Any]:
     """Measures pictures in files, prints a table, and writes `out`, a new JSON file.
 
     `path` is a folder of pictures or an .npz file with arr_0, of which `num_samples` may be taken,
-    `reference` an .npz file or a folder. Returns the result, see docs/evaluation.md.
+    `reference` an .npz file or a folder; the CLIP score needs none. Returns the result, see
+    docs/evaluation.md.
     """
+    options.check(reference)
     file = None if out is None else _checked_outputs(out)
     images = evaluators.open_images(path, "--samples", options.max_bad_fraction)
-    evaluator = options.evaluator(reference)
-    evaluator.network.check_images(images.shape, images.name)
+    texts = [] if options.clip is None else texts_of(images, path, options.prompts)
     count = len(images) if num_samples is None else num_samples
     if count > len(images):
         raise UsageError("--num_samples", num_samples, f": {images.name} has {len(images)} images")
     images.take(count)
+    if texts:
+        texts = [texts[index] for index in images.indices]
+    evaluator = options.evaluator(reference, texts=texts)
+    evaluator.network.check_images(images.shape, images.name)
     batches = functools.partial(images.batches, options.batch_size)
     return _evaluate(evaluator, batches, {"images": images.name, "count": count}, file, images.bad)
 
 
 def evaluate_checkpoint(
-    ckpt: str, reference: str, options: Options, out, *, num_samples, classes, sweep_cfg, **how
+    ckpt: str, reference: str | None, options: Options, out, *, num_samples, asked, sweep_cfg, **how
 ) -> Any:
     """Measures samples of a checkpoint, which are never written; else as `evaluate_files`.
 
     With `sweep_cfg`, see `parse_sweep`, at every scale, with a plot beside `out`; `how` are options
     of `CheckpointSampler`.
     """
+    options.check(reference)
     scales = sweep_cfg and parse_sweep(sweep_cfg)
     file = None if out is None else _checked_outputs(out, bool(scales))
     results = _read_results(str(out)) if scales else []
     sampler = CheckpointSampler(ckpt, **how)
-    samples = functools.partial(sampler.images, sampler.conditions(num_samples, classes))
+    samples = functools.partial(sampler.images, sampler.conditions(num_samples, **asked))
     evaluator = options.evaluator(reference)
 
     def about(scale: float | None = None) -> dict[str, Any]:
         if scale is not None:
             sampler.set_guidance(scale)
-        return sampler.about(classes) | {"count": num_samples}
+        return sampler.about(**asked) | {"count": num_samples}
 
     if not scales or file is None:
         return _evaluate(evaluator, samples, about(), file)
@@ -104,7 +145,7 @@ def prepare_reference(path: str, source: Any, out: str, **how: Any) -> str:
     """
     file, options = result_path(out, ".npz"), Options(**how)
     if source is None:
-        statistics = options.evaluator(path, "--path").reference
+        statistics: Any = options.evaluator(path, "--path").reference
     else:
         network, size = create_network(options.features, options.inception), options.batch_size
         features_of = networks.make_feature_fn(network, size, create_mesh())
@@ -147,9 +188,10 @@ def _partial_file(out: pathlib.Path) -> pathlib.Path:
 def table(result: dict[str, Any]) -> str:
     """A result as lines of text."""
     samples, reference, features = (result[k] for k in ("samples", "reference", "features"))
-    count = f" ({reference['count']:,} images)" if reference["count"] else ""
+    count = f" ({reference['count']:,} images)" if reference and reference["count"] else ""
+    against = f" against {reference['path']}{count}" if reference else ""
     lines = [
-        f"{samples['count']:,} images against {reference['path']}{count}, features: "
+        f"{samples['count']:,} images{against}, features: "
         f"{features['name']} ({features['sha256'][:8]})"
     ]
     width = max(map(len, result["metrics"]))

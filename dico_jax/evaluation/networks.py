@@ -8,10 +8,9 @@ import abc
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -30,6 +29,7 @@ from dico_jax.data.pipeline import Reader, read_label, training_batches
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.statistics import load_arrays, save_arrays
+from dico_jax.files import arrays_digest
 from dico_jax.parallel.mesh import batch_sharding, from_same, num_batch_shards, replicated
 
 FEATURES_WIDTH, _WIDTHS = 64, (32, 64, 128)
@@ -96,15 +96,6 @@ def make_feature_fn(network: FeatureNetwork, batch_size: int, mesh: Mesh) -> Fea
     return features
 
 
-def digest_of(flat: Mapping[str, Any]) -> str:
-    """sha256 (hex) over names and float32 numbers, in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(flat):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(flat[name], "<f4").data)
-    return digest.hexdigest()
-
-
 class ConvClassifier(nn.Module):
     """Three convolutions, a mean over positions, a layer of features, a layer of logits."""
 
@@ -129,7 +120,7 @@ class Classifier(FeatureNetwork):
     def __init__(self, params: Any, image_shape: Any, class_names: Sequence[str], info: Any):
         self.params, self.image_shape, self.info = params, image_shape, info
         self.class_names, self.num_classes = tuple(class_names), len(class_names)
-        self.digest = digest_of(flatten_dict(params, sep="/"))
+        self.digest = arrays_digest(flatten_dict(params, sep="/"))
 
     def check_images(self, shape, name):
         """See `FeatureNetwork`: it takes the shape that it was trained on."""

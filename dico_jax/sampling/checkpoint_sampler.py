@@ -23,13 +23,14 @@ from dico_jax.errors import UsageError
 from dico_jax.experiment import Experiment, experiment_from_config, sampling_from_config
 from dico_jax.files import library_versions, new_file, result_path, write_json
 from dico_jax.models import abstract_params
+from dico_jax.models.text_conditional import prompts as parse_prompts
 from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.sampling import generate as generation
 from dico_jax.sampling.grids import image_grid, is_png, load_png, save_png
 
 _GRID_SIDE = 10
 # What lies in a folder of samples, and may lie there besides.
-_OURS = re.compile(r"\d{6,}\.png|grid\.png|sampling\.json|.*\.npz|\..*")
+_OURS = re.compile(r"\d{6,}\.png|grid\.png|sampling\.json|prompts\.txt|.*\.npz|\..*")
 PREVIEW = "preview"  # of --vae
 
 
@@ -62,7 +63,16 @@ class CheckpointSampler:
     """The sampler of a checkpoint, with its config's options or others."""
 
     def __init__(
-        self, ckpt, *, step=None, weights="ema", ema_width=None, seed=0, overrides=None, vae=None
+        self,
+        ckpt,
+        *,
+        step=None,
+        weights="ema",
+        ema_width=None,
+        seed=0,
+        overrides=None,
+        vae=None,
+        text_encoder=None,
     ):
         """Loads the weights.
 
@@ -75,12 +85,19 @@ class CheckpointSampler:
           seed: decides, with an image's index, all its noise.
           overrides: fields of `config.sampling` to change.
           vae: in place of the config's autoencoder: a file of weights, or "preview".
+          text_encoder: in place of the config's, where CLIP is.
         """
         saved = SavedWeights(ckpt, None if ema_width is not None else step)
         config = ConfigDict(saved.config)
         config.seed = seed
         config.sampling.update(overrides or {})
+        config.text.path = text_encoder or config.text.path
         self.experiment, digest = _experiment(config, vae)
+        texts = getattr(self.experiment.model, "texts", None)
+        if texts and saved.text_digest not in (None, texts.digest):
+            was, now = f"{saved.text_digest:.12}", texts.digest[:12]
+            fix = f"is another encoder ({now}) than that of the training ({was})"
+            raise UsageError("--text_encoder", config.text.path, f"{fix}: give that one")
         self.class_names, self._config, self._mesh = saved.class_names, config, create_mesh()
         self.set_guidance(config.sampling.cfg_scale)
         sharding = replicated(self._mesh)
@@ -99,6 +116,7 @@ class CheckpointSampler:
             "class_names_digest": hashlib.sha256(json.dumps(self.class_names).encode()).hexdigest(),
             **{section: config[section].to_dict() for section in ("model", "diffusion")},
             "seed": seed,
+            "text_encoder": texts and texts.digest,
             "autoencoder": {
                 **config.autoencoder.to_dict(),
                 "path": config.autoencoder.path if digest else None,  # read, or of no use
@@ -115,16 +133,27 @@ class CheckpointSampler:
         parts = made.model, process, made.autoencoder, made.latent_shape
         self._generate = generation.make_generate_fn(*parts, options, self._mesh)
 
-    def about(self, classes: str) -> dict[str, Any]:
-        """What decides the images of these classes, and where it is from, as JSON has it."""
+    def about(self, **asked: str) -> dict[str, Any]:
+        """What decides the images that are asked for, and where it is from, as JSON has it."""
         sampling = self._config.sampling.to_dict()
         del sampling["batch_size"]  # how many at a time does not change an image
-        return json.loads(json.dumps(self.settings | {"sampling": sampling, "classes": classes}))
+        told = asked or {self.experiment.model.asked_by: "all"}
+        if "prompts" in asked:  # what a file of them holds may change
+            texts = json.dumps(parse_prompts(asked["prompts"]))
+            told = asked | {"prompts_digest": hashlib.sha256(texts.encode()).hexdigest()}
+        return json.loads(json.dumps(self.settings | {"sampling": sampling} | told))
 
-    def conditions(self, num_images: int, classes: str = "all") -> Any:
-        """The conditions of all images, see `ClassConditional.parse_conditions`."""
+    def conditions(self, num_images: int, **asked: str) -> Any:
+        """The conditions of all images: `classes` or `prompts`, see `Denoiser.parse_conditions`."""
+        model, name = self.experiment.model, self._config.model.name
+        for flag, value in asked.items():
+            if flag != model.asked_by:
+                fix = f": {name} is told {model.asked_by}: use --{model.asked_by}"
+                raise UsageError(f"--{flag}", value, fix)
+        if not asked and model.asked_by == "prompts":
+            raise UsageError(f"{name} is told a text: give --prompts")
         told = num_images, self.settings["seed"], self.class_names
-        return self.experiment.model.parse_conditions(classes, *told)
+        return model.parse_conditions(asked.get(model.asked_by, "all"), *told)
 
     def images(self, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
         """Images `start`, start + 1, ... of the conditions of all from 0 on: uint8 (N, H, W, C).
@@ -138,15 +167,15 @@ class CheckpointSampler:
         at_a_time = self._config.sampling.batch_size, self._mesh.size
         return self._generate, self._params, told, *at_a_time
 
-    def save(self, out: str, *, num_images: int, classes: str = "all", npz: str | None = None):
+    def save(self, out: str, *, num_images: int, npz: str | None = None, **asked: str):
         """Writes OUT/000000.png and on, grid.png and sampling.json (how they were made).
 
         Whole images that an earlier call with the same weights and settings left are kept; with
         others it is refused. `npz` also gets all images, arr_0 (uint8 NHWC), and labels, arr_1.
         NotFiniteError, once the others are there, for images that are not finite.
         """
-        conditions, folder = self.conditions(num_images, classes), pathlib.Path(out)
-        known = _claim_folder(folder, self.about(classes))
+        conditions, folder = self.conditions(num_images, **asked), pathlib.Path(out)
+        known = _claim_folder(folder, self.about(**asked))
         files = [folder / f"{i:06d}.png" for i in range(num_images)]
         lacking = [i for i, file in enumerate(files) if not (known and is_png(file))]
         done, bad, given = num_images - len(lacking), [], self._given(conditions)
@@ -160,6 +189,10 @@ class CheckpointSampler:
                 if not finite.any():  # nor will those to come be, most likely
                     break
         generation.check_finite(bad, bar.n - done)
+        if "prompts" in asked:  # one a line, in the order of the images
+            lines = self.experiment.model.describe_conditions(conditions, ())
+            with new_file(folder / "prompts.txt") as stream:
+                stream.write("".join(f"{line}\n" for line in lines).encode())
         with new_file(folder / "grid.png") as stream:
             save_png(stream, self._grid(files, conditions))
         if npz is not None:

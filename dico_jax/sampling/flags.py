@@ -5,12 +5,22 @@ from typing import Any
 from absl import flags
 
 from dico_jax import cli
+from dico_jax.errors import UsageError
 
-CLASSES = flags.DEFINE_string(
-    "classes", "all",
+_CLASSES = flags.DEFINE_string(
+    "classes", None,
     "Classes by number from 0 or by name, such as 1,2,3 or cat,dog, taken in turn (#1 is a number "
-    "where a class is named 1); 'all' for every class in turn; 'random' for draws from the seed.",
+    "where a class is named 1); 'all' for every class in turn [all]; 'random' for draws from the "
+    "seed.",
 )  # fmt: skip
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None,
+    "Of a model that is told a text: prompts, taken in turn, between semicolons, or a file of one "
+    "a line.",
+)  # fmt: skip
+_TEXT_ENCODER = flags.DEFINE_string(
+    "text_encoder", None, "Weights of CLIP: a folder, a file or hf://OWNER/REPO/FILE [config]."
+)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged or raw weights.")
 _EMA_WIDTH = flags.DEFINE_float(
@@ -36,7 +46,18 @@ _FIELDS = [f for f in _FIELDS if f != "batch_size" and "grid_" not in f]
 _OVERRIDES = cli.define_fields({_NAMES.get(f, f): f"sampling.{f}" for f in _FIELDS}, " [config]")
 
 NAMES = tuple(
-    flag.name for flag in (CLASSES, _STEP, _WEIGHTS, _EMA_WIDTH, _VAE, _SEED, *_OVERRIDES.values())
+    flag.name
+    for flag in (
+        _CLASSES,
+        _PROMPTS,
+        _TEXT_ENCODER,
+        _STEP,
+        _WEIGHTS,
+        _EMA_WIDTH,
+        _VAE,
+        _SEED,
+        *_OVERRIDES.values(),
+    )
 )
 
 
@@ -45,6 +66,14 @@ def use_all_cores(ckpt: str | None) -> None:
     from dico_jax.checkpoints.reader import weights_fit  # late: --help answers before JAX
 
     _USE_ALL_CORES(weights_fit(ckpt))
+
+
+def asked() -> dict[str, str]:
+    """What images are of: {"classes": ...} or {"prompts": ...}, or {} where nothing is said."""
+    given = {f.name: f.value for f in (_CLASSES, _PROMPTS) if f.value is not None}
+    if len(given) > 1:
+        raise UsageError("--classes and --prompts: a model is told one of them")
+    return given
 
 
 def sampler_arguments(batch_size: int | None) -> dict[str, Any]:
@@ -58,4 +87,5 @@ def sampler_arguments(batch_size: int | None) -> dict[str, Any]:
         "seed": _SEED.value,
         "overrides": {name: value for name, value in overrides.items() if value is not None},
         "vae": _VAE.value,
+        "text_encoder": _TEXT_ENCODER.value,
     }

@@ -38,10 +38,13 @@ def make_latents_fn(
 
     def sample_latents(params, indices, conditions):
         keys = diffusion.image_keys(options.seed, indices)
+        null = None if options.cfg_scale == 1.0 else model.null_condition(1)
+        told, nothing = (None if c is None else model.encode_condition(params, c)
+                         for c in (conditions, null))  # fmt: skip
         model_fn = diffusion.guided_model_fn(
             lambda x, t, condition: model.apply({"params": params}, x, t, condition),
-            conditions,
-            model.null_condition(len(indices)),
+            told,
+            nothing,
             options.cfg_scale,
             num_channels=latent_shape[-1],
             cfg_channels=options.cfg_channels,
@@ -95,7 +98,7 @@ def make_generate_fn(
     def call(params, indices, conditions):
         lie = jax.tree.map(lambda leaf: getattr(leaf, "sharding", whole), params)
         params = whole_where_used(params, model, lie)
-        given = indices, model.as_condition(conditions)
+        given = indices, model.from_read(model.as_condition(conditions))
         given = jax.tree.map(lambda leaf: from_same(leaf, split), given)
         return jitted(decoder_params(), params, *given)
 

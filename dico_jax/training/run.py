@@ -54,7 +54,7 @@ class Run:
             raise UsageError("config.training.accumulation_steps", parts, fix)
         self.source = experiments.source_from_config(config)
         self.config = config = experiments.with_source_options(config, self.source)
-        self.experiment = experiments.experiment_from_config(config)
+        self.experiment = experiments.experiment_from_config(config, self.source)
         process, sampling = experiments.sampling_from_config(config)
         self.read = experiments.reader_from_config(config, self.experiment, self.source)
         training, model = config.training, self.experiment.model
@@ -68,11 +68,14 @@ class Run:
             self._sharding = state_sharding(abstract, self.mesh, rules or DEFAULT_RULES)
             draws: Any = {"mesh": self.mesh, "latent_sampling": config.data.latent_sampling}
             encoded = self.source.kind, autoencoder
-            self.to_latents = make_latents_fn(*encoded, seed=config.seed, **draws)
+            to_latents = make_latents_fn(*encoded, seed=config.seed, **draws)
+            self.to_latents = lambda batch, step: to_latents(
+                batch | {"condition": model.from_read(batch["condition"])}, step
+            )
             if count := config.eval.class_agreement_samples:
                 require_sklearn("eval.class_agreement_samples")
-                if model.class_labels(model.zero_condition(1)) is None:
-                    fix = "is for networks that are told a class: set it to 0"
+                if not self.source.class_names:
+                    fix = "is for examples that have a class: set it to 0"
                     raise UsageError("eval.class_agreement_samples", count, fix)
             samples = any((config.sampling.grid_every_steps, count, config.eval.every_steps))
             how = autoencoder, latent_shape, sampling, self.mesh
@@ -81,7 +84,7 @@ class Run:
         self.evaluation = RunEvaluation(config, self.source, self.read, conditions, self.mesh)
         fresh = training.init_from and not saved_steps(workdir)
         self._warm_start = WarmStart(training.init_from, model, self.source) if fresh else None
-        self.data = data_of(self.source)
+        self.data = data_of(self.source, getattr(model, "texts", None))
         check_workdir(workdir, config, allowed, self.data)
         say_unmet(abstract.params, self.mesh, rules)
         self.workdir = pathlib.Path(workdir)
@@ -149,5 +152,8 @@ class Run:
             return None
         model = self.experiment.model
         asked = model.default_conditions(np.arange(count), self.source)
+        if (labels := model.class_labels(asked)) is None:  # those of the examples it is asked for
+            found = (self.source[k % len(self.source)]["label"] for k in range(count))
+            labels = np.fromiter(found, np.int64)
         images, most = np.concatenate(list(samples(asked))), self.config.data.max_bad_fraction
-        return class_agreement(images, model.class_labels(asked), self.source, self.read, most)
+        return class_agreement(images, labels, self.source, self.read, most)

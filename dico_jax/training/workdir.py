@@ -23,16 +23,21 @@ from dico_jax.configs.default import CAREFUL_FIELDS, MUTABLE_FIELDS, MUTABLE_SEC
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
 from dico_jax.files import write_json
+from dico_jax.models.text_conditional import Texts
 
 
-def data_of(source: Source) -> dict[str, Any]:
-    """What a run remembers: classes, count, digests of 1,000 names and of all those in memory."""
+def data_of(source: Source, texts: Texts | None = None) -> dict[str, Any]:
+    """What a run remembers: classes, count, digests of 1,000 names and of all those in memory.
+
+    Also the digest of what reads its texts, or has read those of prepared latents; or None.
+    """
     some = np.linspace(0, len(source) - 1, min(len(source), 1_000), dtype=int)
     ids = json.dumps([source.example_id(int(index)) for index in some]).encode()
     which = [len(source), hashlib.sha256(ids).hexdigest()]
     if (names := getattr(source, "names", None)) is not None:
         which.append(hashlib.sha256(names.tobytes()).hexdigest())
-    return {"class_names": list(source.class_names), "examples": which}
+    digest = texts.digest if texts else getattr(source, "text_digest", None)
+    return {"class_names": list(source.class_names), "examples": which, "text_digest": digest}
 
 
 def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None) -> list[str]:
@@ -74,6 +79,9 @@ def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None
     if data and (found := reader.class_differences(meta["class_names"], data["class_names"])):
         text = f"belongs to a run on data of other classes ({found})"
         raise UsageError("--workdir", workdir, f"{text}: use that data, or another --workdir")
+    if data and (was := meta.get("text_digest")) and was != (now := data["text_digest"]):
+        text = f"belongs to a run told texts by another encoder ({was:.12}, here {now:.12})"
+        raise UsageError("--workdir", workdir, f"{text}: use that one, or another --workdir")
     there, here = meta.get("examples"), data and data["examples"]
     if here and there and there != here[: len(there)]:  # older runs have no digest of all names
         changes.append(f"the run had {there[0]} examples and goes on with {here[0]}, or others")
