@@ -42,12 +42,16 @@ _INCEPTION = flags.DEFINE_string(
 )
 _CLIP = flags.DEFINE_string(
     "clip", None,
-    "--samples: CLIP with both towers, for clip_score: a folder as transformers writes it, a file "
-    "in one or of `convert clip`, or hf://OWNER/REPO/FILE. The texts are the lines of --prompts "
-    "[prompts.txt in the folder].",
+    "CLIP with both towers, for clip_score: a folder as transformers writes it, a file in one, of "
+    "`convert clip`, or hf://OWNER/REPO/FILE. The texts are the --prompts; of --samples, the lines "
+    "of that file [prompts.txt in the folder].",
 )  # fmt: skip
 _NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", None, "Number of images [all of --samples; 50,000 of --ckpt].", 2, 10_000_000
+    "num_samples",
+    None,
+    "Number of images [all of --samples; of --ckpt 50,000, or a protocol's].",
+    2,
+    10_000_000,
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
 _MAX_BAD = cli.define_fields({"max_bad_fraction": "data.max_bad_fraction"})["max_bad_fraction"]
@@ -68,25 +72,25 @@ def main() -> None:
         for name in (*sampler_flags.NAMES, "sweep_cfg"):
             if flags.FLAGS[name].present and name != "prompts":
                 raise UsageError(f"--{name} is for --ckpt, not for --samples")
-    elif _CLIP.value is not None:
-        raise UsageError("--clip is for --samples: `sample --prompts` writes some")
     if _SWEEP_CFG.value is not None and (flags.FLAGS["cfg_scale"].present or _OUT.value is None):
         raise UsageError("--sweep_cfg needs --out, for its result and plot, and no --cfg_scale")
     # Late imports: --help answers before JAX is imported.
     sampler_flags.use_all_cores(_CKPT.value)
     _JOIN()
     from dico_jax.evaluation import measure
+    from dico_jax.sampling.prompts import number_of_images
 
     metrics = tuple(_METRICS.value) if _METRICS.value else None
     how: Any = _FEATURES.value, _INCEPTION.value, metrics, _BATCH_SIZE.value, _MAX_BAD.value
-    if _SAMPLES.value is not None:
-        how = *how, _CLIP.value, flags.FLAGS["prompts"].value
+    how = *how, _CLIP.value, flags.FLAGS["prompts"].value
     how = _REFERENCE.value, measure.Options(*how), _OUT.value
     if _SAMPLES.value is not None:
         measure.evaluate_files(_SAMPLES.value, *how, num_samples=_NUM_SAMPLES.value)
         return
     choices = sampler_flags.sampler_arguments(_BATCH_SIZE.value) | {"sweep_cfg": _SWEEP_CFG.value}
-    choices |= {"asked": sampler_flags.asked(), "num_samples": _NUM_SAMPLES.value or 50_000}
+    asked = sampler_flags.asked()
+    count = _NUM_SAMPLES.value or number_of_images(asked.get("prompts", "")) or 50_000
+    choices |= {"asked": asked, "num_samples": count}
     measure.evaluate_checkpoint(str(_CKPT.value), *how, **choices)
 
 

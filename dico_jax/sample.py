@@ -9,7 +9,9 @@ _CKPT = flags.DEFINE_string(
     "ckpt", None, "Workdir of a run, or a converted checkpoint.", required=True
 )
 _OUT = flags.DEFINE_string("out", None, "Folder for 000000.png and on, grid.png.", required=True)
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 100, "Number of images.", 1, 10_000_000)
+_NUM_IMAGES = flags.DEFINE_integer(
+    "num_images", None, "Number of images [100; one of each of --prompts].", 1, 10_000_000
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time [config].", lower_bound=1)
 for _module in (cli, sampler_flags):
     flags.adopt_module_key_flags(_module)  # so that --help shows them
@@ -28,8 +30,9 @@ def main() -> None:
     checkpoint_sampler.check_outputs(_OUT.value, _NPZ.value, _OVERWRITE.value)
     how = sampler_flags.sampler_arguments(_BATCH_SIZE.value)
     sampler = checkpoint_sampler.CheckpointSampler(_CKPT.value, **how)
-    count = _NUM_IMAGES.value
-    sampler.save(_OUT.value, num_images=count, npz=_NPZ.value, **sampler_flags.asked())
+    asked = sampler_flags.asked()
+    count = _NUM_IMAGES.value or sampler.default_number(**asked)
+    sampler.save(_OUT.value, num_images=count, npz=_NPZ.value, **asked)
     print(f"{count} images and grid.png are in {_OUT.value}")
 
 

@@ -241,7 +241,7 @@ def test_another_clip_is_refused(files, tmp_path):
     refused(files, "has no tokenizer: put tokenizer.json", clip=str(other))
 
 
-def test_the_command_refuses_clip_for_checkpoints(tmp_path):
-    args = [f"--ckpt={tmp_path}", f"--clip={tmp_path}"]
-    assert_refused(call("dico_jax.evaluate", *args), "--clip is for --samples")
+def test_the_command_needs_prompts_for_checkpoints(tmp_path):
+    args = [f"--ckpt={tmp_path}", f"--clip={tmp_path}", "--metrics=clip_score"]
+    assert_refused(call("dico_jax.evaluate", *args), "--clip", "needs --prompts")
     assert_refused(call("dico_jax.evaluate", f"--samples={tmp_path}"), "--reference is needed")

@@ -57,7 +57,7 @@ class CaptionedFiles:
         if captions is None:
             said, self.skipped = _beside(self.path, files, pictures)
         else:
-            (said, others), self.skipped = _read(captions, split), {}
+            (said, others), self.skipped = _read(captions, split, "data.captions"), {}
         places = _places(self.path, pictures, [*said, *others])
         found: Captions = {}
         for name, texts in said.items():
@@ -244,7 +244,7 @@ def _beside(path: str, files: list[str], pictures: list[str]) -> tuple[Captions,
     for name in files:
         if name.rpartition("/")[2] in _METADATA:
             above = name[: name.rfind("/") + 1]
-            for picture, captions in _read(os.path.join(path, name), "")[0].items():
+            for picture, captions in read_captions(os.path.join(path, name)).items():
                 said.setdefault(above + picture, []).extend(captions)
     texts = [name for name in files if name.lower().endswith(_TEXTS)]
     with concurrent.futures.ThreadPoolExecutor(LISTERS) as pool, paths.path_errors(path):
@@ -263,11 +263,16 @@ def _beside(path: str, files: list[str], pictures: list[str]) -> tuple[Captions,
     return said, skipped
 
 
-def _read(file: str, split: str) -> tuple[Captions, set[str]]:
+def read_captions(file: str, split: str = "", field: str = "data.captions") -> Captions:
+    """The captions in an annotation file, see `CaptionedFiles`; errors name the `field`."""
+    return _read(file, split, field)[0]
+
+
+def _read(file: str, split: str, field: str) -> tuple[Captions, set[str]]:
     """The captions in an annotation file, and the pictures of its other splits."""
     kind = os.path.splitext(file)[1].lower()
     if kind not in _FILES:
-        raise UsageError("data.captions", file, f": captions are read from {', '.join(_FILES)}")
+        raise UsageError(field, file, f": captions are read from {', '.join(_FILES)}")
     try:
         text = _decoded(paths.read_file(file))
         rows = _table(text, file) if kind in _TABLES else _json(text, kind == ".jsonl")
@@ -275,15 +280,15 @@ def _read(file: str, split: str) -> tuple[Captions, set[str]]:
     except UsageError:
         raise
     except UnicodeDecodeError as error:
-        raise UsageError("data.captions", file, "is not UTF-8: save it as that") from error
+        raise UsageError(field, file, "is not UTF-8: save it as that") from error
     except (json.JSONDecodeError, csv.Error) as error:
         fix = f"is damaged or cut short ({one_line(error)}): copy or write it again"
-        raise UsageError("data.captions", file, fix) from error
+        raise UsageError(field, file, fix) from error
     except (LookupError, TypeError, AttributeError) as error:
         what = one_line(f"{type(error).__name__}: {error}")[:200]
-        raise UsageError("data.captions", file, f"has JSON of another shape ({what})") from error
+        raise UsageError(field, file, f"has JSON of another shape ({what})") from error
     except (BadExample, OSError, ValueError, RecursionError) as error:
-        raise UsageError("data.captions", file, f"cannot be read: {one_line(error)}") from error
+        raise UsageError(field, file, f"cannot be read: {one_line(error)}") from error
 
 
 def _json(text: str, is_lines: bool) -> Any:

@@ -46,14 +46,17 @@ class Options:
     clip: str | None = None  # for the CLIP score
     prompts: str | None = None  # see `texts_of`
 
-    def check(self, reference: str | None) -> None:
-        """Raises UsageError where reference, metrics and CLIP do not fit together."""
+    def check(self, reference: str | None, sampled: bool = False) -> None:
+        """Raises UsageError where reference, metrics and CLIP do not fit together.
+
+        Images that are `sampled` have prompts, with or without a score.
+        """
         evaluators.check_metrics(self.metrics or (), "--")
         scores = self.clip is not None if self.metrics is None else CLIP_SCORE in self.metrics
         if scores != (self.clip is not None):
             fix = f"needs --clip: {_CLIP_FILES}" if scores else "leave it out, or name clip_score"
             raise UsageError(f"--metrics: {CLIP_SCORE} {fix}" if scores else f"--clip: {fix}")
-        if self.prompts is not None and not scores:
+        if self.prompts is not None and not scores and not sampled:
             raise UsageError("--prompts", self.prompts, "is for --clip and the CLIP score")
         others = [name for name in self.metrics or () if name != CLIP_SCORE]
         if reference is None and (others or not scores):
@@ -118,13 +121,16 @@ def evaluate_checkpoint(
     With `sweep_cfg`, see `parse_sweep`, at every scale, with a plot beside `out`; `how` are options
     of `CheckpointSampler`.
     """
-    options.check(reference)
+    options.check(reference, sampled=True)
+    if options.clip is not None and options.prompts is None:
+        raise UsageError("--clip", options.clip, "needs --prompts, whose images it scores")
     scales = sweep_cfg and parse_sweep(sweep_cfg)
     file = None if out is None else _checked_outputs(out, bool(scales))
     results = _read_results(str(out)) if scales else []
     sampler = CheckpointSampler(ckpt, **how)
     samples = functools.partial(sampler.images, sampler.conditions(num_samples, **asked))
-    evaluator = options.evaluator(reference)
+    texts = sampler.texts(num_samples, str(options.prompts)) if options.clip is not None else []
+    evaluator = options.evaluator(reference, texts=texts)
 
     def about(scale: float | None = None) -> dict[str, Any]:
         if scale is not None:

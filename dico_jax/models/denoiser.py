@@ -179,10 +179,13 @@ class Denoiser(nn.Module):
         return [""] * len(jax.tree.leaves(conditions)[0])
 
     def parse_conditions(
-        self, text: str, num_images: int, seed: int, class_names: Sequence[str] = ()
+        self, asked: Any, num_images: int, seed: int, class_names: Sequence[str] = ()
     ) -> Condition:
-        """The conditions of all images, (num_images, ...), that the flag `asked_by` asks for."""
-        raise UsageError("--classes", text, f": {type(self).__name__} has no parse_conditions")
+        """The conditions of all images, (num_images, ...), that the flag `asked_by` asks for.
+
+        `asked` is the text of --classes, or the list of texts of --prompts.
+        """
+        raise UsageError("--classes", asked, f": {type(self).__name__} has no parse_conditions")
 
     def class_labels(self, conditions: Condition) -> Any:
         """The classes (N,) that images of these conditions are of; None if they have none."""

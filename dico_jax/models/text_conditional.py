@@ -187,14 +187,10 @@ class TextConditional(Denoiser):
             return super().describe_conditions(conditions, class_names)
         return self._reader().decode(np.asarray(conditions["ids"]))
 
-    def parse_conditions(self, text, num_images, seed, class_names=()):
-        """Ids of the prompts, in turn, that a text has between semicolons, or a file in lines."""
-        ids = self._reader().tokenize(prompts(text))
+    def parse_conditions(self, asked, num_images, seed, class_names=()):
+        """Ids of the texts that are asked for, in turn."""
+        ids = self._reader().tokenize(asked)
         return {"ids": ids[np.arange(num_images) % len(ids)]}
-
-    def named_arrays(self, conditions):
-        """The prompts, as texts."""
-        return {"prompts": np.array(self.describe_conditions(conditions, ()))}
 
     def text_features(self, condition: Condition) -> Condition:
         """Tokens and pooled features of a condition, inside `forward`."""
@@ -222,21 +218,3 @@ class TextConditional(Denoiser):
 def _first(example: Mapping[str, Any]) -> dict[str, Any]:
     """The features of the first of an example's captions."""
     return {name: example[name][0] for name in ("tokens", "pooled") if name in example}
-
-
-def prompts(text: str) -> list[str]:
-    """The prompts of --prompts, a file of one a line or a text of some between semicolons."""
-    name = "--prompts"
-    try:
-        with open(text, encoding="utf-8-sig") as file:
-            parts = file.read().splitlines()
-    except (FileNotFoundError, OSError, ValueError) as error:
-        if not isinstance(error, OSError) or isinstance(error, IsADirectoryError):
-            raise UsageError(name, text, "is no file of texts in UTF-8") from error
-        if text.endswith((".txt", ".csv", ".json")):
-            raise UsageError(name, text, ": no such file") from error
-        parts = text.split(";")
-    found = [" ".join(part.split()) for part in parts]
-    if not any(found):
-        raise UsageError(name, text, "has no prompt: write some between semicolons, or a file")
-    return [part for part in found if part]

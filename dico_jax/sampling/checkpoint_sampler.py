@@ -23,12 +23,11 @@ from dico_jax.errors import UsageError
 from dico_jax.experiment import Experiment, experiment_from_config, sampling_from_config
 from dico_jax.files import library_versions, new_file, result_path, write_json
 from dico_jax.models import abstract_params
-from dico_jax.models.text_conditional import prompts as parse_prompts
 from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.sampling import generate as generation
-from dico_jax.sampling.grids import image_grid, is_png, load_png, save_png
+from dico_jax.sampling.grids import SIDE, captioned_grid, image_grid, is_png, load_png, save_png
+from dico_jax.sampling.prompts import read_prompts
 
-_GRID_SIDE = 10
 # What lies in a folder of samples, and may lie there besides.
 _OURS = re.compile(r"\d{6,}\.png|grid\.png|sampling\.json|prompts\.txt|.*\.npz|\..*")
 PREVIEW = "preview"  # of --vae
@@ -139,7 +138,7 @@ class CheckpointSampler:
         del sampling["batch_size"]  # how many at a time does not change an image
         told = asked or {self.experiment.model.asked_by: "all"}
         if "prompts" in asked:  # what a file of them holds may change
-            texts = json.dumps(parse_prompts(asked["prompts"]))
+            texts = json.dumps(read_prompts(asked["prompts"], self.settings["seed"]))
             told = asked | {"prompts_digest": hashlib.sha256(texts.encode()).hexdigest()}
         return json.loads(json.dumps(self.settings | {"sampling": sampling} | told))
 
@@ -152,8 +151,20 @@ class CheckpointSampler:
                 raise UsageError(f"--{flag}", value, fix)
         if not asked and model.asked_by == "prompts":
             raise UsageError(f"{name} is told a text: give --prompts")
-        told = num_images, self.settings["seed"], self.class_names
-        return model.parse_conditions(asked.get(model.asked_by, "all"), *told)
+        seed: int = self.settings["seed"]
+        given: Any = asked.get(model.asked_by, "all")
+        if model.asked_by == "prompts":
+            given = read_prompts(given, seed)
+        return model.parse_conditions(given, num_images, seed, self.class_names)
+
+    def default_number(self, prompts: str | None = None, **_: str) -> int:
+        """How many images are made where nothing is said: one of each prompt."""
+        return 100 if prompts is None else len(read_prompts(prompts, self.settings["seed"]))
+
+    def texts(self, num_images: int, prompts: str) -> list[str]:
+        """The prompt of every image, as it was written, which its tokens need not tell."""
+        found = read_prompts(prompts, self.settings["seed"])
+        return [found[i % len(found)] for i in range(num_images)]
 
     def images(self, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
         """Images `start`, start + 1, ... of the conditions of all from 0 on: uint8 (N, H, W, C).
@@ -189,25 +200,32 @@ class CheckpointSampler:
                 if not finite.any():  # nor will those to come be, most likely
                     break
         generation.check_finite(bad, bar.n - done)
-        if "prompts" in asked:  # one a line, in the order of the images
-            lines = self.experiment.model.describe_conditions(conditions, ())
-            with new_file(folder / "prompts.txt") as stream:
-                stream.write("".join(f"{line}\n" for line in lines).encode())
+        model = self.experiment.model
+        if "prompts" not in asked:
+            names = model.describe_conditions(conditions, self.class_names)
+            arrays = model.named_arrays(conditions)
+        else:
+            names = self.texts(num_images, asked["prompts"])
+            arrays = {"prompts": np.array(names)}
+            with new_file(folder / "prompts.txt") as stream:  # one a line, as the images
+                stream.write("".join(f"{line}\n" for line in names).encode())
         with new_file(folder / "grid.png") as stream:
-            save_png(stream, self._grid(files, conditions))
+            save_png(stream, self._grid(files, conditions, names))
         if npz is not None:
-            _write_npz(npz, files, self.experiment.model.named_arrays(conditions))
+            _write_npz(npz, files, arrays)
 
-    def _grid(self, files: list[pathlib.Path], conditions: Any) -> np.ndarray:
-        """The first conditions, a row each, with the first images of each."""
+    def _grid(self, files: list[pathlib.Path], conditions: Any, names: list[str]) -> np.ndarray:
+        """The first conditions with the first images of each, and their names."""
         images: dict[tuple[bytes, ...], list[int]] = {}
         leaves = jax.tree.leaves(conditions)
         for i in range(len(files)):
             images.setdefault(tuple(leaf[i].tobytes() for leaf in leaves), []).append(i)
-        picked = [indices[:_GRID_SIDE] for indices in images.values()][:_GRID_SIDE]
+        picked = [indices[:SIDE] for indices in images.values()]
+        under = self.experiment.model.asked_by == "prompts"
+        picked = picked[: SIDE * max(1, SIDE // max(map(len, picked))) if under else SIDE]
         rows = [np.stack([load_png(files[i]) for i in indices]) for indices in picked]
-        firsts = jax.tree.map(lambda leaf: leaf[[i[0] for i in picked]], conditions)
-        return image_grid(rows, self.experiment.model.describe_conditions(firsts, self.class_names))
+        labels = [names[indices[0]] for indices in picked]
+        return (captioned_grid if under else image_grid)(rows, labels)
 
 
 def check_outputs(out: str, npz: str | None, overwrite: bool) -> None:

@@ -15,8 +15,10 @@ _CLASSES = flags.DEFINE_string(
 )  # fmt: skip
 _PROMPTS = flags.DEFINE_string(
     "prompts", None,
-    "Of a model that is told a text: prompts, taken in turn, between semicolons, or a file of one "
-    "a line.",
+    "Of a model that is told a text: prompts, taken in turn, between semicolons; a file of one a "
+    "line; a file of captions (.json, .jsonl, .csv), of which one of every picture is drawn; or "
+    "the validation captions of a protocol of MS-COCO, coco_uvit:FILE (30,000) or coco_repa:FILE "
+    "(40,192).",
 )  # fmt: skip
 _TEXT_ENCODER = flags.DEFINE_string(
     "text_encoder", None, "Weights of CLIP: a folder, a file or hf://OWNER/REPO/FILE [config]."
