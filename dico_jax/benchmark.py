@@ -76,13 +76,16 @@ def _measure(options: Options) -> dict[str, Any]:
 
 
 def _table() -> dict[str, Any]:
-    from dico_jax.benchmarking.report import SOURCES, about, model_table, table_text
+    from dico_jax.benchmarking import report
 
     image_size = _OPTIONS["image_size"].value
-    rows = model_table(image_size)
-    print(table_text(rows))
-    print("published:", "; ".join(SOURCES.values()))
-    return {"action": "table", "settings": {"image_size": image_size}, "models": rows, **about()}
+    rows, told = report.model_table(image_size), report.text_table(image_size)
+    print(report.table_text(rows))
+    print("published:", "; ".join(report.SOURCES.values()))
+    print(report.text_table_text(told))
+    settings = {"image_size": image_size}
+    found = {"models": rows, "text_models": told}
+    return {"action": "table", "settings": settings, **found, **report.about()}
 
 
 if __name__ == "__main__":

@@ -337,6 +337,24 @@ def test_papers_and_counts_agree():
 def test_documentation_has_the_table():
     text = (ROOT / "docs" / "benchmark.md").read_text()
     assert report.table_text(table(256)) in text
+    assert report.text_table_text(report.text_table(256)) in text
+
+
+def test_what_a_text_adds_is_counted():
+    for row in report.text_table(256):
+        model = create_model(row["model"], text_fusion=row["text_fusion"])
+        per_step = row["multiply_adds_of_fusion_per_step"]
+        whole = row["multiply_adds_without_text"] + per_step
+        whole += row["multiply_adds_of_fusion_per_prompt"]
+        # The rest are the pooled features, in place of label tables.
+        assert 0 < forward_macs(model, (32, 32, 4)) - whole < 0.01 * whole
+        if row["model"] == "TextDiCo-S" and row["text_fusion"] == "dwc":
+            # Blocks times positions times 81, by width (the paper's table 1).
+            widths = 128 * 1024 * 5 + 256 * 256 * 4 + 512 * 64 * 4 + 256 * 256 * 4 + 256 * 1024 * 4
+            assert per_step == 81 * widths
+            mlps = sum(n * (768 * w + w + w * w + w)
+                       for n, w in ((5, 128), (4, 256), (4, 512), (4, 256), (4, 256)))  # fmt: skip
+            assert row["parameters_of_fusion"] == mlps
 
 
 def test_documentation_names_every_field_of_a_result():

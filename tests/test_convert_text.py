@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -219,6 +220,39 @@ def test_names_of_the_class_conditional_network_are_kept():
     assert "text_fusion.latent.0.kv.weight" in ours
     assert "latent.0.text.proj.bias" in ours
     assert "text_embedder.2.weight" in ours
+
+
+class EntryNotFoundError(OSError):
+    """Named as huggingface_hub's."""
+
+
+def test_addresses_of_the_hub(clip, tmp_path, monkeypatch):
+    repositories = {"owner/clip": clip / "clip", "owner/net": tmp_path}
+    asked = []
+
+    class Hub:
+        @staticmethod
+        def hf_hub_download(repo, name):
+            asked.append(f"{repo}/{name}")
+            if not (file := repositories[repo] / name).exists():
+                raise EntryNotFoundError(f"there is no {name}")
+            return str(file)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    address = "hf://owner/clip/pytorch_model.bin"
+    encoder = load_encoder(address, "text.path")
+    assert encoder.digest == load_encoder(clip / "clip", "text.path").digest
+    files = {f"owner/clip/{name}" for name in ("config.json", "vocab.json", "merges.txt")}
+    assert files <= set(asked)
+    convert_clip(address, tmp_path / "clip.safetensors")
+    assert load_encoder(tmp_path / "clip.safetensors", "text.path").digest == encoder.digest
+    with pytest.raises(UsageError, match="text.path=hf://owner/clip/m.bin.*there is no m.bin"):
+        load_encoder("hf://owner/clip/m.bin", "text.path")
+    weights = drawn("dwc")[1]
+    write_safetensors(tmp_path / "net.safetensors", weights, {"format": "pt"})
+    from_pytorch("hf://owner/net/net.safetensors", tmp_path / "ckpt")
+    to_pytorch(tmp_path / "ckpt", tmp_path / "again.safetensors", model_of=model_of)
+    assert_weights(tmp_path / "again.safetensors", weights)
 
 
 @kinds

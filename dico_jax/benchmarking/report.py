@@ -9,6 +9,8 @@ from typing import Any
 from dico_jax.errors import UsageError
 from dico_jax.files import library_versions
 from dico_jax.models import MODELS, count_parameters, create_model, forward_macs
+from dico_jax.models.denoiser import Denoiser
+from dico_jax.models.text_dico import FUSIONS, TextDiCo
 
 _DOWNSAMPLING = 8  # of Stable Diffusion's autoencoder, whose latents the published networks see
 SOURCES = {
@@ -106,13 +108,9 @@ def _padded(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 def model_table(image_size: int) -> list[dict[str, Any]]:
     """A row per published network, from sizes alone, as docs/benchmark.md describes them."""
-    models = {name: create_model(name) for name, (_, sizes) in MODELS.items() if sizes}
-    step = _DOWNSAMPLING * max(model.size_divisor for model in models.values())
-    if image_size < step or image_size % step:
-        below = image_size // step * step
-        choices = " or ".join(str(size) for size in (below, below + step) if size > 0)
-        raise UsageError(f"--image_size={image_size} must be a multiple of {step}: use {choices}")
-    side = image_size // _DOWNSAMPLING
+    published = {n: c for n, (c, sizes) in MODELS.items() if sizes and c is not TextDiCo}
+    models = {name: create_model(name) for name in published}
+    side = _latent_side(image_size, models.values())
     return [
         {
             "model": name,
@@ -126,6 +124,51 @@ def model_table(image_size: int) -> list[dict[str, Any]]:
     ]
 
 
+def text_table(image_size: int) -> list[dict[str, Any]]:
+    """A row per network that is told a text and fusion, beside the class-conditional network."""
+    rows = []
+    for name in (name for name, (cls, sizes) in MODELS.items() if sizes and cls is TextDiCo):
+        alone = create_model(name.removeprefix("Text"))
+        side = _latent_side(image_size, [alone])
+        for fusion in FUSIONS:
+            model = create_model(name, text_fusion=fusion)
+            once, every_step = model.fusion_macs(side**2)
+            rows.append(
+                {
+                    "model": name,
+                    "text_fusion": fusion,
+                    "parameters": count_parameters(model),
+                    "parameters_of_fusion": count_parameters(model, ("text_fusion", "text")),
+                    "parameters_without_text": count_parameters(alone),
+                    "multiply_adds_without_text": forward_macs(alone, (side, side, 4)),
+                    "multiply_adds_of_fusion_per_step": every_step,
+                    "multiply_adds_of_fusion_per_prompt": once,
+                }
+            )
+    return rows
+
+
+def _latent_side(image_size: int, models: Iterable[Denoiser]) -> int:
+    step = _DOWNSAMPLING * max(model.size_divisor for model in models)
+    if image_size < step or image_size % step:
+        below = image_size // step * step
+        choices = " or ".join(str(size) for size in (below, below + step) if size > 0)
+        raise UsageError(f"--image_size={image_size} must be a multiple of {step}: use {choices}")
+    return image_size // _DOWNSAMPLING
+
+
+def text_table_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows of `text_table` as a table of Markdown, columns under each other."""
+    cells = [("model", "fusion", "parameters", "of fusion", "multiply-adds", "fusion, a step",
+              "a prompt")]  # fmt: skip
+    for row in rows:
+        which = "without_text", "of_fusion_per_step", "of_fusion_per_prompt"
+        macs = (f"{row[f'multiply_adds_{of}'] / 1e9:.2f}G" for of in which)
+        counts = (f"{row[of]:,}" for of in ("parameters", "parameters_of_fusion"))
+        cells.append((row["model"], row["text_fusion"], *counts, *macs))
+    return _markdown(cells)
+
+
 def table_text(rows: Iterable[Mapping[str, Any]]) -> str:
     """The rows of `model_table` as a table of Markdown, columns under each other."""
     cells = [("model", "parameters", "published", "multiply-adds", "published")]
@@ -134,6 +177,10 @@ def table_text(rows: Iterable[Mapping[str, Any]]) -> str:
         parameters, macs = (text or "" for text in published)
         counted = f"{row['parameters']:,}", f"{row['multiply_adds_per_image'] / 1e9:.2f}G"
         cells.append((row["model"], counted[0], parameters, counted[1], macs))
+    return _markdown(cells)
+
+
+def _markdown(cells: Sequence[Sequence[str]]) -> str:
     head, *lines = _padded(cells)
     rule = ["-" * len(head[0]), *("-" * (len(cell) - 1) + ":" for cell in head[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))

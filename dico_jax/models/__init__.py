@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,15 +95,20 @@ def create_model(name: str, **options) -> Denoiser:
     return cls(**{**sizes, **merged, "dtype": jnp.dtype(dtype)})
 
 
-def count_parameters(model: Denoiser) -> int:
-    """The number of trainable parameters; DiT's fixed position table, a constant, is not one."""
+def count_parameters(model: Denoiser, inside: Collection[str] = ()) -> int:
+    """The number of trainable parameters; DiT's fixed position table, a constant, is not one.
+
+    With names of modules, those inside of them alone.
+    """
     depths = np.ravel(model.depth).tolist() if model.stages else []
     # Equal blocks are traced once: a depth may be a number, or one of every stage.
     one = {"depth": jax.tree.map(lambda _: 1, model.depth)} if depths else {}
     counts = dict(zip(model.stages, depths, strict=True))
     params = flatten_dict(abstract_params(model.clone(**one)))
     return sum(
-        leaf.size * math.prod(counts.get(part, 1) for part in path) for path, leaf in params.items()
+        leaf.size * math.prod(counts.get(part, 1) for part in path)
+        for path, leaf in params.items()
+        if not inside or set(path) & set(inside)
     )
 
 
