@@ -10,7 +10,7 @@ import pathlib
 import sys
 
 BARS = {
-    "lines of dico_jax/": 15_000,
+    "lines of dico_jax/": 17_750,  # 15,000 without text to image
     "lines of the longest file": 400,
     "files": 110,
     "modules at the top": 12,

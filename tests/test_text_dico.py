@@ -8,7 +8,7 @@ import pytest
 from dico_jax.diffusion import SamplingOptions, create_objective
 from dico_jax.errors import UsageError
 from dico_jax.models import count_parameters, create_model, forward_macs
-from dico_jax.models.text_conditional import Constants
+from dico_jax.models.text_conditional import END_ID, Constants
 from dico_jax.models.text_dico import FUSIONS
 from dico_jax.sampling.generate import make_latents_fn
 
@@ -234,3 +234,17 @@ def test_wrong_options():
     assert hash(make("dwc")) == hash(make("dwc"))
     null = make("dwc").null_condition(3)
     assert {k: v.shape for k, v in null.items()} == {"tokens": (3, 77, 12), "pooled": (3, 10)}
+
+
+def test_pooled_features_are_of_the_words_alone():
+    model = make("dwc", vocab_size=9, pooled_width=TEXT["text_width"])
+    encoder, length = model._text_encoder(parent=None), model.text_length
+    ids = np.full((3, length), END_ID, np.int32)
+    ids[0, :4] = 0, 5, 6, 7
+    ids[1, : length - 1] = 4  # as long as it may be
+    ids[2, 0] = 0  # no word
+    params = random_like(jax.eval_shape(encoder.init, jax.random.key(0), ids)["params"], 5)
+    found = encoder.apply({"params": params}, ids)
+    for row, count in enumerate((5, length, 2)):  # the first end among them
+        mean = np.asarray(found["tokens"])[row, :count].mean(axis=0)
+        np.testing.assert_allclose(found["pooled"][row], mean, atol=1e-5)

@@ -14,6 +14,7 @@ from dico_jax.models.denoiser import Condition, Denoiser
 from dico_jax.models.layers import Dense, TextEmbedder, normal_002
 from dico_jax.ops.attention import attention
 
+END_ID = 1  # of what ends a text, and fills it up, for an encoder that is trained along
 _HEAD = 32  # channels of an attention head
 
 
@@ -80,7 +81,10 @@ class EncoderLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A small transformer, trained along: ids (N, L) to {"tokens": (N, L, E), "pooled": (N, E)}."""
+    """A small transformer, trained along: ids (N, L) to {"tokens": (N, L, E), "pooled": (N, E)}.
+
+    The pooled features are the mean of the tokens up to the first end, whose id is `END_ID`.
+    """
 
     vocab_size: int
     width: int
@@ -95,7 +99,9 @@ class TextEncoder(nn.Module):
         for k in range(self.depth):
             x = EncoderLayer(self.dtype, name=str(k))(x)
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
-        return {"tokens": x, "pooled": x.mean(axis=1)}
+        ends = ids == END_ID
+        told = (jnp.cumsum(ends, axis=1) - ends == 0).astype(x.dtype)[..., None]
+        return {"tokens": x, "pooled": (x * told).sum(axis=1) / told.sum(axis=1)}
 
 
 class TextConditional(Denoiser):

@@ -16,7 +16,7 @@ from dico_jax.models.dico import Trunk
 from dico_jax.models.layers import Dense, zeros
 from dico_jax.models.text_conditional import TextConditional
 from dico_jax.ops.attention import attention
-from dico_jax.ops.dynamic_conv import dynamic_depthwise_conv
+from dico_jax.ops.dynamic_conv import add_dynamic_conv
 
 SIDE = 9  # of the kernels; 77 tokens, the last of them repeated, give its 81 entries
 _HEAD = 32  # channels of an attention head, which divide every published width
@@ -44,7 +44,7 @@ class TextConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, x, kernel):
-        return x + dynamic_depthwise_conv(x, kernel.astype(x.dtype))
+        return add_dynamic_conv(x, kernel.astype(x.dtype))
 
 
 class KeysAndValues(nn.Module):

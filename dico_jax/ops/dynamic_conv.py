@@ -1,8 +1,11 @@
 """Depthwise convolution by a kernel of every example: how DiCo reads text (section 3.3).
 
 A sum of shifted products, as the 3x3 one of `dico_jax.ops.conv`, and for the same reason: XLA's
-grouped convolution of N * C groups took 14 to 40 times as long on a CPU.
+grouped convolution of N * C groups took 14 to 40 times as long on a CPU. There a few rows of a
+kernel are added at a time: all 81 products in one loop took twice as long, for want of cache.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,36 +14,48 @@ from jax import lax
 from dico_jax.ops.cpu import apart
 from dico_jax.ops.plain import Operation, accumulation_dtype, widened
 
+_ROWS = 2  # of a kernel, added at a time
+_UNROLLED = 128  # positions, at most, whose part of a kernel's gradient is no loop of the program's
+
+
+@Operation
+def add_dynamic_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """X (N, H, W, C) plus its depthwise convolution by the kernels (N, K, K, C), K odd.
+
+    Zero padding of K // 2 and stride 1; products are added in float32 or better.
+    """
+    return _summed(x, kernel, lambda add, *operands: add(*operands))
+
 
 def _padded(x, kernel):
     zero, by = jnp.zeros((), x.dtype), kernel.shape[1] // 2
     return lax.pad(x, zero, ((0, 0, 0), (by, by, 0), (by, by, 0), (0, 0, 0)))
 
 
-@Operation
-def dynamic_depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Depthwise convolution of x (N, H, W, C), each example by its kernel (N, K, K, C), K odd.
-
-    Zero padding of K // 2 and stride 1; products are added in float32 or better.
-    """
-    _, height, width, _ = x.shape
-    padded, kernel = _padded(x, kernel), widened(kernel)
-    total = jnp.zeros((), accumulation_dtype(x.dtype))
-    for i in range(kernel.shape[1]):
-        for j in range(kernel.shape[2]):
-            shifted = padded[:, i : i + height, j : j + width]
-            total = total + shifted * kernel[:, i, j][:, None, None]
+def _summed(x, kernel, call):
+    total, operands = widened(x), (_padded(x, kernel), widened(kernel))
+    for first in range(0, kernel.shape[1], _ROWS):
+        total = call(functools.partial(_add_rows, first), total, *operands)
     return total.astype(x.dtype)
 
 
+def _add_rows(first, total, padded, kernel):
+    _, height, width, _ = total.shape
+    for i in range(first, min(first + _ROWS, kernel.shape[1])):
+        for j in range(kernel.shape[2]):
+            shifted = padded[:, i : i + height, j : j + width]
+            total = total + shifted * kernel[:, i, j][:, None, None]
+    return total
+
+
 def _forward(x, kernel):
-    return apart(dynamic_depthwise_conv.plain, x, kernel), (x, kernel)
+    return _summed(x, kernel, apart), (x, kernel)
 
 
-@dynamic_depthwise_conv.gradient(_forward, primal=lambda *args: _forward(*args)[0])
+@add_dynamic_conv.gradient(_forward, primal=lambda *args: _forward(*args)[0])
 def _backward(residuals, dy):
     x, kernel = residuals
-    dx = apart(dynamic_depthwise_conv.plain, dy, kernel[:, ::-1, ::-1])
+    dx = _summed(dy, kernel[:, ::-1, ::-1], apart)
     dkernel = lax.platform_dependent(
         _padded(x, kernel), dy, cpu=_kernel_gradient_by_rows, default=_kernel_gradient
     )
@@ -64,13 +79,21 @@ def _kernel_gradient_by_rows(padded, dy):
     """The same: a row of dy is a kernel, by which that part of x is convolved."""
     n, height, width, channels = dy.shape
     side = padded.shape[1] - height + 1
+    fits = (k for k in range(1, height + 1) if height % k == 0 and k * width <= _UNROLLED)
+    at_once = max(fits, default=1)
 
-    def add(total, i):
-        rows = lax.dynamic_slice_in_dim(padded, i, side, axis=1)
-        row = widened(lax.dynamic_index_in_dim(dy, i, axis=1, keepdims=False))
+    def add_row(i, total, rows, of_dy):
         for j in range(width):
-            total = total + rows[:, :, j : j + side] * row[:, j][:, None, None]
+            shifted = rows[:, i : i + side, j : j + side]
+            total = total + shifted * widened(of_dy)[:, i, j][:, None, None]
+        return total
+
+    def add_rows(total, first):
+        rows = lax.dynamic_slice_in_dim(padded, first, side + at_once - 1, axis=1)
+        of_dy = lax.dynamic_slice_in_dim(dy, first, at_once, axis=1)
+        for i in range(at_once):
+            total = apart(functools.partial(add_row, i), total, rows, of_dy)
         return total, None
 
     total = jnp.zeros((n, side, side, channels), accumulation_dtype(dy.dtype))
-    return lax.scan(add, total, jnp.arange(height))[0]
+    return lax.scan(add_rows, total, jnp.arange(0, height, at_once))[0]

@@ -64,7 +64,7 @@ class Tokenizer:
 def word_tokenizer(words: Sequence[str], length: int) -> Tokenizer:
     """Lower-case words and marks as tokens, all that are not among `words` as one that is unknown.
 
-    Its vocabulary is the start, the end, the unknown one, then the words.
+    Its vocabulary is the start, the end (`END_ID`), the unknown one, then the words.
     """
     import tokenizers  # late: only texts need it
 
