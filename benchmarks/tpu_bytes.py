@@ -7,7 +7,8 @@ Compiles the forward pass (bfloat16, float32 parameters as arguments) for one ch
 and compares XLA's count of bytes accessed with `ideal_stages`: every fused stage reads each of its
 inputs once and writes its output once. Nothing is run. Bar: at most 1.5 times the ideal. XLA's
 count includes what it keeps in, or copies ahead to, the memory on the chip. With --train the
-gradient of a loss is compiled; the ideal beside it is still that of the forward pass.
+gradient of a loss is compiled; the ideal beside it is still that of the forward pass. With
+--text_fusion=dwc (or cross_attention) the network is told a text, and the ideal is that without it.
 """
 
 import argparse
@@ -121,7 +122,8 @@ def compile_forward(options: dict, batch: int, side: int, topology: str, train: 
     from dico_jax.benchmarking.runner import make_config
     from dico_jax.parallel.mesh import create_mesh
 
-    config = make_config(Options("forward", image_size=8 * side, batch_size=batch), "DiCo")
+    name = "TextDiCo" if "text_fusion" in options else "DiCo"
+    config = make_config(Options("forward", image_size=8 * side, batch_size=batch), name)
     config.model.update(options, dtype="bfloat16")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     function, *args, _ = plan_forward(config, create_mesh(devices[:1]))
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=32, help="of the latents")
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--train", action="store_true")
+    parser.add_argument("--text_fusion", choices=("dwc", "cross_attention"))
     parser.add_argument("--hlo", help="write the optimised program to this file")
     args = parser.parse_args()
     from dico_jax.models import model_options
@@ -151,6 +154,8 @@ def main() -> None:
         options["depth"] = tuple(args.depth)
     stages = ideal_stages(side=args.side, **options)
     ideal = sum(stage.bytes(args.batch) for stage in stages)
+    if args.text_fusion:
+        options["text_fusion"] = args.text_fusion
     for stage in stages:
         print(f"{stage.bytes(args.batch) / 1e6:10.2f} MB  {stage.count:3d} x {stage.name}")
     print(f"{ideal / 1e6:10.2f} MB  ideal per image")

@@ -18,7 +18,7 @@ def get_config():
     config = default.get_config()
     config.data.source = "worded_digits"
     config.data.image_size = 8
-    config.data.batch_size = 64
+    config.data.batch_size = 32
     config.data.horizontal_flip = False
     config.autoencoder.name = "identity"
 
@@ -35,16 +35,16 @@ def get_config():
     config.text.words = VOCABULARY
 
     config.optimizer.learning_rate = 2e-3
-    config.training.num_steps = 1_500
+    config.training.num_steps = 2_000
     config.training.ema_decay = 0.99
     config.training.log_every_steps = 50
-    config.training.checkpoint_every_steps = 500
+    config.training.checkpoint_every_steps = 1_000
 
-    config.sampling.num_steps = 100
-    config.sampling.cfg_scale = 1.4
+    config.sampling.num_steps = 50
+    config.sampling.cfg_scale = 2.0
     config.sampling.cfg_channels = "all"
     config.sampling.batch_size = 100
-    config.sampling.grid_every_steps = 500
+    config.sampling.grid_every_steps = 1_000
     config.sampling.grid_rows = 10
     config.sampling.grid_columns = 10
 

@@ -8,6 +8,8 @@ python -m dico_jax.evaluate --ckpt=DIR --reference=FILE.npz --sweep_cfg=1.0:2.0:
     The same for every guidance scale from 1.0 to 2.0, with a plot beside FILE.json.
 python -m dico_jax.evaluate --samples=DIR --clip=PATH [--prompts=FILE] [--reference=...]
     The CLIP score of images that `sample --prompts` wrote, with DIR/prompts.txt.
+python -m dico_jax.evaluate --ckpt=DIR --prompts=coco_uvit:captions_val2014.json --reference=...
+    Samples of a model that is told a text, of captions as a protocol of MS-COCO draws them.
 
 With --out the same command goes on after an interruption. docs/evaluation.md explains the numbers.
 """

@@ -63,19 +63,20 @@ class Texts(Protocol):
 
 
 class EncoderLayer(nn.Module):
-    """Attention of all tokens to all, then feed-forward, each added to what comes in (N, L, E)."""
+    """Attention to tokens that are `told` (N, L), then feed-forward, each added to x (N, L, E)."""
 
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, told):
         n, length, width = x.shape
         dense = functools.partial(Dense, dtype=self.dtype)
         norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
         heads = max(1, width // _HEAD)
         qkv = dense(3 * width, name="qkv")(norm(name="norm1")(x))
         q, k, v = jnp.moveaxis(qkv.reshape(n, length, 3, heads, width // heads), 2, 0)
-        x = x + dense(width, name="proj")(attention(q, k, v).reshape(x.shape))
+        found = attention(q, k, v, mask=told[:, None, None]).reshape(x.shape)
+        x = x + dense(width, name="proj")(found)
         h = dense(4 * width, with_gelu=True, name="fc1")(norm(name="norm2")(x))
         return x + dense(width, name="fc2")(h)
 
@@ -83,7 +84,7 @@ class EncoderLayer(nn.Module):
 class TextEncoder(nn.Module):
     """A small transformer, trained along: ids (N, L) to {"tokens": (N, L, E), "pooled": (N, E)}.
 
-    The pooled features are the mean of the tokens up to the first end, whose id is `END_ID`.
+    Tokens attend to those up to the first end, whose id is `END_ID`; pooled is the mean of these.
     """
 
     vocab_size: int
@@ -96,12 +97,12 @@ class TextEncoder(nn.Module):
         embed = functools.partial(nn.Embed, dtype=self.dtype, embedding_init=normal_002)
         x = embed(self.vocab_size, self.width, name="token_embedding")(ids)
         x = x + embed(ids.shape[1], self.width, name="position_embedding")(np.arange(ids.shape[1]))
-        for k in range(self.depth):
-            x = EncoderLayer(self.dtype, name=str(k))(x)
-        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
         ends = ids == END_ID
-        told = (jnp.cumsum(ends, axis=1) - ends == 0).astype(x.dtype)[..., None]
-        return {"tokens": x, "pooled": (x * told).sum(axis=1) / told.sum(axis=1)}
+        told = jnp.cumsum(ends, axis=1) - ends == 0
+        for k in range(self.depth):
+            x = EncoderLayer(self.dtype, name=str(k))(x, told)
+        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
+        return {"tokens": x, "pooled": x.mean(axis=1, where=told[..., None])}
 
 
 class TextConditional(Denoiser):
