@@ -114,6 +114,14 @@ def test_from_captions_to_a_score(latents, clip, vae, fusion, tmp_path):  # noqa
                 "--metrics=clip_score", f"--out={tmp_path / 'score.json'}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "clip_score" in (tmp_path / "score.json").read_text()
+    captions = latents.parent / "captions_train2014.json"
+    done = call("dico_jax.evaluate", f"--ckpt={tmp_path / 'killed'}", f"--clip={clip}",
+                f"--prompts={captions}", "--num_samples=6", "--metrics=clip_score",
+                f"--out={tmp_path / 'straight.json'}", devices=2)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    straight = json.loads((tmp_path / "straight.json").read_text())
+    assert straight["samples"]["prompts"] == str(captions)
+    assert straight["samples"]["count"] == 6
 
     done = call("dico_jax.sample", f"--ckpt={tmp_path / 'killed'}", f"--out={tmp_path / 'no'}",
                 "--classes=1")  # fmt: skip
