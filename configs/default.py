@@ -157,7 +157,7 @@ def get_config():
     config.model.mlp_ratio = config_dict.placeholder(float)
     config.model.num_heads = config_dict.placeholder(int)  # DiT only
     config.model.patch_size = config_dict.placeholder(int)  # DiT only
-    # DiT only: implementation of self-attention, "auto", "xla" or "cudnn".
+    # DiT, and cross-attention to a text: its implementation, "auto", "xla" or "cudnn".
     config.model.attention = config_dict.placeholder(str)
     # Channels of the latents (or pixels) that the network sees.
     config.model.in_channels = 4

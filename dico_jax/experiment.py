@@ -1,6 +1,8 @@
 """Objects from a config. A wrong field is a UsageError that starts with its name, `config.a.b=`."""
 
 import dataclasses
+import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,6 +65,8 @@ def _with_texts(config: ConfigDict, model: Denoiser, source: Source | None) -> D
         return model.clone(texts=words, null_text=words.null())
     texts: Words | None = None
     null = source.null_text if isinstance(source, PreparedLatents) else None
+    if null is not None and os.path.exists(config.text.path):
+        _check_encoder(config.text.path, source)
     if null is None:
         texts = load_encoder(config.text.path, "text.path")
         null = texts.null()
@@ -72,6 +76,14 @@ def _with_texts(config: ConfigDict, model: Denoiser, source: Source | None) -> D
             fix = f"gives {name} {found}, and the network is told {wanted}: set model.text_length,"
             raise UsageError(f"{where} {fix} model.text_width and model.pooled_width")
     return model.clone(texts=texts, null_text=null)
+
+
+def _check_encoder(path: str, source: Any) -> None:
+    """Raises UsageError where the features in a source are of another encoder than that at hand."""
+    found, wanted = load_encoder(path, "text.path").digest, source.text_digest
+    if found != wanted:
+        what = f"is not the text encoder of {source!r} ({found[:12]} and {wanted[:12]})"
+        raise UsageError("text.path", path, f"{what}: use that one, or prepare again")
 
 
 def experiment_from_config(config: ConfigDict, source: Source | None = None) -> Experiment:
@@ -186,6 +198,9 @@ def _check_latents(config: ConfigDict, experiment: Experiment, source) -> None:
         if experiment.autoencoder.name == "identity":
             fix = "does not fit prepared latents: use 'sd_vae', or 'latent_preview' to do without"
             raise UsageError("autoencoder.name", "identity", fix)
+        if (crop := source.manifest.plan.crop) != config.data.crop:
+            fix = f"is not how {source!r} was cut ({crop}): use that, or prepare again"
+            raise UsageError("data.crop", config.data.crop, fix)
         wanted = source.manifest.plan.encoder_digest
         found = experiment.autoencoder.encoder_digest  # reads the weights
         if found is not None and found != wanted:

@@ -76,7 +76,9 @@ def _latent_preview(config) -> Autoencoder:
         matrix = jnp.asarray(_PREVIEW, latents.dtype)
         return jnp.einsum("nhwc,cd->nhwd", latents, matrix, precision="highest")
 
-    return Autoencoder("latent_preview", 8, 4, decode, None, KLConfig().scaling_factor)
+    return Autoencoder(
+        "latent_preview", 8, 4, decode, None, config.scaling_factor or KLConfig().scaling_factor
+    )
 
 
 def _sd_vae(config) -> Autoencoder:

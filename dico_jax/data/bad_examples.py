@@ -72,3 +72,24 @@ class BadExampleLog:
 
     def _check(self) -> None:
         check_bad(self.bad, len(self._source) + len(self._source.skipped), self._fraction)
+
+
+class GoodExamples:
+    """A source for what looks at it: in place of a bad example stands the next good one."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        for k in range(count := len(self)):
+            try:
+                return self._source[(index + k) % count]
+            except BadExample:  # counted where it is trained on
+                continue
+        raise UsageError(f"{self._source!r} has no example that can be read")

@@ -188,8 +188,10 @@ def _of_member(stream: io.BufferedReader, kind: str, file: tarfile.TarInfo) -> l
     if kind not in (*_TEXTS, ".json") or file.size > 1 << 20:
         return []
     stream.seek(file.offset_data)
+    if len(data := stream.read(file.size)) < file.size:
+        return []
     try:
-        text = _decoded(stream.read(file.size))
+        text = _decoded(data)
         return clean(_lines(text)) if kind != ".json" else _said(json.loads(text))
     except (ValueError, RecursionError):
         return []

@@ -44,8 +44,9 @@ def read_label(example: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def one_caption(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     """The example with one of its captions, and the features of that one, drawn anew each visit."""
-    if not (captions := example.get("captions")):
-        return example
+    captions = example.get("captions")
+    if not isinstance(captions, list | tuple) or not captions:
+        return example  # or a field of that name that means something else
     drawn = slice(k := int(rng.integers(len(captions))), k + 1)
     kept = {n: example[n][drawn] for n in ("captions", "tokens", "pooled") if n in example}
     return example | kept

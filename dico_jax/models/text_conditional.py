@@ -75,7 +75,8 @@ class EncoderLayer(nn.Module):
         heads = max(1, width // _HEAD)
         qkv = dense(3 * width, name="qkv")(norm(name="norm1")(x))
         q, k, v = jnp.moveaxis(qkv.reshape(n, length, 3, heads, width // heads), 2, 0)
-        found = attention(q, k, v, mask=told[:, None, None]).reshape(x.shape)
+        how = {"mask": told[:, None, None], "implementation": "xla"}  # cuDNN takes no such mask
+        found = attention(q, k, v, **how).reshape(x.shape)
         x = x + dense(width, name="proj")(found)
         h = dense(4 * width, with_gelu=True, name="fc1")(norm(name="norm2")(x))
         return x + dense(width, name="fc2")(h)
@@ -179,7 +180,9 @@ class TextConditional(Denoiser):
         """See `Denoiser`: features, where the example has them, or ids of its first caption."""
         if "tokens" in example and not self.vocab_size:
             return super().read_condition({**example, **_first(example)})
-        if not (captions := example.get("captions")):
+        captions = example.get("captions")
+        captions = [captions] if isinstance(captions, str) else captions
+        if not captions:
             told = f"{type(self).__name__} is told a text of every example"
             raise UsageError(f"{told}: these have {', '.join(example)}, and no captions")
         return {"ids": self._reader().tokenize(captions[:1])[0]}

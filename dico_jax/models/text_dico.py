@@ -8,6 +8,7 @@ on the text alone, so that sampling computes it once per prompt: `encode_conditi
 import functools
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from dico_jax.models.dico import Trunk
 from dico_jax.models.layers import Dense, zeros
 from dico_jax.models.text_conditional import TextConditional
-from dico_jax.ops.attention import attention
+from dico_jax.ops.attention import Implementation, attention
 from dico_jax.ops.dynamic_conv import add_dynamic_conv
 
 SIDE = 9  # of the kernels; 77 tokens, the last of them repeated, give its 81 entries
@@ -63,13 +64,15 @@ class CrossAttention(nn.Module):
     """X (N, H, W, C) and what its positions, as queries, find in the text (arXiv 2310.00426)."""
 
     dtype: jnp.dtype
+    attention: Implementation = "auto"
 
     @nn.compact
     def __call__(self, x, keys_and_values):
         n, height, width, channels = x.shape
         dense = functools.partial(Dense, channels, self.dtype)
         q = _heads(dense(name="q")(x.reshape(n, height * width, channels)))
-        found = attention(q, *(part.astype(q.dtype) for part in keys_and_values))
+        keys_and_values = (part.astype(q.dtype) for part in keys_and_values)
+        found = attention(q, *keys_and_values, implementation=self.attention)
         return x + dense(kernel_init=zeros, name="proj")(found.reshape(x.shape))
 
 
@@ -121,9 +124,11 @@ class TextDiCo(Trunk, TextConditional):
 
     Attributes:
       text_fusion: a key of `FUSIONS`.
+      attention: that of cross-attention, see `dico_jax.ops.attention`.
     """
 
     text_fusion: str = "dwc"
+    attention: Implementation = "auto"
 
     condition_parts = ("text_encoder", "text_embedder", "text_fusion", "text")
 
@@ -131,6 +136,8 @@ class TextDiCo(Trunk, TextConditional):
         yield from super().checks()
         known = f"is unknown: use one of {', '.join(FUSIONS)}"
         yield "text_fusion", self.text_fusion in FUSIONS, known
+        ways = get_args(Implementation)
+        yield "attention", self.attention in ways, f"is unknown: use one of {', '.join(ways)}"
         long = self.text_fusion == "dwc" and self.text_length > SIDE**2
         yield "text_length", not long, f"must be at most {SIDE**2}, the entries of a kernel"
 
@@ -147,7 +154,9 @@ class TextDiCo(Trunk, TextConditional):
         return self.embed_pooled(features, widths), given
 
     def fusion(self, width):
-        return functools.partial(FUSIONS[self.text_fusion][1], self.dtype)
+        module = FUSIONS[self.text_fusion][1]
+        options = {"attention": self.attention} if module is CrossAttention else {}
+        return functools.partial(module, self.dtype, **options)
 
     def encode_condition(self, params, condition):
         """See `Denoiser`: the tokens become what the fusions are given of them."""

@@ -216,12 +216,12 @@ class CheckpointSampler:
 
     def _grid(self, files: list[pathlib.Path], conditions: Any, names: list[str]) -> np.ndarray:
         """The first conditions with the first images of each, and their names."""
-        images: dict[tuple[bytes, ...], list[int]] = {}
-        leaves = jax.tree.leaves(conditions)
+        images: dict[Any, list[int]] = {}
+        leaves, under = jax.tree.leaves(conditions), self.experiment.model.asked_by == "prompts"
         for i in range(len(files)):
-            images.setdefault(tuple(leaf[i].tobytes() for leaf in leaves), []).append(i)
+            key = names[i] if under else tuple(leaf[i].tobytes() for leaf in leaves)
+            images.setdefault(key, []).append(i)
         picked = [indices[:SIDE] for indices in images.values()]
-        under = self.experiment.model.asked_by == "prompts"
         picked = picked[: SIDE * max(1, SIDE // max(map(len, picked))) if under else SIDE]
         rows = [np.stack([load_png(files[i]) for i in indices]) for indices in picked]
         labels = [names[indices[0]] for indices in picked]
@@ -260,7 +260,7 @@ def _claim_folder(folder: pathlib.Path, settings: dict[str, Any]) -> bool:
 def differences(was: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two descriptions, but for the places of checkpoints and other files."""
     was, now = flatten(was), flatten(now)
-    names = [n for n in {**was, **now} if n.split(".")[-1] not in ("ckpt", "path")]
+    names = [n for n in {**was, **now} if n.split(".")[-1] not in ("ckpt", "path", "prompts")]
     both = [(n, was.get(n), now.get(n)) for n in names if was.get(n) != now.get(n)]
     return "; ".join(f"{n} was {str(old)[:40]}, is {str(new)[:40]}" for n, old, new in both[:5])
 

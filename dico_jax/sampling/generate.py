@@ -33,7 +33,8 @@ def make_latents_fn(
     """The function (params, indices (N,), conditions) -> latents (N, H, W, C), to be jitted."""
     if options.cfg_scale != 1.0 and model.null_condition(1) is None:
         what = "needs a model that was trained to do without its condition"
-        fix = f"{what} (model.class_dropout_prob above 0): use sampling.cfg_scale=1"
+        fix = f"{what} (model.class_dropout_prob, of a text model.text_dropout_prob, above 0)"
+        fix += ": use sampling.cfg_scale=1"
         raise UsageError("sampling.cfg_scale", options.cfg_scale, fix)
 
     def sample_latents(params, indices, conditions):

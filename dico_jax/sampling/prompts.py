@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from dico_jax.data.captions import read_captions
+from dico_jax.data.captions import clean, read_captions
 from dico_jax.errors import UsageError
 
 # Of MS-COCO's validation pictures, one caption each: how many the FID of a protocol is of.
@@ -47,14 +47,13 @@ def _lines(text: str) -> list[str]:
     name = "--prompts"
     try:
         with open(text, encoding="utf-8-sig") as file:
-            parts = file.read().splitlines()
+            parts = file.read().split("\n")
     except (OSError, ValueError) as error:
         if not isinstance(error, OSError) or isinstance(error, IsADirectoryError):
             raise UsageError(name, text, "is no file of texts in UTF-8") from error
         if text.endswith(".txt") or ("/" in text and " " not in text):
             raise UsageError(name, text, ": no such file") from error
         parts = text.split(";")
-    found = [" ".join(part.split()) for part in parts]
-    if not any(found):
+    if not (found := clean(parts)):
         raise UsageError(name, text, "has no prompt: write some between semicolons, or a file")
-    return [part for part in found if part]
+    return found

@@ -1,23 +1,27 @@
 """Texts to what a network is told of them: CLIP's features, or words that it reads itself."""
 
-import functools
+import dataclasses
 import hashlib
 import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from dico_jax.errors import UsageError
 from dico_jax.models.text_conditional import Constants
+from dico_jax.parallel.mesh import replicated
 from dico_jax.pytorch.tensors import about
 from dico_jax.text.clip import TextConfig, TextTower
 from dico_jax.text.clip_weights import Tower, load_tower
 from dico_jax.text.tokenizers import Tokenizer, load_tokenizer, word_tokenizer
 
 _BATCH_SIZE = 32  # texts at a time
+_PROBE = "A photo of a dog's tail, 3 cats! 猫 🙂"  # which tokenizers that differ read differently
 
 
 class Words:
@@ -62,7 +66,8 @@ class ClipEncoder(Words):
     """CLIP's text tower and its tokenizer: a `Texts`.
 
     Attributes:
-      digest: sha256 (hex) of the weights; features of the same one are of one kind.
+      digest: sha256 (hex) of weights, sizes and what its tokenizer makes of a text; features of
+        the same one are of one kind.
       length, width, pooled_width: L, E and P of the features.
     """
 
@@ -74,18 +79,34 @@ class ClipEncoder(Words):
             wanted = f"{config.vocab_size}, the last of a text {ends}"
             fix = "take the files that came with the weights"
             raise UsageError(f"its tokenizer is of another model: {found}, not {wanted}: {fix}")
-        super().__init__(tokenizer, tower.digest)
+        decides = tower.digest, dataclasses.asdict(config), tokenizer([_PROBE]).tolist()
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        super().__init__(tokenizer, digest)
         self.width = self.pooled_width = config.hidden_size
         self._params, self._model = tower.params, TextTower(config)
+        self._placed: dict[Any, Any] = {}  # by the sharding of ids: parameters, and the function
 
-    @functools.cached_property
-    def _apply(self):
-        return jax.jit(lambda params, ids: self._model.apply({"params": params}, ids))
+    def __getstate__(self):  # a process that reads data has no need of weights
+        return self.__dict__ | {"_params": None, "_placed": {}}
 
     def encode(self, ids):
-        """The features of ids (N, L), float16: {"tokens": (N, L, E), "pooled": (N, P)}."""
-        found = self._apply(self._params, ids)
-        return {"tokens": found.tokens.astype("float16"), "pooled": found.pooled.astype("float16")}
+        """{"tokens": (N, L, E), "pooled": (N, P)} of ids (N, L), float16 and split as these are."""
+        params, apply = self._on(None if isinstance(ids, jax.core.Tracer | np.ndarray) else ids)
+        return apply(params, ids)
+
+    def _on(self, ids):
+        split = ids.sharding if isinstance(getattr(ids, "sharding", None), NamedSharding) else None
+        if split not in self._placed:
+            whole = None if split is None else replicated(split.mesh)
+
+            def apply(params, ids):
+                found: Any = self._model.apply({"params": params}, ids)
+                parts = {"tokens": found.tokens, "pooled": found.pooled}
+                return {name: part.astype("float16") for name, part in parts.items()}
+
+            jitted = jax.jit(apply, out_shardings=split)
+            self._placed[split] = jax.device_put(self._params, whole), jitted
+        return self._placed[split]
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """The features of N texts, on the host."""

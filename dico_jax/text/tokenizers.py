@@ -66,15 +66,21 @@ def word_tokenizer(words: Sequence[str], length: int) -> Tokenizer:
 
     Its vocabulary is the start, the end (`END_ID`), the unknown one, then the words.
     """
-    import tokenizers  # late: only texts need it
-
-    unknown = "<|unknown|>"
+    tokenizers, unknown = _library(), "<|unknown|>"
     numbers = {word: k for k, word in enumerate([START, END, unknown, *words])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token=unknown))
     tokenizer.normalizer = tokenizers.normalizers.Lowercase()
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([START, END])
     return Tokenizer(tokenizer, length)
+
+
+def _library() -> Any:
+    try:
+        import tokenizers  # late: only texts need it
+    except ImportError as error:
+        raise UsageError("texts need tokenizers: pip install 'dico_jax[text]'") from error
+    return tokenizers
 
 
 def load_tokenizer(source: str | os.PathLike, length: int = 77) -> Tokenizer:
@@ -84,10 +90,7 @@ def load_tokenizer(source: str | os.PathLike, length: int = 77) -> Tokenizer:
     the tokenizer inside. UsageError: the files are
     missing, damaged, or of another kind of tokenizer.
     """
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise UsageError("prompts need tokenizers: pip install 'dico_jax[text]'") from error
+    tokenizers = _library()
     source = os.fspath(source)
     inside = _inside(source)
     whole, vocab, merges, options = (None if inside else _find(source, name) for name in _NAMES)

@@ -14,7 +14,7 @@ from dico_jax.autoencoders import make_latents_fn
 from dico_jax.checkpoints.reader import WarmStart, saved_steps
 from dico_jax.checkpoints.state import create_state, initializer, parse_widths
 from dico_jax.config import check_fields
-from dico_jax.data.bad_examples import BadExampleLog
+from dico_jax.data.bad_examples import BadExampleLog, GoodExamples
 from dico_jax.data.pipeline import DeviceBatches, training_batches
 from dico_jax.errors import UsageError, within
 from dico_jax.evaluation.measure import RunEvaluation
@@ -80,7 +80,8 @@ class Run:
             samples = any((config.sampling.grid_every_steps, count, config.eval.every_steps))
             how = autoencoder, latent_shape, sampling, self.mesh
             self._generate = make_generate_fn(model, process, *how, load=samples)
-        conditions = functools.partial(model.default_conditions, source=self.source)
+        self._good = GoodExamples(self.source)
+        conditions = functools.partial(model.default_conditions, source=self._good)
         self.evaluation = RunEvaluation(config, self.source, self.read, conditions, self.mesh)
         fresh = training.init_from and not saved_steps(workdir)
         self._warm_start = WarmStart(training.init_from, model, self.source) if fresh else None
@@ -101,7 +102,8 @@ class Run:
         sizes = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
         shape = f" ({sizes})" if self.mesh.size > axes["data"] else ""
         model = f"{self.config.model.name}, {count_parameters(self.experiment.model):,} parameters"
-        names, classes = self.source.class_names, self.config.model.num_classes or 0
+        names = self.source.class_names
+        classes = getattr(self.experiment.model, "num_classes", 0)
         few = f" of {len(names):,} of the {classes:,} classes" * (len(names) < classes)
         data = f"{len(self.source):,} examples{few}; {self.mesh.size} x {kind}{shape}"
         steps = f"steps {start} to {self.config.training.num_steps} in {self.workdir}"
@@ -137,7 +139,7 @@ class Run:
     def save_grid(self, step: int, samples: Callable) -> np.ndarray:
         """Writes samples/step_N.png, a row per condition, and returns it."""
         sampling, model = self.config.sampling, self.experiment.model
-        conditions, names = model.grid_conditions(sampling.grid_rows, self.source)
+        conditions, names = model.grid_conditions(sampling.grid_rows, self._good)
         repeated = jax.tree.map(lambda a: np.repeat(a, sampling.grid_columns, axis=0), conditions)
         rows = np.split(np.concatenate(list(samples(repeated))), len(names))
         grid = (captioned_grid if model.asked_by == "prompts" else image_grid)(rows, names)
@@ -152,9 +154,9 @@ class Run:
         if not (count := self.config.eval.class_agreement_samples):
             return None
         model = self.experiment.model
-        asked = model.default_conditions(np.arange(count), self.source)
+        asked = model.default_conditions(np.arange(count), self._good)
         if (labels := model.class_labels(asked)) is None:  # those of the examples it is asked for
-            found = (self.source[k % len(self.source)]["label"] for k in range(count))
+            found = (self._good[k % len(self._good)]["label"] for k in range(count))
             labels = np.fromiter(found, np.int64)
         images, most = np.concatenate(list(samples(asked))), self.config.data.max_bad_fraction
         return class_agreement(images, labels, self.source, self.read, most)
