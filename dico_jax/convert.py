@@ -87,7 +87,7 @@ def _of_configs() -> dict[str, Any]:
         return model_from_config(ConfigDict(config))
 
     def side_of(config: Mapping[str, Any]) -> int:
-        return experiment_from_config(ConfigDict(config)).latent_shape[0]
+        return experiment_from_config(ConfigDict(config), sizes_alone=True).latent_shape[0]
 
     def rate_of(config: Mapping[str, Any], step: int) -> float:
         optimizer = ConfigDict(config["optimizer"])

@@ -19,7 +19,7 @@ from dico_jax.diffusion import Objective, SamplingOptions, create_objective
 from dico_jax.errors import UsageError, within
 from dico_jax.models import create_model, find_model, model_options
 from dico_jax.models.denoiser import Denoiser
-from dico_jax.models.text_conditional import TextConditional
+from dico_jax.models.text_conditional import Constants, TextConditional
 from dico_jax.text.encoders import Words, load_encoder, load_words
 
 
@@ -56,10 +56,15 @@ def _words(config: ConfigDict) -> Words:
     return load_words(config.text.words, length)
 
 
-def _with_texts(config: ConfigDict, model: Denoiser, source: Source | None) -> Denoiser:
+def _with_texts(
+    config: ConfigDict, model: Denoiser, source: Source | None, sizes_alone: bool
+) -> Denoiser:
     """The network with what reads its texts; prepared features need none but that of no text."""
     if not isinstance(model, TextConditional):
         return model
+    if sizes_alone:
+        zeros = {name: array[0] for name, array in model.zero_condition(1).items()}
+        return model.clone(null_text=Constants(**zeros))
     if model.vocab_size:
         words = _words(config)
         return model.clone(texts=words, null_text=words.null())
@@ -86,12 +91,17 @@ def _check_encoder(path: str, source: Any) -> None:
         raise UsageError("text.path", path, f"{what}: use that one, or prepare again")
 
 
-def experiment_from_config(config: ConfigDict, source: Source | None = None) -> Experiment:
-    """The network, process and autoencoder of a config, for a source of examples, if any."""
+def experiment_from_config(
+    config: ConfigDict, source: Source | None = None, *, sizes_alone: bool = False
+) -> Experiment:
+    """The network, process and autoencoder of a config, for a source of examples, if any.
+
+    With `sizes_alone` nothing is loaded that reads texts: a text is zeros.
+    """
     check_values(config, "data", "autoencoder", "diffusion", "text")
     model = model_from_config(config)
     with within("config."):
-        model = _with_texts(config, model, source)
+        model = _with_texts(config, model, source, sizes_alone)
     with within("config.diffusion."):
         diffusion = create_objective(config.diffusion, learn_sigma=model.learn_sigma)
     with within("config."):

@@ -45,7 +45,8 @@ def plan_forward(config: ConfigDict, mesh: Mesh) -> Plan:
 def plan_train(config: ConfigDict, mesh: Mesh) -> Plan:
     """The training step of a run on latents; the state is donated."""
     model, shape, (x, _, condition) = _network(config)
-    diffusion, whole = experiment_from_config(config).diffusion, replicated(mesh)
+    experiment, whole = experiment_from_config(config, sizes_alone=True), replicated(mesh)
+    diffusion = experiment.diffusion
     optimizer = create_optimizer(config.optimizer, config.training.num_steps)
     options = {"seed": config.seed, "ema_decay": config.training.ema_decay}
     step = make_train_step(model, diffusion, optimizer, mesh=mesh, **options)
@@ -73,7 +74,7 @@ PLANS = {"forward": plan_forward, "train": plan_train, "sample": plan_sample}
 
 def _network(config: ConfigDict):
     """The network, (H, W, C) of its input, and random latents, timesteps and conditions."""
-    experiment, size = experiment_from_config(config), config.data.batch_size
+    experiment, size = experiment_from_config(config, sizes_alone=True), config.data.batch_size
     model, shape, rng = experiment.model, experiment.latent_shape, np.random.default_rng(0)
     x, t = rng.standard_normal((size, *shape), np.float32), rng.integers(0, 1000, size, np.int32)
     return model, shape, (x, t, model.zero_condition(size))

@@ -70,7 +70,7 @@ def run_benchmark(options: Options, report: Callable[[str], Any] = str) -> dict[
     configs = {name: make_config(options, name) for name in names}
     for name, config in configs.items():  # all of them before the first is compiled
         with _errors(options, name):
-            experiment_from_config(config)
+            experiment_from_config(config, sizes_alone=True)
             sampling_from_config(config)
     with jax.default_matmul_precision(options.matmul_precision):
         rows = _measured(options, configs, mesh, report)
@@ -128,7 +128,8 @@ def _measured(options: Options, configs: Mapping[str, ConfigDict], mesh: Mesh, r
 
 
 def _figures(name: str, config: ConfigDict, program: Program, times: Sequence[float], mesh: Mesh):
-    experiment, median = experiment_from_config(config), summary(times)["median_seconds"]
+    experiment = experiment_from_config(config, sizes_alone=True)
+    median = summary(times)["median_seconds"]
     size, counts = config.data.batch_size, xla_counts(program.compiled, mesh.size)
     flops = counts["flops_per_run_by_xla"]
     return {
