@@ -85,15 +85,16 @@ def test_loss_can_be_traced(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     if config.model.num_classes is None:
         config.model.num_classes = 3
-    experiment = experiment_from_config(config)
+    experiment = experiment_from_config(config, sizes_alone=True)
     model, (height, width, channels) = experiment.model, experiment.latent_shape
     x = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
     t = jax.ShapeDtypeStruct((2,), jnp.int32)
+    told = model.zero_condition(2)
     loss, terms = jax.eval_shape(
-        lambda p, x, y, t, noise: loss_fn(
-            p, model, experiment.diffusion, {"x": x, "condition": {"label": y}}, t, noise
+        lambda p, x, condition, t, noise: loss_fn(
+            p, model, experiment.diffusion, {"x": x, "condition": condition}, t, noise
         ),
-        abstract_params(model), x, t, t, x,
+        abstract_params(model), x, told, t, x,
     )  # fmt: skip
     assert loss.shape == ()
     assert set(terms) == {"loss", "mse", "vb"}

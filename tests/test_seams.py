@@ -245,10 +245,12 @@ def test_a_source_that_lacks_a_field_is_refused_in_one_line():
         create_model("Toy").read_condition({"tokens": np.zeros((2, 4))})
 
 
-def test_a_judge_of_classes_needs_a_network_that_is_told_them(tmp_path):
+def test_a_judge_of_classes_needs_examples_that_have_one(tmp_path):
     wrong = config()
     wrong.eval.class_agreement_samples = 5
-    with pytest.raises(UsageError, match=r"class_agreement_samples=5 is for networks that are to"):
+    with pytest.raises(
+        UsageError, match=r"class_agreement_samples=5 is for examples that have a class"
+    ):
         run.Run(wrong, str(tmp_path))
 
 
