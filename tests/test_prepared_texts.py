@@ -1,6 +1,7 @@
 """Features of captions, prepared with the latents of the pictures."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -9,9 +10,13 @@ from safetensors import numpy as safetensors
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from dico_jax.data import latent_preparation
+from dico_jax.data.bad_examples import GoodExamples
 from dico_jax.data.latent_preparation import prepare_latents
 from dico_jax.data.latents import PreparedLatents, verify
+from dico_jax.data.pictures import BadExample
+from dico_jax.data.pipeline import one_caption
 from dico_jax.errors import UsageError
+from dico_jax.experiment import _check_encoder
 from dico_jax.pytorch.key_maps import entries
 from dico_jax.text.clip import TextConfig, abstract_params
 from dico_jax.text.clip_weights import KEY_MAP
@@ -138,6 +143,47 @@ def test_another_encoder_is_refused_and_nothing_is_changed(prepared, encoder, tm
         prepare_latents(Noise(), autoencoder(), str(tmp_path / "x"), options(), encoder)
     assert not (tmp_path / "x").exists()
     assert contents(prepared) == before
+
+
+def test_training_with_another_encoder_at_hand_is_refused(prepared, clip, tmp_path):
+    source = PreparedLatents(str(prepared))
+    _check_encoder(str(clip), source)
+    other = write_clip(tmp_path / "seed", seed=1)
+    with pytest.raises(UsageError, match=r"text.path=.*seed' is not the text encoder of Prepared"):
+        _check_encoder(str(other), source)
+    # Of the same weights, but with another padding, it is another one too.
+    padded = shutil.copytree(clip, tmp_path / "padded")
+    (padded / "tokenizer_config.json").write_text('{"pad_token": "word3"}')
+    with pytest.raises(UsageError, match="is not the text encoder"):
+        _check_encoder(str(padded), source)
+
+
+def test_a_process_that_reads_data_gets_no_weights(encoder):
+    copy = pickle.loads(pickle.dumps(encoder))
+    assert copy == encoder
+    np.testing.assert_array_equal(copy.tokenize(["word1"]), encoder.tokenize(["word1"]))
+    assert len(pickle.dumps(encoder)) < 20_000
+
+
+def test_only_texts_are_drawn_from():
+    for captions in ({"text": ["a", "b"]}, np.arange(3), "a text", None, [], 5):
+        example = {"image": 1, "captions": captions}
+        assert one_caption(example, np.random.default_rng(0)) is example
+    drawn = one_caption({"captions": ["a", "b"], "tokens": np.arange(2)}, np.random.default_rng(0))
+    assert drawn["captions"] == ["ab"[drawn["tokens"][0]]]
+
+
+def test_what_looks_at_a_source_sees_good_examples():
+    class Bad(Captioned):
+        def __getitem__(self, i):
+            if i % 2 == 0:
+                raise BadExample("it is cut")
+            return super().__getitem__(i)
+
+    good = GoodExamples(Bad())
+    assert len(good) == len(Bad())
+    assert good.class_names == ()
+    assert good[0]["captions"] == good[1]["captions"] == Bad()[1]["captions"]
 
 
 def test_examples_without_captions_are_bad_ones(encoder, tmp_path):

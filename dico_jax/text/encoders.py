@@ -21,7 +21,7 @@ from dico_jax.text.clip_weights import Tower, load_tower
 from dico_jax.text.tokenizers import Tokenizer, load_tokenizer, word_tokenizer
 
 _BATCH_SIZE = 32  # texts at a time
-_PROBE = "A photo of a dog's tail, 3 cats! 猫 🙂"  # which tokenizers that differ read differently
+_PROBES = "", "A photo of a dog's tail, 3 cats! 猫 🙂"  # which other tokenizers read differently
 
 
 class Words:
@@ -79,7 +79,7 @@ class ClipEncoder(Words):
             wanted = f"{config.vocab_size}, the last of a text {ends}"
             fix = "take the files that came with the weights"
             raise UsageError(f"its tokenizer is of another model: {found}, not {wanted}: {fix}")
-        decides = tower.digest, dataclasses.asdict(config), tokenizer([_PROBE]).tolist()
+        decides = tower.digest, dataclasses.asdict(config), tokenizer(_PROBES).tolist()
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
         super().__init__(tokenizer, digest)
         self.width = self.pooled_width = config.hidden_size
