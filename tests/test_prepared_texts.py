@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
@@ -17,6 +18,7 @@ from dico_jax.data.pictures import BadExample
 from dico_jax.data.pipeline import one_caption
 from dico_jax.errors import UsageError
 from dico_jax.experiment import _check_encoder
+from dico_jax.parallel.mesh import batch_sharding, create_mesh
 from dico_jax.pytorch.key_maps import entries
 from dico_jax.text.clip import TextConfig, abstract_params
 from dico_jax.text.clip_weights import KEY_MAP
@@ -156,6 +158,15 @@ def test_training_with_another_encoder_at_hand_is_refused(prepared, clip, tmp_pa
     (padded / "tokenizer_config.json").write_text('{"pad_token": "word3"}')
     with pytest.raises(UsageError, match="is not the text encoder"):
         _check_encoder(str(padded), source)
+
+
+def test_features_are_split_as_ids_are(encoder):
+    ids = encoder.tokenize([f"word{i} word1" for i in range(8)])
+    split = batch_sharding(create_mesh())
+    found, whole = encoder.encode(jax.device_put(ids, split)), encoder.encode(ids)
+    for name, features in found.items():
+        assert features.sharding.is_equivalent_to(split, features.ndim)
+        np.testing.assert_allclose(features, whole[name], atol=1e-2)
 
 
 def test_a_process_that_reads_data_gets_no_weights(encoder):
