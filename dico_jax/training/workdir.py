@@ -80,7 +80,8 @@ def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None
         text = f"belongs to a run on data of other classes ({found})"
         raise UsageError("--workdir", workdir, f"{text}: use that data, or another --workdir")
     if data and (was := meta.get("text_digest")) and was != (now := data["text_digest"]):
-        text = f"belongs to a run told texts by another encoder ({was:.12}, here {now:.12})"
+        found = f"here {now:.12}" if now else "here none"
+        text = f"belongs to a run told texts by another encoder ({was:.12}, {found})"
         raise UsageError("--workdir", workdir, f"{text}: use that one, or another --workdir")
     there, here = meta.get("examples"), data and data["examples"]
     if here and there and there != here[: len(there)]:  # older runs have no digest of all names
