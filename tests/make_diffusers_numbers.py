@@ -45,12 +45,26 @@ class Recorded:
                 given = scheduler.scale_model_input(x, t)
             output = torch.tensor(prediction(given.numpy(), float(t) / 1000.0))
             how = {}
-            if fresh is not None and "variance_noise" in inspect.signature(scheduler.step).parameters:
+            if (
+                fresh is not None
+                and "variance_noise" in inspect.signature(scheduler.step).parameters
+            ):
                 how["variance_noise"] = torch.tensor(fresh[k])
             x = scheduler.step(output, t, x, **how).prev_sample
             states.append(x.numpy().copy())
             timesteps.append(float(t))
         self.arrays |= {f"{name}/x": np.stack(states), f"{name}/timesteps": np.array(timesteps)}
+
+
+def exact(scheduler, steps):
+    """The scheduler with its noise levels in float64; in float32 they are off by 1e-5."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+    scheduler.set_timesteps(steps)
+    kept = alphas_cumprod[scheduler.timesteps.long()]
+    sigmas = torch.sqrt(1.0 / kept - 1.0)
+    scheduler.sigmas = torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
+    return scheduler
 
 
 def main():
@@ -63,21 +77,17 @@ def main():
                 **common, solver_order=order, algorithm_type="dpmsolver++",
                 solver_type="midpoint", final_sigmas_type="zero",
             )  # fmt: skip
-            dpm.set_timesteps(steps)
-            recorded.run(f"dpmpp_{order}m/{steps}", dpm)
+            recorded.run(f"dpmpp_{order}m/{steps}", exact(dpm, steps))
             unipc = UniPCMultistepScheduler(
                 **common, solver_order=order, solver_type="bh2", final_sigmas_type="zero"
             )
-            unipc.set_timesteps(steps)
-            recorded.run(f"unipc_{order}/{steps}", unipc)
+            recorded.run(f"unipc_{order}/{steps}", exact(unipc, steps))
         sde = DPMSolverMultistepScheduler(
             **common, solver_order=2, algorithm_type="sde-dpmsolver++", final_sigmas_type="zero"
         )
-        sde.set_timesteps(steps)
-        recorded.run(f"dpmpp_2m_sde/{steps}", sde, fresh=noise)
+        recorded.run(f"dpmpp_2m_sde/{steps}", exact(sde, steps), fresh=noise)
         heun = HeunDiscreteScheduler(**common)
-        heun.set_timesteps(steps)
-        recorded.run(f"heun/{steps}", heun)
+        recorded.run(f"heun/{steps}", exact(heun, steps))
     recorded.arrays |= {"start": recorded.start, "noise": noise}
     flow = FlowMatchHeunDiscreteScheduler()
     flow.set_timesteps(10)
