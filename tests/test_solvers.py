@@ -12,12 +12,20 @@ from scipy.stats import norm
 
 from dico_jax.diffusion import (
     SOLVERS,
+    SPACINGS,
     Estimate,
+    SamplingOptions,
+    continuous_times,
+    create_diffusion,
     create_objective,
+    guided_model_fn,
+    make_schedule,
     multistep,
     sample_loop,
+    spaced_timesteps,
 )
 from dico_jax.diffusion.paths import alpha_sigma
+from dico_jax.errors import UsageError
 from tests.test_seams import LinearPath
 
 MEANS, DEVIATIONS, WEIGHTS = np.array([-1.0, 0.3, 1.2]), np.array([0.3, 0.2, 0.5]), [0.3, 0.3, 0.4]
@@ -175,3 +183,186 @@ def test_heun_on_the_linear_path_is_that_of_diffusers():
         )  # fmt: skip
     states = np.append(states[1::2], states[-1:], axis=0)
     assert np.abs(np.asarray(trajectory.x)[:, :, 0] - states).max() < 1e-5
+
+
+# Solvers with noise: by how their variance on normal data converges.
+STOCHASTIC = {"ddpm": 1, "dpmpp_2m_sde": 2, "euler_maruyama": 1}
+
+
+def moments(sampler, objective, model_fn):
+    """After every step, what x has of x_T, (T,), of the noise of steps, (T, T), and of x_0 (T,).
+
+    Steps are linear in all three where the network is: examples are a 1 in one of them each.
+    """
+    count = objective.num_steps
+    x0 = jnp.eye(count + 2)[-1]
+    noise = jnp.eye(count + 2)[1:-1]
+    _, trajectory = sample_loop(
+        objective,
+        lambda x, t: model_fn(x, t, x0),
+        jnp.eye(count + 2)[0],
+        lambda i: noise[i],
+        sampler=sampler,
+        return_trajectory=True,
+    )
+    x = np.asarray(trajectory.x)
+    return x[:, 0], x[:, 1:-1], x[:, -1]
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("path", ["linear", "round", "published"])
+def test_exact_marginals_where_x0_is_known(sampler, path):
+    with jax.enable_x64(True):
+        o = Points(9, path == "round") if path != "published" else create_diffusion(
+            "9", learn_sigma=False, sigma_small=True, predict_xstart=True
+        )  # fmt: skip
+        of_start, of_noise, of_x0 = moments(sampler, o, lambda x, t, x0: x0)
+    alpha, sigma = (table[::-1] for table in alpha_sigma(o))
+    mean = of_start * alpha[0] + of_x0
+    deviation = np.sqrt((of_start * sigma[0]) ** 2 + (of_noise**2).sum(1))
+    last = -1 if sampler == "ddpm" else None  # which adds no noise, as all paths end clean
+    np.testing.assert_allclose(mean, alpha[1:], rtol=1e-12)
+    np.testing.assert_allclose(deviation[:last], sigma[1:][:last], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("round_path", [False, True])
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_order_of_the_variance(sampler, round_path):
+    def error(num_steps):
+        o = Points(num_steps, round_path)
+
+        def model_fn(x, t, _):  # of data with a deviation of 1/2
+            trig = jnp.cos(t[0] * jnp.pi / 2), jnp.sin(t[0] * jnp.pi / 2)
+            alpha, sigma = trig if round_path else (1 - t[0], t[0])
+            return x * alpha / 4 / (alpha**2 / 4 + sigma**2)
+
+        of_start, of_noise, _ = (found[-1] for found in moments(sampler, o, model_fn))
+        alpha, sigma = alpha_sigma(o)
+        variances = alpha**2 / 4 + sigma**2
+        return abs(of_start**2 * variances[-1] + (of_noise**2).sum() - variances[0])
+
+    with jax.enable_x64(True):
+        slope = np.log2(error(400) / error(800))
+    print(f"{sampler}: the variance is of order {slope:.2f}")
+    assert abs(slope - STOCHASTIC[sampler]) < 0.2
+
+
+def test_every_solver_is_tested():
+    assert set(SOLVERS) <= {*ORDERS, *STOCHASTIC, "jump"}
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("num_steps", [1, 2, 10, 50, 999, 1000])
+def test_timesteps_are_whole_apart_and_start_with_noise(spacing, num_steps):
+    schedule = make_schedule()
+    kept = spaced_timesteps(spacing, num_steps, schedule.alphas_cumprod)
+    assert kept.dtype == np.int64
+    assert len(kept) == num_steps
+    assert (np.diff(kept) > 0).all()
+    assert kept[0] >= 0
+    assert kept[-1] == (0 if spacing == "linear" and num_steps == 1 else 999)
+    times = continuous_times(spacing, num_steps)
+    assert (times[0], times[-1], len(times)) == (0, 1, num_steps + 1)
+    assert (np.diff(times) > 0).all()
+
+
+def test_spacings_are_even_in_what_they_say():
+    alphas_cumprod = make_schedule().alphas_cumprod
+    ratio = np.sqrt(1 / alphas_cumprod - 1)
+
+    def points(spacing):
+        return spaced_timesteps(spacing, 11, alphas_cumprod)
+
+    assert points("linear").tolist() == [round(99.9 * k) for k in range(11)]
+    assert points("trailing").tolist() == [round(1000 * k / 11) - 1 for k in range(1, 12)]
+    np.testing.assert_allclose(np.diff(np.sqrt(points("quadratic"))), 999**0.5 / 10, atol=0.3)
+    for spacing, even in (("log_snr", np.log), ("karras", lambda r: r ** (1 / 7))):
+        steps = np.diff(even(ratio[points(spacing)]))[2:]  # cleanest timesteps are few
+        np.testing.assert_allclose(steps, steps.mean(), rtol=0.1)
+        times = continuous_times(spacing, 11)[1:-1]
+        steps = np.diff(even(times / (1 - times)))
+        np.testing.assert_allclose(steps, steps.mean())
+
+
+def test_unknown_spacings_and_too_many_steps_are_refused():
+    options = {"objective": "noise", "noise_schedule": "linear", "diffusion_steps": 100}
+    for spacing, steps, message in (
+        ("even", 10, "spacing='even' is unknown: use one of linear, quadratic"),
+        ("karras", 101, "cannot keep 101"),
+        ("linear", 101, "cannot keep 101"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            create_objective(options, learn_sigma=True, num_steps=steps, spacing=spacing)
+    with pytest.raises(UsageError, match="spacing='even' is unknown"):
+        continuous_times("even", 10)
+
+
+def scales_of(steps=10, **options):
+    o = LinearPath(steps)  # sigma / alpha is t / (1 - t)
+    return SamplingOptions(cfg_scale=3.0, **options).scales(o)
+
+
+def test_scales_of_guidance():
+    assert scales_of().tolist()[1:] == [3.0] * 10
+    low, high = 0.3 / 0.7 * 1.0001, 0.7 / 0.3 * 1.0001
+    inside = scales_of(cfg_interval=f"{low}:{high}")
+    assert [k for k, scale in enumerate(inside) if scale != 1] == [4, 5, 6, 7]
+    rising = scales_of(cfg_schedule="linear")
+    np.testing.assert_allclose(rising[1:], np.linspace(3, 1, 10))
+    middle = scales_of(11, cfg_schedule="cosine")
+    np.testing.assert_allclose(middle[[1, 6, 11]], [3, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cfg_interval": "3"}, "cfg_interval='3' must be LOW:HIGH"),
+        ({"cfg_interval": "5:1"}, "cfg_interval='5:1' must be LOW:HIGH"),
+        ({"cfg_interval": "a:b"}, "must be LOW:HIGH"),
+        ({"cfg_interval": "nan:1"}, "must be LOW:HIGH"),
+        ({"cfg_schedule": "step"}, "cfg_schedule='step' is unknown: use one of constant"),
+        ({"cfg_rescale": 1.5}, "cfg_rescale=1.5 must be from 0 to 1"),
+        ({"cfg_interval": "0.01:0.02"}, "holds none of the 10 noise levels of the steps, 0.111 to"),
+    ],
+)
+def test_wrong_guidance_is_refused(options, message):
+    with pytest.raises(UsageError, match=f"^sampling.*{message}"):
+        scales_of(**options)
+
+
+def test_guidance_where_the_scale_is_one_runs_on_half():
+    rows = []
+
+    def model_fn(x, t, y):
+        jax.debug.callback(lambda: rows.append(len(x)))
+        return jnp.concatenate([jnp.sin(x) * y[:, None], x], axis=-1)
+
+    x, y, null = jnp.linspace(-1, 1, 8).reshape(4, 2), jnp.arange(1.0, 5.0), jnp.zeros(1)
+    t = jnp.ones(4)
+    fn = guided_model_fn(model_fn, y, null, jnp.array(2.0), 2, "all", always=False)
+    always = guided_model_fn(model_fn, y, null, 2.0, 2, "all")
+    found = [jax.jit(fn)(x, t, scale) for scale in (jnp.array(1.0), jnp.array(2.0))]
+    jax.effects_barrier()
+    assert rows == [4, 8]
+    np.testing.assert_array_equal(found[0], model_fn(x, t, y))
+    np.testing.assert_allclose(found[1], always(x, t), rtol=1e-6)
+
+
+def test_rescaled_guidance_and_autoguidance():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 2)))
+    t, y, null = jnp.ones(3), jnp.arange(1.0, 4.0), jnp.zeros(1)
+
+    def model_fn(x, t, y):
+        return jnp.concatenate([x * y[:, None, None, None] + 1, x], axis=-1)
+
+    given = model_fn, y, null, 4.0, 2, "all"
+    plain, full = (guided_model_fn(*given, rescale=r)(x, t) for r in (0.0, 1.0))
+    cond = model_fn(x, t, y)
+    axes = (1, 2, 3)
+    np.testing.assert_allclose(full[..., :2].std(axes), cond[..., :2].std(axes), rtol=1e-5)
+    assert (plain[..., :2].std(axes) > 2 * full[..., :2].std(axes)).all()
+    np.testing.assert_array_equal(full[..., 2:], cond[..., 2:])
+    weak = guided_model_fn(*given, weak_fn=lambda x, t: 0.5 * x)(x, t)
+    expected = 0.5 * x + 4 * (cond[..., :2] - 0.5 * x)
+    np.testing.assert_allclose(weak[..., :2], expected, rtol=1e-5)
+    np.testing.assert_array_equal(weak[..., 2:], cond[..., 2:])
