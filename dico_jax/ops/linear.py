@@ -1,9 +1,10 @@
 """Linear layers over channels, with gradients of biases and gates summed in float32 or better."""
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-from dico_jax.ops.cpu import apart, with_sums
+from dico_jax.ops.cpu import apart, steady, with_sums
 from dico_jax.ops.plain import Operation, widened
 from dico_jax.ops.pointwise import gelu, multiply_vector, times_slope, times_slope_by_quotient
 
@@ -11,7 +12,7 @@ from dico_jax.ops.pointwise import gelu, multiply_vector, times_slope, times_slo
 @Operation
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """The product x @ kernel + bias of x (N, ..., C), kernel (C, D) and bias (D,): (N, ..., D)."""
-    return x @ kernel + bias
+    return steady(jnp.matmul, x, kernel) + bias
 
 
 # Not `linear` itself forward, which would hide the product from a policy of what is kept.
@@ -27,7 +28,7 @@ def _linear_bwd(residuals, dy):
 @Operation
 def gated_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, gate: jax.Array) -> jax.Array:
     """`linear`, its results times a vector (N, D) per example."""
-    return multiply_vector.plain(x @ kernel + bias, gate)
+    return multiply_vector.plain(steady(jnp.matmul, x, kernel) + bias, gate)
 
 
 def _gated_linear_fwd(x, kernel, bias, gate):
@@ -56,7 +57,7 @@ def _gate_sums(sums, dy, product):
 @Operation
 def linear_gelu(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """The exact GELU of `linear`."""
-    return gelu(x @ kernel + bias)
+    return gelu(steady(jnp.matmul, x, kernel) + bias)
 
 
 def _biased_gelu(product, bias):
