@@ -244,6 +244,8 @@ def test_sample_keeps_what_is_finite(workdir, tmp_path):
         (["--ckpt=/no/such/folder"], ["--ckpt=/no/such/folder", "no such folder"]),
         (["--ckpt=tests"], ["--ckpt=tests holds no checkpoint"]),
         (["--weights=raw"], ["weights", "raw"]),
+        (["--per_class=2"], ["--per_class and --num_images: give one"]),
+        (["--out="], ["--out= is empty"]),
     ],
 )
 def test_sample_refuses(workdir, tmp_path, args, parts):
@@ -251,6 +253,29 @@ def test_sample_refuses(workdir, tmp_path, args, parts):
     done = call("dico_jax.sample", f"--ckpt={workdir}", f"--out={out}", "--num_images=2", *args)
     assert_refused(done, *parts)
     assert not list(out.glob("*.png"))
+
+
+def test_sample_makes_some_of_every_class(workdir, tmp_path):
+    args = [f"--ckpt={workdir}", f"--out={tmp_path}", "--classes=3,#1", "--per_class=2"]
+    done = call("dico_jax.sample", *args, f"--npz={tmp_path / 'x.npz'}", "--cfg_scale=0.5")
+    assert done.returncode == 0, done.stderr
+    assert "warning: --cfg_scale=0.5 is below 1" in done.stderr
+    assert "4 images and grid.png" in done.stdout
+    with np.load(tmp_path / "x.npz") as arrays:
+        np.testing.assert_array_equal(arrays["arr_1"], [3, 3, 1, 1])
+    args[-1] = "--per_class=3"
+    assert_refused(call("dico_jax.sample", *args), "per_class was 2, is 3")
+    args[-2] = "--classes=random"
+    assert_refused(call("dico_jax.sample", *args), "--per_class=3 is for --classes that are named")
+    assert_refused(call("dico_jax.sample", args[0]), "--out is missing: name a folder")
+
+
+def test_sample_lists_classes(workdir):
+    done = call("dico_jax.sample", f"--ckpt={workdir}", "--list_classes")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [str(k) for k in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5)] + [
+        str(k) for k in (6, 6, 7, 7, 8, 8, 9, 9)
+    ]
 
 
 def test_sample_refuses_to_mix_with_images_of_unknown_origin(workdir, tmp_path):

@@ -178,11 +178,12 @@ class Denoiser(nn.Module):
         return [""] * len(jax.tree.leaves(conditions)[0])
 
     def parse_conditions(
-        self, asked: Any, num_images: int, seed: int, class_names: Sequence[str] = ()
+        self, asked: Any, num_images: int | None, seed: int, class_names: Sequence[str] = ()
     ) -> Condition:
         """The conditions of all images, (num_images, ...), that the flag `asked_by` asks for.
 
         `asked` is the text of --classes or a list of classes, or the list of texts of --prompts.
+        Where `num_images` is None there is one of each that is asked for.
         """
         raise UsageError("--classes", asked, f": {type(self).__name__} has no parse_conditions")
 
@@ -275,7 +276,8 @@ class ClassConditional(Denoiser):
         numbers: Iterable[int] = range(self.num_classes)
         if asked != "all":
             numbers = ClassNames(self.num_classes, class_names).numbers(asked)
-        return {"label": np.resize(np.array([*numbers], np.int32), num_images)}
+        labels = np.array([*numbers], np.int32)
+        return {"label": labels if num_images is None else np.resize(labels, num_images)}
 
     def class_labels(self, conditions):
         return np.asarray(self.as_condition(conditions)["label"], np.int64)

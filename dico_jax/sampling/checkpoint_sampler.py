@@ -62,6 +62,7 @@ class CheckpointSampler:
         overrides=None,
         vae=None,
         text_encoder=None,
+        mesh=None,
     ):
         """Loads the weights.
 
@@ -75,6 +76,7 @@ class CheckpointSampler:
           overrides: fields of `config.sampling` to change.
           vae: in place of the config's autoencoder: a file of weights, or "preview".
           text_encoder: in place of the config's, where CLIP is.
+          mesh: of the devices that share the images; all if None.
         """
         saved = SavedWeights(ckpt, None if ema_width is not None else step)
         config = ConfigDict(saved.config)
@@ -87,7 +89,8 @@ class CheckpointSampler:
             was, now = f"{saved.text_digest:.12}", texts.digest[:12]
             fix = f"is another encoder ({now}) than that of the training ({was})"
             raise UsageError("--text_encoder", config.text.path, f"{fix}: give that one")
-        self.class_names, self._config, self._mesh = saved.class_names, config, create_mesh()
+        self.class_names, self._config = saved.class_names, config
+        self._mesh = mesh or create_mesh()
         self.set_guidance(config.sampling.cfg_scale)
         sharding = replicated(self._mesh)
         if ema_width is None:
@@ -132,8 +135,11 @@ class CheckpointSampler:
             told = asked | {"prompts_digest": hashlib.sha256(texts.encode()).hexdigest()}
         return json.loads(json.dumps(self.settings | {"sampling": sampling} | told))
 
-    def conditions(self, num_images: int, **asked: str) -> Any:
-        """The conditions of all images: `classes` or `prompts`, see `Denoiser.parse_conditions`."""
+    def conditions(self, num_images: int | None, **asked: str) -> Any:
+        """The conditions of all images: `classes` or `prompts`, see `Denoiser.parse_conditions`.
+
+        One of each that is asked for where `num_images` is None.
+        """
         model, name = self.experiment.model, self._config.model.name
         for flag, value in asked.items():
             if flag != model.asked_by:

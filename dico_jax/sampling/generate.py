@@ -4,6 +4,7 @@ Image i of a seed is the same whatever the batch size, the devices, or an interr
 noise follows from (seed, i).
 """
 
+import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -127,12 +128,21 @@ def generate_batches(
     """
     count = max(1, len(jax.tree.leaves(conditions)[0]))
     size = -(-min(batch_size, count) // num_devices) * num_devices
+    ahead = collections.deque[tuple[np.ndarray, Any]]()  # batches that the devices work at
     for first in range(0, len(indices), size):
         part = np.asarray(indices[first : first + size], np.int32)
         padded = np.pad(part, (0, size - len(part)), mode="edge")
         told = jax.tree.map(lambda leaf, rows=padded: leaf[rows], conditions)
-        images, finite = jax.device_get(generate(params, padded, told))
-        yield part, images[: len(part)], finite[: len(part)]
+        ahead.append((part, generate(params, padded, told)))
+        if len(ahead) > 1:
+            yield _finished(*ahead.popleft())
+    if ahead:
+        yield _finished(*ahead.popleft())
+
+
+def _finished(part: np.ndarray, made: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    images, finite = jax.device_get(made)
+    return part, images[: len(part)], finite[: len(part)]
 
 
 def check_finite(bad: Sequence[int] | np.ndarray, count: int) -> None:

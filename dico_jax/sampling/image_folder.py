@@ -1,81 +1,160 @@
 """Images of a checkpoint, into a folder."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
 import pathlib
 import re
 import zipfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
 from dico_jax.config import flatten
 from dico_jax.errors import UsageError
 from dico_jax.files import library_versions, new_file, result_path, write_json
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from dico_jax.sampling.generate import check_finite
-from dico_jax.sampling.grids import SIDE, captioned_grid, image_grid, is_png, load_png, save_png
+from dico_jax.sampling.grids import image_grid, is_png, load_png, save_png
 
 # What lies in a folder of samples, and may lie there besides.
 _OURS = re.compile(r"\d{6,}\.png|grid\.png|sampling\.json|prompts\.txt|.*\.npz|\..*")
+_IN_GRID = 400  # most images in grid.png
+_MADE, _BAD = 1, 2  # what this call has done about an image
 
 
 def save(
-    sampler: CheckpointSampler, out: str, *, num_images: int, npz: str | None = None, **asked: str
-) -> None:
+    sampler: CheckpointSampler,
+    out: str,
+    *,
+    num_images: int | None = None,
+    per_class: int | None = None,
+    npz: str | None = None,
+    **asked: str,
+) -> int:
     """Writes OUT/000000.png and on, grid.png and sampling.json (how they were made).
 
     Whole images that an earlier call with the same weights and settings left are kept; with
-    others it is refused. `npz` also gets all images, arr_0 (uint8 NHWC), and labels, arr_1.
-    NotFiniteError, once the others are there, for images that are not finite.
+    others it is refused. NotFiniteError, once the others are there, for images that are not finite.
+    Of several processes each makes and writes a share, and the first one all other files.
+
+    Args:
+      sampler: of the checkpoint; its mesh is of devices of this process.
+      out: the folder, which all processes share.
+      num_images: of all that is asked for, in turn; `CheckpointSampler.default_number` if None.
+      per_class: in its place, how many of every class that is asked for, class by class.
+      npz: file that also gets all images, arr_0 (uint8 NHWC), and labels, arr_1.
+      **asked: `classes` or `prompts`, see `CheckpointSampler.conditions`.
+
+    Returns:
+      the number of images.
     """
-    conditions, folder = sampler.conditions(num_images, **asked), pathlib.Path(out)
-    known = _claim_folder(folder, sampler.about(**asked))
+    settings = sampler.about(**asked)
+    if per_class is None:
+        num_images = num_images or sampler.default_number(**asked)
+        conditions = sampler.conditions(num_images, **asked)
+    else:
+        conditions = jax.tree.map(
+            lambda leaf: leaf.repeat(per_class, axis=0), sampler.conditions(None, **asked)
+        )
+        num_images = len(jax.tree.leaves(conditions)[0])
+        settings["per_class"] = per_class
+    folder, process = pathlib.Path(out), jax.process_index()
+    known = process == 0 and _claim_folder(folder, settings)
+    known = bool(multihost_utils.broadcast_one_to_all(np.asarray(known)))
     files = [folder / f"{i:06d}.png" for i in range(num_images)]
-    lacking = [i for i, file in enumerate(files) if not (known and is_png(file))]
-    done, bad = num_images - len(lacking), []
-    with tqdm.tqdm(total=num_images, initial=done, unit="image", dynamic_ncols=True) as bar:
+    mine = range(process, num_images, jax.process_count())
+    state = np.zeros(num_images, np.uint8)  # of each image
+    lacking = [i for i in mine if not (known and is_png(files[i]))]
+    with (
+        tqdm.tqdm(total=len(mine), initial=len(mine) - len(lacking), **_bar()) as bar,
+        _threads() as pool,
+    ):
+        before: list[concurrent.futures.Future[None]] = []
         for part, images, finite in sampler.batches(conditions, lacking):
-            for i in np.flatnonzero(finite):
-                with new_file(files[part[i]], survives=False) as stream:
-                    save_png(stream, images[i])
-            bad += part[~finite].tolist()
+            state[part] = np.where(finite, _MADE, _BAD)
+            good = np.flatnonzero(finite)
+            after = [pool.submit(_write, files[part[i]], images[i]) for i in good]
+            for write in before:  # this batch was made meanwhile
+                write.result()
+            before = after
             bar.update(len(part))
             if not finite.any():  # nor will those to come be, most likely
                 break
-    check_finite(bad, bar.n - done)
+        for write in before:
+            write.result()
+    state = multihost_utils.process_allgather(state).reshape(-1, num_images).max(axis=0)
+    check_finite(np.flatnonzero(state == _BAD).tolist(), int(np.count_nonzero(state)))
+    if process == 0:
+        _finish(sampler, folder, files, conditions, npz, **asked)
+    return num_images
+
+
+def _bar() -> dict[str, Any]:
+    """How progress is shown, by the first process."""
+    processes = jax.process_count()
+    said = f"process 0 of {processes}" if processes > 1 else None
+    return {
+        "desc": said,
+        "disable": jax.process_index() > 0,
+        "unit": "image",
+        "dynamic_ncols": True,
+    }
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[concurrent.futures.Executor]:
+    """Threads for PNG files; what they have not begun when the block fails is not done."""
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _write(file: pathlib.Path, image: np.ndarray) -> None:
+    with new_file(file, survives=False) as stream:
+        save_png(stream, image)
+
+
+def _finish(
+    sampler: CheckpointSampler, folder: pathlib.Path, files: list[pathlib.Path], conditions: Any,
+    npz: str | None, **asked: str,
+) -> None:  # fmt: skip
+    """Writes what is of all images."""
     model = sampler.experiment.model
     if "prompts" not in asked:
         names = model.describe_conditions(conditions, sampler.class_names)
         arrays = model.named_arrays(conditions)
     else:
-        names = sampler.texts(num_images, asked["prompts"])
+        names = sampler.texts(len(files), asked["prompts"])
         arrays = {"prompts": np.array(names)}
         with new_file(folder / "prompts.txt") as stream:  # one a line, as the images
             stream.write("".join(f"{line}\n" for line in names).encode())
+    leaves = jax.tree.leaves(conditions)
+    told = zip(*([row.tobytes() for row in leaf] for leaf in leaves), strict=True)
     with new_file(folder / "grid.png") as stream:
-        save_png(stream, _grid(sampler, files, conditions, names))
+        save_png(stream, _grid(files, names if "prompts" in asked else told, names))
     if npz is not None:
         _write_npz(npz, files, arrays)
 
 
-def _grid(
-    sampler: CheckpointSampler, files: list[pathlib.Path], conditions: Any, names: list[str]
-) -> np.ndarray:
-    """The first conditions with the first images of each, and their names."""
-    images: dict[Any, list[int]] = {}
-    leaves, under = jax.tree.leaves(conditions), sampler.experiment.model.asked_by == "prompts"
-    for i in range(len(files)):
-        key = names[i] if under else tuple(leaf[i].tobytes() for leaf in leaves)
-        images.setdefault(key, []).append(i)
-    picked = [indices[:SIDE] for indices in images.values()]
-    picked = picked[: SIDE * max(1, SIDE // max(map(len, picked))) if under else SIDE]
-    rows = [np.stack([load_png(files[i]) for i in indices]) for indices in picked]
-    labels = [names[indices[0]] for indices in picked]
-    return (captioned_grid if under else image_grid)(rows, labels)
+def _grid(files: list[pathlib.Path], of: Iterable[Any], names: list[str]) -> np.ndarray:
+    """All images, or the first of each of those that `of` calls the same, with their names."""
+    groups: dict[Any, list[int]] = {}
+    for i, key in enumerate(of):
+        groups.setdefault(key, []).append(i)
+    each = len(files) if len(files) <= _IN_GRID else max(1, _IN_GRID // len(groups))
+    picked = [indices[:each] for indices in groups.values()][:_IN_GRID]
+    shown = sum(map(len, picked))
+    title = f"{shown:,} of {len(files):,} images" if shown < len(files) else ""
+    images = [np.stack([load_png(files[i]) for i in indices]) for indices in picked]
+    return image_grid(images, [names[indices[0]] for indices in picked], title)
 
 
 def check_outputs(out: str, npz: str | None, overwrite: bool) -> None:
