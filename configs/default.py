@@ -11,7 +11,8 @@ from ml_collections import config_dict
 # Numbers are finite and from 0 on, whole ones up to 2**31 - 1, but for these fields: by the lowest
 # and the highest number. None where a number has to fit something, which is said where it does not.
 RANGES = {
-    (0, 1): "data.max_bad_fraction optimizer.min_learning_rate_ratio sampling.ddim_eta",
+    (0, 1): "data.max_bad_fraction optimizer.min_learning_rate_ratio sampling.ddim_eta "
+    "sampling.cfg_rescale",
     (0, math.nextafter(1, 0)): "optimizer.b1 optimizer.b2 training.ema_decay "
     "model.class_dropout_prob model.text_dropout_prob",
     (0, 255): "data.num_workers",
@@ -279,16 +280,28 @@ def get_config():
     config.training.compilation_cache = "default"
 
     config.sampling = config_dict.ConfigDict()
-    # "ddpm" (ancestral) or "ddim".
+    # "ddpm" (ancestral) and "ddim"; "dpmpp_2m" (also called "dpmpp"), "dpmpp_3m", "unipc_2" and
+    # "unipc_3" for 10 to 30 steps; "dpmpp_2m_sde"; "euler", "heun" (two evaluations a step) and,
+    # with noise, "euler_maruyama". docs/sampling.md compares them.
     config.sampling.sampler = "ddpm"
     # Sampling steps, respaced from diffusion.diffusion_steps.
     config.sampling.num_steps = 250
+    # Where on the path they are: "linear" (the published one), "quadratic", "trailing", "log_snr"
+    # or "karras".
+    config.sampling.spacing = "linear"
     # 0 for deterministic DDIM, 1 for as much noise as DDPM.
     config.sampling.ddim_eta = 0.0
     # Classifier-free guidance scale; 1 for none.
     config.sampling.cfg_scale = 1.4
     # Which noise channels are guided: "first_three" (as the released code does) or "all".
     config.sampling.cfg_channels = "first_three"
+    # Guide only between two noise levels (sigma / alpha), such as "0.3:5"; "" for all.
+    config.sampling.cfg_interval = ""
+    # How the scale goes from the first step to the last: "constant", or from 1 to cfg_scale in a
+    # "linear" or "cosine" way.
+    config.sampling.cfg_schedule = "constant"
+    # How much of the deviation that guidance adds is taken back: 0 none, 1 all.
+    config.sampling.cfg_rescale = 0.0
     config.sampling.batch_size = 64
     # A grid of samples of the averaged weights is saved this often (0: never), with this many rows
     # (classes) and columns.

@@ -16,6 +16,8 @@ from dico_jax.data.pictures import BadExample, PictureReader
 from dico_jax.data.pipeline import Reader, read_orientation
 from dico_jax.data.sources import Source, create_source
 from dico_jax.diffusion import Objective, SamplingOptions, create_objective
+from dico_jax.diffusion.solvers import find_solver
+from dico_jax.diffusion.spacing import check_spacing
 from dico_jax.errors import UsageError, within
 from dico_jax.models import create_model, find_model, model_options
 from dico_jax.models.denoiser import Denoiser
@@ -129,12 +131,16 @@ def sampling_from_config(config: ConfigDict) -> tuple[Objective, SamplingOptions
     with within("config."):
         chosen = (f.name for f in dataclasses.fields(SamplingOptions) if f.name != "seed")
         options = SamplingOptions(config.seed, **{name: sampling[name] for name in chosen})
+    with within("config.sampling."):
+        check_spacing(sampling.spacing)
+    how = {"num_steps": sampling.num_steps, "spacing": sampling.spacing}
     try:
-        process = create_objective(
-            config.diffusion, learn_sigma=config.model.learn_sigma, num_steps=sampling.num_steps
-        )
+        process = create_objective(config.diffusion, learn_sigma=config.model.learn_sigma, **how)
     except UsageError as error:
         raise UsageError("config.sampling.num_steps", sampling.num_steps, f": {error}") from error
+    with within("config."):
+        find_solver(options.sampler).check(process)
+        options.scales(process)
     return process, options
 
 

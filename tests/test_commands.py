@@ -229,7 +229,7 @@ def test_sample_keeps_what_is_finite(workdir, tmp_path):
         (["--classes=cat"], ["--classes=cat", "no class cat"]),
         (["--num_images=0"], ["num_images", "0"]),
         (["--num_images=4294967295"], ["num_images", "10000000"]),
-        (["--sampler=euler"], ["sampler='euler'", "ddpm, ddim"]),
+        (["--sampler=plms"], ["sampler='plms'", "ddpm, ddim"]),
         (["--steps=0"], ["--steps=0", "at least 1"]),
         (["--classes=random", "--seed=-1"], ["seed=-1"]),
         (["--cfg_scale=nan"], ["--cfg_scale=nan must be finite"]),

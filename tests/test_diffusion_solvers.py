@@ -224,7 +224,7 @@ def test_a_float64_model_does_not_break_a_float32_loop():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "euler"}, "sampler='euler' is unknown: use one of ddpm, ddim"),
+        ({"sampler": "plms"}, "sampler='plms' is unknown: use one of ddpm, ddim"),
         ({"eta": 0.5}, "eta=0.5 has no effect with Ddpm: use 0, or ddim"),
         ({"sampler": "ddim", "eta": 1.5}, "eta=1.5 must be from 0 .* to 1"),
         ({"sampler": "ddim", "eta": -1}, "eta=-1 must be from 0"),

@@ -88,7 +88,7 @@ class LinearPath(Objective):
     quartered = ("velocity",)
 
     @classmethod
-    def from_options(cls, options, *, learn_sigma, num_steps=None):
+    def from_options(cls, options, *, learn_sigma, num_steps=None, spacing="linear"):
         if learn_sigma:
             raise UsageError("learn_sigma", True, "is not for this objective: set it to False")
         return cls(num_steps or 1)

@@ -13,6 +13,7 @@ from dico_jax.diffusion.objectives import (
     OBJECTIVES, Diffusion, Estimate, Objective, create_diffusion, create_objective,
 )
 from dico_jax.diffusion.schedule import Schedule, beta_schedule, make_schedule, respaced_timesteps
-from dico_jax.diffusion.solvers import (
-    SOLVERS, Path, SamplingOptions, Solver, Trajectory, ddim_step, ddpm_step, sample_loop,
-)
+from dico_jax.diffusion.paths import Path, Solver, Trajectory
+from dico_jax.diffusion.solvers import SOLVERS, ddim_step, ddpm_step, sample_loop
+from dico_jax.diffusion.spacing import SPACINGS, continuous_times, spaced_timesteps
+from dico_jax.diffusion.options import CFG_SCHEDULES, SamplingOptions

@@ -54,10 +54,32 @@ def classifier_free_guidance(
     return jnp.concatenate([mixed, cond[..., guided:]], axis=-1)
 
 
+def rescaled(guided, cond, share: float) -> jax.Array:
+    """The guided prediction (N, ..., C) with a deviation nearer to that without guidance.
+
+    Each example is scaled to the deviation of `cond`, by a `share` from 0 (not at all) to 1 (arXiv
+    2305.08891, equations 15 and 16).
+    """
+    axes = tuple(range(1, guided.ndim))
+    ratio = jnp.std(cond, axes, keepdims=True) / jnp.std(guided, axes, keepdims=True)
+    return guided * (share * ratio + (1.0 - share))
+
+
 def guided_model_fn(
-    model_fn: Callable, condition, null, scale, num_channels: int, cfg_channels="first_three"
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    model_fn: Callable,
+    condition,
+    null,
+    scale,
+    num_channels: int,
+    cfg_channels="first_three",
+    *,
+    rescale: float = 0.0,
+    weak_fn: Callable | None = None,
+    always: bool = True,
+) -> Callable[..., jax.Array]:
     """A model of (x, t), (N, ..., C) and (N,), that is guided to the condition, for `sample_loop`.
+
+    It takes a scale as a third argument, in place of the one here.
 
     Args:
       model_fn: model_fn(x, t, condition) is the model's output.
@@ -67,21 +89,50 @@ def guided_model_fn(
         guidance; every other number, and every array (traced or not), on 2N.
       num_channels: C, the channels of the data.
       cfg_channels: a key of `CFG_CHANNELS`, see `classifier_free_guidance`.
+      rescale: see `rescaled`.
+      weak_fn: weak_fn(x, t), a weaker model, which the model is guided away from, in place of the
+        null condition (autoguidance, arXiv 2406.02507).
+      always: False looks at the scale at every step, and where it is 1 runs on N examples.
     """
     check_cfg_channels(cfg_channels)
+
+    def plain(x, t, _=None):
+        return model_fn(x, t, condition)
+
     if isinstance(scale, numbers.Number) and scale == 1:
-        return lambda x, t: model_fn(x, t, condition)
+        return plain
 
     def pair(a, n):
         return _interleave(a := jnp.asarray(a), jnp.broadcast_to(jnp.asarray(n, a.dtype), a.shape))
 
-    pairs, how = jax.tree.map(pair, condition, null), (scale, num_channels, cfg_channels)
+    pairs = None if weak_fn is not None else jax.tree.map(pair, condition, null)
 
-    def guided(x, t):
-        output = model_fn(_interleave(x, x), _interleave(t, t), pairs)
-        return classifier_free_guidance(output[0::2], output[1::2], *how)
+    def both(x, t):
+        if weak_fn is None:
+            output = model_fn(_interleave(x, x), _interleave(t, t), pairs)
+            return output[0::2], output[1::2]
+        cond = plain(x, t)
+        weak = weak_fn(x, t)[..., :num_channels]
+        return cond, jnp.concatenate([weak, cond[..., num_channels:]], axis=-1)
 
-    return guided
+    def guided(x, t, scale=scale):
+        cond, against = both(x, t)
+        mixed = classifier_free_guidance(cond, against, scale, num_channels, cfg_channels)
+        if not rescale:
+            return mixed
+        guided, variance = jnp.split(mixed, [num_channels], axis=-1)
+        guided = rescaled(guided, cond[..., :num_channels], rescale)
+        return jnp.concatenate([guided, variance], axis=-1)
+
+    def sometimes(x, t, scale=scale):
+        wide = as_float(x)[0].dtype  # of what guidance gives
+
+        def alone():
+            return plain(x, t).astype(wide)
+
+        return jax.lax.cond(scale == 1, alone, lambda: guided(x, t, scale).astype(wide))
+
+    return guided if always else sometimes
 
 
 def _interleave(a, b) -> jax.Array:

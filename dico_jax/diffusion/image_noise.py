@@ -10,14 +10,14 @@ from dico_jax.errors import UsageError
 from dico_jax.ops.plain import check_float64
 
 
-def image_keys(seed: int, indices: Sequence[int] | np.ndarray | jax.Array) -> jax.Array:
+def image_keys(seed: int | jax.Array, indices: Sequence[int] | np.ndarray | jax.Array) -> jax.Array:
     """One random key per image, of the seed and the image's index alone.
 
     Whatever batch and device an image falls into, its noise is the same. The generator is threefry,
     whatever `jax_default_prng_impl` says, since others do not promise that.
 
     Args:
-      seed: the seed of a set of images, 0 to 2**32 - 1.
+      seed: the seed of a set of images, 0 to 2**32 - 1; traced, uint32 ().
       indices: (N,) non-negative indices of images within the set.
 
     Returns:
@@ -27,7 +27,7 @@ def image_keys(seed: int, indices: Sequence[int] | np.ndarray | jax.Array) -> ja
     Raises:
       UsageError: a seed out of range, which JAX would cut to 32 bits without a word.
     """
-    if not 0 <= seed < 2**32:
+    if not isinstance(seed, jax.core.Tracer) and not 0 <= seed < 2**32:
         raise UsageError("seed", seed, f"must be from 0 to {2**32 - 1}")
     key = jax.random.key(seed, impl="threefry2x32")
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices, jnp.uint32))

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dico_jax.diffusion import gaussian
-from dico_jax.diffusion.schedule import Schedule, make_schedule
+from dico_jax.diffusion.schedule import Schedule, beta_schedule, make_schedule, schedule_of
+from dico_jax.diffusion.spacing import spaced_timesteps
 from dico_jax.errors import UsageError
 
 PREDICTIONS = ("noise", "x0")
@@ -45,12 +46,17 @@ class Objective(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def from_options(
-        cls, options: Mapping[str, Any], *, learn_sigma: bool, num_steps: int | None = None
+        cls,
+        options: Mapping[str, Any],
+        *,
+        learn_sigma: bool,
+        num_steps: int | None = None,
+        spacing: str = "linear",
     ) -> Self:
         """The objective of the fields of `config.diffusion`.
 
         `learn_sigma`: whether the network's output has a second half, for the variance;
-        `num_steps`: of sampling, None for training.
+        `num_steps`: of sampling, None for training; `spacing`: one of `SPACINGS`, of these.
         """
 
     @abc.abstractmethod
@@ -89,8 +95,11 @@ class Objective(abc.ABC):
         `clip_denoised` clips x_0 to [-1, 1] and takes the noise that fits it.
         """
 
-    def network_time(self, t) -> jax.Array:
-        """The times that the network is given for times t; DiCo and DiT are made for 0 to 999."""
+    def network_time(self, t, until=None) -> jax.Array:
+        """What the network is given for times t; DiCo and DiT are made for 0 to 999.
+
+        `until`: where a step ends, for networks that are told; None says nothing of it.
+        """
         return jnp.asarray(t)
 
     def velocity(self, estimate: Estimate, t) -> jax.Array:
@@ -139,10 +148,18 @@ class Diffusion(Objective):
 
     @classmethod
     def from_options(
-        cls, options: Mapping[str, Any], *, learn_sigma: bool, num_steps: int | None = None
+        cls,
+        options: Mapping[str, Any],
+        *,
+        learn_sigma: bool,
+        num_steps: int | None = None,
+        spacing: str = "linear",
     ) -> Self:
-        name, steps = options["noise_schedule"], options["diffusion_steps"]
-        schedule = make_schedule(name, steps, "" if num_steps is None else num_steps)
+        betas = beta_schedule(options["noise_schedule"], options["diffusion_steps"])
+        kept = np.arange(len(betas))
+        if num_steps is not None:
+            kept = spaced_timesteps(spacing, num_steps, np.cumprod(1.0 - betas))
+        schedule = schedule_of(betas, kept)
         return cls(schedule, variance="learned_range" if learn_sigma else "fixed_large")
 
     @property
@@ -179,7 +196,7 @@ class Diffusion(Objective):
         x0 = gaussian.p_mean_variance(self, output, x, t, clip_denoised).pred_x0
         return Estimate(x0, gaussian.noise_from_x0(self, x, t, x0))
 
-    def network_time(self, t) -> jax.Array:
+    def network_time(self, t, until=None) -> jax.Array:
         """The timesteps of the original process."""
         return gaussian.original_timesteps(self, t)
 
@@ -238,10 +255,15 @@ OBJECTIVES: dict[str, type[Objective]] = {"noise": Diffusion}
 
 
 def create_objective(
-    options: Mapping[str, Any], *, learn_sigma: bool, num_steps: int | None = None
+    options: Mapping[str, Any],
+    *,
+    learn_sigma: bool,
+    num_steps: int | None = None,
+    spacing: str = "linear",
 ) -> Objective:
     """The objective that `config.diffusion` names, see `Objective.from_options`."""
     name = options["objective"]
     if name not in OBJECTIVES:
         raise UsageError("objective", name, f"is unknown: use one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name].from_options(options, learn_sigma=learn_sigma, num_steps=num_steps)
+    how: dict[str, Any] = {"num_steps": num_steps, "spacing": spacing}
+    return OBJECTIVES[name].from_options(options, learn_sigma=learn_sigma, **how)

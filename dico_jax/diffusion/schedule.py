@@ -63,11 +63,18 @@ def make_schedule(
 ) -> Schedule:
     """The tables of `beta_schedule(noise_schedule, num_steps)` on the steps that respacing keeps.
 
-    The betas of the short process are recomputed from the kept alpha-bars (improved DDPM, arXiv
-    2102.09672, equation 19): its marginals are the original ones. See `respaced_timesteps`.
+    See `respaced_timesteps`.
     """
     betas = beta_schedule(noise_schedule, num_steps)
-    kept = respaced_timesteps(num_steps, respacing)
+    return schedule_of(betas, respaced_timesteps(num_steps, respacing))
+
+
+def schedule_of(betas: np.ndarray, kept: np.ndarray) -> Schedule:
+    """The tables of a process of `betas` on the timesteps that are kept, ascending.
+
+    The betas of the short process are recomputed from the kept alpha-bars (improved DDPM, arXiv
+    2102.09672, equation 19): its marginals are the original ones.
+    """
     alphas_cumprod = np.cumprod(1.0 - betas)[kept]
     betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
     alphas = 1.0 - betas

@@ -3,109 +3,18 @@
 A new solver is a class with a method `step`, like those below, and a row in `SOLVERS`.
 """
 
-import abc
-import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dico_jax.diffusion import multistep
 from dico_jax.diffusion.gaussian import as_float, p_mean_variance, spread, table_at
-from dico_jax.diffusion.guidance import check_cfg_channels
 from dico_jax.diffusion.objectives import Diffusion, Estimate, ModelFn, Objective
+from dico_jax.diffusion.paths import Path, Solver, Trajectory, alpha_sigma, check_eta
 from dico_jax.errors import UsageError
-
-
-class Trajectory(NamedTuple):
-    """What a step leads to; stacked, every step of a loop, first step first: (T, N, ..., C) each.
-
-    Attributes:
-      x: x after the step.
-      pred_x0: the x_0 that the step predicted.
-    """
-
-    x: jax.Array
-    pred_x0: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Path:
-    """What a solver sees: the points of an objective's path, and the network at any of them.
-
-    Points are numbered from 0, clean data, to T, noise: step i leads from point i + 1 to point i.
-
-    Attributes:
-      objective: what the network predicts, and the path.
-      model_fn: model_fn(x, times) is the network's output.
-      clip_denoised: clip the predicted x_0 to [-1, 1].
-    """
-
-    objective: Objective
-    model_fn: ModelFn
-    clip_denoised: bool = False
-
-    def output(self, x, point) -> jax.Array:
-        """What the network returns for x (N, ..., C) at a point ()."""
-        times = self.objective.network_time(_time(self.objective, point))
-        return self.model_fn(x, jnp.broadcast_to(times, x.shape[:1]))
-
-    def estimate(self, x, point) -> Estimate:
-        """The x_0 and noise that the network sees in x at a point ()."""
-        output, time = self.output(x, point), _time(self.objective, point)
-        return self.objective.estimate(output, x, time, self.clip_denoised)
-
-    def alpha_sigma(self, x, point) -> tuple[jax.Array, jax.Array]:
-        """The factors of x_0 and noise at a point, to multiply arrays like x with."""
-        alpha, sigma = _alpha_sigma(self.objective)
-        return table_at(alpha, point, x), table_at(sigma, point, x)
-
-
-def _time(objective: Objective, point) -> jax.Array:
-    return jnp.asarray(objective.times)[jnp.asarray(point)]
-
-
-def _alpha_sigma(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
-    """The factors of x_0 and noise at all points: (T + 1,) float64."""
-    alpha, sigma = objective.alpha_sigma(objective.times)
-    return np.asarray(alpha, np.float64), np.asarray(sigma, np.float64)
-
-
-@dataclasses.dataclass(frozen=True)
-class Solver(abc.ABC):
-    """A way from noise to data: `init`, then `step` T times, then `end`, over a carry of its own.
-
-    `eta` is how much fresh noise a step adds, for solvers that have it (`takes_eta`).
-    """
-
-    takes_eta: ClassVar[bool] = False
-    eta: float = 0.0
-
-    def __post_init__(self):
-        check_eta(self.eta, type(self))
-
-    @property
-    def draws_noise(self) -> bool:
-        """Whether steps add fresh noise."""
-        return False
-
-    def init(self, path: Path, x: jax.Array) -> Any:
-        """The carry at first, of x at point T: a tree of arrays; x alone by default."""
-        return x
-
-    @abc.abstractmethod
-    def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
-        """Step i, traced int32 () from T - 1 to 0, of the carry of the step before.
-
-        `path` calls the network, as often as one likes; noise is standard normal like x, or None
-        unless `draws_noise`. Returns the next carry, with the dtypes of this one, and x at point i
-        with the x_0 predicted.
-        """
-
-    def end(self, path: Path, carry: Any) -> jax.Array:
-        """The samples."""
-        return carry
 
 
 class Ddpm(Solver):
@@ -136,7 +45,79 @@ def _moved(carry: jax.Array, x: jax.Array, x0: jax.Array) -> tuple[jax.Array, Tr
     return (x := x.astype(carry.dtype)), Trajectory(x, x0)
 
 
-SOLVERS: dict[str, type[Solver]] = {"ddpm": Ddpm, "ddim": Ddim}
+class Euler(Ddim):
+    """Euler's method on the probability flow, dx = x_0 dalpha + noise dsigma: DDIM, no noise."""
+
+    takes_eta = False
+
+
+class Heun(Solver):
+    """Heun's method on the probability flow (EDM, arXiv 2206.00364, algorithm 1): two evaluations.
+
+    But for the step to clean data, which has one. It runs in x / alpha over sigma / alpha, as EDM
+    does; on paths that start without signal, such as those of flow matching, in x / (alpha + sigma)
+    over sigma / (alpha + sigma), which is the velocity over time.
+    """
+
+    def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
+        alpha, sigma = path.tables
+        straight = alpha[-1] == 0
+        scale = alpha + sigma if straight else alpha
+        before, after = (table_at(scale, k, carry) for k in (i + 1, i))
+        length = table_at(np.diff(sigma / scale), i, carry)
+
+        def slope(e: Estimate):
+            return e.noise - e.x0 if straight else e.noise
+
+        def moved(slope):
+            return after * (carry / before - length * slope)
+
+        first = path.estimate(carry, i + 1)
+        x = moved(slope(first))
+
+        def corrected():
+            return moved((slope(first) + slope(path.estimate(x, i))) / 2)
+
+        x = corrected() if sigma[0] > 0 else jax.lax.cond(i > 0, corrected, lambda: x)
+        return _moved(carry, x, first.x0)
+
+
+class EulerMaruyama(Solver):
+    """The Euler-Maruyama method on the reverse SDE of the straightened path; the last has no noise.
+
+    In y = x / (alpha + sigma) over t = sigma / (alpha + sigma), which flow matching has for x and
+    its time: dy = (v - s t) dt + sqrt(2 t) dw with velocity v and score s, backwards (SiT, arXiv
+    2401.08740, section 2.3; the noise is REPA's).
+    """
+
+    draws_noise = True
+
+    def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
+        alpha, sigma = path.tables
+        total = alpha + sigma
+        x0, old = path.estimate(carry, i + 1)
+        before, after = (table_at(total, k, carry) for k in (i + 1, i))
+        times = sigma / total
+        length = table_at(np.diff(times), i, carry)
+        fresh = table_at(np.sqrt(2 * times[1:] * np.diff(times)), i, carry)
+        mean = carry / before - length * (2 * old - x0)
+        x = after * (mean + fresh * noise)
+        return _moved(carry, x if sigma[0] > 0 else jnp.where(i > 0, x, x0), x0)
+
+
+SOLVERS: dict[str, type[Solver]] = {
+    "ddpm": Ddpm,
+    "ddim": Ddim,
+    "dpmpp": multistep.DpmSolver2M,
+    "dpmpp_2m": multistep.DpmSolver2M,
+    "dpmpp_3m": multistep.DpmSolver3M,
+    "dpmpp_2m_sde": multistep.DpmSolver2MSde,
+    "unipc_2": multistep.UniPC2,
+    "unipc_3": multistep.UniPC3,
+    "euler": Euler,
+    "heun": Heun,
+    "euler_maruyama": EulerMaruyama,
+}
 
 
 def ddpm_step(
@@ -173,22 +154,13 @@ def ddim_step(
     """
     check_eta(eta, Ddim)
     x, model_output = as_float(x, model_output)
-    time = _time(objective, jnp.asarray(i) + 1)
+    time = jnp.asarray(objective.times)[jnp.asarray(i) + 1]
     x0, old_noise = objective.estimate(model_output, x, time, clip_denoised)
-    alpha, sigma = (table[:-1] for table in _alpha_sigma(objective))
+    alpha, sigma = (table[:-1] for table in alpha_sigma(objective))
     fresh = eta * np.sqrt(objective.posterior_variance())
     direction = np.sqrt(sigma**2 - fresh**2) if eta else sigma
     mean = table_at(alpha, i, x) * x0 + table_at(direction, i, x) * old_noise
     return (mean if eta == 0 else _add_noise(mean, table_at(fresh, i, x), i, noise)), x0
-
-
-def check_eta(eta: float, solver: type[Solver], field: str = "eta") -> None:
-    """Raises UsageError unless eta is from 0 to 1, and 0 for solvers that take none."""
-    if eta != 0 and not solver.takes_eta:
-        takers = ", ".join(name for name, other in SOLVERS.items() if other.takes_eta)
-        raise UsageError(field, eta, f"has no effect with {solver.__name__}: use 0, or {takers}")
-    if not 0 <= eta <= 1:
-        raise UsageError(field, eta, "must be from 0 (deterministic) to 1 (as noisy as 'ddpm')")
 
 
 def _add_noise(mean: jax.Array, sigma: jax.Array, i, noise) -> jax.Array:
@@ -206,6 +178,7 @@ def sample_loop(
     sampler: str = "ddpm",
     eta: float = 0.0,
     clip_denoised: bool = False,
+    scales=None,
     return_trajectory: bool = False,
 ):
     """Samples by running every step of a solver in one compiled loop.
@@ -221,17 +194,20 @@ def sample_loop(
       sampler: a key of `SOLVERS`.
       eta: for "ddim", a Python number from 0 (deterministic) to 1.
       clip_denoised: clip the predicted x_0 to [-1, 1] (for pixels, not for latents).
+      scales: guidance scales at all points of the path, (T + 1,), clean data first; model_fn then
+        has that of the point, (), as a third argument.
       return_trajectory: return every step as well; takes T times the memory of x.
 
     Returns:
       The samples (N, ..., C), in float32 or better; with return_trajectory, samples and Trajectory.
     """
     solver = find_solver(sampler)(eta)
+    solver.check(objective)
     if solver.draws_noise and noise_fn is None:
         fix = "draws noise at every step: give a noise_fn, or use sampler='ddim' with eta=0"
         raise UsageError(f"sampler={sampler!r} with eta={eta} {fix}")
     draw = noise_fn if solver.draws_noise else None
-    path = Path(objective, model_fn, clip_denoised)
+    path = Path(objective, model_fn, clip_denoised, None if scales is None else jnp.asarray(scales))
 
     def body(carry, i):
         carry, point = solver.step(path, carry, i, None if draw is None else draw(i))
@@ -248,21 +224,3 @@ def find_solver(name: str, field: str = "sampler") -> type[Solver]:
     if name not in SOLVERS:
         raise UsageError(field, name, f"is unknown: use one of {', '.join(SOLVERS)}")
     return SOLVERS[name]
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How to sample: the seed, and fields of `config.sampling`; see configs/default.py."""
-
-    seed: int = 0
-    sampler: str = "ddpm"
-    ddim_eta: float = 0.0
-    cfg_scale: float = 1.0
-    cfg_channels: str = "first_three"
-
-    def __post_init__(self):
-        solver = find_solver(self.sampler, "sampling.sampler")
-        check_cfg_channels(self.cfg_channels, "sampling.cfg_channels")
-        check_eta(self.ddim_eta, solver, "sampling.ddim_eta")
-        if not 0 <= self.cfg_scale < np.inf:
-            raise UsageError("sampling.cfg_scale", self.cfg_scale, "must be at least 0 and finite")

@@ -5,6 +5,7 @@ noise follows from (seed, i).
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,55 +22,106 @@ from dico_jax.errors import TrainingStopped, UsageError
 from dico_jax.models.block_stacks import whole_where_used
 from dico_jax.parallel.mesh import batch_sharding, from_same, replicated
 
-GenerateFn = Callable[[Any, np.ndarray, Any], tuple[jax.Array, jax.Array]]
+GenerateFn = Callable[..., tuple[jax.Array, jax.Array]]  # of `make_generate_fn`
 
 
 class NotFiniteError(TrainingStopped):
     """Images, or a score of them, that are NaN or infinite, and are not shown as if they were."""
 
 
-def make_latents_fn(
-    model: Any, objective: Objective, latent_shape: tuple[int, int, int], options: SamplingOptions
-) -> Callable[[Any, jax.Array, Any], jax.Array]:
-    """The function (params, indices (N,), conditions) -> latents (N, H, W, C), to be jitted."""
-    if options.cfg_scale != 1.0 and model.null_condition(1) is None:
-        what = "needs a model that was trained to do without its condition"
-        fix = f"{what} (model.class_dropout_prob, of a text model.text_dropout_prob, above 0)"
-        fix += ": use sampling.cfg_scale=1"
-        raise UsageError("sampling.cfg_scale", options.cfg_scale, fix)
+def guided_steps(scales: np.ndarray) -> str:
+    """Of the guidance scales at all points: whether "all" steps, "some" or "none" have guidance."""
+    guided = np.asarray(scales)[1:] != 1  # no step starts at clean data
+    return "all" if guided.all() else "some" if guided.any() else "none"
 
-    def sample_latents(params, indices, conditions):
-        keys = diffusion.image_keys(options.seed, indices)
-        null = None if options.cfg_scale == 1.0 else model.null_condition(1)
+
+def make_latents_fn(
+    model: Any,
+    objective: Objective,
+    latent_shape: tuple[int, int, int],
+    options: SamplingOptions,
+    *,
+    guide: Any = None,
+    return_trajectory: bool = False,
+) -> Callable[..., Any]:
+    """The function (params, indices (N,), conditions) -> latents (N, H, W, C), to be jitted.
+
+    It also takes `seed` () and `scales` (T + 1,), see `SamplingOptions.scales`, in place of those
+    of the options, with `steps`, what `guided_steps` says of these; and `guide_params`, of `guide`,
+    a weaker network, which the samples are guided away from in place of the null condition. With
+    `return_trajectory` it gives the latents and the predicted x_0 of all steps, (T, N, H, W, C).
+    """
+    own = options.scales(objective)
+    check_guidance(model, guided_steps(own), options.cfg_scale, guide)
+
+    def sample_latents(
+        params, indices, conditions, seed=None, scales=None, steps=None, guide_params=None
+    ):
+        scales, steps = (own, guided_steps(own)) if scales is None else (scales, steps)
+        keys = diffusion.image_keys(options.seed if seed is None else seed, indices)
+        plain, weak_fn = steps == "none", None
+        if guide is not None and not plain:
+            told = guide.encode_condition(guide_params, conditions)
+            weak_fn = functools.partial(_apply, guide, guide_params, condition=told)
+        null = None if plain or guide is not None else model.null_condition(1)
         told, nothing = (None if c is None else model.encode_condition(params, c)
                          for c in (conditions, null))  # fmt: skip
         model_fn = diffusion.guided_model_fn(
-            lambda x, t, condition: model.apply({"params": params}, x, t, condition),
+            functools.partial(_apply, model, params),
             told,
             nothing,
-            options.cfg_scale,
+            1 if plain else scales,
             num_channels=latent_shape[-1],
             cfg_channels=options.cfg_channels,
+            rescale=options.cfg_rescale,
+            weak_fn=weak_fn,
+            always=steps == "all",
         )
-        return diffusion.sample_loop(
+        samples = diffusion.sample_loop(
             objective,
             model_fn,
             diffusion.initial_noise(keys, latent_shape),
             lambda i: diffusion.step_noise(keys, i, latent_shape),
             sampler=options.sampler,
             eta=options.ddim_eta,
+            scales=None if plain else scales,
+            return_trajectory=return_trajectory,
         )
+        return (samples[0], samples[1].pred_x0) if return_trajectory else samples
 
     return sample_latents
 
 
+def _apply(model: Any, params: Any, x, t, condition) -> jax.Array:
+    return model.apply({"params": params}, x, t, condition)
+
+
+def check_guidance(model: Any, steps: str, cfg_scale: float, guide: Any = None) -> None:
+    """Raises UsageError for guidance of a network that was never trained without its condition."""
+    if steps != "none" and guide is None and model.null_condition(1) is None:
+        what = "needs a model that was trained to do without its condition"
+        fix = f"{what} (model.class_dropout_prob, of a text model.text_dropout_prob, above 0)"
+        fix += ": use sampling.cfg_scale=1"
+        raise UsageError("sampling.cfg_scale", cfg_scale, fix)
+
+
 def make_generate_fn(
-    model, objective, autoencoder, latent_shape, options: SamplingOptions, mesh: Mesh, *, load=True
+    model,
+    objective,
+    autoencoder,
+    latent_shape,
+    options: SamplingOptions,
+    mesh: Mesh,
+    *,
+    load=True,
+    guide=None,
 ) -> GenerateFn:
     """The jitted function (params, indices (N,), conditions) -> images, and which are finite.
 
     Those are uint8 (N, H, W, C) and bool (N,). Conditions are a tree of arrays (N, ...), see
-    `Denoiser`. N must divide over the mesh, see `generate_batches`.
+    `Denoiser`. N must divide over the mesh, see `generate_batches`. It takes `seed` and `cfg_scale`
+    in place of the options' and compiles for neither, but once for a scale of 1 and once for all
+    others; and `guide_params`.
 
     Args:
       model: the network.
@@ -80,29 +132,37 @@ def make_generate_fn(
       mesh: images are split over it.
       load: reads the autoencoder's weights now; False leaves that, and what may be wrong with
         them, to the first images.
+      guide: a weaker network for autoguidance, see `make_latents_fn`.
     """
-    sample_latents = make_latents_fn(model, objective, latent_shape, options)
+    sample_latents = make_latents_fn(model, objective, latent_shape, options, guide=guide)
 
-    def generate(decoder_params, params, indices, conditions):
-        latents = sample_latents(params, indices, conditions)
+    def generate(decoder_params, params, guide_params, indices, conditions, seed, scales, steps):
+        how = seed, scales, steps, guide_params
+        latents = sample_latents(params, indices, conditions, *how)
         decoded = autoencoder.decode(decoder_params, latents)
         finite = [jnp.isfinite(x).all(axis=(1, 2, 3)) for x in (latents, decoded)]
         return to_uint8(decoded), finite[0] & finite[1]
 
     split, whole = batch_sharding(mesh), replicated(mesh)
     # The network's parameters stay as they lie: a run may share them among devices.
-    jitted = jax.jit(generate, in_shardings=(whole, None, split, split), out_shardings=whole)
+    lie = whole, None, None, split, split, whole, whole
+    jitted = jax.jit(generate, static_argnums=len(lie), in_shardings=lie, out_shardings=whole)
     # An argument and no constant: XLA would fold and copy 300 MB of constants.
     decoder_params = functools.cache(lambda: jax.device_put(autoencoder.params, whole))
     if load:
         decoder_params()
 
-    def call(params, indices, conditions):
+    def call(params, indices, conditions, *, seed=None, cfg_scale=None, guide_params=None):
+        changed = {"seed": seed, "cfg_scale": cfg_scale}
+        how = dataclasses.replace(options, **{k: v for k, v in changed.items() if v is not None})
+        scales = how.scales(objective)
+        check_guidance(model, guided_steps(scales), how.cfg_scale, guide)
         lie = jax.tree.map(lambda leaf: getattr(leaf, "sharding", whole), params)
         params = whole_where_used(params, model, lie)
         given = indices, model.from_read(model.as_condition(conditions))
         given = jax.tree.map(lambda leaf: from_same(leaf, split), given)
-        return jitted(decoder_params(), params, *given)
+        own = np.uint32(how.seed), np.float32(scales)
+        return jitted(decoder_params(), params, guide_params, *given, *own, guided_steps(scales))
 
     return call
 
