@@ -29,6 +29,12 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time [config
 _NPZ = flags.DEFINE_string(
     "npz", None, "Also write arr_0 (uint8 NHWC) and arr_1 (labels) here, as ADM's evaluator reads."
 )
+_SAVE_LATENTS = flags.DEFINE_bool(
+    "save_latents", False, "Also write latents.npy, what the network makes: float32 (N, H, W, C)."
+)
+_TRAJECTORY = flags.DEFINE_bool(
+    "trajectory", False, "Also write trajectory.gif and trajectory.png: how the first images arise."
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the file of --npz.")
 _JOIN = cli.define_distributed_flags()
 for _module in (cli, sampler_flags):
@@ -62,14 +68,15 @@ def main() -> None:
     with Heartbeat(lambda: "the same command goes on with the images that are missing"):
         how: Any = sampler_flags.sampler_arguments(_BATCH_SIZE.value)
         mesh = create_mesh(jax.local_devices())  # each process makes images of its own
-        sampler = CheckpointSampler(_CKPT.value, **how, mesh=mesh)
+        sampler = CheckpointSampler(_CKPT.value, **how, mesh=mesh, with_latents=_SAVE_LATENTS.value)
         is_first = jax.process_index() == 0
         scale = sampler.about()["sampling"]["cfg_scale"]
         if scale < 1 and is_first:
             said = "leads away from what is asked for; 1 is without guidance"
             print(f"warning: --cfg_scale={scale} is below 1: it {said}", file=sys.stderr)
-        how = {"num_images": _NUM_IMAGES.value, "per_class": _PER_CLASS.value}
-        count = image_folder.save(sampler, _OUT.value, npz=_NPZ.value, **how, **asked)
+        how = {"npz": _NPZ.value, "trajectory": _TRAJECTORY.value}
+        how |= {"num_images": _NUM_IMAGES.value, "per_class": _PER_CLASS.value}
+        count = image_folder.save(sampler, _OUT.value, **how, **asked)
         if is_first:
             print(f"{count} images and grid.png are in {_OUT.value}")
 

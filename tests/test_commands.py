@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dico_jax.autoencoders import to_uint8
 from dico_jax.errors import UsageError
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from dico_jax.sampling.generate import NotFiniteError
@@ -268,6 +269,24 @@ def test_sample_makes_some_of_every_class(workdir, tmp_path):
     args[-2] = "--classes=random"
     assert_refused(call("dico_jax.sample", *args), "--per_class=3 is for --classes that are named")
     assert_refused(call("dico_jax.sample", args[0]), "--out is missing: name a folder")
+
+
+def test_sample_shows_how_images_arise(workdir, tmp_path):
+    options = {"overrides": {"num_steps": 4, "cfg_scale": 2.0}, "with_latents": True}
+    sampler = CheckpointSampler(str(workdir), **options)
+    assert save(sampler, str(tmp_path), num_images=3, classes="3,1", trajectory=True) == 3
+    images = np.stack([load_png(tmp_path / f"{i:06d}.png") for i in range(3)])
+    latents = np.load(tmp_path / "latents.npy")
+    assert np.abs(to_uint8(latents).astype(int) - images).max() <= 1
+    predicted, steps = sampler.trajectory(sampler.conditions(3, classes="3,1"), 3)
+    assert (predicted.shape, steps.tolist()) == ((3, 3, 8, 8, 1), [1, 3, 4])
+    assert np.abs(predicted[-1].astype(int) - images).max() <= 1  # the last step adds no noise
+    with (
+        Image.open(tmp_path / "trajectory.gif") as film,
+        Image.open(tmp_path / "trajectory.png") as sheet,
+    ):
+        assert film.n_frames == 4
+        assert sheet.size[0] == 4 * (64 + 2) + 2
 
 
 def test_sample_lists_classes(workdir):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dico_jax.autoencoders import WAYS_OUT
+from dico_jax.autoencoders import WAYS_OUT, to_uint8
 from dico_jax.checkpoints.averages import rebuilt_ema, snapshot_steps, weights_digest
 from dico_jax.checkpoints.reader import SavedWeights
 from dico_jax.errors import UsageError
@@ -63,6 +63,7 @@ class CheckpointSampler:
         vae=None,
         text_encoder=None,
         mesh=None,
+        with_latents=False,
     ):
         """Loads the weights.
 
@@ -77,6 +78,7 @@ class CheckpointSampler:
           vae: in place of the config's autoencoder: a file of weights, or "preview".
           text_encoder: in place of the config's, where CLIP is.
           mesh: of the devices that share the images; all if None.
+          with_latents: `batches` give the latents as well.
         """
         saved = SavedWeights(ckpt, None if ema_width is not None else step)
         config = ConfigDict(saved.config)
@@ -90,7 +92,7 @@ class CheckpointSampler:
             fix = f"is another encoder ({now}) than that of the training ({was})"
             raise UsageError("--text_encoder", config.text.path, f"{fix}: give that one")
         self.class_names, self._config = saved.class_names, config
-        self._mesh = mesh or create_mesh()
+        self._mesh, self.with_latents = mesh or create_mesh(), with_latents
         self.set_guidance(config.sampling.cfg_scale)
         sharding = replicated(self._mesh)
         if ema_width is None:
@@ -123,7 +125,9 @@ class CheckpointSampler:
         process, options = sampling_from_config(self._config)
         made = self.experiment
         parts = made.model, process, made.autoencoder, made.latent_shape
-        self._generate = generation.make_generate_fn(*parts, options, self._mesh)
+        self._generate = generation.make_generate_fn(
+            *parts, options, self._mesh, with_latents=self.with_latents
+        )
 
     def about(self, **asked: str) -> dict[str, Any]:
         """What decides the images that are asked for, and where it is from, as JSON has it."""
@@ -172,6 +176,23 @@ class CheckpointSampler:
     def batches(self, conditions: Any, indices: Any) -> Iterator[tuple[np.ndarray, ...]]:
         """Of images `indices`, batch by batch, their numbers, themselves, and which are finite."""
         return generation.generate_batches(*self._given(conditions), indices)
+
+    def trajectory(self, conditions: Any, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images 0 to N - 1 as they are predicted at `most` steps at most, the first and the last.
+
+        Returns uint8 (T, N, H, W, C) and the numbers (T,) of the steps, from 1 on.
+        """
+        process, options = sampling_from_config(self._config)
+        made = self.experiment
+        parts = made.model, process, made.latent_shape, options
+        sample = jax.jit(generation.make_latents_fn(*parts, return_trajectory=True))
+        told = made.model.from_read(made.model.as_condition(conditions))
+        indices = np.arange(len(jax.tree.leaves(told)[0]), dtype=np.int32)
+        predicted = sample(self._params, indices, told)[1]
+        steps = np.unique(np.linspace(0, len(predicted) - 1, most).round().astype(int))
+        decode = jax.jit(lambda params, latents: to_uint8(made.autoencoder.decode(params, latents)))
+        images = [np.asarray(decode(made.autoencoder.params, predicted[i])) for i in steps]
+        return np.stack(images), steps + 1
 
     def _given(self, conditions: Any) -> tuple[generation.GenerateFn, Any, Any, int, int]:
         told = self.experiment.model.as_condition(conditions)

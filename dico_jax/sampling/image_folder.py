@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,10 +22,15 @@ from dico_jax.files import library_versions, new_file, result_path, write_json
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from dico_jax.sampling.generate import check_finite
 from dico_jax.sampling.grids import image_grid, is_png, load_png, save_png
+from dico_jax.sampling.latent_file import LatentFile, create_latents
+from dico_jax.sampling.trajectory import FRAMES, save_trajectory
 
 # What lies in a folder of samples, and may lie there besides.
-_OURS = re.compile(r"\d{6,}\.png|grid\.png|sampling\.json|prompts\.txt|.*\.npz|\..*")
-_IN_GRID = 400  # most images in grid.png
+_OURS = re.compile(
+    r"\d{6,}\.png|grid\.png|trajectory\.(png|gif)|latents\.npy|sampling\.json|prompts\.txt"
+    r"|.*\.npz|\..*"
+)
+_IN_GRID, _IN_TRAJECTORY = 400, 6  # most images in grid.png and trajectory.*
 _MADE, _BAD = 1, 2  # what this call has done about an image
 
 
@@ -35,19 +41,22 @@ def save(
     num_images: int | None = None,
     per_class: int | None = None,
     npz: str | None = None,
+    trajectory: bool = False,
     **asked: str,
 ) -> int:
     """Writes OUT/000000.png and on, grid.png and sampling.json (how they were made).
 
     Whole images that an earlier call with the same weights and settings left are kept; with
     others it is refused. NotFiniteError, once the others are there, for images that are not finite.
-    Of several processes each makes and writes a share, and the first one all other files.
+    Of several processes each makes and writes a share, and the first one all other files. A sampler
+    that gives latents has them in latents.npy, float32 (N, H, W, C).
 
     Args:
       sampler: of the checkpoint; its mesh is of devices of this process.
       out: the folder, which all processes share.
       num_images: of all that is asked for, in turn; `CheckpointSampler.default_number` if None.
       per_class: in its place, how many of every class that is asked for, class by class.
+      trajectory: also writes trajectory.gif and trajectory.png, of the first images.
       npz: file that also gets all images, arr_0 (uint8 NHWC), and labels, arr_1.
       **asked: `classes` or `prompts`, see `CheckpointSampler.conditions`.
 
@@ -65,34 +74,60 @@ def save(
         num_images = len(jax.tree.leaves(conditions)[0])
         settings["per_class"] = per_class
     folder, process = pathlib.Path(out), jax.process_index()
-    known = process == 0 and _claim_folder(folder, settings)
+    known, latents = process == 0 and _claim_folder(folder, settings), folder / "latents.npy"
+    if process == 0 and sampler.with_latents:
+        create_latents(latents, num_images, sampler.experiment.latent_shape, known)
     known = bool(multihost_utils.broadcast_one_to_all(np.asarray(known)))
+    _check_shared(folder)
+    rows = LatentFile(latents) if sampler.with_latents else None
     files = [folder / f"{i:06d}.png" for i in range(num_images)]
-    mine = range(process, num_images, jax.process_count())
-    state = np.zeros(num_images, np.uint8)  # of each image
-    lacking = [i for i in mine if not (known and is_png(files[i]))]
+    state = _make(sampler, conditions, files, rows, known)
+    state = multihost_utils.process_allgather(state).reshape(-1, num_images).max(axis=0)
+    check_finite(np.flatnonzero(state == _BAD).tolist(), int(np.count_nonzero(state)))
+    if process == 0:
+        names = _finish(sampler, folder, files, conditions, npz, **asked)
+        if trajectory:
+            first = jax.tree.map(lambda leaf: leaf[:_IN_TRAJECTORY], conditions)
+            save_trajectory(folder, *sampler.trajectory(first, FRAMES), names[:_IN_TRAJECTORY])
+    return num_images
+
+
+def _make(
+    sampler: CheckpointSampler, conditions: Any, files: list[pathlib.Path], rows: Any, known: bool
+) -> np.ndarray:
+    """Makes the images of this process that are not `known` to be there; what was done (N,)."""
+    mine = range(jax.process_index(), len(files), jax.process_count())
+    lacking = [
+        i for i in mine if not (known and is_png(files[i]) and (rows is None or rows.has(i)))
+    ]
+    state = np.zeros(len(files), np.uint8)
+
+    def write(index: int, image: np.ndarray, *latents: np.ndarray) -> None:
+        for row in latents:  # first: what has a picture has a row
+            rows.write(index, row)
+        with new_file(files[index], survives=False) as stream:
+            save_png(stream, image)
+
     with (
         tqdm.tqdm(total=len(mine), initial=len(mine) - len(lacking), **_bar()) as bar,
         _threads() as pool,
     ):
         before: list[concurrent.futures.Future[None]] = []
-        for part, images, finite in sampler.batches(conditions, lacking):
+        for part, images, finite, *more in sampler.batches(conditions, lacking):
             state[part] = np.where(finite, _MADE, _BAD)
-            good = np.flatnonzero(finite)
-            after = [pool.submit(_write, files[part[i]], images[i]) for i in good]
-            for write in before:  # this batch was made meanwhile
-                write.result()
+            after = [
+                pool.submit(write, part[i], *(array[i] for array in (images, *more)))
+                for i in np.flatnonzero(finite)
+            ]
+            for written in before:
+                written.result()
             before = after
             bar.update(len(part))
             if not finite.any():  # nor will those to come be, most likely
                 break
-        for write in before:
-            write.result()
-    state = multihost_utils.process_allgather(state).reshape(-1, num_images).max(axis=0)
-    check_finite(np.flatnonzero(state == _BAD).tolist(), int(np.count_nonzero(state)))
-    if process == 0:
-        _finish(sampler, folder, files, conditions, npz, **asked)
-    return num_images
+        for written in before:
+            written.result()
+    return state
 
 
 def _bar() -> dict[str, Any]:
@@ -117,16 +152,21 @@ def _threads() -> Iterator[concurrent.futures.Executor]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _write(file: pathlib.Path, image: np.ndarray) -> None:
-    with new_file(file, survives=False) as stream:
-        save_png(stream, image)
+def _check_shared(folder: pathlib.Path) -> None:
+    """UsageError where a process does not see the folder that process 0 has claimed."""
+    for _ in range(30):  # seconds until a network disk shows it
+        if (folder / "sampling.json").exists():
+            return
+        time.sleep(1)
+    fix = f"is another folder for process {jax.process_index()}: give one that all processes share"
+    raise UsageError("--out", folder, fix)
 
 
 def _finish(
     sampler: CheckpointSampler, folder: pathlib.Path, files: list[pathlib.Path], conditions: Any,
     npz: str | None, **asked: str,
-) -> None:  # fmt: skip
-    """Writes what is of all images."""
+) -> list[str]:  # fmt: skip
+    """Writes what is of all images; returns their names."""
     model = sampler.experiment.model
     if "prompts" not in asked:
         names = model.describe_conditions(conditions, sampler.class_names)
@@ -142,6 +182,7 @@ def _finish(
         save_png(stream, _grid(files, names if "prompts" in asked else told, names))
     if npz is not None:
         _write_npz(npz, files, arrays)
+    return names
 
 
 def _grid(files: list[pathlib.Path], of: Iterable[Any], names: list[str]) -> np.ndarray:
