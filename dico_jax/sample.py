@@ -25,14 +25,15 @@ def main() -> None:
     """Parses flags, samples and saves."""
     # Late imports: --help answers before JAX is imported.
     sampler_flags.use_all_cores(_CKPT.value)
-    from dico_jax.sampling import checkpoint_sampler
+    from dico_jax.sampling import image_folder
+    from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 
-    checkpoint_sampler.check_outputs(_OUT.value, _NPZ.value, _OVERWRITE.value)
+    image_folder.check_outputs(_OUT.value, _NPZ.value, _OVERWRITE.value)
     how = sampler_flags.sampler_arguments(_BATCH_SIZE.value)
-    sampler = checkpoint_sampler.CheckpointSampler(_CKPT.value, **how)
+    sampler = CheckpointSampler(_CKPT.value, **how)
     asked = sampler_flags.asked()
     count = _NUM_IMAGES.value or sampler.default_number(**asked)
-    sampler.save(_OUT.value, num_images=count, npz=_NPZ.value, **asked)
+    image_folder.save(sampler, _OUT.value, num_images=count, npz=_NPZ.value, **asked)
     print(f"{count} images and grid.png are in {_OUT.value}")
 
 

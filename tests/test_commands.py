@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from dico_jax.errors import UsageError
-from dico_jax.sampling.checkpoint_sampler import CheckpointSampler, check_outputs
+from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from dico_jax.sampling.generate import NotFiniteError
 from dico_jax.sampling.grids import load_png
+from dico_jax.sampling.image_folder import check_outputs, save
 from tests.commands import ROOT, assert_refused, call
 from tests.test_generation import without_class
 
@@ -208,14 +209,14 @@ def test_sample_keeps_what_is_finite(workdir, tmp_path):
     sampler = CheckpointSampler(str(workdir), overrides={"num_steps": 2})
     whole, sampler._params = sampler._params, without_class(sampler._params, 3)
     with pytest.raises(NotFiniteError, match=r"^2 of 4 images are not finite \(0, 2\)"):
-        sampler.save(str(tmp_path), num_images=4, classes="3,1")
+        save(sampler, str(tmp_path), num_images=4, classes="3,1")
     files = ["000001.png", "000003.png", "sampling.json"]
     assert sorted(file.name for file in tmp_path.iterdir()) == files
     kept = (tmp_path / "000001.png").read_bytes()
     # They go on from there, and a file that a power cut has left empty or cut is made again.
     (tmp_path / "000003.png").write_bytes(kept[:60])
     sampler._params = whole
-    sampler.save(str(tmp_path), num_images=4, classes="3,1")
+    save(sampler, str(tmp_path), num_images=4, classes="3,1")
     assert (tmp_path / "000001.png").read_bytes() == kept
     assert [load_png(tmp_path / f"{i:06d}.png").shape for i in range(4)] == [(8, 8, 1)] * 4
 
@@ -278,21 +279,21 @@ def test_outputs_of_sample_are_checked_before_work(tmp_path):
 
 
 def test_samples_belong_to_weights_and_not_to_their_place(workdir, tmp_path):
-    def save(run, **options):
+    def sample(run, **options):
         sampler = CheckpointSampler(str(run), overrides={"num_steps": 2}, **options)
-        sampler.save(str(tmp_path / "out"), num_images=2)
+        save(sampler, str(tmp_path / "out"), num_images=2)
 
-    save(workdir)
+    sample(workdir)
     image, described = (tmp_path / "out" / name for name in ("000001.png", "sampling.json"))
     before = image.stat().st_mtime_ns
     shutil.copytree(workdir, tmp_path / "moved")
-    save(tmp_path / "moved")
+    sample(tmp_path / "moved")
     assert image.stat().st_mtime_ns == before
     with pytest.raises(UsageError, match=r"other settings \(weights was ema, is params; weights_d"):
-        save(workdir, weights="params")
+        sample(workdir, weights="params")
     # What a power cut has left says nothing of the images: they are made again.
     described.write_text("")
-    save(workdir)
+    sample(workdir)
     assert image.stat().st_mtime_ns > before
     assert json.loads(described.read_text())["settings"]["weights"] == "ema"
 

@@ -19,8 +19,8 @@ from dico_jax.evaluation.clip_score import CLIP_SCORE, ClipScorer, clip_numbers
 from dico_jax.evaluation.networks import FeatureFn, FeatureNetwork, Features
 from dico_jax.evaluation.statistics import SPLIT_SIZE, InceptionScore, Moments, Statistics
 from dico_jax.files import file_digest, library_versions
-from dico_jax.sampling.checkpoint_sampler import differences
 from dico_jax.sampling.generate import NotFiniteError
+from dico_jax.sampling.image_folder import differences
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000
 _NEIGHBOURS = 3
