@@ -10,9 +10,9 @@ _HOMES = {
     "Sampler": "dico_jax.sampling.sampler",
     "create_diffusion": "dico_jax.diffusion",
     "create_model": "dico_jax.models",
-    "fid": "dico_jax.evaluation.measure",
+    "fid": "dico_jax.evaluation.fid",
     "load_pytorch": "dico_jax.pytorch.conversion",
-    "train": "dico_jax.training.loop",
+    "train": "dico_jax.training.python",
 }
 __all__ = ["Sampler", "create_diffusion", "create_model", "fid", "load_pytorch", "train"]
 

@@ -6,8 +6,10 @@ from dico_jax import cli
 from dico_jax.sampling import flags as sampler_flags
 
 _CKPT = flags.DEFINE_string(
-    "ckpt", None, "Workdir of a run, or a converted checkpoint.", required=True
-)
+    "ckpt", None,
+    "Workdir of a run, a converted checkpoint, or a file of PyTorch weights; also hf://OWNER/REPO.",
+    required=True,
+)  # fmt: skip
 _OUT = flags.DEFINE_string("out", None, "Folder for 000000.png and on, grid.png.", required=True)
 _NUM_IMAGES = flags.DEFINE_integer(
     "num_images", None, "Number of images [100; one of each of --prompts].", 1, 10_000_000
