@@ -23,7 +23,7 @@ from tests import golden
 NAMES = [f"kind {i}" for i in range(10)]
 
 
-def write_checkpoint(path, **options):
+def write_checkpoint(path, names=NAMES, **options):
     """A converted checkpoint of a small network with drawn weights, of grey pictures of 8 x 8."""
     config = ConfigDict(json.loads(json.dumps(DEFAULTS)))
     config.model.update(name="DiT", hidden_size=8, depth=1, num_heads=1, patch_size=4)
@@ -32,7 +32,7 @@ def write_checkpoint(path, **options):
     config.sampling.update(num_steps=3, cfg_scale=2.0, cfg_channels="all")
     params = golden.drawn_params(model_from_config(config), 3, "A")
     path.mkdir()
-    meta = {"config": json.loads(config.to_json_best_effort()), "class_names": NAMES}
+    meta = {"config": json.loads(config.to_json_best_effort()), "class_names": list(names)}
     with StepWriter(path / FOLDER) as writer:
         writer.write(0, {"ema_params": params}, meta)
     return path

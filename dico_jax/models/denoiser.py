@@ -178,7 +178,7 @@ class Denoiser(nn.Module):
         return [""] * len(jax.tree.leaves(conditions)[0])
 
     def parse_conditions(
-        self, asked: Any, num_images: int, seed: int, class_names: Sequence[str] = ()
+        self, asked: Any, num_images: int | None, seed: int, class_names: Sequence[str] = ()
     ) -> Condition:
         """The conditions of all images, (num_images, ...), that the flag `asked_by` asks for.
 

@@ -41,7 +41,7 @@ def local_weights(name: str | os.PathLike, step: int | None = None) -> str:
     if file:
         return local_file(name)
     files = _ask(name, "it", lambda hub: hub.list_repo_files(repo, revision=revision))
-    steps = {int(found[1]) for f in files if (found := re.match(r"checkpoints/(\d+)/", f))}
+    steps = {int(match[1]) for f in files if (match := re.match(r"checkpoints/(\d+)/", f))}
     if steps:
         wanted = ["config.json", f"checkpoints/{max(steps) if step is None else step}/*"]
         how: Any = {"allow_patterns": wanted, "ignore_patterns": ["*/opt_state/*"]}

@@ -72,8 +72,8 @@ def export_sampler(
     check_new(out, int(1.02 * sum(array.nbytes for array in weights.values())))
     count = export.symbolic_shape("n")[0] if batch_size == SYMBOLIC else int(batch_size)
     rows = jax.ShapeDtypeStruct((count,), np.int32)
-    asked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights), rows, rows
-    asked = (*asked, np.uint32(0), np.float32(scales))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+    asked = shapes, rows, rows, np.uint32(0), np.float32(scales)
     try:
         exported = export.export(jax.jit(generate), platforms=tuple(platforms))(*asked)
     except (jax.errors.InconclusiveDimensionOperation, TypeError, ValueError) as error:
@@ -82,8 +82,6 @@ def export_sampler(
         reason = " ".join(str(error).split())[:200]
         fix = f"cannot be had of {sampler.config.model.name}: give a number ({reason})"
         raise UsageError("--batch_size", batch_size, fix) from error
-    # 0 for no guidance, 1 for all of the scale; of another scale than 1, which has none of it.
-    whole = _guidance(sampler, objective)
     meta = {
         "batch_size": None if batch_size == SYMBOLIC else int(batch_size),
         "platforms": list(platforms),
@@ -91,14 +89,14 @@ def export_sampler(
         "class_names": sampler.class_names,
         "guided": steps != "none",
         "cfg_scale": options.cfg_scale,
-        "guidance": whole.tolist(),
+        "guidance": _guidance(sampler, objective).tolist(),
         "made_of": sampler.about(),
         "sampling": json.loads(sampling.to_json_best_effort()),
         "versions": library_versions(),
     }
     with new_folder(out) as folder:
         (folder / "sampler.stablehlo").write_bytes(exported.serialize())
-        np.savez(folder / "weights.npz", **weights)
+        np.savez(folder / "weights.npz", allow_pickle=False, **weights)
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         shutil.copy(pathlib.Path(run_exported.__file__), folder / "run.py")
     batch = "any batch size" if batch_size == SYMBOLIC else f"batches of {batch_size}"

@@ -108,9 +108,10 @@ class Sampler:
             program = self._program(config)
         model, mesh, scale = self._model, self.pretrained.mesh, config.sampling.cfg_scale
         generate = functools.partial(program, seed=seed, cfg_scale=scale)
-        given = self.pretrained.params, model.as_condition(told), config.sampling.batch_size
+        size, params = config.sampling.batch_size, self.pretrained.params
         with _arguments():
-            return np.concatenate([*generate_images(generate, *given, mesh.size)]).view(Images)
+            batches = generate_images(generate, params, model.as_condition(told), size, mesh.size)
+            return np.concatenate([*batches]).view(Images)
 
     @property
     def _model(self) -> Any:
