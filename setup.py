@@ -66,9 +66,11 @@ setuptools.setup(
         # Weights from hf:// addresses.
         "hub": ["huggingface_hub>=0.30"],
         "text": ["tokenizers>=0.21"],  # prompts, captions, the CLIP score
+        "export": ["flatbuffers>=24.3"],  # jax.export's files
         "plot": ["matplotlib>=3.9"],  # evaluate --sweep_cfg
         "wandb": ["wandb>=0.17"],  # config.logging.wandb_project
         "test": [
+            "flatbuffers>=24.3",
             "matplotlib>=3.9",
             "mypy>=1.15",
             "pytest>=8.3",

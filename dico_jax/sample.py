@@ -13,8 +13,10 @@ from dico_jax.errors import UsageError
 from dico_jax.sampling import flags as sampler_flags
 
 _CKPT = flags.DEFINE_string(
-    "ckpt", None, "Workdir of a run, or a converted checkpoint.", required=True
-)
+    "ckpt", None,
+    "Workdir of a run, a converted checkpoint, or a file of PyTorch weights; also hf://OWNER/REPO.",
+    required=True,
+)  # fmt: skip
 _OUT = flags.DEFINE_string("out", None, "Folder for 000000.png and on, grid.png.")
 _NUM_IMAGES = flags.DEFINE_integer(
     "num_images", None, "Number of images [100; one of each of --prompts].", 1, 10_000_000
@@ -84,11 +86,11 @@ def main() -> None:
 def _list_classes() -> None:
     from ml_collections import ConfigDict
 
-    from dico_jax.checkpoints.reader import SavedWeights
     from dico_jax.experiment import model_from_config
     from dico_jax.models.class_names import ClassNames
+    from dico_jax.sampling.pretrained import open_weights
 
-    saved = SavedWeights(_CKPT.value)  # which reads no weights
+    saved = open_weights(_CKPT.value)  # which reads no weights
     model = model_from_config(ConfigDict(saved.config))
     if model.asked_by != "classes":
         raise UsageError("--list_classes", True, f": {type(model).__name__} has no classes")

@@ -208,7 +208,7 @@ def test_sample_rebuilds_averages(workdir, tmp_path):
 
 def test_sample_keeps_what_is_finite(workdir, tmp_path):
     sampler = CheckpointSampler(str(workdir), overrides={"num_steps": 2})
-    whole, sampler._params = sampler._params, without_class(sampler._params, 3)
+    whole, sampler.params = sampler.params, without_class(sampler.params, 3)
     with pytest.raises(NotFiniteError, match=r"^2 of 4 images are not finite \(0, 2\)"):
         save(sampler, str(tmp_path), num_images=4, classes="3,1")
     files = ["000001.png", "000003.png", "sampling.json"]
@@ -216,7 +216,7 @@ def test_sample_keeps_what_is_finite(workdir, tmp_path):
     kept = (tmp_path / "000001.png").read_bytes()
     # They go on from there, and a file that a power cut has left empty or cut is made again.
     (tmp_path / "000003.png").write_bytes(kept[:60])
-    sampler._params = whole
+    sampler.params = whole
     save(sampler, str(tmp_path), num_images=4, classes="3,1")
     assert (tmp_path / "000001.png").read_bytes() == kept
     assert [load_png(tmp_path / f"{i:06d}.png").shape for i in range(4)] == [(8, 8, 1)] * 4
