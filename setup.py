@@ -29,7 +29,7 @@ setuptools.setup(
     ],
     # dico_jax/configs, a link to configs/, is one of them.
     packages=setuptools.find_packages(include=["dico_jax", "dico_jax.*"]),
-    package_data={"dico_jax": ["py.typed"]},
+    package_data={"dico_jax": ["py.typed", "models/imagenet_classes.txt"]},
     entry_points={"console_scripts": ["dico-jax = dico_jax.__main__:main"]},
     # All wheels for 3.14 are there; the tests have not run on it yet.
     python_requires=">=3.11,<3.14",
@@ -66,9 +66,11 @@ setuptools.setup(
         # Weights from hf:// addresses.
         "hub": ["huggingface_hub>=0.30"],
         "text": ["tokenizers>=0.21"],  # prompts, captions, the CLIP score
+        "export": ["flatbuffers>=24.3"],  # jax.export's files
         "plot": ["matplotlib>=3.9"],  # evaluate --sweep_cfg
         "wandb": ["wandb>=0.17"],  # config.logging.wandb_project
         "test": [
+            "flatbuffers>=24.3",
             "matplotlib>=3.9",
             "mypy>=1.15",
             "pytest>=8.3",

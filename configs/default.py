@@ -38,7 +38,8 @@ PATHS = {
     "npz features inception",
     "gs s3": "data.path data.captions training.compilation_cache eval.reference path captions "
     "samples reference prepare.out",
-    "hf": "autoencoder.path text.path vae text_encoder clip input text",
+    "hf": "autoencoder.path text.path vae text_encoder clip input text sample.ckpt evaluate.ckpt "
+    "export.ckpt",
 }
 # Fields that are one of some words.
 CHOICES = {

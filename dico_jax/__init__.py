@@ -7,11 +7,14 @@ import importlib
 
 __version__ = "0.2.0"
 _HOMES = {
+    "Sampler": "dico_jax.sampling.sampler",
     "create_diffusion": "dico_jax.diffusion",
     "create_model": "dico_jax.models",
+    "fid": "dico_jax.evaluation.fid",
     "load_pytorch": "dico_jax.pytorch.conversion",
+    "train": "dico_jax.training.python",
 }
-__all__ = ["create_diffusion", "create_model", "load_pytorch"]
+__all__ = ["Sampler", "create_diffusion", "create_model", "fid", "load_pytorch", "train"]
 
 
 def __getattr__(name: str):

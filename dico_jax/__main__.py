@@ -8,6 +8,7 @@ COMMANDS = {
     "sample": "makes images from a checkpoint",
     "evaluate": "measures images",
     "prepare": "encodes data sets, and measures references",
+    "export": "writes a sampler that runs with JAX alone",
     "convert": "brings PyTorch weights in and out",
     "benchmark": "measures speed and memory",
 }

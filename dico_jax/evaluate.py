@@ -23,7 +23,10 @@ from dico_jax.errors import UsageError
 from dico_jax.sampling import flags as sampler_flags
 
 _SAMPLES = flags.DEFINE_string("samples", None, "Folder of pictures, or .npz file with arr_0.")
-_CKPT = flags.DEFINE_string("ckpt", None, "Workdir of a run, or a converted checkpoint.")
+_CKPT = flags.DEFINE_string(
+    "ckpt", None,
+    "Workdir of a run, a converted checkpoint, or a file of PyTorch weights; also hf://OWNER/REPO.",
+)  # fmt: skip
 _REFERENCE = flags.DEFINE_string(
     "reference", None,
     "What is compared with: an .npz file of ADM, of pytorch-fid or of `prepare reference`, or a "

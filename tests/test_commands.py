@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dico_jax.autoencoders import to_uint8
 from dico_jax.errors import UsageError
-from dico_jax.sampling.checkpoint_sampler import CheckpointSampler, check_outputs
+from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from dico_jax.sampling.generate import NotFiniteError
 from dico_jax.sampling.grids import load_png
+from dico_jax.sampling.image_folder import check_outputs, save
 from tests.commands import ROOT, assert_refused, call
 from tests.test_generation import without_class
 
@@ -206,16 +208,16 @@ def test_sample_rebuilds_averages(workdir, tmp_path):
 
 def test_sample_keeps_what_is_finite(workdir, tmp_path):
     sampler = CheckpointSampler(str(workdir), overrides={"num_steps": 2})
-    whole, sampler._params = sampler._params, without_class(sampler._params, 3)
+    whole, sampler.params = sampler.params, without_class(sampler.params, 3)
     with pytest.raises(NotFiniteError, match=r"^2 of 4 images are not finite \(0, 2\)"):
-        sampler.save(str(tmp_path), num_images=4, classes="3,1")
+        save(sampler, str(tmp_path), num_images=4, classes="3,1")
     files = ["000001.png", "000003.png", "sampling.json"]
     assert sorted(file.name for file in tmp_path.iterdir()) == files
     kept = (tmp_path / "000001.png").read_bytes()
     # They go on from there, and a file that a power cut has left empty or cut is made again.
     (tmp_path / "000003.png").write_bytes(kept[:60])
-    sampler._params = whole
-    sampler.save(str(tmp_path), num_images=4, classes="3,1")
+    sampler.params = whole
+    save(sampler, str(tmp_path), num_images=4, classes="3,1")
     assert (tmp_path / "000001.png").read_bytes() == kept
     assert [load_png(tmp_path / f"{i:06d}.png").shape for i in range(4)] == [(8, 8, 1)] * 4
 
@@ -243,6 +245,8 @@ def test_sample_keeps_what_is_finite(workdir, tmp_path):
         (["--ckpt=/no/such/folder"], ["--ckpt=/no/such/folder", "no such folder"]),
         (["--ckpt=tests"], ["--ckpt=tests holds no checkpoint"]),
         (["--weights=raw"], ["weights", "raw"]),
+        (["--per_class=2"], ["--per_class and --num_images: give one"]),
+        (["--out="], ["--out= is empty"]),
     ],
 )
 def test_sample_refuses(workdir, tmp_path, args, parts):
@@ -250,6 +254,47 @@ def test_sample_refuses(workdir, tmp_path, args, parts):
     done = call("dico_jax.sample", f"--ckpt={workdir}", f"--out={out}", "--num_images=2", *args)
     assert_refused(done, *parts)
     assert not list(out.glob("*.png"))
+
+
+def test_sample_makes_some_of_every_class(workdir, tmp_path):
+    args = [f"--ckpt={workdir}", f"--out={tmp_path}", "--classes=3,#1", "--per_class=2"]
+    done = call("dico_jax.sample", *args, f"--npz={tmp_path / 'x.npz'}", "--cfg_scale=0.5")
+    assert done.returncode == 0, done.stderr
+    assert "warning: --cfg_scale=0.5 is below 1" in done.stderr
+    assert "4 images and grid.png" in done.stdout
+    with np.load(tmp_path / "x.npz") as arrays:
+        np.testing.assert_array_equal(arrays["arr_1"], [3, 3, 1, 1])
+    args[-1] = "--per_class=3"
+    assert_refused(call("dico_jax.sample", *args), "per_class was 2, is 3")
+    args[-2] = "--classes=random"
+    assert_refused(call("dico_jax.sample", *args), "--per_class=3 is for --classes that are named")
+    assert_refused(call("dico_jax.sample", args[0]), "--out is missing: name a folder")
+
+
+def test_sample_shows_how_images_arise(workdir, tmp_path):
+    options = {"overrides": {"num_steps": 4, "cfg_scale": 2.0}, "with_latents": True}
+    sampler = CheckpointSampler(str(workdir), **options)
+    assert save(sampler, str(tmp_path), num_images=3, classes="3,1", trajectory=True) == 3
+    images = np.stack([load_png(tmp_path / f"{i:06d}.png") for i in range(3)])
+    latents = np.load(tmp_path / "latents.npy")
+    assert np.abs(to_uint8(latents).astype(int) - images).max() <= 1
+    predicted, steps = sampler.trajectory(sampler.conditions(3, classes="3,1"), 3)
+    assert (predicted.shape, steps.tolist()) == ((3, 3, 8, 8, 1), [1, 3, 4])
+    assert np.abs(predicted[-1].astype(int) - images).max() <= 1  # the last step adds no noise
+    with (
+        Image.open(tmp_path / "trajectory.gif") as film,
+        Image.open(tmp_path / "trajectory.png") as sheet,
+    ):
+        assert film.n_frames == 4
+        assert sheet.size[0] == 4 * (64 + 2) + 2
+
+
+def test_sample_lists_classes(workdir):
+    done = call("dico_jax.sample", f"--ckpt={workdir}", "--list_classes")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [str(k) for k in (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5)] + [
+        str(k) for k in (6, 6, 7, 7, 8, 8, 9, 9)
+    ]
 
 
 def test_sample_refuses_to_mix_with_images_of_unknown_origin(workdir, tmp_path):
@@ -278,21 +323,21 @@ def test_outputs_of_sample_are_checked_before_work(tmp_path):
 
 
 def test_samples_belong_to_weights_and_not_to_their_place(workdir, tmp_path):
-    def save(run, **options):
+    def sample(run, **options):
         sampler = CheckpointSampler(str(run), overrides={"num_steps": 2}, **options)
-        sampler.save(str(tmp_path / "out"), num_images=2)
+        save(sampler, str(tmp_path / "out"), num_images=2)
 
-    save(workdir)
+    sample(workdir)
     image, described = (tmp_path / "out" / name for name in ("000001.png", "sampling.json"))
     before = image.stat().st_mtime_ns
     shutil.copytree(workdir, tmp_path / "moved")
-    save(tmp_path / "moved")
+    sample(tmp_path / "moved")
     assert image.stat().st_mtime_ns == before
     with pytest.raises(UsageError, match=r"other settings \(weights was ema, is params; weights_d"):
-        save(workdir, weights="params")
+        sample(workdir, weights="params")
     # What a power cut has left says nothing of the images: they are made again.
     described.write_text("")
-    save(workdir)
+    sample(workdir)
     assert image.stat().st_mtime_ns > before
     assert json.loads(described.read_text())["settings"]["weights"] == "ema"
 

@@ -31,6 +31,7 @@ from dico_jax.pytorch.key_maps import KEY_MAPS
 from dico_jax.pytorch.tensors import DTYPES
 from dico_jax.pytorch.torch_files import open_tensors, write_pt
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
+from dico_jax.sampling.image_folder import save
 from dico_jax.training import run
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
@@ -345,7 +346,7 @@ def short(config, data, steps):
 def test_sampling_from_a_converted_checkpoint(tmp_path):
     from_pytorch(golden.FOLDER / "dico_tiny.pt", tmp_path / "ckpt", image_size=64)
     sampler = CheckpointSampler(str(tmp_path / "ckpt"), overrides={"num_steps": 2}, vae="preview")
-    sampler.save(str(tmp_path / "images"), num_images=2, classes="3,7")
+    save(sampler, str(tmp_path / "images"), num_images=2, classes="3,7")
     assert (tmp_path / "images" / "000001.png").exists()
     with pytest.raises(UsageError, match="--weights=params: .* has only ema"):
         CheckpointSampler(str(tmp_path / "ckpt"), weights="params", vae="preview")

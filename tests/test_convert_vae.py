@@ -23,6 +23,7 @@ from dico_jax.pytorch.key_maps import KEY_MAPS
 from dico_jax.pytorch.tensors import DTYPES
 from dico_jax.pytorch.torch_files import open_tensors, write_pt, write_safetensors
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
+from dico_jax.sampling.image_folder import save
 from tests import golden
 from tests.commands import call
 from tests.golden import TINY
@@ -513,7 +514,7 @@ def sampler(checkpoint, vae, **options):
 
 def test_sampling_with_an_autoencoder(checkpoint, tmp_path):
     path = checkpoint / "vae"
-    sampler(checkpoint, str(path)).save(str(tmp_path / "out"), num_images=1)
+    save(sampler(checkpoint, str(path)), str(tmp_path / "out"), num_images=1)
     (image,) = (tmp_path / "out").glob("[0-9]*.png")
     from PIL import Image
 
@@ -533,14 +534,14 @@ def test_sampling_with_an_autoencoder(checkpoint, tmp_path):
     # The same autoencoder from another place goes on; another one is refused.
     convert_vae(path, tmp_path / "a.safetensors")
     before = image.stat().st_mtime_ns
-    sampler(checkpoint, str(tmp_path / "a.safetensors")).save(str(tmp_path / "out"), num_images=1)
+    save(sampler(checkpoint, str(tmp_path / "a.safetensors")), str(tmp_path / "out"), num_images=1)
     assert image.stat().st_mtime_ns == before
     with pytest.raises(UsageError, match=r"made with other settings \(autoencoder\."):
-        sampler(checkpoint, str(checkpoint / "other")).save(str(tmp_path / "out"), num_images=1)
+        save(sampler(checkpoint, str(checkpoint / "other")), str(tmp_path / "out"), num_images=1)
     preview = sampler(checkpoint, "preview")
     assert preview.settings["autoencoder"]["path"] is None
     with pytest.raises(UsageError, match=r"made with other settings \(autoencoder\."):
-        preview.save(str(tmp_path / "out"), num_images=1)
+        save(preview, str(tmp_path / "out"), num_images=1)
 
 
 def test_sampling_needs_an_autoencoder(checkpoint, tmp_path, monkeypatch):

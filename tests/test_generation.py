@@ -211,8 +211,8 @@ def test_grids_and_png_files(tmp_path):
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8) for n in (3, 2)]
     grid = image_grid(rows, ["0", "a long name"])
-    assert grid.shape[0] == 2 * (64 + 2) + 2
-    assert grid.shape[1] > 3 * (64 + 2)
+    assert grid.shape[0] > 2 * (64 + 12)
+    assert grid.shape[1] == 3 * (64 + 2) + 2
     # The last image of the first row is at the right edge, each pixel enlarged to 8 x 8.
     cell = grid[2 : 2 + 64, -66:-2, 0]
     np.testing.assert_array_equal(cell[::8, ::8], rows[0][2, ..., 0])
@@ -220,6 +220,25 @@ def test_grids_and_png_files(tmp_path):
         image = rng.integers(0, 256, shape, dtype=np.uint8)
         save_png(tmp_path / "x.png", image)
         np.testing.assert_array_equal(load_png(tmp_path / "x.png"), image)
+
+
+@pytest.mark.parametrize(
+    ("groups", "each", "columns", "rows"),
+    [(100, 1, 10, 10), (10, 10, 10, 10), (7, 3, 6, 4), (2, 50, 10, 10), (400, 1, 20, 20)],
+)
+def test_grids_show_every_image_in_about_as_many_rows_as_columns(groups, each, columns, rows):
+    images = np.full((each, 64, 64, 3), 9, np.uint8)
+    grid = image_grid([images] * groups, ["crane"] * groups, "a title")
+    side = 128 if each == 1 else 64
+    shown = (grid == 9).all(-1).astype(int)
+    assert shown.sum() >= groups * each * side**2
+    assert (np.diff(shown, axis=1, prepend=0) == 1).sum(axis=1).max() == columns
+    assert (np.diff(shown, axis=0, prepend=0) == 1).sum(axis=0).max() == rows
+
+
+def test_large_pictures_are_shrunk_in_a_grid():
+    grid = image_grid([np.zeros((20, 600, 300, 1), np.uint8)] * 20, [""] * 20)
+    assert grid.shape[1] == 20 * (128 + 2) + 2
 
 
 def test_the_judge_knows_real_from_shuffled_and_spread_from_collapse():

@@ -53,6 +53,25 @@ def compare(tmp_path, num_steps, layouts, network=QUICK):
         assert len(list(workdir.glob("events.out.tfevents.*"))) == 1
 
 
+@pytest.mark.slow
+def test_two_processes_make_the_images_of_one(tmp_path):
+    start(1, 1, tmp_path / "run", "--config.training.num_steps=1")
+    folders = []
+    for number in (1, 2):
+        folders.append(tmp_path / f"images{number}")
+        args = [f"--ckpt={tmp_path / 'run'}", f"--out={folders[-1]}", "--num_images=9"]
+        args += ["--batch_size=2", "--save_latents", f"--npz={tmp_path}/{number}.npz"]
+        outputs = call_together(number, 2 // number, "dico_jax.sample", *args)
+        assert "9 images and grid.png" in outputs[0]
+        assert "images and grid" not in "".join(outputs[1:])
+    found = [sorted(file.name for file in folder.iterdir()) for folder in folders]
+    assert found[0] == found[1]
+    for name in ("000004.png", "000008.png", "latents.npy"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "2.npz") as two:
+        np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
+
+
 FSDP = "--config.mesh.fsdp=4"
 
 

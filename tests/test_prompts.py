@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
-from dico_jax.sampling.grids import captioned_grid
+from dico_jax.sampling.grids import image_grid
 from dico_jax.sampling.prompts import PROTOCOLS, number_of_images, read_prompts
 
 
@@ -74,7 +74,7 @@ def test_pictures_above_their_captions():
     rng = np.random.default_rng(0)
     groups = [rng.integers(0, 256, (1, 40, 40, 3), dtype=np.uint8) for _ in range(5)]
     captions = ["a dog", "a very long caption " * 20, "猫 🙂", "", "a bus"]
-    grid = captioned_grid(groups, captions)
+    grid = image_grid(groups, captions)
     assert grid.shape[1] == 3 * (160 + 4)  # three side by side, each pixel four by four
     np.testing.assert_array_equal(grid[2:162:4, 2:162:4], groups[0][0])
     np.testing.assert_array_equal(grid[2:162:4, 166:326:4], groups[1][0])
@@ -82,5 +82,5 @@ def test_pictures_above_their_captions():
     dark = [(below[:80, k * 164 : (k + 1) * 164] < 128).sum() for k in range(3)]
     assert 0 < dark[0] < dark[1]
     assert (grid[164:244, 326:330] == 255).all()  # which keeps to its own column
-    many = captioned_grid([rng.integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)] * 3, ["a"] * 3)
+    many = image_grid([rng.integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)] * 3, ["a"] * 3)
     assert many.shape[1] == 10 * 66 + 2  # ten pictures fill a line

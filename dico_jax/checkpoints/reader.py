@@ -275,9 +275,11 @@ def _parts(paths: Iterable[Path]) -> list[str]:
 
 
 def weights_fit(folder: str | None) -> Callable[[int], bool]:
-    """Says of a number of devices whether copies of a folder's newest weights fit in memory."""
+    """Says of a number of devices whether copies of a folder's newest weights, or a file's, fit."""
     size = 0  # where there is no checkpoint, which is said later
-    if folder and (steps := saved_steps(folder)):
+    if folder and os.path.isfile(folder):
+        size = os.path.getsize(folder)
+    elif folder and (steps := saved_steps(folder)):
         step = pathlib.Path(folder, FOLDER, str(max(steps)))
         items = [(step / item).rglob("*") for item in ITEMS.values()]
         size = max(sum(file.stat().st_size for file in files) for files in items)

@@ -50,7 +50,7 @@ class Path:
         until = None if to is None else self._time(to)
         times = self.objective.network_time(self._time(point), until)
         scale = () if self.scales is None else (self.scales[point],)
-        return self.model_fn(x, jnp.broadcast_to(times, (len(x), *times.shape)), *scale)
+        return self.model_fn(x, jnp.broadcast_to(times, (x.shape[0], *times.shape)), *scale)
 
     def estimate(self, x, point) -> Estimate:
         """The x_0 and noise that the network sees in x at a point ()."""

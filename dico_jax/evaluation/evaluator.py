@@ -19,8 +19,8 @@ from dico_jax.evaluation.clip_score import CLIP_SCORE, ClipScorer, clip_numbers
 from dico_jax.evaluation.networks import FeatureFn, FeatureNetwork, Features
 from dico_jax.evaluation.statistics import SPLIT_SIZE, InceptionScore, Moments, Statistics
 from dico_jax.files import file_digest, library_versions
-from dico_jax.sampling.checkpoint_sampler import differences
 from dico_jax.sampling.generate import NotFiniteError
+from dico_jax.sampling.image_folder import differences
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000
 _NEIGHBOURS = 3
@@ -215,6 +215,16 @@ def create_evaluator(
         found = measure_images(found, network, features, how["batch_size"])
         if is_file:
             found = dataclasses.replace(found, digest=file_digest(reference))
+    check_made_by(network, found, name)
+    chosen = choose_metrics(metrics, found, name, images is not None)
+    if images is not None and found.pool_features is None and set(chosen) & _OF_ALL_FEATURES:
+        measured = measure_images(images, network, features, how["batch_size"])
+        found = dataclasses.replace(found, pool_features=measured.pool_features)
+    return Evaluator(network, features, found, chosen, reference)
+
+
+def check_made_by(network: FeatureNetwork, found: Statistics, name: str) -> None:
+    """Raises UsageError where the statistics called `name` are not of features of `network`."""
     weights = found.info.get("network_sha256", network.digest)
     for what, theirs, ours in (
         ("another feature network", found.features, network.name),
@@ -223,11 +233,6 @@ def create_evaluator(
     ):
         if theirs != ours:
             raise UsageError(f"{name} was measured with {what}: {theirs}, and {ours} is used")
-    chosen = choose_metrics(metrics, found, name, images is not None)
-    if images is not None and found.pool_features is None and set(chosen) & _OF_ALL_FEATURES:
-        measured = measure_images(images, network, features, how["batch_size"])
-        found = dataclasses.replace(found, pool_features=measured.pool_features)
-    return Evaluator(network, features, found, chosen, reference)
 
 
 def open_images(path: str, flag: str, max_bad_fraction: float = 0.0) -> ImageSet:

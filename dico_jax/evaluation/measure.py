@@ -26,7 +26,8 @@ from dico_jax.evaluation.evaluator import Evaluator, check_there, create_network
 from dico_jax.evaluation.statistics import open_reference, save_statistics
 from dico_jax.files import new_file, result_path, write_json
 from dico_jax.parallel.mesh import create_mesh
-from dico_jax.sampling.checkpoint_sampler import CheckpointSampler, differences
+from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
+from dico_jax.sampling.image_folder import differences
 
 _MAX_SCALES = 1000
 _MAX_OWN_PICTURES, _MAX_COMPARED = 50_000, 5_000

@@ -1,8 +1,6 @@
 """What every network has: its arguments, its condition, the shape of its output."""
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,6 +11,7 @@ import numpy as np
 
 from dico_jax.errors import UsageError
 from dico_jax.models.block_stacks import REMAT_POLICIES
+from dico_jax.models.class_names import ClassNames
 from dico_jax.models.layers import LabelEmbedder
 from dico_jax.ops.plain import accumulation_dtype, check_float64, plain_ops
 
@@ -179,11 +178,12 @@ class Denoiser(nn.Module):
         return [""] * len(jax.tree.leaves(conditions)[0])
 
     def parse_conditions(
-        self, asked: Any, num_images: int, seed: int, class_names: Sequence[str] = ()
+        self, asked: Any, num_images: int | None, seed: int, class_names: Sequence[str] = ()
     ) -> Condition:
         """The conditions of all images, (num_images, ...), that the flag `asked_by` asks for.
 
-        `asked` is the text of --classes, or the list of texts of --prompts.
+        `asked` is the text of --classes or a list of classes, or the list of texts of --prompts.
+        Where `num_images` is None there is one of each that is asked for.
         """
         raise UsageError("--classes", asked, f": {type(self).__name__} has no parse_conditions")
 
@@ -261,34 +261,23 @@ class ClassConditional(Denoiser):
 
     def describe_conditions(self, conditions, class_names):
         """The names of classes, or their numbers where they have none."""
-        labels = [int(label) for label in self.as_condition(conditions)["label"]]
-        return [class_names[k][:80] if k < len(class_names) else str(k) for k in labels]
+        title = ClassNames(self.num_classes, class_names).title
+        return [title(int(label))[:80] for label in self.as_condition(conditions)["label"]]
 
-    def parse_conditions(self, text, num_images, seed, class_names=()):
-        """Labels, int32 (num_images,), of "all" or a list (in turn), or "random" by the seed."""
-        if text == "random":
+    def parse_conditions(self, asked, num_images, seed, class_names=()):
+        """Labels, int32 (num_images,), of "all" or some (in turn), or "random" by the seed.
+
+        Some are a list, or a text with commas, of what `ClassNames` knows.
+        """
+        if asked == "random":
             # Philox's stream can be cut anywhere: more images leave the first labels as they were.
             generator = np.random.Generator(np.random.Philox(seed))
             return {"label": generator.integers(0, self.num_classes, num_images).astype(np.int32)}
         numbers: Iterable[int] = range(self.num_classes)
-        if text != "all":
-            known = sorted((n for n in class_names if "," in n), key=len, reverse=True)  # longest
-            pattern = rf"(?:^|,)\s*({'|'.join(map(re.escape, known))}|[^,]*?)\s*(?=,|$)"
-            numbers = (self._number(part, text, class_names) for part in re.findall(pattern, text))
-        return {"label": np.resize(np.array([*numbers], np.int32), num_images)}
-
-    def _number(self, part: str, text: str, class_names: Sequence[str]) -> int:
-        digits, named = part.removeprefix("#"), [k for k, n in enumerate(class_names) if n == part]
-        numbers = [int(digits)] if digits.isdecimal() and int(digits) < self.num_classes else []
-        if len(both := sorted({*named, *numbers})) > 1:
-            fix = f": {part} may be each of classes {both[:9]}: write #{both[0]}, or another"
-            raise UsageError("--classes", text, fix)
-        if found := named or numbers:
-            return found[0]
-        close = difflib.get_close_matches(part, class_names, n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        fix = f": the model has no class {part}, use 0 to {self.num_classes - 1}, names, "
-        raise UsageError("--classes", text, f"{fix}'all' or 'random'{hint}")
+        if asked != "all":
+            numbers = ClassNames(self.num_classes, class_names).numbers(asked)
+        labels = np.array([*numbers], np.int32)
+        return {"label": labels if num_images is None else np.resize(labels, num_images)}
 
     def class_labels(self, conditions):
         return np.asarray(self.as_condition(conditions)["label"], np.int64)

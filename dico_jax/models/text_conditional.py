@@ -200,7 +200,7 @@ class TextConditional(Denoiser):
     def parse_conditions(self, asked, num_images, seed, class_names=()):
         """Ids of the texts that are asked for, in turn."""
         ids = self._reader().tokenize(asked)
-        return {"ids": ids[np.arange(num_images) % len(ids)]}
+        return {"ids": ids[np.arange(len(ids) if num_images is None else num_images) % len(ids)]}
 
     def text_features(self, condition: Condition) -> Condition:
         """Tokens and pooled features of a condition, inside `forward`."""

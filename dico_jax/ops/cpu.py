@@ -32,9 +32,17 @@ def apart(function: Function, *operands: jax.Array, on_cpu: Function | None = No
 
     No sum over the batch may be inside: devices that split it would have to wait for each other.
     """
-    if sum(x.size for x in operands) < LARGE:
+    if not _surely(lambda: sum(x.size for x in operands) >= LARGE):
         return function(*operands)
     return lax.platform_dependent(*operands, cpu=_not_inlined(on_cpu or function), default=function)
+
+
+def _surely(test: Callable[[], bool]) -> bool:
+    """Whether a test of sizes holds, whatever those are that an export leaves open."""
+    try:
+        return test()
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
 
 
 def _not_inlined(function):
@@ -93,14 +101,16 @@ def _part_sum(f, arrays, axis, parts):
 def steady(function: Function, x: jax.Array, *rest: jax.Array) -> jax.Array:
     """A product function(x, *rest) of x (N, ..., C) whose rows are rounded alike whatever N.
 
-    XLA for CPU has other programs for few rows: there zeros are appended.
+    XLA for CPU has other programs for few rows: there zeros are appended, but to an N that an
+    export leaves open.
     """
-    short = -(-_ROWS // math.prod(x.shape[1:-1])) - len(x)
-    if short <= 0:
+    least = -(-_ROWS // math.prod(x.shape[1:-1]))
+    if not _surely(lambda: x.shape[0] < least):
         return function(x, *rest)
+    short = least - x.shape[0]
 
     def padded(x, *rest):
-        return function(jnp.pad(x, ((0, short), *[(0, 0)] * (x.ndim - 1))), *rest)[: len(x)]
+        return function(jnp.pad(x, ((0, short), *[(0, 0)] * (x.ndim - 1))), *rest)[: x.shape[0]]
 
     return lax.platform_dependent(x, *rest, cpu=padded, default=function)
 

@@ -21,7 +21,7 @@ from dico_jax.files import Deferred, check_new, new_folder, result_path
 from dico_jax.models import abstract_params, model_options
 from dico_jax.models.dit import DiT, position_embedding
 from dico_jax.pytorch import lazy_trees, optimizer_state, run_config, torch_files
-from dico_jax.pytorch.detection import TABLE, check_table, detect_network, parameters
+from dico_jax.pytorch.detection import TABLE, check_table, parameters
 from dico_jax.pytorch.hub import local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, Entry
 from dico_jax.pytorch.lazy_trees import ByteProgress, Health
@@ -93,9 +93,7 @@ def from_pytorch(
         sets = {item: select_weights(file, which) for item, which in wanted.items()}
         chosen, tensors = next(iter(sets.values()))
         known: Any = {"num_classes": num_classes, "num_heads": num_heads}
-        known |= {f"likely_{what}": arguments.get(f"num_{what}") for what in ("classes", "heads")}
-        known["likely_length"] = arguments.get("text_length")
-        network = detect_network(tensors, model, **known)
+        network = run_config.network_of(tensors, arguments, model, **known)
         found = "the only weights" if chosen == "weights" else f"the weights {chosen!r}"
         step, options, trees = 0, None, {item: its.tensors for item, its in sets.items()}
         if training:

@@ -13,7 +13,7 @@ from dico_jax.errors import UsageError
 from dico_jax.models import MODELS, create_model, model_options
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.text_conditional import TextConditional
-from dico_jax.pytorch.detection import Network
+from dico_jax.pytorch.detection import Network, detect_network
 from dico_jax.pytorch.pickles import Inert
 from dico_jax.pytorch.tensors import shown
 
@@ -47,6 +47,15 @@ def read_arguments(tree: object, more: Mapping[str, str] = {}) -> dict[str, Any]
             what = "is of another objective than noise: samples would be wrong, and it is refused"
             raise UsageError(f"args.{key}", value, what)
     return arguments
+
+
+def network_of(
+    tensors: Mapping[str, Any], arguments: Mapping[str, Any], name: str | None = None, **known: Any
+) -> Network:
+    """The network of a state dict, where a script's arguments may help; see `detect_model`."""
+    likely = {f"likely_{what}": arguments.get(f"num_{what}") for what in ("classes", "heads")}
+    likely["likely_length"] = arguments.get("text_length")
+    return detect_network(tensors, name, **known, **likely)
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -66,8 +66,9 @@ NAMES = tuple(
 def use_all_cores(ckpt: str | None) -> None:
     """Does what --cpu_tuning says, before JAX is used, for the weights of a checkpoint."""
     from dico_jax.checkpoints.reader import weights_fit  # late: --help answers before JAX
+    from dico_jax.pytorch.hub import local_weights
 
-    _USE_ALL_CORES(weights_fit(ckpt))
+    _USE_ALL_CORES(weights_fit(ckpt and local_weights(ckpt, _STEP.value)))
 
 
 def asked() -> dict[str, str]:

@@ -4,6 +4,7 @@ Image i of a seed is the same whatever the batch size, the devices, or an interr
 noise follows from (seed, i).
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from dico_jax.errors import TrainingStopped, UsageError
 from dico_jax.models.block_stacks import whole_where_used
 from dico_jax.parallel.mesh import batch_sharding, from_same, replicated
 
-GenerateFn = Callable[..., tuple[jax.Array, jax.Array]]  # of `make_generate_fn`
+GenerateFn = Callable[..., tuple[jax.Array, ...]]  # of `make_generate_fn`
 
 
 class NotFiniteError(TrainingStopped):
@@ -114,6 +115,7 @@ def make_generate_fn(
     *,
     load=True,
     guide=None,
+    with_latents=False,
 ) -> GenerateFn:
     """The jitted function (params, indices (N,), conditions) -> images, and which are finite.
 
@@ -132,6 +134,7 @@ def make_generate_fn(
       load: reads the autoencoder's weights now; False leaves that, and what may be wrong with
         them, to the first images.
       guide: a weaker network for autoguidance, see `make_latents_fn`.
+      with_latents: gives the latents as well, float32 (N, H, W, C).
     """
     sample_latents = make_latents_fn(model, objective, latent_shape, options, guide=guide)
 
@@ -140,7 +143,8 @@ def make_generate_fn(
         latents = sample_latents(params, indices, conditions, *how)
         decoded = autoencoder.decode(decoder_params, latents)
         finite = [jnp.isfinite(x).all(axis=(1, 2, 3)) for x in (latents, decoded)]
-        return to_uint8(decoded), finite[0] & finite[1]
+        made = to_uint8(decoded), finite[0] & finite[1]
+        return (*made, latents.astype(jnp.float32)) if with_latents else made
 
     split, whole = batch_sharding(mesh), replicated(mesh)
     # The network's parameters stay as they lie: a run may share them among devices.
@@ -179,20 +183,30 @@ def generate_images(
 
 def generate_batches(
     generate: GenerateFn, params, conditions: Any, batch_size: int, num_devices: int, indices: Any
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, ...]]:
     """Of images `indices` (N,), their numbers (n,), uint8 (n, H, W, C), and which are finite (n,).
+
+    Then what else `generate` gives. The devices make a batch while the caller has the one before.
 
     `conditions` are a tree of arrays (N, ...), those of every image from 0 on. Every batch has one
     size on the devices, a multiple of num_devices; what is over at the end is cut off.
     """
     count = max(1, len(jax.tree.leaves(conditions)[0]))
     size = -(-min(batch_size, count) // num_devices) * num_devices
+    ahead = collections.deque[tuple[np.ndarray, Any]]()
     for first in range(0, len(indices), size):
         part = np.asarray(indices[first : first + size], np.int32)
         padded = np.pad(part, (0, size - len(part)), mode="edge")
         told = jax.tree.map(lambda leaf, rows=padded: leaf[rows], conditions)
-        images, finite = jax.device_get(generate(params, padded, told))
-        yield part, images[: len(part)], finite[: len(part)]
+        ahead.append((part, generate(params, padded, told)))
+        if len(ahead) > 1:
+            yield _finished(*ahead.popleft())
+    if ahead:
+        yield _finished(*ahead.popleft())
+
+
+def _finished(part: np.ndarray, made: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
+    return part, *(array[: len(part)] for array in jax.device_get(made))
 
 
 def check_finite(bad: Sequence[int] | np.ndarray, count: int) -> None:

@@ -1,5 +1,6 @@
 """Grids of images as one picture."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -7,75 +8,68 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_MIN_CELL = 64  # smaller images are enlarged, pixel by pixel, to at least this side
-_GAP = 2
-_MIN_CAPTION, _CAPTION_LINES = 160, 4  # pixels of a picture above its caption; lines
-SIDE = 10  # most pictures side by side
+_MIN_CELL, _MIN_CAPTIONED = 64, 160  # smaller pictures, or ones alone above a caption, grow to it
+_MAX_SHEET = 5120  # pixels; pictures that would make more side by side are shrunk
+_GAP, _LINES = 2, 4  # pixels; of a caption
+_ROW = 10  # pictures with one caption that stand side by side, however few there are in all
 
 
-def image_grid(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
-    """Rows of uint8 images (N, H, W, 1 or 3), each with a label at its left: uint8 (H, W, 3)."""
-    rows = [_enlarged(images, _MIN_CELL) for images in rows]
-    height, width = rows[0].shape[1:3]
-    font = ImageFont.load_default(size=max(12, min(height // 4, 32)))
-    margin = round(max(font.getlength(text) for text in labels)) + 12
-    columns = max(map(len, rows))
-    size = margin + columns * (width + _GAP) + _GAP, len(rows) * (height + _GAP) + _GAP
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for r, (images, label) in enumerate(zip(rows, labels, strict=True)):
-        top = _GAP + r * (height + _GAP)
-        draw.text((margin - 6, top + height // 2), label, fill="black", font=font, anchor="rm")
-        _paste(sheet, images, margin + _GAP, top)
-    return np.asarray(sheet)
-
-
-def captioned_grid(groups: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+def image_grid(
+    groups: Sequence[np.ndarray], captions: Sequence[str], title: str = ""
+) -> np.ndarray:
     """Groups of uint8 images (N, H, W, 1 or 3), each above its caption: uint8 (H, W, 3).
 
-    Groups stand side by side where ten pictures have room; captions of many lines are cut.
+    There are about as many rows as columns: groups stand side by side, or a group is a row or a
+    block of several. Long captions are cut. A `title` stands above all.
     """
-    each = max(map(len, groups))
-    groups = [_enlarged(images, _MIN_CAPTION if each == 1 else _MIN_CELL) for images in groups]
-    height, width = groups[0].shape[1:3]
+    each, total = max(map(len, groups)), sum(map(len, groups))
+    side = math.ceil(total**0.5)
+    wide = min(each, max(_ROW, side))  # pictures of a group side by side
+    beside = min(max(1, round(side / wide)), len(groups))  # groups side by side
+    least = _MIN_CAPTIONED if each == 1 else _MIN_CELL
+    sized = [_pictures(images, least, _MAX_SHEET // (wide * beside)) for images in groups]
+    width, height = sized[0][0].size
     size = max(12, min(height // 14, 24))
     font, line = ImageFont.load_default(size=size), round(1.25 * size)
-    block = each * (width + _GAP) + _GAP
+    block = wide * (width + _GAP) + (_GAP if each == 1 or beside == 1 else 4 * _GAP)
     texts = [_wrapped(caption, font, block - 2 * _GAP) for caption in captions]
-    beside = min(max(1, SIDE // each), round(len(groups) ** 0.5 + 0.4))
-    both = list(zip(groups, texts, strict=True))
-    lines = [both[first : first + beside] for first in range(0, len(both), beside)]
-    room = [height + 3 * _GAP + line * max(len(text) for _, text in row) for row in lines]
-    sheet = Image.new("RGB", (beside * block, sum(room) + _GAP), "white")
-    draw, top = ImageDraw.Draw(sheet), _GAP
-    for row, high in zip(lines, room, strict=True):
-        for k, (images, text) in enumerate(row):
-            _paste(sheet, images, k * block + _GAP, top)
+    both = list(zip(sized, texts, strict=True))
+    rows = [both[first : first + beside] for first in range(0, len(both), beside)]
+    lines = [math.ceil(max(len(pictures) for pictures, _ in row) / wide) for row in rows]
+    room = [max(len(text) for _, text in row) * line + 4 * _GAP for row in rows]
+    top = _GAP + 2 * line * bool(title)
+    total_height = top + sum(lines) * (height + _GAP) + sum(room)
+    sheet = Image.new("RGB", (beside * block, total_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, line // 2), title, fill="black", font=font)
+    for row, high, below in zip(rows, lines, room, strict=True):
+        for k, (pictures, text) in enumerate(row):
+            left = k * block + _GAP
+            for i, picture in enumerate(pictures):
+                at = left + i % wide * (width + _GAP), top + i // wide * (height + _GAP)
+                sheet.paste(picture, at)
             for i, words in enumerate(text):
-                at = k * block + _GAP, top + height + _GAP + i * line
+                at = left, top + high * (height + _GAP) + i * line
                 draw.text(at, words, fill="black", font=font)
-        top += high
+        top += high * (height + _GAP) + below
     return np.asarray(sheet)
 
 
-def _enlarged(images: np.ndarray, least: int) -> np.ndarray:
-    """Images whose longer side has at least about `least` pixels, each pixel repeated."""
-    zoom = max(1, least // max(images.shape[1:3]))
-    return images.repeat(zoom, axis=1).repeat(zoom, axis=2)
-
-
-def _paste(sheet: Image.Image, images: np.ndarray, left: int, top: int) -> None:
-    for image in images:
-        rgb = np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
-        sheet.paste(Image.fromarray(rgb), (left, top))
-        left += image.shape[1] + _GAP
+def _pictures(images: np.ndarray, least: int, most: int) -> list[Image.Image]:
+    """In RGB, with a longer side of about `least` pixels at least, each repeated, or of `most`."""
+    longer = max(images.shape[1:3])
+    zoom = max(1, min(least, most) // longer)
+    height, width = (n * zoom if longer <= most else n * most // longer for n in images.shape[1:3])
+    rgb = np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+    how = Image.Resampling.NEAREST if longer <= most else Image.Resampling.LANCZOS
+    return [Image.fromarray(image).resize((width, height), how) for image in rgb]
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
     """Lines of a text that are at most about `width` pixels wide."""
     letter = font.getlength(text) / max(1, len(text)) or 1
     fits = max(1, int(0.93 * width / letter))
-    return textwrap.wrap(text, fits, max_lines=_CAPTION_LINES, placeholder=" ...") or [""]
+    return textwrap.wrap(text, fits, max_lines=_LINES, placeholder=" ...") or [""]
 
 
 def save_png(path, image: np.ndarray) -> None:

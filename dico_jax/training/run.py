@@ -26,7 +26,7 @@ from dico_jax.parallel import mesh as meshes
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.parallel.sharding import DEFAULT_RULES, parse_rules, say_unmet, state_sharding
 from dico_jax.sampling.generate import generate_images, make_generate_fn
-from dico_jax.sampling.grids import captioned_grid, image_grid, save_png
+from dico_jax.sampling.grids import image_grid, save_png
 from dico_jax.training.logging import require_wandb
 from dico_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from dico_jax.training.speed import enable_compilation_cache
@@ -142,7 +142,7 @@ class Run:
         conditions, names = model.grid_conditions(sampling.grid_rows, self._good)
         repeated = jax.tree.map(lambda a: np.repeat(a, sampling.grid_columns, axis=0), conditions)
         rows = np.split(np.concatenate(list(samples(repeated))), len(names))
-        grid = (captioned_grid if model.asked_by == "prompts" else image_grid)(rows, names)
+        grid = image_grid(rows, names)
         if jax.process_index() == 0:
             (self.workdir / "samples").mkdir(exist_ok=True)
             with new_file(self.workdir / "samples" / f"step_{step:07d}.png") as file:

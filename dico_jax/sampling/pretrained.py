@@ -1,0 +1,158 @@
+"""Networks with weights, of checkpoints and of files, ready to make images."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dico_jax.autoencoders import WAYS_OUT
+from dico_jax.autoencoders.weights import Weights
+from dico_jax.checkpoints.averages import rebuilt_ema, snapshot_steps, weights_digest
+from dico_jax.checkpoints.reader import SavedWeights
+from dico_jax.errors import UsageError
+from dico_jax.experiment import Experiment, experiment_from_config, sampling_from_config
+from dico_jax.models import abstract_params
+from dico_jax.parallel.mesh import create_mesh, replicated
+from dico_jax.pytorch.file_weights import FileWeights
+from dico_jax.pytorch.hub import local_weights
+from dico_jax.sampling.generate import GenerateFn, make_generate_fn
+
+PREVIEW = "preview"  # of --vae
+
+
+def open_weights(source: str | os.PathLike, step: int | None = None) -> SavedWeights | FileWeights:
+    """The weights of a workdir, a converted checkpoint, a file of PyTorch's or an hf:// address."""
+    path = local_weights(source, step)
+    if not os.path.isfile(path):
+        return SavedWeights(path, step)
+    if step is not None:
+        raise UsageError("--step", step, f": {source} is a file, which has no steps")
+    return FileWeights(path)
+
+
+class Pretrained:
+    """A network with its weights and its autoencoder on the devices.
+
+    Attributes:
+      experiment: network, process and autoencoder.
+      config: a ConfigDict, complete.
+      class_names: of the classes it was trained on; [] where the data has no names.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        *,
+        step: int | None = None,
+        weights: str = "ema",
+        ema_width: float | None = None,
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """Loads the weights.
+
+        Args:
+          source: workdir of a run, a converted checkpoint, a .pt, .pth or .safetensors file or an
+            index of several, or hf://OWNER/REPO[@REVISION][/FILE] with one of these.
+          step: of the checkpoint; the newest if None.
+          weights: "ema" or "params".
+          ema_width: in place of `weights`, the relative width of an average that is rebuilt from
+            the run's snapshots; `step` is then one of theirs.
+          vae: in place of the config's autoencoder: a file of weights, or "preview".
+          text_encoder: in place of the config's, where CLIP is.
+          mesh: of the devices that share the images; all if None.
+        """
+        saved = open_weights(source, None if ema_width is not None else step)
+        config = ConfigDict(saved.config)
+        config.text.path = text_encoder or config.text.path
+        experiment, digest = _experiment(config, vae)
+        texts = getattr(experiment.model, "texts", None)
+        if texts and saved.text_digest not in (None, texts.digest):
+            was, now = f"{saved.text_digest:.12}", texts.digest[:12]
+            fix = f"is another encoder ({now}) than that of the training ({was})"
+            raise UsageError("--text_encoder", config.text.path, f"{fix}: give that one")
+        self.class_names, self.config, self.mesh = saved.class_names, config, mesh or create_mesh()
+        sharding = replicated(self.mesh)
+        # Once on the devices, whatever number of samplers use it.
+        decoder = Weights(jax.device_put(experiment.autoencoder.params, sharding))
+        autoencoder = dataclasses.replace(experiment.autoencoder, load=lambda: decoder)
+        self.experiment = dataclasses.replace(experiment, autoencoder=autoencoder)
+        used_step = saved.step if step is None else step
+        if ema_width is not None and step is None:
+            used_step = (snapshot_steps(saved.folder) or [0])[-1]
+        remote = "://" in os.fspath(source)
+        self._about: dict[str, Any] = {
+            "ckpt": os.fspath(source) if remote else str(pathlib.Path(source).absolute()),
+            "step": used_step,
+            "weights": weights if ema_width is None else f"ema_width={ema_width}",
+            "class_names_digest": hashlib.sha256(json.dumps(self.class_names).encode()).hexdigest(),
+            **{section: config[section].to_dict() for section in ("model", "diffusion")},
+            "text_encoder": texts and texts.digest,
+            "autoencoder": {
+                **config.autoencoder.to_dict(),
+                "path": config.autoencoder.path if digest else None,  # read, or of no use
+                "scaling_factor": autoencoder.scaling_factor,
+                "decoder_digest": digest,
+            },
+        }
+        self._saved, self._which = saved, (used_step, weights, ema_width)
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The network's weights, on every device of `mesh`; read when first asked for."""
+        (step, weights, ema_width), sharding = self._which, replicated(self.mesh)
+        if ema_width is not None:
+            return jax.device_put(rebuilt_ema(self._saved.folder, ema_width, step), sharding)
+        target = abstract_params(self.experiment.model)
+        target = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), target)
+        return self._saved.read(weights, target)
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """What decides the images but for how they are sampled, and where it is from."""
+        saved, (step, weights, ema_width) = self._saved, self._which
+        if isinstance(saved, FileWeights):
+            digest = saved.digest(weights)  # which reads all of the file
+        else:
+            digest = weights_digest(saved.folder, step, weights, ema_width is not None)
+        return self._about | {"weights_digest": digest}
+
+    def generator(self, config: ConfigDict, with_latents: bool = False) -> GenerateFn:
+        """The function that makes images as `config.sampling` and `config.seed` say."""
+        process, options = sampling_from_config(config)
+        made = self.experiment
+        parts = made.model, process, made.autoencoder, made.latent_shape
+        return make_generate_fn(*parts, options, self.mesh, with_latents=with_latents)
+
+
+def _experiment(config: ConfigDict, vae: str | None) -> tuple[Experiment, str | None]:
+    """The experiment of a config, with the weights or "preview" of --vae, and the decoder's digest.
+
+    Errors about the autoencoder's file name the flag, or say that there is one.
+    """
+    autoencoder, field = config.autoencoder, "autoencoder.path="
+    if vae is not None and autoencoder.name == "identity":
+        fix = ": this checkpoint is a model of pixels, which needs no autoencoder; leave it out"
+        raise UsageError("--vae", vae, fix)
+    if vae == PREVIEW:
+        autoencoder.name = "latent_preview"
+    elif vae is not None:
+        autoencoder.update(name="sd_vae", path=vae)
+    try:
+        experiment = experiment_from_config(config)
+        return experiment, experiment.autoencoder.decoder_digest  # reads the weights, and may fail
+    except UsageError as error:
+        text = str(error).removeprefix("config.")
+        if not text.startswith(field):
+            raise
+        said = f"config.{text}" if vae is None else text.replace(field, "--vae=", 1)
+        fix = f"give --vae=FILE, or --vae={PREVIEW} for small false-colour pictures"
+        raise UsageError(f"{said.removesuffix(WAYS_OUT)}; {fix}") from error

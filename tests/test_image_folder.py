@@ -1,0 +1,134 @@
+"""What a folder of images gets, keeps and makes again; the sampler is one of plain arithmetic."""
+
+import errno
+import types
+
+import numpy as np
+import pytest
+
+from dico_jax.errors import UsageError
+from dico_jax.models import create_model
+from dico_jax.sampling import image_folder
+from dico_jax.sampling.grids import load_png
+from dico_jax.sampling.image_folder import save
+
+
+class Sampler:
+    """Images of which every pixel is the number of the image; latents that number plus one."""
+
+    class_names = ()
+
+    def __init__(self, with_latents=False, at_a_time=4, fails_at=None):
+        model = create_model("DiCo", num_classes=10)
+        self.experiment = types.SimpleNamespace(model=model, latent_shape=(2, 2, 1))
+        self.with_latents, self.made, self._n, self._fails_at = (
+            with_latents,
+            [],
+            at_a_time,
+            fails_at,
+        )
+
+    def about(self, **asked):
+        return {"seed": 0, **asked}
+
+    def default_number(self, **asked):
+        return 6
+
+    def conditions(self, num_images, classes="all"):
+        return self.experiment.model.parse_conditions(classes, num_images, 0)
+
+    def batches(self, conditions, indices):
+        for first in range(0, len(indices), self._n):
+            part = np.array(indices[first : first + self._n])
+            if self._fails_at in part:
+                raise KeyboardInterrupt
+            self.made += part.tolist()
+            images = np.broadcast_to(
+                part[:, None, None, None].astype(np.uint8), (len(part), 8, 8, 1)
+            )
+            latents = np.broadcast_to(part[:, None, None, None] + 1.0, (len(part), 2, 2, 1))
+            yield part, images, np.ones(len(part), bool), *([latents] if self.with_latents else [])
+
+
+def images_in(folder):
+    return {file.name: int(load_png(file).mean()) for file in sorted(folder.glob("0*.png"))}
+
+
+def test_images_are_made_once(tmp_path):
+    assert save(Sampler(), str(tmp_path)) == 6
+    assert images_in(tmp_path) == {f"{i:06d}.png": i for i in range(6)}
+    (tmp_path / "000002.png").unlink()
+    again = Sampler()
+    assert save(again, str(tmp_path), num_images=8) == 8
+    assert again.made == [2, 6, 7]
+
+
+def test_a_full_disk_in_a_thread_leaves_what_is_finished(tmp_path, monkeypatch):
+    write = image_folder.save_png
+
+    def full(stream, image):
+        if image.mean() == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(stream, image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_folder, "save_png", full)
+        with pytest.raises(UsageError, match=r"000005.png cannot be written: No space left"):
+            save(Sampler(), str(tmp_path), num_images=100)
+    assert {"000000.png", "000003.png"} <= set(images_in(tmp_path))
+    assert not list(tmp_path.glob(".*"))
+    again = Sampler()
+    save(again, str(tmp_path), num_images=100)
+    assert again.made[0] in (4, 5)  # a thread that had it may have written image 4
+    assert len(images_in(tmp_path)) == 100
+
+
+def test_an_interruption_leaves_what_is_finished(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        save(Sampler(fails_at=9), str(tmp_path), num_images=20)
+    assert len(images_in(tmp_path)) >= 4
+    save(again := Sampler(), str(tmp_path), num_images=20)
+    assert set(again.made) >= set(range(8, 20))
+
+
+def test_latents_beside_images(tmp_path):
+    save(Sampler(with_latents=True), str(tmp_path), num_images=5)
+    latents = np.load(tmp_path / "latents.npy")
+    assert (latents.dtype, latents.shape) == (np.float32, (5, 2, 2, 1))
+    assert latents[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]
+    # They go on with the images; a row that a power cut has left empty is made again.
+    rows = np.load(tmp_path / "latents.npy", mmap_mode="r+")
+    rows[3] = 0
+    rows.flush()
+    save(again := Sampler(with_latents=True), str(tmp_path), num_images=100)
+    assert again.made == [3, *range(5, 100)]
+    assert np.load(tmp_path / "latents.npy")[:, 1, 1, 0].tolist() == list(range(1, 101))
+    save(fewer := Sampler(with_latents=True), str(tmp_path), num_images=2)
+    assert (len(np.load(tmp_path / "latents.npy")), fewer.made) == (100, [])
+    # Of images without latents they are made with the images.
+    (tmp_path / "latents.npy").write_bytes(b"damaged")
+    save(again := Sampler(with_latents=True), str(tmp_path), num_images=2)
+    assert again.made == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("number", "asked", "shown", "title"),
+    [
+        (100, {}, [10] * 10, ""),
+        (7, {"classes": "3"}, [7], ""),
+        (400, {"classes": "1,2"}, [200, 200], ""),
+        (401, {"classes": "1,2"}, [200, 200], "400 of 401 images"),
+        (1001, {"classes": "5,#6,7"}, [133] * 3, "399 of 1,001 images"),
+    ],
+)
+def test_what_is_in_the_grid(tmp_path, monkeypatch, number, asked, shown, title):
+    seen = []
+    monkeypatch.setattr(image_folder, "load_png", lambda file: np.full((8, 8, 1), 3, np.uint8))
+    grid = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(image_folder, "image_grid", lambda *args: seen.append(args) or grid)
+    save(Sampler(at_a_time=500), str(tmp_path), num_images=number, **asked)
+    ((groups, names, said),) = seen
+    assert ([*map(len, groups)], said) == (shown, title)
+    assert names == (
+        [str(k) for k in range(10)] if not asked else asked["classes"].replace("#", "").split(",")
+    )

@@ -1,0 +1,201 @@
+"""`Sampler`: images from Python, of checkpoints, files and repositories."""
+
+import json
+import os
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dico_jax import Sampler
+from dico_jax.checkpoints.reader import FOLDER
+from dico_jax.checkpoints.writer import StepWriter
+from dico_jax.config import DEFAULTS
+from dico_jax.errors import UsageError
+from dico_jax.experiment import model_from_config
+from dico_jax.pytorch.conversion import from_pytorch, to_pytorch
+from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
+from tests import golden
+
+NAMES = [f"kind {i}" for i in range(10)]
+
+
+def write_checkpoint(path, names=NAMES, **options):
+    """A converted checkpoint of a small network with drawn weights, of grey pictures of 8 x 8."""
+    config = ConfigDict(json.loads(json.dumps(DEFAULTS)))
+    config.model.update(name="DiT", hidden_size=8, depth=1, num_heads=1, patch_size=4)
+    config.model.update(in_channels=1, num_classes=10, **options)
+    config.autoencoder.name, config.data.image_size = "identity", 8
+    config.sampling.update(num_steps=3, cfg_scale=2.0, cfg_channels="all")
+    params = golden.drawn_params(model_from_config(config), 3, "A")
+    path.mkdir()
+    meta = {"config": json.loads(config.to_json_best_effort()), "class_names": list(names)}
+    with StepWriter(path / FOLDER) as writer:
+        writer.write(0, {"ema_params": params}, meta)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("made") / "ckpt")
+
+
+@pytest.fixture(scope="module")
+def sampler(checkpoint):
+    return Sampler.from_pretrained(checkpoint)
+
+
+@pytest.fixture
+def compilations():
+    """The number of compilations so far."""
+    seen = []
+
+    def note(name, seconds, **_):
+        if name == "/jax/core/compile/backend_compile_duration":
+            seen.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield lambda: len(seen)
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_images_are_those_of_the_command(checkpoint, sampler):
+    images = sampler(classes=["kind 3", 7], seed=5, per_class=2)
+    assert (images.shape, images.dtype) == ((4, 8, 8, 1), np.uint8)
+    of_command = CheckpointSampler(checkpoint, seed=5)
+    wanted = np.concatenate([*of_command.images(of_command.conditions(4, classes="3,7"))])
+    np.testing.assert_array_equal(images, wanted)
+    assert (sampler([3, 7, 3, 7], seed=6) != images).any()
+    pictures = images.pil()
+    assert [picture.size for picture in pictures] == [(8, 8)] * 4
+    np.testing.assert_array_equal(np.asarray(pictures[1]), images[1, ..., 0])
+    assert len(images[2].pil()) == 1
+
+
+def test_calls_of_one_shape_compile_once(checkpoint, compilations):
+    sampler = Sampler.from_pretrained(checkpoint)
+    first = sampler(classes=[1, 2])
+    before = compilations()
+    assert (sampler(classes=["kind 4", 2], cfg_scale=3.5, seed=1) != first).any()
+    np.testing.assert_array_equal(sampler(classes=[1, 2]), first)
+    sampler("random", num_images=2, cfg_scale=5, batch_size=2)
+    assert compilations() == before
+    sampler(classes=[1, 2], steps=2)
+    assert compilations() > before  # so it would be seen
+
+
+def test_counts(sampler):
+    assert sampler().shape[0] == 1
+    assert sampler("kind 2").shape[0] == 1
+    assert sampler("all", num_images=3, batch_size=2, solver="ddim", steps=2).shape[0] == 3
+    assert sampler.classes[2] == "2 kind 2"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"classes": ["kind 11"]}, r"^classes=\['kind 11'\]: .*no class kind 11.*did you mean"),
+        ({"classes": 10}, "^classes=10: .* no class 10"),
+        ({"classes": []}, r"^classes=\[\] is empty"),
+        ({"prompts": ["a cat"]}, r"^prompts=\['a cat'\]: DiT is told classes: give these"),
+        ({"cfg_scale": -1}, "^cfg_scale=-1.* must be at least 0"),
+        ({"cfg_scale": "x"}, "^cfg_scale='x' must be a number"),
+        ({"solver": "dpm3"}, "^solver='dpm3' is unknown: use one of ddpm"),
+        ({"steps": 2000}, "^steps=2000"),
+        ({"steps": 0}, "^steps=0 must be at least 1"),
+        ({"seed": -1}, "^seed=-1 must be at least 0"),
+        ({"batch_size": 0}, "^batch_size=0 must be at least 1"),
+        ({"num_images": 0}, "^num_images=0 must be at least 1"),
+        ({"eta": 1}, "^eta=1 is no option of a sampler: it has .*ddim_eta"),
+    ],
+)
+def test_what_is_refused(sampler, asked, message):
+    with pytest.raises(UsageError, match=message) as raised:
+        sampler(**asked)
+    assert "\n" not in str(raised.value)
+
+
+def test_guidance_without_a_null_class(tmp_path):
+    sampler = Sampler.from_pretrained(write_checkpoint(tmp_path / "c", class_dropout_prob=0.0))
+    assert sampler(1, cfg_scale=1.0).shape[0] == 1
+    with pytest.raises(UsageError, match="^cfg_scale=2.0 needs a model that was trained to do"):
+        sampler(1)
+
+
+def test_a_file_is_read_as_if_it_were_converted(checkpoint, tmp_path):
+    file = tmp_path / "net.safetensors"
+    to_pytorch(checkpoint, file)
+    from_pytorch(file, tmp_path / "converted")
+    for name in ("net.safetensors", "net.pt"):
+        to_pytorch(checkpoint, tmp_path / name) if name != "net.safetensors" else None
+        images, wanted = (
+            Sampler.from_pretrained(tmp_path / path)(classes=[1, 2], steps=2)
+            for path in (name, "converted")
+        )
+        np.testing.assert_array_equal(images, wanted)
+    settings = CheckpointSampler(file).about()
+    assert settings["ckpt"] == str(file)
+    assert len(settings["weights_digest"]) == 64
+    with pytest.raises(UsageError, match=r"^step=3: .*net.pt is a file, which has no steps"):
+        Sampler.from_pretrained(tmp_path / "net.pt", step=3)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes.txt"):
+        Sampler.from_pretrained(tmp_path / "notes.txt")
+    with pytest.raises(UsageError, match="^source=.*/none': no such folder"):
+        Sampler.from_pretrained(tmp_path / "none")
+
+
+def test_repositories(checkpoint, tmp_path, monkeypatch):
+    repositories = {}
+    asked = []
+
+    class Hub:
+        @staticmethod
+        def list_repo_files(repo, revision=None):
+            asked.append((repo, revision))
+            folder = repositories[repo]
+            return [
+                os.path.relpath(os.path.join(at, name), folder)
+                for at, _, names in os.walk(folder) for name in names
+            ]  # fmt: skip
+
+        @staticmethod
+        def snapshot_download(repo, revision=None, allow_patterns=(), ignore_patterns=()):
+            assert allow_patterns == ["config.json", "checkpoints/0/*"]
+            return str(repositories[repo])
+
+        @staticmethod
+        def hf_hub_download(repo, name, revision=None):
+            asked.append((repo, name, revision))
+            return str(repositories[repo] / name)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    (tmp_path / "one").mkdir()
+    to_pytorch(checkpoint, tmp_path / "one" / "net.safetensors")
+    shutil.copy(tmp_path / "one" / "net.safetensors", tmp_path / "one" / "net.pt")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.copy(tmp_path / "one" / "net.safetensors", tmp_path / "two" / "other.safetensors")
+    (tmp_path / "empty").mkdir()
+    repositories |= {f"me/{name}": tmp_path / name for name in ("one", "two", "empty")}
+    repositories["me/run"] = checkpoint
+    wanted = Sampler.from_pretrained(tmp_path / "one" / "net.safetensors")([1, 2], steps=2)
+    for address in ("hf://me/one", "hf://me/one@v1", "hf://me/two@v2/other.safetensors"):
+        images = Sampler.from_pretrained(address)([1, 2], steps=2)
+        np.testing.assert_array_equal(images, wanted)
+    assert asked[-1] == ("me/two", "other.safetensors", "v2")
+    assert ("me/one", "v1") in asked
+    assert ("me/one", "net.safetensors", "v1") in asked
+    sampler = Sampler.from_pretrained("hf://me/run/")
+    assert sampler.pretrained.class_names == NAMES
+    assert sampler.pretrained.settings["ckpt"] == "hf://me/run/"
+    for address, message in (
+        ("hf://me/two", "several files of weights: net.safetensors, other.safetensors; name one"),
+        ("hf://me/empty", "neither files of weights nor checkpoints/STEP"),
+        ("hf://me/no", "hf://me/no: it cannot be downloaded: 'me/no'"),
+        ("hf://me", "write hf://OWNER/REPO"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Sampler.from_pretrained(address)
