@@ -20,6 +20,7 @@ from dico_jax.autoencoders import to_uint8
 from dico_jax.diffusion import Objective, SamplingOptions
 from dico_jax.errors import TrainingStopped, UsageError
 from dico_jax.models.block_stacks import whole_where_used
+from dico_jax.ops.cpu import compiler_options
 from dico_jax.parallel.mesh import batch_sharding, from_same, replicated
 
 GenerateFn = Callable[..., tuple[jax.Array, ...]]  # of `make_generate_fn`
@@ -149,7 +150,9 @@ def make_generate_fn(
     split, whole = batch_sharding(mesh), replicated(mesh)
     # The network's parameters stay as they lie: a run may share them among devices.
     lie = whole, None, None, split, split, whole, whole
-    jitted = jax.jit(generate, static_argnums=len(lie), in_shardings=lie, out_shardings=whole)
+    how: Any = {"compiler_options": compiler_options(mesh.devices.flat[0].platform)}
+    how |= {"in_shardings": lie, "out_shardings": whole}
+    jitted = jax.jit(generate, static_argnums=len(lie), **how)
     # An argument and no constant: XLA would fold and copy 300 MB of constants.
     decoder_params = functools.cache(lambda: jax.device_put(autoencoder.params, whole))
     if load:
