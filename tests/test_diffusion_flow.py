@@ -1,5 +1,7 @@
 """Flow matching and MeanFlow against their formulas."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from dico_jax.diffusion import create_objective, sample_loop
 from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config
 from dico_jax.models import create_model
+from dico_jax.pytorch.conversion import to_pytorch
+from dico_jax.training.loop import train
 
 
 def objective(name="flow", num_steps=None, **options):
@@ -103,7 +107,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", [pytest.param("DiCo", marks=pytest.mark.slow), "DiT"])
 def test_the_target_of_mean_flow_by_finite_differences(float64, name):
     """u - (v - (t - r) du/dt) with du/dt between two points of the path, by a real network."""
     options = {"in_channels": 1, "num_classes": 3, "learn_sigma": False, "dtype": "float64"}
@@ -201,3 +205,32 @@ def test_what_an_objective_cannot_train(config, field, value, said):
     wrong[section][name] = value
     with pytest.raises(UsageError, match=rf"^config\.{field}={value} .*{said}"):
         experiment_from_config(wrong)
+
+
+def test_a_run_of_mean_flow_goes_on_as_if_never_stopped(tmp_path):
+    """With a small DiT; its samples are jumps."""
+    config = digits_mean_flow.get_config()
+    config.model.update(name="DiT", num_heads=1, patch_size=4, hidden_size=8, depth=1)
+    config.data.batch_size = 16
+    config.training.update(num_steps=4, checkpoint_every_steps=2, log_every_steps=1)
+    config.sampling.update(batch_size=16, grid_every_steps=4, grid_columns=2)
+    config.eval.class_agreement_samples = 0
+    train(config, str(tmp_path / "whole"))
+    config.training.num_steps = 2
+    train(config, str(tmp_path / "parts"))
+    config.training.num_steps = 4
+    train(config, str(tmp_path / "parts"))
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    found = [[row["mse"] for row in some if "mse" in row] for some in rows]
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
+    assert any(name.startswith("mse_t75_100") for row in rows[0] for name in row)
+    grids = [
+        (tmp_path / name / "samples/step_0000004.png").read_bytes() for name in ("whole", "parts")
+    ]
+    assert grids[0] == grids[1]
+    with pytest.raises(UsageError, match=r"^config.model.name='DiT' cannot be converted"):
+        to_pytorch(tmp_path / "whole", tmp_path / "out.pt")
