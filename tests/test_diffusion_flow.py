@@ -207,6 +207,7 @@ def test_what_an_objective_cannot_train(config, field, value, said):
         experiment_from_config(wrong)
 
 
+@pytest.mark.slow
 def test_a_run_of_mean_flow_goes_on_as_if_never_stopped(tmp_path):
     """With a small DiT; its samples are jumps."""
     config = digits_mean_flow.get_config()
@@ -232,5 +233,5 @@ def test_a_run_of_mean_flow_goes_on_as_if_never_stopped(tmp_path):
         (tmp_path / name / "samples/step_0000004.png").read_bytes() for name in ("whole", "parts")
     ]
     assert grids[0] == grids[1]
-    with pytest.raises(UsageError, match=r"^config.model.name='DiT' cannot be converted"):
+    with pytest.raises(UsageError, match=r"config.model.name='DiT' cannot be converted"):
         to_pytorch(tmp_path / "whole", tmp_path / "out.pt")
