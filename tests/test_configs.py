@@ -45,7 +45,7 @@ PARAMETERS = {
 
 
 def test_the_published_sizes_have_configs():
-    told_texts = {"worded_digits", "coco256", "coco256_uvit"}
+    told_texts = {"worded_digits", "coco256", "coco256_flow", "coco256_uvit"}
     others = {"digits_flow", "digits_mean_flow", "iso_flow"}
     known = {"default", "digits", "cifar10", "folder", *told_texts, *others, *PARAMETERS}
     assert set(NAMES) == known

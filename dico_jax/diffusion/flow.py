@@ -45,7 +45,7 @@ class Flow(Objective):
         spacing: str = "linear",
     ) -> Self:
         for name in ("min_snr_gamma", "zero_terminal_snr"):
-            if options[name]:
+            if options.get(name):
                 fix = f"has no effect with objective={options['objective']!r}: set it to 0 or False"
                 raise UsageError(name, options[name], fix)
         fields = [f.name for f in dataclasses.fields(cls) if f.name in options]
