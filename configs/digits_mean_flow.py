@@ -4,8 +4,9 @@
 
 Data: the 1,797 digits of 8x8 pixels that come with scikit-learn (pip install -e '.[demo]').
 Hardware: two CPU cores, under 5 minutes.
-Expected: of 500 samples, of one evaluation each, at least 90% are taken for the digit that was
-asked for, by a classifier that knows the real ones.
+Expected: of 500 samples, of one evaluation each and without guidance, at least 93% are taken for
+the digit that was asked for, by a classifier that knows the real ones (98% with two evaluations);
+their spread within a class is at least 0.8 of the real ones'.
 """
 
 from dico_jax.configs import digits
