@@ -12,7 +12,7 @@ Expected: FID 1.33 at 800 epochs (paper: its conv module in LightningDiT's setti
 Known of that setting (arXiv 2501.01423): the latents, patches of one position, width 1152, batch
     1024, learning rate 2e-4, b2 0.95, the linear path and its velocity, logit-normal times, 250
     steps of Euler's method with guidance but for the noisiest times.
-Chosen here: DiCo's block as it is, 23 of them with a feed-forward ratio of 6.5, for 677.9M
+Chosen here: DiCo's block as it is, 23 of them with a feed-forward ratio of 6.5, for 677.7M
     parameters and 117.5G multiply-adds, as the paper does not say of what its numbers are made up.
     LightningDiT's SwiGLU, RMSNorm, shifted times of sampling and its loss of the direction of
     velocities are not here; the guidance scale is to be found.
