@@ -115,7 +115,7 @@ class Jump(Solver):
             fix = (
                 "has no path for this objective: use it with config.diffusion.objective='mean_flow'"
             )
-            raise UsageError("sampler", "jump", fix)
+            raise UsageError("sampling.sampler", "jump", fix)
 
     def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
         mean = path.output(carry, i + 1, to=i)
