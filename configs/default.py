@@ -12,9 +12,10 @@ from ml_collections import config_dict
 # and the highest number. None where a number has to fit something, which is said where it does not.
 RANGES = {
     (0, 1): "data.max_bad_fraction optimizer.min_learning_rate_ratio sampling.ddim_eta "
-    "sampling.cfg_rescale",
+    "sampling.cfg_rescale diffusion.jump_share",
     (0, math.nextafter(1, 0)): "optimizer.b1 optimizer.b2 training.ema_decay "
     "model.class_dropout_prob model.text_dropout_prob",
+    (-100, 100): "diffusion.logit_mean",
     (0, 255): "data.num_workers",
     (0, 1000): "model.mlp_ratio",
     (0, 2**32 - 1): "seed",
@@ -44,6 +45,7 @@ PATHS = {
 # Fields that are one of some words.
 CHOICES = {
     "data.crop": ("adm", "lanczos"),
+    "diffusion.time_sampling": ("uniform", "logit_normal"),
     "model.text_fusion": ("dwc", "cross_attention"),
     "text.encoder": ("clip", "words"),
     "optimizer.name": ("adamw", "lion"),
@@ -136,7 +138,8 @@ def get_config():
 
     config.autoencoder = config_dict.ConfigDict()
     # "sd_vae" (Stable Diffusion's, with weights from `path`), "identity" for models of pixels, or
-    # "latent_preview", which shows latents as small false-colour pictures and needs no weights.
+    # "latent_preview", which shows latents as small false-colour pictures and needs no weights;
+    # "vavae_preview" does so with the 16x16x32 latents of VA-VAE.
     config.autoencoder.name = "sd_vae"
     # Weights of "sd_vae": what `dico_jax.convert vae` wrote, a file or folder in the layout of
     # diffusers, or hf://OWNER/REPO/FILE (which needs the extra `hub`); see docs/conversion.md.
@@ -151,14 +154,15 @@ def get_config():
     config.autoencoder.tile_size = 0
 
     config.model = config_dict.ConfigDict()
-    # A published size such as "DiCo-XL" or "DiT-XL/2", or "DiCo" or "DiT" with the sizes below.
+    # A published size such as "DiCo-XL" or "DiT-XL/2", or "DiCo", "DiT" or "IsoDiCo" (the blocks of
+    # the first, as those of the second) with the sizes below.
     config.model.name = "DiCo-S"
     # Sizes of "DiCo" and "DiT"; published sizes have their own (leave these unset).
     config.model.hidden_size = config_dict.placeholder(int)
-    config.model.depth = config_dict.placeholder(object)  # five numbers for DiCo, one for DiT
+    config.model.depth = config_dict.placeholder(object)  # five numbers for DiCo, else one
     config.model.mlp_ratio = config_dict.placeholder(float)
     config.model.num_heads = config_dict.placeholder(int)  # DiT only
-    config.model.patch_size = config_dict.placeholder(int)  # DiT only
+    config.model.patch_size = config_dict.placeholder(int)  # DiT and IsoDiCo
     # DiT, and cross-attention to a text: its implementation, "auto", "xla" or "cudnn".
     config.model.attention = config_dict.placeholder(str)
     # Channels of the latents (or pixels) that the network sees.
@@ -181,6 +185,8 @@ def get_config():
     # Run every operation in its plain form, which can be differentiated forwards and twice, for
     # objectives that need it. Gradients take more time and memory.
     config.model.plain_ops = False
+    # Tell the network two times, from where to where a step leads: "mean_flow" only.
+    config.model.two_times = False
 
     # Networks that are told a text only: how it meets the picture, "dwc" (a depthwise convolution
     # whose kernel the text gives) or "cross_attention".
@@ -216,11 +222,30 @@ def get_config():
     config.mesh.rules = ()
 
     config.diffusion = config_dict.ConfigDict()
-    # What the network learns: "noise" (and the variance), the published objective.
+    # What the network learns: "noise" (and the variance), the published objective; "x0" or
+    # "velocity" of the same process; "flow", the velocity of flow matching; or "mean_flow", its
+    # mean between two times, for samples in one to four steps. docs/training.md describes each.
     config.diffusion.objective = "noise"
+    # The process of "noise", "x0" and "velocity".
     config.diffusion.diffusion_steps = 1000
     # "linear" or "squaredcos_cap_v2".
     config.diffusion.noise_schedule = "linear"
+    # "velocity" only: rescale the process so that its last step has no signal left.
+    config.diffusion.zero_terminal_snr = False
+    # Weigh the squared errors of the process so that those of the x_0 count by the signal-to-noise
+    # ratio, at most this (min-SNR weighting, whose paper has 5); 0 for the published weights.
+    config.diffusion.min_snr_gamma = 0.0
+    # Times of "flow" and "mean_flow": "uniform", or "logit_normal", a sigmoid of a normal of this
+    # mean and deviation 1; a mean below 0 has more times near the data.
+    config.diffusion.time_sampling = "uniform"
+    config.diffusion.logit_mean = 0.0
+    # What their times, from 0 to 1, are multiplied by for the network, whose time features are made
+    # for 0 to 999. SiT and REPA give it times as they are (1).
+    config.diffusion.time_scale = 1000.0
+    # "mean_flow": the share of examples that learn the mean between two times that differ, and the
+    # power of its squared error that the loss of an example is divided by (0 for none).
+    config.diffusion.jump_share = 0.25
+    config.diffusion.loss_power = 1.0
 
     config.optimizer = config_dict.ConfigDict()
     # "adamw", or "lion", which has half of its state and wants about a tenth of its learning rate,

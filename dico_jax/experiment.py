@@ -107,6 +107,7 @@ def experiment_from_config(
     with within("config.diffusion."):
         diffusion = create_objective(config.diffusion, learn_sigma=model.learn_sigma)
     with within("config."):
+        diffusion.check_model(model)
         autoencoder = create_autoencoder(config.autoencoder)
         if autoencoder.channels not in (None, model.in_channels):
             name = config.autoencoder.name

@@ -44,3 +44,16 @@ def test_a_short_run_draws_digits(
     assert classifier >= 97
     assert agreement >= lowest  # a tenth would be chance
     assert 0.7 <= spread <= 1.3  # 1 is the spread of the real digits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "lowest"), [("digits_flow", 98), ("digits_mean_flow", 90)])
+def test_other_objectives_draw_digits(tmp_path, config, lowest):
+    """The whole runs; the second one's samples take one evaluation of the network each."""
+    done = call("dico_jax.main", f"--config=configs/{config}.py", f"--workdir={tmp_path / 'run'}",
+                xla_flags="")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    numbers = re.search(r"class agreement ([\d.]+)% of 500 samples, spread ([\d.]+)", done.stdout)
+    agreement, spread = map(float, numbers.groups())
+    assert agreement >= lowest
+    assert 0.7 <= spread <= 1.3

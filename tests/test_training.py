@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import _saved, digits
+from configs import _saved, default, digits
 from dico_jax.checkpoints.state import create_state, initializer, update_width_emas
 from dico_jax.config import check_fields, config_to_dict
 from dico_jax.data.class_files import FolderSource
-from dico_jax.diffusion import create_diffusion
+from dico_jax.diffusion import create_diffusion, create_objective
 from dico_jax.errors import UsageError
 from dico_jax.models import create_model
 from dico_jax.parallel.mesh import (
@@ -57,9 +57,28 @@ NETWORKS = {
 }
 
 
-def run_steps(devices, family, num_steps=3, accumulation_steps=1, learning_rate=2e-3, **axes):
+OBJECTIVES = {
+    "noise": {},
+    "flow": {"learn_sigma": False},
+    "mean_flow": {"learn_sigma": False, "two_times": True, "plain_ops": True},
+}
+
+
+def run_steps(
+    devices,
+    family,
+    num_steps=3,
+    accumulation_steps=1,
+    learning_rate=2e-3,
+    objective="noise",
+    **axes,
+):
     mesh = create_mesh(devices, **axes)
-    model = create_model(family, **NETWORKS[family], in_channels=1, num_classes=10)
+    options = NETWORKS[family] | OBJECTIVES[objective]
+    model = create_model(family, **options, in_channels=1, num_classes=10)
+    chosen = default.get_config().diffusion
+    chosen.objective = objective
+    diffusion = create_objective(chosen, learn_sigma=model.learn_sigma)
     config = digits.get_config().optimizer
     config.learning_rate = learning_rate
     optimizer = create_optimizer(config, num_steps)
@@ -67,9 +86,7 @@ def run_steps(devices, family, num_steps=3, accumulation_steps=1, learning_rate=
     sharding = state_sharding(jax.eval_shape(init, jax.random.key(0)), mesh)
     state = create_state(init, 0, sharding)
     options = {"ema_decay": 0.9, "accumulation_steps": accumulation_steps}
-    step = make_train_step(
-        model, create_diffusion(), optimizer, mesh=mesh, sharding=sharding, **options
-    )
+    step = make_train_step(model, diffusion, optimizer, mesh=mesh, sharding=sharding, **options)
     rng, losses = np.random.default_rng(0), []
     for _ in range(num_steps):
         batch = {
@@ -77,15 +94,18 @@ def run_steps(devices, family, num_steps=3, accumulation_steps=1, learning_rate=
             "condition": {"label": rng.integers(0, 10, 16).astype(np.int32)},
         }
         state, metrics = step(state, to_global(batch, batch_sharding(mesh)))
-        losses.append(float(metrics["loss"]))
+        losses.append([float(metrics[name]) for name in ("loss", "mse")])
     return losses, jax.device_get(state)
 
 
-def test_one_and_eight_devices_train_alike():
+@pytest.mark.parametrize(
+    "objective", ["noise", "flow", pytest.param("mean_flow", marks=pytest.mark.slow)]
+)
+def test_one_and_eight_devices_train_alike(objective):
     devices = jax.devices()
     assert len(devices) == 8
-    losses, state = run_steps(devices[:1], "DiT")
-    other_losses, other = run_steps(devices, "DiT")
+    losses, state = run_steps(devices[:1], "DiT", objective=objective)
+    other_losses, other = run_steps(devices, "DiT", objective=objective)
     np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
     # AdamW turns the rounding of a near-zero gradient into a step of up to the learning rate.
     differences = jax.tree.map(lambda a, b: np.square(a - b).mean(), other.params, state.params)

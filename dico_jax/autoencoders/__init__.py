@@ -128,6 +128,10 @@ AUTOENCODERS: dict[str, Callable[[Any], Autoencoder]] = {
     # For models of pixels: latents are the pictures themselves, in [-1, 1].
     "identity": lambda config: Autoencoder("identity", 1, None, decode=lambda params, x: x),
     "latent_preview": _latent_preview,
+    # Latents of VA-VAE (arXiv 2501.01423), of which three channels are shown.
+    "vavae_preview": lambda config: Autoencoder(
+        "vavae_preview", 16, 32, decode=lambda params, x: x[..., :3] / 3
+    ),
 }
 
 

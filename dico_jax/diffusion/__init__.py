@@ -9,9 +9,10 @@ from dico_jax.diffusion.gaussian import (
 )
 from dico_jax.diffusion.guidance import CFG_CHANNELS, classifier_free_guidance, guided_model_fn
 from dico_jax.diffusion.image_noise import image_keys, initial_noise, step_noise
-from dico_jax.diffusion.objectives import (
-    OBJECTIVES, Diffusion, Estimate, Objective, create_diffusion, create_objective,
-)
+from dico_jax.diffusion.flow import Flow
+from dico_jax.diffusion.mean_flow import MeanFlow
+from dico_jax.diffusion.objectives import Diffusion, Estimate, Objective, create_diffusion
+from dico_jax.diffusion.registry import OBJECTIVES, create_objective
 from dico_jax.diffusion.schedule import Schedule, beta_schedule, make_schedule, respaced_timesteps
 from dico_jax.diffusion.paths import Path, Solver, Trajectory
 from dico_jax.diffusion.solvers import SOLVERS, ddim_step, ddpm_step, sample_loop

@@ -105,9 +105,37 @@ def x0_from_noise(diffusion: Diffusion, x_t, t, noise) -> jax.Array:
 def noise_from_x0(diffusion: Diffusion, x_t, t, x0) -> jax.Array:
     """The noise (N, ..., C) with which x_t was made of `x0`; the inverse of `q_sample`."""
     x_t, x0 = as_float(x_t, x0)
-    inverse = 1.0 / diffusion.schedule.alphas_cumprod
+    alphas_cumprod = diffusion.schedule.alphas_cumprod
+    if not alphas_cumprod[-1]:  # with no signal, of which nothing is a part, at the last step
+        rest = x_t - table_at(np.sqrt(alphas_cumprod), t, x_t) * x0
+        return rest / table_at(np.sqrt(1.0 - alphas_cumprod), t, x_t)
+    inverse = 1.0 / alphas_cumprod
     scaled = table_at(np.sqrt(inverse), t, x_t) * x_t
     return (scaled - x0) / table_at(np.sqrt(inverse - 1.0), t, x_t)
+
+
+def velocity(diffusion: Diffusion, x0, t, noise) -> jax.Array:
+    """The velocity alpha noise - sigma x_0 (N, ..., C), arXiv 2202.00512, appendix D."""
+    return q_sample(diffusion, noise, t, -jnp.asarray(x0))
+
+
+def x0_from_velocity(diffusion: Diffusion, x_t, t, velocity) -> jax.Array:
+    """The x_0 (N, ..., C) of x_t and its velocity: alpha x_t - sigma velocity."""
+    return q_sample(diffusion, x_t, t, -jnp.asarray(velocity))
+
+
+def noise_from_velocity(diffusion: Diffusion, x_t, t, velocity) -> jax.Array:
+    """The noise (N, ..., C) of x_t and its velocity: sigma x_t + alpha velocity."""
+    return q_sample(diffusion, velocity, t, x_t)
+
+
+def min_snr_weights(diffusion: Diffusion) -> np.ndarray:
+    """The weights (T,) float64 of squared errors, see `Diffusion.min_snr_gamma`."""
+    signal = diffusion.schedule.alphas_cumprod
+    snr = signal / (1.0 - signal)
+    of_x0 = np.minimum(snr, diffusion.min_snr_gamma)
+    # An error of the noise is sqrt(snr) times that of the x_0 it gives; of v, sqrt(snr + 1) times.
+    return of_x0 / {"noise": snr, "x0": 1.0, "velocity": snr + 1.0}[diffusion.prediction]
 
 
 def split_output(diffusion: Diffusion, model_output, num_channels: int):
@@ -149,6 +177,8 @@ def p_mean_variance(
     variance, log_variance = _model_variance(diffusion, variance_channels, x, t)
     if diffusion.prediction == "noise":
         prediction = x0_from_noise(diffusion, x, t, prediction)
+    elif diffusion.prediction == "velocity":
+        prediction = x0_from_velocity(diffusion, x, t, prediction)
     if denoised_fn is not None:
         prediction = denoised_fn(prediction)
     if clip_denoised:
@@ -249,22 +279,27 @@ def training_losses(
       t: (N,) indices into the (respaced) process.
 
     Returns:
-      Arrays (N,): "loss", what to minimise; "mse" of the prediction (with loss="kl" for information
-      only); and "vb" in bits per dimension, unless the variance is fixed and the loss has no bound.
+      Arrays (N,): "loss", what to minimise; "mse" of the prediction, never weighted (with
+      loss="kl" for information only); and "vb" in bits per dimension, unless the variance is fixed
+      and the loss has no bound.
     """
     x0, noise = as_float(x0, noise)
     x_t = q_sample(diffusion, x0, t, noise)
     output = model_fn(x_t, original_timesteps(diffusion, t))
     x0, noise, x_t, output = as_float(x0, noise, x_t, output)
     prediction, variance_channels = split_output(diffusion, output, x0.shape[-1])
-    mse = mean_flat(jnp.square((noise if diffusion.prediction == "noise" else x0) - prediction))
+    targets = {"noise": noise, "x0": x0, "velocity": velocity(diffusion, x0, t, noise)}
+    mse = mean_flat(jnp.square(targets[diffusion.prediction] - prediction))
+    squares = mse
+    if diffusion.min_snr_gamma:
+        squares = table_at(min_snr_weights(diffusion), t, mse) * mse
     if diffusion.loss == "kl":
         vb = vb_terms(diffusion, output, x0, x_t, t)
         return {"loss": diffusion.num_steps * vb, "mse": mse, "vb": vb}
     if variance_channels is None:
-        return {"loss": mse, "mse": mse}
+        return {"loss": squares, "mse": mse}
     held = jnp.concatenate([jax.lax.stop_gradient(prediction), variance_channels], axis=-1)
     vb = vb_terms(diffusion, held, x0, x_t, t)
     if diffusion.loss == "rescaled_mse":
         vb = vb * (diffusion.num_steps / 1000.0)
-    return {"loss": mse + vb, "mse": mse, "vb": vb}
+    return {"loss": squares + vb, "mse": mse, "vb": vb}

@@ -1,6 +1,6 @@
 """What a network learns, and how samples see it: one small interface, and the published objective.
 
-A new objective is a class with the methods of `Objective` and a row in `OBJECTIVES`.
+A new objective is a class with the methods of `Objective` and a row in `registry.OBJECTIVES`.
 """
 
 import abc
@@ -13,11 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from dico_jax.diffusion import gaussian
-from dico_jax.diffusion.schedule import Schedule, beta_schedule, make_schedule, schedule_of
+from dico_jax.diffusion.schedule import (
+    Schedule,
+    beta_schedule,
+    make_schedule,
+    schedule_of,
+    with_zero_terminal_snr,
+)
 from dico_jax.diffusion.spacing import spaced_timesteps
 from dico_jax.errors import UsageError
 
-PREDICTIONS = ("noise", "x0")
+PREDICTIONS = ("noise", "x0", "velocity")
 VARIANCES = ("learned_range", "fixed_small", "fixed_large")
 LOSSES = ("mse", "rescaled_mse", "kl")
 
@@ -39,9 +45,11 @@ class Objective(abc.ABC):
 
     Attributes:
       quartered: the loss terms that are also logged by how noisy the examples are.
+      two_times: whether the network is told two times of every example, see `network_time`.
     """
 
     quartered: ClassVar[tuple[str, ...]] = ("loss",)
+    two_times: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod
@@ -58,6 +66,12 @@ class Objective(abc.ABC):
         `learn_sigma`: whether the network's output has a second half, for the variance;
         `num_steps`: of sampling, None for training; `spacing`: one of `SPACINGS`, of these.
         """
+
+    def check_model(self, model: Any) -> None:
+        """Raises UsageError about a field of `config.model` where a network cannot learn this."""
+        if model.two_times != self.two_times:
+            fix = f"does not fit this config.diffusion.objective: set it to {self.two_times}"
+            raise UsageError("model.two_times", model.two_times, fix)
 
     @abc.abstractmethod
     def draw(self, key: jax.Array, x0) -> tuple[jax.Array, jax.Array]:
@@ -122,18 +136,22 @@ class Diffusion(Objective):
 
     Attributes:
       schedule: the tables of the (respaced) process.
-      prediction: "noise", or "x0", the clean data.
+      prediction: "noise"; "x0", the clean data; or "velocity", alpha noise - sigma x_0 (arXiv
+        2202.00512, appendix D), with which x_0 and noise are known where there is no signal, too.
       variance: of p(x_{t-1} | x_t). "learned_range": the model gives it in a second half of its
         channels (improved DDPM, arXiv 2102.09672, equation 15); "fixed_small": the posterior's;
         "fixed_large": beta_t (both: DDPM, arXiv 2006.11239, section 3.2).
       loss: "mse": mean squared error, plus the variational bound if the variance is learned;
         "rescaled_mse": with the bound multiplied by T/1000; "kl": T times the bound alone.
+      min_snr_gamma: the highest signal-to-noise ratio that an error of x_0 weighs by in the squared
+        error (arXiv 2303.09556, section 3.4); 0 for a weight of 1 of what is predicted.
     """
 
     schedule: Schedule
     prediction: str = "noise"
     variance: str = "learned_range"
     loss: str = "mse"
+    min_snr_gamma: float = 0.0
 
     quartered = ("mse",)
 
@@ -155,12 +173,21 @@ class Diffusion(Objective):
         num_steps: int | None = None,
         spacing: str = "linear",
     ) -> Self:
+        prediction, gamma = options["objective"], options.get("min_snr_gamma", 0.0)
         betas = beta_schedule(options["noise_schedule"], options["diffusion_steps"])
+        if options.get("zero_terminal_snr"):
+            if prediction != "velocity":
+                fix = f"leaves no signal to tell x_0 from with objective={prediction!r}: use"
+                raise UsageError("zero_terminal_snr", True, f"{fix} objective='velocity'")
+            if gamma:
+                fix = "gives no weight to the last step of zero_terminal_snr=True: set one to 0"
+                raise UsageError("min_snr_gamma", gamma, fix)
+            betas = with_zero_terminal_snr(betas)
         kept = np.arange(len(betas))
         if num_steps is not None:
             kept = spaced_timesteps(spacing, num_steps, np.cumprod(1.0 - betas))
-        schedule = schedule_of(betas, kept)
-        return cls(schedule, variance="learned_range" if learn_sigma else "fixed_large")
+        variance = "learned_range" if learn_sigma else "fixed_large"
+        return cls(schedule_of(betas, kept), prediction, variance, min_snr_gamma=gamma)
 
     @property
     def learns_variance(self) -> bool:
@@ -191,9 +218,15 @@ class Diffusion(Objective):
         return np.sqrt(alphas_cumprod), np.sqrt(1.0 - alphas_cumprod)
 
     def estimate(self, output, x, t, clip_denoised: bool = False) -> Estimate:
-        """The noise is derived anew from x_0, which counts where that is clipped."""
+        """The noise is derived anew from x_0, which counts where that is clipped.
+
+        Of a velocity that is not clipped it is known without.
+        """
         x, output = gaussian.as_float(x, output)
         x0 = gaussian.p_mean_variance(self, output, x, t, clip_denoised).pred_x0
+        if self.prediction == "velocity" and not clip_denoised:
+            predicted, _ = gaussian.split_output(self, output, x.shape[-1])
+            return Estimate(x0, gaussian.noise_from_velocity(self, x, t, predicted))
         return Estimate(x0, gaussian.noise_from_x0(self, x, t, x0))
 
     def network_time(self, t, until=None) -> jax.Array:
@@ -249,21 +282,3 @@ def create_diffusion(
         variance="learned_range" if learn_sigma else fixed,
         loss="kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse",
     )
-
-
-OBJECTIVES: dict[str, type[Objective]] = {"noise": Diffusion}
-
-
-def create_objective(
-    options: Mapping[str, Any],
-    *,
-    learn_sigma: bool,
-    num_steps: int | None = None,
-    spacing: str = "linear",
-) -> Objective:
-    """The objective that `config.diffusion` names, see `Objective.from_options`."""
-    name = options["objective"]
-    if name not in OBJECTIVES:
-        raise UsageError("objective", name, f"is unknown: use one of {', '.join(OBJECTIVES)}")
-    how: dict[str, Any] = {"num_steps": num_steps, "spacing": spacing}
-    return OBJECTIVES[name].from_options(options, learn_sigma=learn_sigma, **how)

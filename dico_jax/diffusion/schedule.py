@@ -129,6 +129,16 @@ def beta_schedule(name: str, num_steps: int) -> np.ndarray:
     raise UsageError("noise_schedule", name, "is unknown: use 'linear' or 'squaredcos_cap_v2'")
 
 
+def with_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas whose last step leaves no signal (arXiv 2305.08891, algorithm 1): (T,), the last 1.
+
+    The square roots of alpha-bar are shifted to end at 0, and scaled to begin where they did.
+    """
+    signal = np.sqrt(np.cumprod(1.0 - betas))
+    signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+    return 1.0 - (signal / np.append(1.0, signal[:-1])) ** 2
+
+
 def respaced_timesteps(
     num_steps: int, respacing: str | int | Sequence[int] | None = ""
 ) -> np.ndarray:

@@ -105,6 +105,24 @@ class EulerMaruyama(Solver):
         return _moved(carry, x if sigma[0] > 0 else jnp.where(i > 0, x, x0), x0)
 
 
+class Jump(Solver):
+    """x_s = x_t - (t - s) u(x_t, s, t), u the mean velocity that a MeanFlow network predicts."""
+
+    @classmethod
+    def check(cls, objective: Objective) -> None:
+        """See `Solver`."""
+        if not objective.two_times:
+            fix = (
+                "has no path for this objective: use it with config.diffusion.objective='mean_flow'"
+            )
+            raise UsageError("sampling.sampler", "jump", fix)
+
+    def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
+        mean = path.output(carry, i + 1, to=i)
+        begin, end = (table_at(path.objective.times, k, carry) for k in (i + 1, i))
+        return _moved(carry, carry - (begin - end) * mean, carry - begin * mean)
+
+
 SOLVERS: dict[str, type[Solver]] = {
     "ddpm": Ddpm,
     "ddim": Ddim,
@@ -117,6 +135,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "euler": Euler,
     "heun": Heun,
     "euler_maruyama": EulerMaruyama,
+    "jump": Jump,
 }
 
 

@@ -15,6 +15,7 @@ from dico_jax.errors import UsageError
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.dico import DiCo
 from dico_jax.models.dit import DiT
+from dico_jax.models.iso_dico import IsoDiCo
 from dico_jax.models.text_dico import TextDiCo
 from dico_jax.ops.plain import check_float64
 
@@ -46,6 +47,7 @@ MODELS: dict[str, tuple[type[Denoiser], Mapping[str, Any]]] = {
     "DiCo": (DiCo, {}),
     "TextDiCo": (TextDiCo, {}),
     "DiT": (DiT, {}),
+    "IsoDiCo": (IsoDiCo, {}),
 }
 
 _DTYPES = ("float32", "bfloat16", "float64")

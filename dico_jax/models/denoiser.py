@@ -12,7 +12,7 @@ import numpy as np
 from dico_jax.errors import UsageError
 from dico_jax.models.block_stacks import REMAT_POLICIES
 from dico_jax.models.class_names import ClassNames
-from dico_jax.models.layers import LabelEmbedder
+from dico_jax.models.layers import NUM_TIME_FEATURES, LabelEmbedder
 from dico_jax.ops.plain import accumulation_dtype, check_float64, plain_ops
 
 Condition = Any  # a tree (dict) of arrays with the examples first
@@ -23,7 +23,8 @@ class Denoiser(nn.Module):
 
     Arguments of the call:
       x: (N, H, W, in_channels) noisy latents; H and W divide by `size_divisor`.
-      t: (N,) times in the units of the objective, of the published one 0..999, also fractional.
+      t: (N,) times in the units of the objective, of the published one 0..999, also fractional;
+        with two_times (N, 2), where a step begins and where it ends.
       condition: what the network is told of every example, a tree like that of `example_inputs`.
 
     It returns (N, H, W, out_channels) in float32 or better: the prediction, then, with learn_sigma,
@@ -39,6 +40,7 @@ class Denoiser(nn.Module):
       remat: what the backward pass computes again to save memory: "none", "blocks" (all inside the
         blocks) or "dots" (that, except matrix products with parameters).
       plain_ops: whether `jax.jvp` and `jax.hessian` work, see `dico_jax.ops.plain.plain_ops`.
+      two_times: whether it is told two times of every example.
     """
 
     in_channels: int = 4
@@ -47,6 +49,7 @@ class Denoiser(nn.Module):
     scan_blocks: bool = False
     remat: str = "none"
     plain_ops: bool = False
+    two_times: bool = False
 
     stages: ClassVar[tuple[str, ...]] = ()  # parts whose parameters are those of equal blocks
     size_divisor = 1  # what height and width of the input must divide by
@@ -85,6 +88,10 @@ class Denoiser(nn.Module):
         """Multiply-adds of one example with so many positions (H * W); None for no formula."""
         return None
 
+    def time_macs(self, width: int) -> int:
+        """Those of the embedders of an example's times."""
+        return (1 + self.two_times) * (NUM_TIME_FEATURES * width + width**2)
+
     def check_input(self, shape: Sequence[int]) -> None:
         """Raises UsageError where height or width of (..., H, W, C) do not divide."""
         height, width = shape[-3:-1]
@@ -111,7 +118,8 @@ class Denoiser(nn.Module):
         """Zeros as arguments of a call, in NumPy: n inputs of side x side positions."""
         side = side or self.size_divisor
         x = np.zeros((n, side, side, self.in_channels), np.float32)
-        return x, np.zeros(n, np.float32), self.zero_condition(n)
+        times = np.zeros((n, 2) if self.two_times else n, np.float32)
+        return x, times, self.zero_condition(n)
 
     def zero_condition(self, n: int) -> Condition:
         """The condition of `example_inputs`, a dict of at least one array."""

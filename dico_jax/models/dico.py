@@ -149,7 +149,7 @@ class Trunk(Denoiser):
     def macs(self, positions):
         d = self.hidden_size
         full, half, quarter = positions, positions // 4, positions // 16  # of three resolutions
-        vectors = sum(layers.NUM_TIME_FEATURES * width + width**2 for width in (d, 2 * d, 4 * d))
+        vectors = sum(self.time_macs(width) for width in (d, 2 * d, 4 * d))
         vectors += 2 * d * (2 * 2 * d)  # the final layer's modulation
         ends = full * 9 * (self.in_channels * d + 2 * d * self.out_channels)
         down = full * 9 * d * (d // 2) + half * 9 * (2 * d) * d

@@ -154,7 +154,7 @@ class DiT(ClassConditional):
     def macs(self, positions):
         d, patch = self.hidden_size, self.patch_size**2
         tokens = positions // patch
-        vectors = layers.NUM_TIME_FEATURES * d + d**2 + 2 * d**2  # times, the last modulation
+        vectors = self.time_macs(d) + 2 * d**2  # the last modulation
         ends = tokens * patch * d * (self.in_channels + self.out_channels)
         per_token = 4 * d**2 + 2 * d * int(self.mlp_ratio * d)  # query, key, value, output; MLP
         attention = 2 * tokens**2 * d  # query with key, weights with value

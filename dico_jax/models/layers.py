@@ -114,9 +114,17 @@ class TimestepMLP(nn.Module):
 
 
 def embed_times(t, width, dtype, name):
-    """Timesteps (N,) to vectors (N, width) of `dtype` (float32 or better)."""
+    """Timesteps (N,) to vectors (N, width) of `dtype` (float32 or better).
+
+    Of (N, 2), from where to where a step leads, the length has an embedder of its own.
+    """
     mlp = functools.partial(TimestepMLP, width, dtype)
-    return Named("mlp", mlp, name=name)(time_features(t, dtype))
+    if t.ndim == 1:
+        return Named("mlp", mlp, name=name)(time_features(t, dtype))
+    length = time_features(t[:, 0] - t[:, 1], dtype)
+    return embed_times(t[:, 0], width, dtype, name) + Named("mlp", mlp, name=f"{name}_length")(
+        length
+    )
 
 
 class LabelEmbedder(nn.Module):

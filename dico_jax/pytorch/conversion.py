@@ -164,6 +164,9 @@ def to_pytorch(
     saved, health, bar = SavedWeights(ckpt, step), Health(), ByteProgress()
     with about(f"--ckpt={ckpt}"), within("config."):
         model = model_of(saved.config)
+        if model.two_times or type(model).__name__ not in KEY_MAPS:
+            fix = "cannot be converted with these options: no PyTorch code is known for it"
+            raise UsageError("model.name", saved.config["model"]["name"], fix)
     table = {}
     if isinstance(model, DiT):
         rows = side_of(saved.config) // model.patch_size

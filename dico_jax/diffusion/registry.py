@@ -1,0 +1,32 @@
+"""Objectives by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dico_jax.diffusion.flow import Flow
+from dico_jax.diffusion.mean_flow import MeanFlow
+from dico_jax.diffusion.objectives import Diffusion, Objective
+from dico_jax.errors import UsageError
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "noise": Diffusion,
+    "x0": Diffusion,
+    "velocity": Diffusion,
+    "flow": Flow,
+    "mean_flow": MeanFlow,
+}
+
+
+def create_objective(
+    options: Mapping[str, Any],
+    *,
+    learn_sigma: bool,
+    num_steps: int | None = None,
+    spacing: str = "linear",
+) -> Objective:
+    """The objective that `config.diffusion` names, see `Objective.from_options`."""
+    name = options["objective"]
+    if name not in OBJECTIVES:
+        raise UsageError("objective", name, f"is unknown: use one of {', '.join(OBJECTIVES)}")
+    how: dict[str, Any] = {"num_steps": num_steps, "spacing": spacing}
+    return OBJECTIVES[name].from_options(options, learn_sigma=learn_sigma, **how)
