@@ -27,7 +27,7 @@ from dico_jax.experiment import experiment_from_config, reader_from_config
 from dico_jax.models import MODELS, create_model
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.parallel import mesh
-from dico_jax.sampling import checkpoint_sampler
+from dico_jax.sampling import checkpoint_sampler, pretrained
 from dico_jax.training import run
 from dico_jax.training.loop import train
 from dico_jax.training.step import drop_conditions
@@ -183,7 +183,7 @@ def two_devices(monkeypatch):
         return mesh.create_mesh(jax.devices()[:2], **axes)
 
     monkeypatch.setattr(run, "create_mesh", create_mesh)
-    monkeypatch.setattr(checkpoint_sampler, "create_mesh", create_mesh)
+    monkeypatch.setattr(pretrained, "create_mesh", create_mesh)
 
 
 def lines(workdir):
