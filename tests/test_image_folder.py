@@ -132,3 +132,11 @@ def test_what_is_in_the_grid(tmp_path, monkeypatch, number, asked, shown, title)
     assert names == (
         [str(k) for k in range(10)] if not asked else asked["classes"].replace("#", "").split(",")
     )
+
+
+def test_folders_of_versions_with_fewer_fields_go_on():
+    was = {"sampling": {"sampler": "ddpm", "cfg_scale": 1.4}, "seed": 0}
+    now = {"sampling": {"sampler": "ddpm", "cfg_scale": 1.4, "spacing": "linear"}, "seed": 0}
+    assert not image_folder.differences(was, now)
+    now["sampling"]["spacing"] = "karras"
+    assert image_folder.differences(was, now) == "sampling.spacing was linear, is karras"

@@ -27,7 +27,7 @@ def write_checkpoint(path, names=NAMES, **options):
     """A converted checkpoint of a small network with drawn weights, of grey pictures of 8 x 8."""
     config = ConfigDict(json.loads(json.dumps(DEFAULTS)))
     config.model.update(name="DiT", hidden_size=8, depth=1, num_heads=1, patch_size=4)
-    config.model.update(in_channels=1, num_classes=10, **options)
+    config.model.update({"in_channels": 1, "num_classes": 10} | options)
     config.autoencoder.name, config.data.image_size = "identity", 8
     config.sampling.update(num_steps=3, cfg_scale=2.0, cfg_channels="all")
     params = golden.drawn_params(model_from_config(config), 3, "A")
@@ -199,3 +199,26 @@ def test_repositories(checkpoint, tmp_path, monkeypatch):
     ):
         with pytest.raises(UsageError, match=message):
             Sampler.from_pretrained(address)
+
+
+def test_a_guide_is_a_weaker_network_of_the_same_latents(checkpoint, sampler, tmp_path):
+    narrow = write_checkpoint(tmp_path / "narrow", hidden_size=4)
+    guided = Sampler.from_pretrained(checkpoint, guide=narrow)
+    itself = Sampler.from_pretrained(checkpoint, guide=checkpoint)
+    asked = {"classes": [1, 2], "seed": 3}
+    plain = sampler(**asked, cfg_scale=1.0)
+    assert (guided(**asked, cfg_scale=3.0) != plain).any()
+    np.testing.assert_array_equal(guided(**asked, cfg_scale=1.0), plain)
+    # Away from itself leads nowhere else.
+    assert np.abs(np.int32(itself(**asked, cfg_scale=3.0)) - np.int32(plain)).max() <= 1
+    assert guided.pretrained.settings["guide"] != itself.pretrained.settings["guide"]
+    # A guide needs no null class.
+    without = write_checkpoint(tmp_path / "without", class_dropout_prob=0.0)
+    Sampler.from_pretrained(without, guide=narrow)(**asked, cfg_scale=3.0)
+    other = write_checkpoint(tmp_path / "other", in_channels=3)
+    for wrong, message in (
+        ({"guide": other}, r"^guide=.*has latents \(8, 8, 3\), and --ckpt \(8, 8, 1\)"),
+        ({"guide_step": 2}, "^guide_step=2 is that of --guide"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Sampler.from_pretrained(checkpoint, **wrong)

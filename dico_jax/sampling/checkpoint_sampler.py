@@ -99,10 +99,12 @@ class CheckpointSampler(Pretrained):
         process, options = sampling_from_config(self.config)
         made = self.experiment
         parts = made.model, process, made.latent_shape, options
-        sample = jax.jit(generation.make_latents_fn(*parts, return_trajectory=True))
+        guide = self.guide and self.guide.experiment.model
+        sample = generation.make_latents_fn(*parts, guide=guide, return_trajectory=True)
+        weak = {"guide_params": self.guide.params} if self.guide else {}
         told = made.model.from_read(made.model.as_condition(conditions))
         indices = np.arange(len(jax.tree.leaves(told)[0]), dtype=np.int32)
-        predicted = sample(self.params, indices, told)[1]
+        predicted = jax.jit(sample)(self.params, indices, told, **weak)[1]
         steps = np.unique(np.linspace(0, len(predicted) - 1, most).round().astype(int))
         decode = jax.jit(lambda params, latents: to_uint8(made.autoencoder.decode(params, latents)))
         images = [np.asarray(decode(made.autoencoder.params, predicted[i])) for i in steps]

@@ -35,6 +35,11 @@ _VAE = flags.DEFINE_string(
     "Weights of the autoencoder: a file, a folder or hf://OWNER/REPO/FILE; or 'preview' for small "
     "false-colour pictures [config].",
 )  # fmt: skip
+_GUIDE = flags.DEFINE_string(
+    "guide", None,
+    "Autoguidance: a weaker checkpoint, which images are guided away from, not from the null class.",
+)  # fmt: skip
+_GUIDE_STEP = flags.DEFINE_integer("guide_step", None, "Step of --guide; its newest if not given.")
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Decides, with an image's index, all its noise.", 0, 2**32 - 1
 )
@@ -57,6 +62,8 @@ NAMES = tuple(
         _WEIGHTS,
         _EMA_WIDTH,
         _VAE,
+        _GUIDE,
+        _GUIDE_STEP,
         _SEED,
         *_OVERRIDES.values(),
     )
@@ -91,4 +98,6 @@ def sampler_arguments(batch_size: int | None) -> dict[str, Any]:
         "overrides": {name: value for name, value in overrides.items() if value is not None},
         "vae": _VAE.value,
         "text_encoder": _TEXT_ENCODER.value,
+        "guide": _GUIDE.value,
+        "guide_step": _GUIDE_STEP.value,
     }

@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from dico_jax.config import flatten
+from dico_jax.config import DEFAULTS, flatten
 from dico_jax.errors import UsageError
 from dico_jax.files import library_versions, new_file, result_path, write_json
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
@@ -229,7 +229,8 @@ def _claim_folder(folder: pathlib.Path, settings: dict[str, Any]) -> bool:
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two descriptions, but for the places of checkpoints and other files."""
-    was, now = flatten(was), flatten(now)
+    was, now, defaults = flatten(was), flatten(now), flatten(DEFAULTS)
+    was = {n: defaults[n] for n in now if n in defaults} | was  # of fields that are new
     names = [n for n in {**was, **now} if n.split(".")[-1] not in ("ckpt", "path", "prompts")]
     both = [(n, was.get(n), now.get(n)) for n in names if was.get(n) != now.get(n)]
     return "; ".join(f"{n} was {str(old)[:40]}, is {str(new)[:40]}" for n, old, new in both[:5])

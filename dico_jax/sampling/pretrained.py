@@ -16,6 +16,7 @@ from dico_jax.autoencoders import WAYS_OUT
 from dico_jax.autoencoders.weights import Weights
 from dico_jax.checkpoints.averages import rebuilt_ema, snapshot_steps, weights_digest
 from dico_jax.checkpoints.reader import SavedWeights
+from dico_jax.config import flatten
 from dico_jax.errors import UsageError
 from dico_jax.experiment import Experiment, experiment_from_config, sampling_from_config
 from dico_jax.models import abstract_params
@@ -55,6 +56,8 @@ class Pretrained:
         ema_width: float | None = None,
         vae: str | None = None,
         text_encoder: str | None = None,
+        guide: str | os.PathLike | None = None,
+        guide_step: int | None = None,
         mesh: Mesh | None = None,
     ):
         """Loads the weights.
@@ -68,6 +71,8 @@ class Pretrained:
             the run's snapshots; `step` is then one of theirs.
           vae: in place of the config's autoencoder: a file of weights, or "preview".
           text_encoder: in place of the config's, where CLIP is.
+          guide: source of a weaker network, which images are guided away from, in place of the null
+            condition (autoguidance, arXiv 2406.02507); `guide_step` is its step.
           mesh: of the devices that share the images; all if None.
         """
         saved = open_weights(source, None if ema_width is not None else step)
@@ -104,6 +109,29 @@ class Pretrained:
             },
         }
         self._saved, self._which = saved, (used_step, weights, ema_width)
+        self.guide: Pretrained | None = None
+        if guide is not None:
+            how: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "mesh": self.mesh}
+            self.guide = Pretrained(guide, step=guide_step, weights=weights, **how)
+            self._check_guide(self.guide)
+        elif guide_step is not None:
+            raise UsageError("--guide_step", guide_step, "is that of --guide: give this, too")
+
+    def _check_guide(self, guide: "Pretrained") -> None:
+        """Raises UsageError where the guide does not see the same latents, noise and conditions."""
+
+        def seen(one: Pretrained) -> dict[str, Any]:
+            model, about = one.experiment.model, one._about
+            about = {name: about[name] for name in ("autoencoder", "diffusion", "text_encoder")}
+            about["autoencoder"] = {**about["autoencoder"], "path": None}
+            shape = {"latents": one.experiment.latent_shape, "asked_by": model.asked_by}
+            return flatten(about | shape | {"num_classes": getattr(model, "num_classes", None)})
+
+        was, now = seen(self), seen(guide)
+        if differ := [name for name in was if was[name] != now[name]]:
+            name = differ[0]
+            fix = f"has {name} {now[name]}, and --ckpt {was[name]}: give one with the same"
+            raise UsageError("--guide", guide._about["ckpt"], fix)
 
     @functools.cached_property
     def params(self) -> Any:
@@ -123,14 +151,19 @@ class Pretrained:
             digest = saved.digest(weights)  # which reads all of the file
         else:
             digest = weights_digest(saved.folder, step, weights, ema_width is not None)
-        return self._about | {"weights_digest": digest}
+        guide = {"guide": self.guide.settings["weights_digest"]} if self.guide else {}
+        return self._about | {"weights_digest": digest} | guide
 
     def generator(self, config: ConfigDict, with_latents: bool = False) -> GenerateFn:
         """The function that makes images as `config.sampling` and `config.seed` say."""
         process, options = sampling_from_config(config)
         made = self.experiment
-        parts = made.model, process, made.autoencoder, made.latent_shape
-        return make_generate_fn(*parts, options, self.mesh, with_latents=with_latents)
+        parts = made.model, process, made.autoencoder, made.latent_shape, options, self.mesh
+        if self.guide is None:
+            return make_generate_fn(*parts, with_latents=with_latents)
+        guide = self.guide.experiment.model
+        generate = make_generate_fn(*parts, with_latents=with_latents, guide=guide)
+        return functools.partial(generate, guide_params=self.guide.params)
 
 
 def _experiment(config: ConfigDict, vae: str | None) -> tuple[Experiment, str | None]:
