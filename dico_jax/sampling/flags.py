@@ -37,7 +37,7 @@ _VAE = flags.DEFINE_string(
 )  # fmt: skip
 _GUIDE = flags.DEFINE_string(
     "guide", None,
-    "Autoguidance: a weaker checkpoint, which images are guided away from, not from the null class.",
+    "Autoguidance: a weaker checkpoint, which images are guided away from, in place of no class.",
 )  # fmt: skip
 _GUIDE_STEP = flags.DEFINE_integer("guide_step", None, "Step of --guide; its newest if not given.")
 _SEED = flags.DEFINE_integer(
