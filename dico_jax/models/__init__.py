@@ -2,14 +2,13 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dico_jax.errors import UsageError
 from dico_jax.models.denoiser import Denoiser
@@ -102,22 +101,25 @@ def count_parameters(model: Denoiser, inside: Collection[str] = ()) -> int:
 
     With names of modules, those inside of them alone.
     """
-    depths = np.ravel(model.depth).tolist() if model.stages else []
-    # Equal blocks are traced once: a depth may be a number, or one of every stage.
-    one = {"depth": jax.tree.map(lambda _: 1, model.depth)} if depths else {}
-    counts = dict(zip(model.stages, depths, strict=True))
-    params = flatten_dict(abstract_params(model.clone(**one)))
-    return sum(
-        leaf.size * math.prod(counts.get(part, 1) for part in path)
-        for path, leaf in params.items()
-        if not inside or set(path) & set(inside)
-    )
+    params = flatten_dict(abstract_params(model))
+    return sum(leaf.size for path, leaf in params.items() if not inside or set(path) & set(inside))
 
 
 def abstract_params(model: Denoiser) -> Any:
     """The parameter tree of `model` as `jax.ShapeDtypeStruct`s, without computing anything."""
-    inputs = model.example_inputs()  # a key made inside starts no device
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))["params"]
+    depths = np.ravel(model.depth).tolist() if model.stages else []
+    depths = dict(zip(model.stages, depths, strict=True))
+    # Equal blocks are traced once: a depth may be a number, or one of every stage.
+    one = model.clone(depth=jax.tree.map(lambda _: 1, model.depth)) if depths else model
+    inputs = one.example_inputs()  # a key made inside starts no device
+    params = jax.eval_shape(lambda: one.init(jax.random.key(0), *inputs))["params"]
+    found = {}
+    for path, leaf in flatten_dict(params).items():
+        at = next((k for k, part in enumerate(path) if part in depths), None)
+        copies = 1 if at is None else depths[path[at]]  # of what is in STAGE/0
+        for i in range(copies):
+            found[path if at is None else (*path[: at + 1], str(i), *path[at + 2 :])] = leaf
+    return unflatten_dict(found)
 
 
 def forward_macs(model: Denoiser, latent_shape: Sequence[int]) -> int | None:
