@@ -46,7 +46,7 @@ def network(args):
     model, shape = create_model(args.model), (args.side, args.side, 4)
     params = jax.tree.map(lambda p: np.full(p.shape, 0.01, np.float32), abstract_params(model))
     params = jax.device_put(params)
-    labels, indices = np.arange(args.batch) % 1000, np.arange(args.batch)
+    labels, indices = {"label": np.arange(args.batch) % 1000}, np.arange(args.batch)
     diffusion, few = create_diffusion(str(args.steps)), create_diffusion(str(args.steps // 5))
     alpha, sigma = alpha_sigma(few)
     level = (sigma[1:] / alpha[1:])[few.num_steps // 2]
