@@ -36,11 +36,11 @@ RANGES = {
 # before "://". In them "~" and environment variables are replaced.
 PATHS = {
     "": "data.cache_dir training.init_from eval.features eval.inception config workdir ckpt out "
-    "npz features inception guide",
+    "npz features inception",
     "gs s3": "data.path data.captions training.compilation_cache eval.reference path captions "
     "samples reference prepare.out",
     "hf": "autoencoder.path text.path vae text_encoder clip input text sample.ckpt evaluate.ckpt "
-    "export.ckpt",
+    "export.ckpt guide",
 }
 # Fields that are one of some words.
 CHOICES = {

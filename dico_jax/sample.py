@@ -56,10 +56,10 @@ def main() -> None:
     if _PER_CLASS.value and ("prompts" in asked or asked.get("classes") == "random"):
         raise UsageError("--per_class", _PER_CLASS.value, "is for --classes that are named, or all")
     # Late imports: --help answers before JAX is imported.
-    sampler_flags.use_all_cores(_CKPT.value)
     from dico_jax.sampling import image_folder
 
     image_folder.check_outputs(_OUT.value, _NPZ.value, _OVERWRITE.value)
+    sampler_flags.use_all_cores(_CKPT.value)  # which may fetch the weights
     _JOIN()
     import jax
 

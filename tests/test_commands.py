@@ -271,6 +271,13 @@ def test_sample_makes_some_of_every_class(workdir, tmp_path):
     assert_refused(call("dico_jax.sample", args[0]), "--out is missing: name a folder")
 
 
+def test_sample_looks_at_the_folder_before_it_fetches_weights(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    for folder in (tmp_path, tmp_path / "out"):
+        done = call("dico_jax.sample", "--ckpt=hf://no/such", f"--out={folder}")
+        assert_refused(done, f"--out={folder}")
+
+
 def test_sample_shows_how_images_arise(workdir, tmp_path):
     options = {"overrides": {"num_steps": 4, "cfg_scale": 2.0}, "with_latents": True}
     sampler = CheckpointSampler(str(workdir), **options)

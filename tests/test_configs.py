@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dico_jax.config import DEFAULTS, check_fields, flatten, with_defaults
+from dico_jax.config import DEFAULTS, check_fields, expanded, flatten, with_defaults
 from dico_jax.configs import default, digits, folder
 from dico_jax.errors import UsageError
 from dico_jax.experiment import (
@@ -231,6 +231,7 @@ def test_paths_are_expanded_everywhere(monkeypatch):
     check_fields(config)
     assert (config.data.path, config.training.init_from) == ("/home/me/a", "/disk/run")
     assert (config.autoencoder.path, config.eval.features) == ("hf://o/r/f", "/disk/c.npz")
+    assert expanded("--guide", "guide", "hf://o/r") == "hf://o/r"
     for path, said in (("gs://b/x", "only a disk works"), ("~no_such/x", "no such user")):
         config.training.init_from = path
         with pytest.raises(UsageError, match=f"^config.training.init_from='{path}'.*{said}"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dico_jax.config import DEFAULTS
-from dico_jax.configs import digits, digits_flow, digits_mean_flow
+from dico_jax.configs import digits, digits_flow, digits_mean_flow, xl256_flow
 from dico_jax.diffusion import create_objective, sample_loop
 from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config
@@ -57,7 +57,8 @@ def test_estimates_are_what_x_is_made_of(float64):
     x0, noise = o.estimate(NOISE - X0, x, T)
     np.testing.assert_allclose(x0, X0, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(noise, NOISE, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(o.velocity(o.estimate(OUTPUT, x, T), T), OUTPUT, rtol=1e-9)
+    found = o.estimate(OUTPUT, x, T)
+    np.testing.assert_allclose(found.noise - found.x0, OUTPUT, rtol=1e-9)
     clipped = o.estimate(OUTPUT, x, T, clip_denoised=True)
     np.testing.assert_allclose(clipped.x0, np.clip(x - S * OUTPUT, -1, 1), rtol=1e-12)
     again = (1 - S) * clipped.x0 + S * clipped.noise
@@ -194,6 +195,15 @@ def test_only_mean_flow_can_jump():
         (digits_flow, "model.learn_sigma", True, "velocities: set it to False"),
         (digits_flow, "diffusion.min_snr_gamma", 5.0, "has no effect with objective='flow'"),
         (digits_flow, "diffusion.zero_terminal_snr", True, "has no effect with objective='flow'"),
+        (digits_flow, "diffusion.noise_schedule", "cos", "with objective='flow': .* to 'linear'"),
+        (digits_flow, "diffusion.diffusion_steps", 50, "with objective='flow': set it to 1000"),
+        (digits_flow, "diffusion.jump_share", 0.5, "with objective='flow': set it to 0.25"),
+        (digits_flow, "diffusion.loss_power", 0.5, "has no effect with objective='flow'"),
+        (digits, "diffusion.time_sampling", "logit_normal", "with objective='noise'"),
+        (digits, "diffusion.logit_mean", -0.4, "has no effect with objective='noise'"),
+        (digits, "diffusion.time_scale", 1.0, "has no effect with objective='noise'"),
+        (digits, "diffusion.jump_share", 0.5, "has no effect with objective='noise'"),
+        (xl256_flow, "diffusion.logit_mean", -0.4, "with time_sampling='uniform': set it to 0"),
         (digits_mean_flow, "model.plain_ops", False, "differentiated forwards, .*: set it to True"),
         (digits_mean_flow, "model.two_times", False, "does not fit .*: set it to True"),
         (digits_mean_flow, "model.learn_sigma", True, "velocities: set it to False"),
@@ -203,7 +213,7 @@ def test_what_an_objective_cannot_train(config, field, value, said):
     wrong = config.get_config()
     section, name = field.split(".")
     wrong[section][name] = value
-    with pytest.raises(UsageError, match=rf"^config\.{field}={value} .*{said}"):
+    with pytest.raises(UsageError, match=rf"^config\.{field}={value!r} .*{said}"):
         experiment_from_config(wrong)
 
 

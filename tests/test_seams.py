@@ -314,20 +314,6 @@ def test_solvers_reach_normal_data_with_their_order(sampler, order, objective):
         assert fine < coarse / 2
 
 
-def test_velocities():
-    x0, noise = jnp.full((2, 1), 0.3), jnp.full((2, 1), -1.0)
-    path = LinearPath(4)
-    np.testing.assert_allclose(path.velocity(Estimate(x0, noise), jnp.array([0.1, 0.9])), -1.3)
-    published = create_objective(
-        {"objective": "noise", "noise_schedule": "linear", "diffusion_steps": 1000},
-        learn_sigma=True,
-    )
-    t = np.array([0, 700])
-    alpha, sigma = (table[:, None] for table in published.alpha_sigma(t))
-    found = published.velocity(Estimate(x0, noise), t)
-    np.testing.assert_allclose(found, alpha * noise - sigma * x0, rtol=1e-6)
-
-
 def test_unknown_objectives_are_refused():
     wrong = config()
     wrong.diffusion.objective = "energy"

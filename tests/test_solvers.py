@@ -25,6 +25,7 @@ from dico_jax.diffusion import (
     spaced_timesteps,
 )
 from dico_jax.diffusion.paths import alpha_sigma
+from dico_jax.diffusion.schedule import beta_schedule, with_zero_terminal_snr
 from dico_jax.errors import UsageError
 from tests.test_seams import LinearPath
 
@@ -284,6 +285,19 @@ def test_spacings_are_even_in_what_they_say():
         np.testing.assert_allclose(steps, steps.mean())
 
 
+@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_spacings_where_the_last_timesteps_have_next_to_no_signal(spacing, schedule, zero):
+    betas = beta_schedule(schedule, 1000)
+    betas = with_zero_terminal_snr(betas) if zero else betas
+    kept = spaced_timesteps(spacing, 20, np.cumprod(1 - betas))
+    assert (kept[0], kept[-1]) == (0, 999)
+    gaps = np.diff(kept)[5:]  # cleanest timesteps are few
+    assert (gaps > 1).all()
+    assert gaps.max() < 250
+
+
 def test_unknown_spacings_and_too_many_steps_are_refused():
     options = {"objective": "noise", "noise_schedule": "linear", "diffusion_steps": 100}
     for spacing, steps, message in (
@@ -346,6 +360,29 @@ def test_guidance_where_the_scale_is_one_runs_on_half():
     assert rows == [4, 8]
     np.testing.assert_array_equal(found[0], model_fn(x, t, y))
     np.testing.assert_allclose(found[1], always(x, t), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "guided"), [("first_three", 3), ("all", 4)])
+def test_rescaling_leaves_channels_without_guidance(channels, guided):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 4)), jnp.bfloat16)
+    spread = jnp.array([1, 2, 3, 50, 1, 1, 1, 1], jnp.bfloat16)  # the fourth would drown the others
+
+    def model_fn(x, t, y):
+        return jnp.concatenate([x, x], axis=-1) * spread * y[:, None, None, None]
+
+    given = x, jnp.ones(3)
+    y = jnp.arange(1.0, 4.0).astype(jnp.bfloat16)
+    found = guided_model_fn(model_fn, y, jnp.zeros(1), 4.0, 4, channels, rescale=1.0)(*given)
+    cond = model_fn(*given, y).astype(jnp.float32)
+    np.testing.assert_array_equal(found[..., guided:], cond[..., guided:])
+    np.testing.assert_allclose(found, cond, rtol=1e-5)  # guidance is a factor here, taken back
+
+
+def test_rescaling_of_a_fresh_network_is_none():
+    found = guided_model_fn(
+        lambda x, t, y: jnp.zeros_like(x), jnp.ones(2), jnp.zeros(1), 4.0, 4, "all", rescale=0.7
+    )(jnp.ones((2, 4, 4, 4)), jnp.ones(2))
+    np.testing.assert_array_equal(found, np.zeros((2, 4, 4, 4)))
 
 
 def test_rescaled_guidance_and_autoguidance():

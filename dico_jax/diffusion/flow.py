@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,13 @@ class Flow(Objective):
     logit_mean: float = 0.0
     time_scale: float = 1000.0
 
+    fields: ClassVar[tuple[str, ...]] = ("time_sampling", "logit_mean", "time_scale")
     quartered = ("mse",)
+
+    def __post_init__(self):
+        if self.logit_mean and self.time_sampling == "uniform":
+            fix = "has no effect with time_sampling='uniform': set it to 0, or use 'logit_normal'"
+            raise UsageError("logit_mean", self.logit_mean, fix)
 
     @classmethod
     def from_options(
@@ -44,12 +50,8 @@ class Flow(Objective):
         num_steps: int | None = None,
         spacing: str = "linear",
     ) -> Self:
-        for name in ("min_snr_gamma", "zero_terminal_snr"):
-            if options.get(name):
-                fix = f"has no effect with objective={options['objective']!r}: set it to 0 or False"
-                raise UsageError(name, options[name], fix)
-        fields = [f.name for f in dataclasses.fields(cls) if f.name in options]
-        return cls(num_steps or 1, spacing, **{name: options[name] for name in fields})
+        chosen = {name: options[name] for name in cls.fields if name in options}
+        return cls(num_steps or 1, spacing, **chosen)
 
     def check_model(self, model: Any) -> None:
         """See `Objective`: the path has no variance to learn."""

@@ -55,13 +55,14 @@ def classifier_free_guidance(
 
 
 def rescaled(guided, cond, share: float) -> jax.Array:
-    """The guided prediction (N, ..., C) with a deviation nearer to that without guidance.
+    """The channels that are guided (N, ..., C), with a deviation nearer to that without guidance.
 
     Each example is scaled to the deviation of `cond`, by a `share` from 0 (not at all) to 1 (arXiv
     2305.08891, equations 15 and 16).
     """
     axes = tuple(range(1, guided.ndim))
-    ratio = jnp.std(cond, axes, keepdims=True) / jnp.std(guided, axes, keepdims=True)
+    before, after = (jnp.std(x, axes, keepdims=True) for x in as_float(cond, guided))
+    ratio = before / jnp.where(after > 0, after, 1.0)  # that of a fresh network's zeros is 0
     return guided * (share * ratio + (1.0 - share))
 
 
@@ -120,9 +121,9 @@ def guided_model_fn(
         mixed = classifier_free_guidance(cond, against, scale, num_channels, cfg_channels)
         if not rescale:
             return mixed
-        guided, variance = jnp.split(mixed, [num_channels], axis=-1)
-        guided = rescaled(guided, cond[..., :num_channels], rescale)
-        return jnp.concatenate([guided, variance], axis=-1)
+        count = CFG_CHANNELS[cfg_channels](num_channels)
+        mixed, others = jnp.split(mixed, [count], axis=-1)
+        return jnp.concatenate([rescaled(mixed, cond[..., :count], rescale), others], axis=-1)
 
     def sometimes(x, t, scale=scale):
         wide = as_float(x)[0].dtype  # of what guidance gives

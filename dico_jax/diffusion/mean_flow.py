@@ -28,6 +28,7 @@ class MeanFlow(Flow):
     jump_share: float = 0.25
     loss_power: float = 1.0
 
+    fields = (*Flow.fields, "jump_share", "loss_power")
     two_times = True
 
     def check_model(self, model: Any) -> None:

@@ -44,10 +44,12 @@ class Objective(abc.ABC):
     as x_t = alpha(t) x_0 + sigma(t) noise.
 
     Attributes:
+      fields: those of `config.diffusion` that it reads; others must be as they are by default.
       quartered: the loss terms that are also logged by how noisy the examples are.
       two_times: whether the network is told two times of every example, see `network_time`.
     """
 
+    fields: ClassVar[tuple[str, ...]] = ()
     quartered: ClassVar[tuple[str, ...]] = ("loss",)
     two_times: ClassVar[bool] = False
 
@@ -116,13 +118,6 @@ class Objective(abc.ABC):
         """
         return jnp.asarray(t)
 
-    def velocity(self, estimate: Estimate, t) -> jax.Array:
-        """dx/dt along the path on which an estimate lies."""
-        t = jnp.asarray(t, estimate.x0.dtype)
-        _, slopes = jax.jvp(self.alpha_sigma, (t,), (jnp.ones_like(t),))
-        alpha, sigma = (gaussian.spread(slope, estimate.x0) for slope in slopes)
-        return alpha * estimate.x0 + sigma * estimate.noise
-
     def posterior_variance(self) -> np.ndarray:
         """The variances of q(x_s | x_t, x_0) from every point t to the one before: (T,) float64."""
         alpha, sigma = map(np.asarray, self.alpha_sigma(self.times.astype(np.float64)))
@@ -153,6 +148,7 @@ class Diffusion(Objective):
     loss: str = "mse"
     min_snr_gamma: float = 0.0
 
+    fields = ("diffusion_steps", "noise_schedule", "zero_terminal_snr", "min_snr_gamma")
     quartered = ("mse",)
 
     def __post_init__(self):
@@ -232,12 +228,6 @@ class Diffusion(Objective):
     def network_time(self, t, until=None) -> jax.Array:
         """The timesteps of the original process."""
         return gaussian.original_timesteps(self, t)
-
-    def velocity(self, estimate: Estimate, t) -> jax.Array:
-        """The change by the angle between the two, alpha noise - sigma x_0 (arXiv 2202.00512)."""
-        tables = self.alpha_sigma(self.times[1:])
-        alpha, sigma = (gaussian.table_at(table, t, estimate.x0) for table in tables)
-        return alpha * estimate.noise - sigma * estimate.x0
 
     def posterior_variance(self) -> np.ndarray:
         """beta-tilde, (T,) float64."""

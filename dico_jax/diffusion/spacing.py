@@ -16,6 +16,7 @@ SPACINGS = ("linear", "quadratic", "trailing", "log_snr", "karras")
 
 _RHO = 7.0
 _NOISIEST, _CLEANEST = 80.0, 0.002  # sigma / alpha of EDM, for paths that have all of them
+_HIGHEST = 160.0  # of a process, whose linear schedule ends there; others leave even less signal
 
 
 def check_spacing(name: str, field: str = "spacing") -> None:
@@ -28,6 +29,7 @@ def spaced_timesteps(spacing: str, num_steps: int, alphas_cumprod: np.ndarray) -
     """The timesteps of a process of whole ones that `num_steps` steps keep: int64, ascending.
 
     Points fall on the nearest timestep, and where several would be the same, on the next ones.
+    "log_snr" and "karras" have sigma / alpha from 160 at most, in place of which is the last.
 
     Args:
       spacing: a name in `SPACINGS`.
@@ -47,8 +49,9 @@ def spaced_timesteps(spacing: str, num_steps: int, alphas_cumprod: np.ndarray) -
         wanted = np.linspace(np.sqrt(total - 1), 0, num_steps)[::-1] ** 2
     else:
         ratios = np.sqrt(1.0 / np.maximum(alphas_cumprod, 1e-20) - 1.0)  # sigma / alpha
-        found = _ratios(spacing, num_steps, ratios[-1], ratios[0])
+        found = _ratios(spacing, num_steps, min(ratios[-1], _HIGHEST), ratios[0])
         wanted = np.interp(np.log(found), np.log(ratios), np.arange(total))
+        wanted[-1] = total - 1
     each = np.arange(num_steps)
     apart = np.maximum.accumulate(np.rint(wanted).astype(np.int64) - each) + each
     return np.minimum(apart, total - num_steps + each)
