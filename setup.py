@@ -61,8 +61,9 @@ setuptools.setup(
         "cuda": ["jax[cuda13]"],
         # The digits, and the classifier that judges them.
         "demo": ["scikit-learn>=1.5"],
-        # Data at gs:// paths.
+        # gs:// and s3:// paths.
         "gcs": ["gcsfs>=2026.4"],
+        "s3": ["s3fs>=2026.4"],
         # Weights from hf:// addresses.
         "hub": ["huggingface_hub>=0.30"],
         "text": ["tokenizers>=0.21"],  # prompts, captions, the CLIP score
@@ -71,6 +72,8 @@ setuptools.setup(
         "wandb": ["wandb>=0.17"],  # config.logging.wandb_project
         "test": [
             "flatbuffers>=24.3",
+            "gcp-storage-emulator>=2026.7",  # a bucket on this machine
+            "gcsfs>=2026.4",
             "matplotlib>=3.9",
             "mypy>=1.15",
             "pytest>=8.3",

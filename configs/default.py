@@ -35,12 +35,11 @@ RANGES = {
 # Fields, and flags of the commands, that name a file or a folder, by what may stand for a disk
 # before "://". In them "~" and environment variables are replaced.
 PATHS = {
-    "": "data.cache_dir training.init_from eval.features eval.inception config workdir ckpt out "
-    "npz features inception",
-    "gs s3": "data.path data.captions training.compilation_cache eval.reference path captions "
-    "samples reference prepare.out",
-    "hf": "autoencoder.path text.path vae text_encoder clip input text sample.ckpt evaluate.ckpt "
-    "export.ckpt guide",
+    "": "data.cache_dir eval.features eval.inception config features inception",
+    "gs s3": "data.path data.captions training.compilation_cache training.init_from "
+    "eval.reference path captions samples reference workdir ckpt out npz",
+    "hf": "autoencoder.path text.path vae text_encoder clip input text",
+    "gs s3 hf": "sample.ckpt evaluate.ckpt export.ckpt guide",
 }
 # Fields that are one of some words.
 CHOICES = {

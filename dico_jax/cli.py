@@ -25,6 +25,7 @@ _NO_MEMORY = "(?i)RESOURCE_EXHAUSTED|out of memory"
 _FIELDS: dict[str, str] = {}  # that flags are, by the name of the flag
 # What no name of a class, file or tensor does to a terminal; bars go up by lines.
 _ESCAPES = re.compile(r"\x1b(?!\[A)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
+_WRITTEN, _BUCKETS = ("workdir", "out", "npz"), ("gs://", "s3://")
 _UNSET: list[str] = []  # fields that the command line sets to None
 _MEANT = {"checkpoint": "ckpt", "workdir": "ckpt", "output": "out workdir", "out": "workdir"}
 _MEANT |= {"num_samples": "num_images", "num_images": "num_samples", "guidance_scale": "cfg_scale"}
@@ -94,10 +95,12 @@ def _main(main: Callable[..., None], actions: Actions, given: list[str]) -> None
         _fail(error, status=1 if isinstance(error, TrainingStopped) else 2)
     except OSError as error:  # of a file that the user has named, or of a disk
         if error.filename is None and error.errno not in _DISK:
+            _fail_of_bucket(error)
             raise
         status = 1 if error.errno in _DISK else 2
         _fail(f"{error.filename or 'a disk'}: {error.strerror}", status)
     except Exception as error:
+        _fail_of_bucket(error)
         if "os_error_code" in (text := str(error.__cause__ or error)):  # TensorStore's, in Orbax's
             _fail(text, status=1)
         if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error)):
@@ -106,6 +109,12 @@ def _main(main: Callable[..., None], actions: Actions, given: list[str]) -> None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _fail_of_bucket(error: Exception) -> None:
+    files: Any = sys.modules.get("dico_jax.files")
+    if files and files.of_bucket(error):
+        _fail(f"a bucket: {type(error).__name__}: {error}", status=1)
 
 
 def _too_large(text: str) -> str:
@@ -200,6 +209,10 @@ def _check_flag(command: str, flag: flags.Flag) -> None:
     name = f"{pathlib.Path(command).stem}.{flag.name}"
     if (name := name if name in SCHEMES else flag.name) in SCHEMES:
         flag.value = expanded(said, name, given)
+        if flag.value.startswith(_BUCKETS):  # before anything is loaded or compiled
+            from dico_jax.files import check_bucket
+
+            check_bucket(said, flag.value, write=flag.name in _WRITTEN)
 
 
 @functools.cache
@@ -226,11 +239,16 @@ def define_fields(fields: Mapping[str, str], note: str = "") -> dict[str, flags.
 
 def load_config(config) -> None:
     """Sets what the command line says is None in the ConfigDict of --config, and checks it."""
-    from dico_jax.config import check_fields
+    from dico_jax.config import SCHEMES, check_fields, flatten
 
     for section, _, name in (field.rpartition(".") for field in _UNSET):
         (config[section] if section else config)[name] = None
     check_fields(config)
+    for field, value in flatten(config.to_dict()).items():
+        if field in SCHEMES and str(value).startswith(_BUCKETS):
+            from dico_jax.files import check_bucket
+
+            check_bucket(f"config.{field}", value, write=False)
 
 
 def define_distributed_flags() -> Callable[[], None]:

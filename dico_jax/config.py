@@ -108,7 +108,8 @@ def expanded(said: str, name: str, path: str) -> str:
     if found and scheme in SCHEMES[name]:
         return path
     if found:
-        raise UsageError(said, path, ": only a disk works here: copy it there, or mount the bucket")
+        kinds = " or ".join(["a disk", *(f"{kind}://" for kind in SCHEMES[name])])
+        raise UsageError(said, path, f": only {kinds} works here: copy it there, or mount it")
     path = os.path.expandvars(os.path.expanduser(path))
     if path[0] == "~" and "/" in path:
         raise UsageError(said, path, ": there is no such user")

@@ -1,7 +1,13 @@
-"""Files that are there whole or not at all, and the arrays that go into them."""
+"""Files, local and in buckets, that are there whole or not at all, and the arrays in them.
+
+Every path that a user gives is made by `as_path`. In a bucket (gs://, s3://) an object is there
+when all of it is, there are no folders, and nothing is renamed or appended to: what a disk does by
+these, the functions here do by other means.
+"""
 
 import contextlib
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -12,16 +18,150 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
+import traceback
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
+from etils import epath
 
 from dico_jax import __version__
-from dico_jax.errors import UsageError
+from dico_jax.errors import UsageError, one_line
 
+BUCKETS = ("gs://", "s3://")
+_CLIENTS = re.compile(r"/(gcsfs|s3fs|fsspec|aiohttp|google/auth|google/cloud/storage)/")
 _CHUNK = 4 << 20  # bytes per write, between two calls of on_bytes
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is in a bucket."""
+    return os.fspath(path).startswith(BUCKETS)
+
+
+def as_path(path: str | os.PathLike) -> Any:
+    """A path to work with: pathlib's, or in a bucket one with the same methods."""
+    return _BucketPath(path) if is_remote(path) else pathlib.Path(path)
+
+
+class _BucketPath(type(epath.Path())):  # type: ignore[misc]
+    """A path in a bucket; its errors are OSErrors, and those of `_CLIENTS`."""
+
+    @property
+    def _backend(self):
+        _set_up_clients()
+        return super()._backend
+
+    def absolute(self):
+        return self
+
+    def mkdir(self, *args, **kwargs) -> None:
+        """Does nothing: there are objects alone, whose names have slashes."""
+
+
+@functools.cache
+def _set_up_clients() -> None:
+    import fsspec
+
+    # Others write there too: what was listed before may not be asked again.
+    for scheme in ("gcs", "gs", "s3"):
+        fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks more, and warns
+
+
+def url_of(path: str | os.PathLike) -> str:
+    """The address of a folder in a bucket, for TensorStore."""
+    scheme, _, rest = os.fspath(path).partition("://")
+    return f"{scheme}://{urllib.parse.quote(rest.rstrip('/'))}/"
+
+
+def opened(path: str | os.PathLike) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """A file to read bytes from, in a with statement."""
+    return as_path(path).open("rb")
+
+
+def size_of(path: str | os.PathLike) -> int:
+    """The bytes of a file."""
+    return as_path(path).stat().length if is_remote(path) else os.path.getsize(path)
+
+
+def names_in(folder: str | os.PathLike) -> list[str]:
+    """What is in a folder; nothing, where there is none."""
+    path = as_path(folder)
+    return [name for item in path.iterdir() if (name := item.name)] if path.is_dir() else []
+
+
+def files_below(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """All files at any depth by their paths there, with "size" and what else a bucket says."""
+    path = as_path(folder)
+    if not is_remote(folder):
+        files = [file for file in path.rglob("*") if file.is_file()]
+        return {str(f.relative_to(path)): {"size": f.stat().st_size} for f in files}
+    above = f"{os.fspath(folder).partition('://')[2].rstrip('/')}/"
+    found = path._backend.fs(path).find(str(path), detail=True)
+    return {name.removeprefix(above): about for name, about in found.items()}
+
+
+def append(file: Any, data: bytes) -> None:
+    """Adds to a file; one in a bucket is written anew."""
+    if is_remote(file):
+        file.write_bytes((file.read_bytes() if file.exists() else b"") + data)
+    else:
+        with file.open("ab") as stream:
+            stream.write(data)
+
+
+def of_bucket(error: BaseException) -> bool:
+    """Whether an error, of one of many classes, was raised in a library for buckets."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(_CLIENTS.search(frame.filename) for frame in frames)
+
+
+def check_bucket(said: str, path: str, write: bool) -> None:
+    """Raises UsageError where a bucket cannot be read, or a file be written; nothing is made."""
+    if not is_remote(path):
+        return
+    scheme, _, rest = path.partition("://")
+    bucket, _, name = rest.partition("/")
+    package, extra = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}[scheme]
+    _set_up_clients()
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise UsageError(said, path, f"needs {package}: pip install 'dico_jax[{extra}]'") from error
+    try:
+        fs = (target := as_path(path))._backend.fs(target)
+        if scheme == "s3":
+            fs.ls(bucket)
+            return
+        try:
+            fs.call("GET", "b/{}/o", bucket, prefix=name, maxResults=1, json_out=True)
+        except FileNotFoundError as error:
+            fix = f"is in no bucket that there is: gcloud storage buckets create gs://{bucket}"
+            raise UsageError(said, path, fix) from error
+        if write:  # an upload that is never finished: it needs the permission, and makes nothing
+            started = {"uploadType": "resumable", "name": f"{name.rstrip('/')}/probe".lstrip("/")}
+            where = f"{fs._location}/upload/storage/v1/b/{{}}/o"
+            fs.call("POST", where, bucket, json={}, **started)
+            fs.call("GET", "b/{}", bucket, json_out=True)  # as Orbax does
+    except UsageError:
+        raise
+    except Exception as error:  # of many classes
+        raise UsageError(
+            said, path, f"{'cannot be used'} ({one_line(error)}): {_fix(bucket)}"
+        ) from error
+
+
+def _fix(bucket: str) -> str:
+    import google.auth
+
+    try:
+        google.auth.default()
+    except google.auth.exceptions.DefaultCredentialsError:
+        return "there are no credentials: run gcloud auth application-default login"
+    return f"get roles/storage.admin or objectAdmin with legacyBucketReader of gs://{bucket}"
 
 
 class Deferred:
@@ -58,13 +198,44 @@ def new_file(path: str | os.PathLike, survives: bool = True) -> Iterator[BinaryI
 
     `survives`: also a power cut from then on, which costs the time of a disk's write.
     """
+    if is_remote(path):
+        with tempfile.NamedTemporaryFile() as stream:
+            yield stream  # type: ignore[misc]
+            stream.flush()
+            _upload(stream.name, path)
+        return
     with _appearing(path, survives) as temporary, temporary.open("xb") as stream:
         yield stream
 
 
+def upload(folder: str | os.PathLike, to: str | os.PathLike) -> None:
+    """Copies the files of a local folder to one in a bucket, if it is another."""
+    for name in files_below(folder) if is_remote(to) else ():
+        _upload(os.path.join(folder, name), as_path(to) / name)
+
+
+def _upload(file: str, path: str | os.PathLike) -> None:
+    target = as_path(path)
+    try:
+        target._backend.fs(target).put_file(file, str(target))
+    except Exception as error:  # of many classes
+        raise UsageError(f"{path} cannot be written: {one_line(error)}") from error
+
+
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A folder that appears as `path` when the block ends, and nowhere when it fails."""
+def new_folder(path: str | os.PathLike) -> Iterator[Any]:
+    """A folder that appears as `path` when the block ends, and nowhere when it fails.
+
+    In a bucket its files appear one by one: what tells that all are there is to be the last.
+    """
+    if is_remote(path):
+        try:
+            yield (target := as_path(path))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                target.rmtree()
+            raise
+        return
     with _appearing(path) as temporary:
         temporary.mkdir()
         yield temporary
@@ -105,10 +276,12 @@ def sync(*paths: pathlib.Path) -> None:
 
 def check_new(path: str | os.PathLike, nbytes: int, flag: str = "--out", exists=False) -> None:
     """UsageError unless --out is free, or an empty folder or file, and the disk has room for it."""
-    target = pathlib.Path(path).absolute()
-    full = any(target.iterdir()) if target.is_dir() else target.exists() and target.stat().st_size
+    target = as_path(path).absolute()
+    full = any(target.iterdir()) if target.is_dir() else target.exists() and size_of(target)
     if full and not exists:
         raise UsageError(flag, path, "exists: give another name, or remove it")
+    if is_remote(path):
+        return
     if not target.parent.is_dir():
         raise UsageError(flag, path, f": there is no folder {target.parent}, make it first")
     if not os.access(target.parent, os.W_OK):
@@ -118,12 +291,12 @@ def check_new(path: str | os.PathLike, nbytes: int, flag: str = "--out", exists=
         raise UsageError("--out", path, f"{fix}: make room, or give another place")
 
 
-def result_path(out: str, suffix: str = "", flag: str = "--out", exists=False) -> pathlib.Path:
+def result_path(out: str, suffix: str = "", flag: str = "--out", exists=False) -> Any:
     """The path of a file, new or one that `exists`; UsageError if it cannot be written.
 
     `suffix` is what its name must end with, or a list such as ".pt or .pth".
     """
-    path = pathlib.Path(out)
+    path = as_path(out)
     if suffix and path.suffix.lower() not in re.findall(r"\.\w+", suffix):
         raise UsageError(flag, out, f": name a {suffix} file")
     if path.is_dir():
@@ -137,7 +310,7 @@ def write_json(file: str | os.PathLike, result: Mapping[str, Any]) -> None:
         stream.write((json.dumps(result, indent=2) + "\n").encode())
 
 
-def json_lines(file: pathlib.Path, keep: Callable[[Any], Any]) -> list[Any]:
+def json_lines(file: Any, keep: Callable[[Any], Any]) -> list[Any]:
     """The values of JSON lines, if the file is there, that `keep` keeps; others are dropped.
 
     What is broken, or raises in `keep`, is said once, but for a last line that was cut.
@@ -158,8 +331,8 @@ def json_lines(file: pathlib.Path, keep: Callable[[Any], Any]) -> list[Any]:
 
 
 def file_digest(path: str | os.PathLike) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with opened(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def arrays_digest(flat: Mapping[str, Any]) -> str:

@@ -219,7 +219,7 @@ def test_ranges_are_of_fields():
     ranged = {field for fields in default.RANGES.values() for field in fields.split()}
     assert ranged <= FIELDS
     paths = {name for names in default.PATHS.values() for name in names.split() if "." in name}
-    assert paths <= FIELDS | {"prepare.out", "sample.ckpt", "evaluate.ckpt", "export.ckpt"}
+    assert paths <= FIELDS | {"sample.ckpt", "evaluate.ckpt", "export.ckpt"}
 
 
 def test_paths_are_expanded_everywhere(monkeypatch):
@@ -232,7 +232,10 @@ def test_paths_are_expanded_everywhere(monkeypatch):
     assert (config.data.path, config.training.init_from) == ("/home/me/a", "/disk/run")
     assert (config.autoencoder.path, config.eval.features) == ("hf://o/r/f", "/disk/c.npz")
     assert expanded("--guide", "guide", "hf://o/r") == "hf://o/r"
-    for path, said in (("gs://b/x", "only a disk works"), ("~no_such/x", "no such user")):
+    for path, said in (
+        ("az://b/x", "only a disk or gs:// or s3://"),
+        ("~no_such/x", "no such user"),
+    ):
         config.training.init_from = path
         with pytest.raises(UsageError, match=f"^config.training.init_from='{path}'.*{said}"):
             check_fields(config)

@@ -174,7 +174,6 @@ def test_images_are_never_read_whole(tmp_path, monkeypatch):
 def test_files_that_are_no_npz(tmp_path):
     refused(tmp_path / "absent.npz", "is no npz file.*: No such file")
     refused(tmp_path, "is no npz file.*: Is a directory")
-    refused("gs://bucket/a.npz", "No such file")
     text = tmp_path / "text.npz"
     text.write_text("hello")
     refused(text, "is no npz file")

@@ -23,6 +23,7 @@ from dico_jax.checkpoints import reader
 from dico_jax.checkpoints.state import MAX_WIDTH, width_to_gamma
 from dico_jax.checkpoints.writer import StepWriter
 from dico_jax.errors import UsageError
+from dico_jax.files import as_path
 
 FOLDER = "ema_snapshots"
 # How far, of its own norm, the sum of power functions may be from the wanted one. What is rebuilt
@@ -68,7 +69,7 @@ def snapshot_steps(workdir: str) -> list[int]:
 
 def list_snapshots(workdir: str, last_step: int) -> list[Snapshot]:
     """The snapshots of a workdir up to a step, unread, in the order of their steps."""
-    folder = pathlib.Path(workdir).absolute() / FOLDER
+    folder = as_path(workdir).absolute() / FOLDER
     return [
         Snapshot(step, width, functools.partial(_read, folder / str(step), name))
         for step in snapshot_steps(workdir)
@@ -149,7 +150,7 @@ def weights_digest(folder: str, step: int, weights: str = "ema", rebuilt: bool =
     name, item = (FOLDER, "") if rebuilt else (reader.FOLDER, reader.ITEMS[weights])
     sums = []
     for kept in [s for s in snapshot_steps(folder) if s <= step] if rebuilt else [step]:
-        path = pathlib.Path(folder, name, str(kept))
+        path = as_path(folder) / name / str(kept)
         recorded = reader.recorded_checksums(path, item)
         sums.append(recorded or reader.checksums(path, reader.files_of(path, item)))
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()

@@ -2,8 +2,10 @@
 
 Orbax notices a file that is missing or cut, but not a flipped bit in the data of an array. So a
 step has a checksums.json: CRC-32 finds every single flipped bit, and reads faster than disks do.
+A bucket keeps the CRC-32C of its objects itself, so that nothing has to be read there.
 """
 
+import base64
 import concurrent.futures
 import functools
 import glob
@@ -25,14 +27,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import with_defaults
-from dico_jax.errors import UsageError, several
-from dico_jax.files import Deferred
+from dico_jax.errors import UsageError, one_line, several
+from dico_jax.files import Deferred, as_path, files_below, is_remote, opened, size_of, url_of
 from dico_jax.models import abstract_params, find_model
 from dico_jax.ops.cpu import copies_fit
 from dico_jax.parallel.mesh import from_same
 
 FOLDER = "checkpoints"
-CHECKSUMS = "checksums.json"
+CHECKSUMS, COMMITTED = "checksums.json", "commit_success.txt"
 ITEMS = {"ema": "ema_params", "params": "params"}  # by the name of the weights
 _THREADS = 4
 _MAX_LISTED = 10
@@ -47,6 +49,11 @@ class DamagedCheckpointError(UsageError):
         super().__init__(f"{path} is damaged ({self.reason}){advice}")
 
 
+def orbax_path(path: Any) -> Any:
+    """A path as Orbax takes it, which may have another name in a bucket."""
+    return epath.Path(path) if is_remote(path) else LiteralPath(path)
+
+
 class LiteralPath(type(epath.Path())):  # type: ignore[misc]
     """A path in which Orbax finds its files whatever its name: in others a [1] is a pattern."""
 
@@ -56,8 +63,12 @@ class LiteralPath(type(epath.Path())):  # type: ignore[misc]
 
 def saved_steps(workdir: str | os.PathLike, folder: str = FOLDER) -> set[int]:
     """The finished steps in a folder of a workdir or of a converted checkpoint."""
-    paths = pathlib.Path(workdir, folder).glob("*")
-    return {int(p.name) for p in paths if p.name.isdecimal() and p.is_dir()}
+    path = as_path(workdir) / folder
+    if is_remote(workdir):  # one without that is being written, or was when its run was killed
+        there = [p.parent for p in path.glob(f"*/{COMMITTED}")]
+    else:
+        there = [p for p in path.glob("*") if p.is_dir()]
+    return {int(p.name) for p in there if p.name.isdecimal()}
 
 
 def read_meta(folder: pathlib.Path, *fields: str) -> dict[str, Any]:
@@ -72,12 +83,12 @@ def read_meta(folder: pathlib.Path, *fields: str) -> dict[str, Any]:
 def read_tree(item: pathlib.Path, target: Any) -> Any:
     """The tree of an item as `target` says, of ShapeDtypeStruct; devices read their own parts."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        return reader.restore(LiteralPath(item), args=ocp.args.StandardRestore(target))
+        return reader.restore(orbax_path(item), args=ocp.args.StandardRestore(target))
 
 
 def stored_leaves(item: pathlib.Path) -> dict[Path, Deferred]:
     """The leaves of the tree of an item by `path_names`, each read when asked for."""
-    metadata = ocp.StandardCheckpointHandler().metadata(LiteralPath(item))
+    metadata = ocp.StandardCheckpointHandler().metadata(orbax_path(item))
     leaves = jax.tree_util.tree_leaves_with_path(getattr(metadata, "tree", metadata))
     read = functools.partial(functools.partial, _read, item)
     return {path_names(path): Deferred(x.dtype, x.shape, read(x.name)) for path, x in leaves}
@@ -103,7 +114,8 @@ def class_differences(*names: Sequence[str]) -> str:
 
 def _read(item: pathlib.Path, name: str) -> np.ndarray:
     # TensorStore, which Orbax writes with, and not Orbax's own handlers of types: those are to go.
-    files = {"driver": "file", "path": f"{item.absolute()}/"}
+    files: Any = {"driver": "file", "path": f"{item.absolute()}/"}
+    files = url_of(item) if is_remote(item) else files
     spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": files, "path": f"{name}/"}}
     return np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
 
@@ -112,12 +124,15 @@ def verified(folder: pathlib.Path, item: str = "", part: int = 0, parts: int = 1
     """The folder of an item or all of a step, whose files, or a share, are as checksums say."""
     files = recorded_checksums(folder, item) or {}
     try:
-        for name, found in checksums(folder, sorted(files)[part::parts]).items():
+        names = sorted(files)[part::parts]
+        kind = next((kind for name in names for kind in files[name] if kind != "size"), "crc32")
+        for name, found in checksums(folder, names, kind).items():
             if found != files[name]:
                 reason = f"{name} has {found['size']:,} bytes that are not those that were written"
                 raise DamagedCheckpointError(folder, reason, ADVICE)
     except OSError as error:
-        reason = f"{os.path.relpath(error.filename, folder)} cannot be read ({error.strerror})"
+        name = os.path.relpath(error.filename, folder) if error.filename else one_line(error)
+        reason = f"{name} cannot be read ({error.strerror})"
         raise DamagedCheckpointError(folder, reason, ADVICE) from error
     return folder / item
 
@@ -131,7 +146,7 @@ def recorded_checksums(folder: pathlib.Path, item: str = "") -> dict[str, Any] |
         if sums.get("step", step) != step:
             wrong = [f"it is that of step {sums['step']}"]
         if not wrong:
-            return {name: files[name] for name in files if name.startswith(f"{item}/" * bool(item))}
+            return {name: files[name] for name in files if _is_of(item, name)}
     except FileNotFoundError:
         if not read_meta(folder).get("checksums"):
             return None
@@ -144,23 +159,41 @@ def recorded_checksums(folder: pathlib.Path, item: str = "") -> dict[str, Any] |
 
 def files_of(folder: pathlib.Path, item: str = "") -> list[str]:
     """The files of an item or all items; Orbax changes those of the folder when it commits."""
+    if is_remote(folder):
+        return sorted(name for name in files_below(folder) if "/" in name and _is_of(item, name))
     found = folder.glob(f"{item or '*'}/**/*")
     return sorted(str(file.relative_to(folder)) for file in found if file.is_file())
 
 
-def checksums(folder: pathlib.Path, files: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and CRC-32 of files by their paths in a folder."""
+def _is_of(item: str, name: str) -> bool:
+    return not item or name.startswith(f"{item}/")
+
+
+def checksums(folder: Any, files: Iterable[str], kind: str = "crc32") -> dict[str, dict[str, Any]]:
+    """Size and "crc32" or "crc32c" of files by their paths in a folder."""
+    if kind == "crc32c" and os.fspath(folder).startswith("gs://"):
+        there, lacking = files_below(folder), {"size": 0, "crc32c": ""}
+        found = {name: there.get(name, lacking) for name in files}
+        sums = {n: base64.b64decode(about["crc32c"]).hex() for n, about in found.items()}
+        return {n: {"size": found[n]["size"], "crc32c": sums[n]} for n in files}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        sums = pool.map(lambda name: _checksum(folder / name), files)
-        return dict(zip(files, sums, strict=True))
+        rows = pool.map(lambda name: _checksum(folder / name, kind), files)
+        return dict(zip(files, rows, strict=True))
 
 
-def _checksum(file: pathlib.Path) -> dict[str, Any]:
-    size = crc = 0
-    with file.open("rb") as stream:
+def _checksum(file: Any, kind: str) -> dict[str, Any]:
+    size, crc, extend = 0, 0, lambda data, value: zlib.crc32(data, value)
+    if kind == "crc32c":  # of a step that was copied from a bucket
+        try:
+            import google_crc32c
+        except ImportError as error:
+            fix = "pip install google-crc32c"
+            raise UsageError(f"{file.parent} has checksums of a bucket: {fix}") from error
+        extend = lambda data, value: google_crc32c.extend(value, data)  # noqa: E731
+    with opened(file) as stream:
         while chunk := stream.read(1 << 20):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return {"size": size, "crc32": f"{crc:08x}"}
+            size, crc = size + len(chunk), extend(chunk, crc)
+    return {"size": size, kind: f"{crc:08x}"}
 
 
 class SavedWeights:
@@ -178,7 +211,7 @@ class SavedWeights:
     def __init__(self, folder: str, step: int | None = None, flag: str = "--ckpt"):
         """Opens the newest checkpoint of a workdir or converted checkpoint, or that of `step`."""
         self.folder = folder
-        path = pathlib.Path(folder).absolute()
+        path = as_path(folder).absolute()
         steps = saved_steps(path)
         if not steps:
             lacks = f"holds no {FOLDER}/STEP" if path.is_dir() else ": no such folder"
@@ -278,9 +311,9 @@ def weights_fit(folder: str | None) -> Callable[[int], bool]:
     """Says of a number of devices whether copies of a folder's newest weights, or a file's, fit."""
     size = 0  # where there is no checkpoint, which is said later
     if folder and os.path.isfile(folder):
-        size = os.path.getsize(folder)
+        size = size_of(folder)
     elif folder and (steps := saved_steps(folder)):
-        step = pathlib.Path(folder, FOLDER, str(max(steps)))
-        items = [(step / item).rglob("*") for item in ITEMS.values()]
-        size = max(sum(file.stat().st_size for file in files) for files in items)
+        there = files_below(as_path(folder) / FOLDER / str(max(steps)))
+        sizes = {name: about["size"] for name, about in there.items()}
+        size = max(sum(s for n, s in sizes.items() if _is_of(i, n)) for i in ITEMS.values())
     return functools.partial(copies_fit, size)

@@ -3,8 +3,10 @@
 A folder holds one folder per step, with an item (a folder) for every tree of arrays and `meta`
 (JSON). Orbax writes a step in the background to a folder of another name, which gets the step's
 number when all of it is there, with checksums.json, and on the disk: a step is there whole or not
-at all. Leaves may be `Deferred`: they are made when their turn comes, so that a tree may be larger
-than the memory. Orbax's own way keeps it all, and a copy of it: 1.9 GB for 0.6 GB of arrays.
+at all. In a bucket, where nothing is renamed, one without commit_success.txt, which is written
+last, is not there. Leaves may be `Deferred`: they are made when their turn comes, so that a tree
+may be larger than the memory. Orbax's own way keeps it all, and a copy of it: 1.9 GB for 0.6 GB of
+arrays.
 """
 
 import contextlib
@@ -27,9 +29,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dico_jax.checkpoints.reader import CHECKSUMS, LiteralPath, checksums, files_of, saved_steps
-from dico_jax.errors import UsageError
-from dico_jax.files import Deferred, library_versions, sync
+from dico_jax.checkpoints.reader import CHECKSUMS, checksums, files_of, orbax_path, saved_steps
+from dico_jax.errors import UsageError, one_line
+from dico_jax.files import Deferred, as_path, is_remote, library_versions, sync
 
 _UNFINISHED = "{}.orbax-checkpoint-tmp*"  # as Orbax names the folder of a step
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -44,7 +46,7 @@ class StepWriter:
     a killed process has left of a step is cleared.
     """
 
-    def __init__(self, folder: pathlib.Path, preserved: Any = None, deferred: Sequence[str] = ()):
+    def __init__(self, folder: Any, preserved: Any = None, deferred: Sequence[str] = ()):
         # In the background Orbax fails late on relative paths and folders that it cannot make.
         self._folder = folder = folder.absolute()
         self._saving = -1  # the step of the save that may still be under way
@@ -54,11 +56,11 @@ class StepWriter:
             preservation_policy=preserved,
             cleanup_tmp_directories=True,
             single_host_load_and_broadcast=jax.process_count() > 1,
-            temporary_path_class=_NewStep,
+            temporary_path_class=_StepInBucket if is_remote(folder) else _NewStep,
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         more = {"options": options, "handler_registry": _registry(deferred) if deferred else None}
-        self._manager = ocp.CheckpointManager(LiteralPath(folder), **more)
+        self._manager = ocp.CheckpointManager(orbax_path(folder), **more)
 
     def __enter__(self):
         return self
@@ -114,6 +116,9 @@ class StepWriter:
         except Exception as error:
             _remove_unfinished(self._folder, self._saving)
             failed = f"{self._folder}: step {self._saving} could not be saved"
+            if is_remote(self._folder):
+                fix = "see to the bucket, and give the same command again, which goes on from the"
+                raise UsageError(f"{failed} ({one_line(error)}): {fix} newest step") from error
             if (number := _system_error(error)) is None:
                 raise RuntimeError(f"{failed} ({error})") from error
             there = next(path for path in (self._folder, *self._folder.parents) if path.exists())
@@ -139,13 +144,29 @@ class _NewStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
         sync(*final.parents[:2], final, *final.iterdir())
 
 
-def _remove_unfinished(folder: pathlib.Path, step: int) -> None:
+class _StepInBucket(ocp.path.atomicity.CommitFileTemporaryPath):
+    async def finalize(self) -> None:
+        """Gives a written step its checksums, then what says that all of it is there."""
+        if (folder := as_path(self.get_final())).name.isdecimal():
+            kind = "crc32c" if os.fspath(folder).startswith("gs://") else "crc32"
+            files = files_of(folder)
+            sums = {"step": int(folder.name), "files": checksums(folder, files, kind)}
+            (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+        await super().finalize()
+
+
+def _remove_unfinished(folder: Any, step: int) -> None:
     """Removes what a failed save has written, which may be what fills the disk."""
     for thread in threading.enumerate():  # those that still write other items
         if type(thread).__module__.startswith("orbax") and thread is not threading.current_thread():
             with contextlib.suppress(Exception):  # it raises what the thread has raised
                 thread.join(timeout=60)
     # TensorStore's threads cannot be waited for, and may write later; the next run removes that.
+    if is_remote(folder):
+        with contextlib.suppress(Exception):  # the next run removes it as well
+            if step not in saved_steps(folder.parent, folder.name) and not jax.process_index():
+                (folder / str(step)).rmtree(missing_ok=True)
+        return
     for _ in range(0 if jax.process_index() else 20):
         for unfinished in folder.glob(_UNFINISHED.format(step)):
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -7,7 +7,7 @@ import numpy as np
 
 from dico_jax.data.pictures import BadExample
 from dico_jax.errors import UsageError, several
-from dico_jax.files import json_lines
+from dico_jax.files import append, json_lines
 
 _FIELD = "config.data.max_bad_fraction"
 _LISTED = 10
@@ -67,8 +67,7 @@ class BadExampleLog:
         if name not in self.bad:
             self.bad[name] = reason
             if self._file is not None:
-                with self._file.open("a") as stream:
-                    stream.write(json.dumps({"id": name, "reason": reason}) + "\n")
+                append(self._file, (json.dumps({"id": name, "reason": reason}) + "\n").encode())
 
     def _check(self) -> None:
         check_bad(self.bad, len(self._source) + len(self._source.skipped), self._fraction)

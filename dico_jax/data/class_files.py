@@ -16,6 +16,7 @@ import numpy as np
 from dico_jax.data import paths
 from dico_jax.data.pictures import BadExample
 from dico_jax.errors import one_line, shown
+from dico_jax.files import opened
 
 LISTERS = 16  # of folders at once; what takes time is a bucket or a network disk
 # What is kept of a zip file's entry to read it: attributes of ZipInfo.
@@ -129,7 +130,7 @@ class ZipSource(ClassFiles):
         entry = dict(zip(_FIELDS, self._entries[index].item(), strict=True))
         if entry["file_size"] > paths.MAX_FILE_BYTES:
             raise BadExample(f"its zip entry declares {entry['file_size']} bytes")
-        with paths.open_file(self.path) as file:
+        with opened(self.path) as file:
             file.seek(entry["header_offset"])
             try:
                 return _content(file, entry, f"{self._prefix}{name}")
@@ -140,7 +141,7 @@ class ZipSource(ClassFiles):
 def _directory(path: str) -> tuple[list[zipfile.ZipInfo], int]:
     with paths.path_errors(path):
         try:
-            with paths.open_file(path) as file, zipfile.ZipFile(file) as archive:
+            with opened(path) as file, zipfile.ZipFile(file) as archive:
                 return archive.infolist(), file.seek(0, os.SEEK_END)
         except (zipfile.BadZipFile, struct.error, ValueError, RuntimeError, EOFError) as error:
             what = f"it is not a zip file, or damaged ({one_line(error)})"

@@ -3,24 +3,17 @@
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from typing import IO
-
-from etils import epath
 
 from dico_jax.config import expanded
 from dico_jax.data.pictures import BadExample, picture_suffixes
 from dico_jax.errors import UsageError, one_line
+from dico_jax.files import as_path, is_remote, opened
 
 # Larger than a file of MAX_PIXELS, even without compression (0.7 GB).
 MAX_FILE_BYTES = 1 << 30
 MAX_CLASSES = 100_000
 
 _LEFT_BEHIND = {"thumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir"}
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is in a bucket."""
-    return path.startswith(("gs://", "s3://"))
 
 
 def wrong_path(path: str, what: str) -> UsageError:
@@ -56,7 +49,7 @@ def list_folder(path: str) -> tuple[list[str], list[str], list[str]]:
     found: tuple[list[str], list[str], list[str]] = ([], [], [])
     if is_remote(path):
         # The first step of a walk tells files and folders apart in one request.
-        for _, folders, files in epath.Path(path).walk(on_error=_fail):
+        for _, folders, files in as_path(path).walk(on_error=_fail):
             # A bucket may have an empty object in the place of a folder.
             found = [name.rstrip("/") for name in folders], list(filter(None, files)), []
             break
@@ -76,15 +69,10 @@ def _fail(error: OSError) -> None:
     raise error
 
 
-def open_file(path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-    """A file to read bytes from, in a with statement."""
-    return epath.Path(path).open("rb") if is_remote(path) else open(path, "rb")
-
-
 def read_file(path: str) -> bytes:
     """The content of a file; BadExample if it is gone, may not be read or is too large."""
     try:
-        with open_file(path) as file:
+        with opened(path) as file:
             if file.seek(0, os.SEEK_END) > MAX_FILE_BYTES:
                 raise BadExample(f"the file is larger than {MAX_FILE_BYTES} bytes")
             file.seek(0)

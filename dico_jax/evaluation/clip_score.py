@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from dico_jax.data.image_sets import ImageSet
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.networks import FeatureNetwork, Features, make_feature_fn
+from dico_jax.files import as_path
 from dico_jax.pytorch.tensors import about
 from dico_jax.text.clip import ImageConfig, ImageTower, TextConfig, TextTower, normalized
 from dico_jax.text.clip_weights import Tower, load_tower
@@ -127,11 +126,11 @@ def clip_numbers(scores: np.ndarray) -> dict[str, float]:
 
 def texts_of(images: ImageSet, path: str, prompts: str | None) -> list[str]:
     """The text of every image: the lines of --prompts, or of `PROMPTS` in their folder `path`."""
-    if prompts is None and pathlib.Path(path).is_file():
+    if prompts is None and as_path(path).is_file():
         raise UsageError("--prompts is needed: a file of the texts of the images, in lines")
-    file = str(epath.Path(path) / PROMPTS) if prompts is None else prompts
+    file = str(as_path(path) / PROMPTS) if prompts is None else prompts
     try:
-        lines = epath.Path(file).read_bytes().decode("utf-8-sig").split("\n")
+        lines = as_path(file).read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         fix = ": no such file" if isinstance(error, FileNotFoundError) else "is no text in UTF-8"
         raise UsageError(

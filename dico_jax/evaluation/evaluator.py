@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from dico_jax.evaluation import distances, networks, statistics
 from dico_jax.evaluation.clip_score import CLIP_SCORE, ClipScorer, clip_numbers
 from dico_jax.evaluation.networks import FeatureFn, FeatureNetwork, Features
 from dico_jax.evaluation.statistics import SPLIT_SIZE, InceptionScore, Moments, Statistics
-from dico_jax.files import file_digest, library_versions
+from dico_jax.files import as_path, file_digest, library_versions
 from dico_jax.sampling.generate import NotFiniteError
 from dico_jax.sampling.image_folder import differences
 
@@ -62,7 +61,7 @@ class FeatureSummary:
         if self._kept is not None:
             self._kept.append(features.pool)
 
-    def save(self, path: pathlib.Path, about: dict[str, Any]) -> None:
+    def save(self, path: Any, about: dict[str, Any]) -> None:
         """Writes the summary, to go on later; `about` says what it is of."""
         arrays: dict[str, Any] = {"pictures": np.frombuffer(self.pictures, np.uint8)}
         if self._kept is not None:
@@ -73,7 +72,7 @@ class FeatureSummary:
             arrays |= {f"{name}/{key}": value for key, value in part.to_arrays().items()}
         statistics.save_arrays(path, about, arrays)
 
-    def load(self, path: pathlib.Path, about: dict[str, Any]) -> None:
+    def load(self, path: Any, about: dict[str, Any]) -> None:
         """Goes on from what `save` has written; UsageError where that is of something else."""
         found, arrays = statistics.load_arrays(path, "is damaged: remove it to start again")
         if differing := differences(found, json.loads(json.dumps(about))):
@@ -205,7 +204,7 @@ def create_evaluator(
     `fraction` of a folder's may be bad; `how` are batch_size and mesh, see `make_feature_fn`.
     """
     features, name = networks.make_feature_fn(network, **how), f"{flag}={reference}"
-    is_file = pathlib.Path(reference).is_file()
+    is_file = as_path(reference).is_file()
     found: Any = is_file and statistics.open_reference(reference)
     found = found or open_images(reference, flag, fraction)
     images = found.images if isinstance(found, Statistics) else found
@@ -238,14 +237,14 @@ def check_made_by(network: FeatureNetwork, found: Statistics, name: str) -> None
 def open_images(path: str, flag: str, max_bad_fraction: float = 0.0) -> ImageSet:
     """A folder of pictures, of which some may be bad, or an .npz file with arr_0."""
     check_there(path, flag)
-    if pathlib.Path(path).is_file():
+    if as_path(path).is_file():
         return statistics.NpzImages(path, f"{flag}={path}")
     return FolderImages(path, flag, max_bad_fraction)
 
 
 def check_there(path: str, flag: str) -> None:
-    """Raises UsageError for a local folder or file that is not there."""
-    if "://" not in path and not pathlib.Path(path).exists():
+    """Raises UsageError for a folder or file that is not there."""
+    if not as_path(path).exists():
         raise UsageError(f"{flag}={path}: no such folder or file")
 
 

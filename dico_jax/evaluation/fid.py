@@ -1,7 +1,6 @@
 """The distance between two sets of images, in a line of Python."""
 
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 from dico_jax.data.image_sets import ImageSet
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import distances, evaluator, networks, statistics
+from dico_jax.files import as_path
 from dico_jax.parallel.mesh import create_mesh
 
 
@@ -53,7 +53,7 @@ def _opened(given: Any, name: str) -> Any:
     if not isinstance(given, str | os.PathLike):
         return _ArrayImages(given, name)
     path = os.fspath(given)
-    is_file = pathlib.Path(path).is_file()
+    is_file = as_path(path).is_file()
     return statistics.open_reference(path) if is_file else evaluator.open_images(path, name)
 
 

@@ -5,7 +5,6 @@ import decimal
 import functools
 import importlib.util
 import json
-import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from dico_jax.evaluation import networks
 from dico_jax.evaluation.clip_score import CLIP_SCORE, ClipScorer, texts_of
 from dico_jax.evaluation.evaluator import Evaluator, check_there, create_network, measure_images
 from dico_jax.evaluation.statistics import open_reference, save_statistics
-from dico_jax.files import new_file, result_path, write_json
+from dico_jax.files import as_path, new_file, result_path, write_json
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from dico_jax.sampling.image_folder import differences
@@ -179,7 +178,7 @@ def _evaluate(evaluator: Evaluator, batches: Any, about: Any, file: Any, bad: An
     return result
 
 
-def _checked_outputs(out: str, sweep: bool = False) -> pathlib.Path:
+def _checked_outputs(out: str, sweep: bool = False) -> Any:
     """The path of --out, once all that is written there and beside it is found to be possible."""
     file = result_path(out, ".json", exists=sweep)
     result_path(str(_partial_file(file)), exists=True)
@@ -188,7 +187,7 @@ def _checked_outputs(out: str, sweep: bool = False) -> pathlib.Path:
     return file
 
 
-def _partial_file(out: pathlib.Path) -> pathlib.Path:
+def _partial_file(out: Any) -> Any:
     return out.with_name(f"{out.name}.partial.npz")
 
 
@@ -211,7 +210,7 @@ def _read_results(out: str) -> list[dict[str, Any]]:
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--sweep_cfg needs matplotlib for its plot: pip install matplotlib")
     try:
-        results = json.loads(pathlib.Path(out).read_text())["sweep"]
+        results = json.loads(as_path(out).read_text())["sweep"]
         return [result for result in results if _but_scale(result)]  # which are none without those
     except FileNotFoundError:
         return []
@@ -250,7 +249,7 @@ def parse_sweep(text: str) -> tuple[float, ...]:
     return tuple(float(first + i * step) for i in range(int((last - first) / step) + 1))
 
 
-def plot_sweep(file: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
+def plot_sweep(file: Any, results: Sequence[dict[str, Any]]) -> None:
     """Plots FID, sFID and Inception Score, as far as they are there, of results by rising scale."""
     from matplotlib.figure import Figure
 
@@ -276,7 +275,7 @@ def _but_scale(result: dict[str, Any]) -> dict[str, Any]:
     return {key: result[key] for key in ("metric_names", "reference", "features")} | samples
 
 
-def _is_of(file: pathlib.Path, kept: Any, digest: str) -> bool:
+def _is_of(file: Any, kept: Any, digest: str) -> bool:
     """Whether what a run has kept in a file is of these pictures, as far as it says; else said."""
     is_it = getattr(kept, "info", {}).get("pictures", digest) == digest
     if not is_it and jax.process_index() == 0:
@@ -317,7 +316,7 @@ class RunEvaluation:
         every = self._options.every_steps
         return every > 0 and (step % every == 0 or step == last_step)
 
-    def open(self, workdir: pathlib.Path) -> None:
+    def open(self, workdir: Any) -> None:
         """Makes what `workdir` lacks: the classifier, the statistics of the run's own pictures.
 
         What is there, but of other pictures, is made anew: up to 5,000 are read to compare them.

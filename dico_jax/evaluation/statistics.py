@@ -20,7 +20,7 @@ from scipy.linalg import blas
 
 from dico_jax.data.image_sets import ImageSet
 from dico_jax.errors import UsageError
-from dico_jax.files import file_digest, new_file
+from dico_jax.files import as_path, file_digest, new_file, opened, size_of
 
 # Fastest of 256 to 4096 at a width of 2048 on two cores; a block is 17 MB there.
 _BLOCK_ROWS = 1024
@@ -238,7 +238,7 @@ def open_reference(path: str | os.PathLike, features: str = "inception") -> Any:
 
 def save_statistics(path: str | os.PathLike, statistics: Statistics) -> str:
     """Writes statistics, without images, as a new npz file; returns its sha256 (hex)."""
-    if os.path.lexists(path):
+    if os.path.lexists(path) or as_path(path).exists():
         raise UsageError(f"{path} exists: give another name, or remove it")
     about = {"version": _VERSION} | {name: getattr(statistics, name) for name in _ABOUT}
     found = {name: getattr(statistics, field) for field, name in _ARRAYS.items()}
@@ -285,9 +285,9 @@ def _metadata(file: Any, path: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(path: Any, wrong: str = "is no npz file, damaged or cut short") -> Iterator[Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with opened(path) as stream, np.load(stream, allow_pickle=False) as file:
             members = [m for m in file.zip.infolist() if m.filename != "arr_0.npy"]  # is not kept
-            most = max(_UNPACKED, 4 * os.path.getsize(path))
+            most = max(_UNPACKED, 4 * size_of(path))
             if (size := sum(member.file_size for member in members)) > most:
                 raise ValueError(f"it would unpack to {size / 1e9:.1f} GB")
             yield file

@@ -7,7 +7,6 @@ the other is read, laid out anew and written.
 import collections
 import json
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from dico_jax.checkpoints.reader import FOLDER, SavedWeights
 from dico_jax.checkpoints.writer import StepWriter
 from dico_jax.errors import UsageError, within
-from dico_jax.files import Deferred, check_new, new_folder, result_path
+from dico_jax.files import Deferred, as_path, check_new, new_folder, result_path
 from dico_jax.models import abstract_params, model_options
 from dico_jax.models.dit import DiT, position_embedding
 from dico_jax.pytorch import lazy_trees, optimizer_state, run_config, torch_files
@@ -128,7 +127,7 @@ def from_pytorch(
             if failed:
                 raise failed[0]
     health.warn()
-    written = pathlib.PurePath(out) / FOLDER / str(step)
+    written = as_path(out) / FOLDER / str(step)
     return f"{network.description()}; {found} of {name}\n{written} is written"
 
 

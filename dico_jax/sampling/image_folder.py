@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import pathlib
 import re
 import time
 import zipfile
@@ -18,7 +17,16 @@ from jax.experimental import multihost_utils
 
 from dico_jax.config import DEFAULTS, flatten
 from dico_jax.errors import UsageError
-from dico_jax.files import library_versions, new_file, result_path, write_json
+from dico_jax.files import (
+    as_path,
+    is_remote,
+    library_versions,
+    names_in,
+    new_file,
+    opened,
+    result_path,
+    write_json,
+)
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from dico_jax.sampling.generate import check_finite
 from dico_jax.sampling.grids import image_grid, is_png, load_png, save_png
@@ -32,6 +40,7 @@ _OURS = re.compile(
 )
 _IN_GRID, _IN_TRAJECTORY = 400, 6  # most images in grid.png and trajectory.*
 _MADE, _BAD = 1, 2  # what this call has done about an image
+_READ = 256  # pictures at once
 
 
 def save(
@@ -73,7 +82,7 @@ def save(
         )
         num_images = len(jax.tree.leaves(conditions)[0])
         settings["per_class"] = per_class
-    folder, process = pathlib.Path(out), jax.process_index()
+    folder, process = as_path(out), jax.process_index()
     known, latents = process == 0 and _claim_folder(folder, settings), folder / "latents.npy"
     if process == 0 and sampler.with_latents:
         create_latents(latents, num_images, sampler.experiment.latent_shape, known)
@@ -93,12 +102,18 @@ def save(
 
 
 def _make(
-    sampler: CheckpointSampler, conditions: Any, files: list[pathlib.Path], rows: Any, known: bool
+    sampler: CheckpointSampler, conditions: Any, files: list[Any], rows: Any, known: bool
 ) -> np.ndarray:
     """Makes the images of this process that are not `known` to be there; what was done (N,)."""
     mine = range(jax.process_index(), len(files), jax.process_count())
+    remote = is_remote(files[0])  # where what is there is whole
+    there = set(names_in(files[0].parent)) if remote and known else set[str]()
     lacking = [
-        i for i in mine if not (known and is_png(files[i]) and (rows is None or rows.has(i)))
+        i
+        for i in mine
+        if not known
+        or not (files[i].name in there if remote else is_png(files[i]))
+        or not (rows is None or rows.has(i))
     ]
     state = np.zeros(len(files), np.uint8)
 
@@ -152,7 +167,7 @@ def _threads() -> Iterator[concurrent.futures.Executor]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _check_shared(folder: pathlib.Path) -> None:
+def _check_shared(folder: Any) -> None:
     """UsageError where a process does not see the folder that process 0 has claimed."""
     for _ in range(30):  # seconds until a network disk shows it
         if (folder / "sampling.json").exists():
@@ -163,7 +178,7 @@ def _check_shared(folder: pathlib.Path) -> None:
 
 
 def _finish(
-    sampler: CheckpointSampler, folder: pathlib.Path, files: list[pathlib.Path], conditions: Any,
+    sampler: CheckpointSampler, folder: Any, files: list[Any], conditions: Any,
     npz: str | None, **asked: str,
 ) -> list[str]:  # fmt: skip
     """Writes what is of all images; returns their names."""
@@ -185,7 +200,7 @@ def _finish(
     return names
 
 
-def _grid(files: list[pathlib.Path], of: Iterable[Any], names: list[str]) -> np.ndarray:
+def _grid(files: list[Any], of: Iterable[Any], names: list[str]) -> np.ndarray:
     """All images, or the first of each of those that `of` calls the same, with their names."""
     groups: dict[Any, list[int]] = {}
     for i, key in enumerate(of):
@@ -194,18 +209,19 @@ def _grid(files: list[pathlib.Path], of: Iterable[Any], names: list[str]) -> np.
     picked = [indices[:each] for indices in groups.values()][:_IN_GRID]
     shown = sum(map(len, picked))
     title = f"{shown:,} of {len(files):,} images" if shown < len(files) else ""
-    images = [np.stack([load_png(files[i]) for i in indices]) for indices in picked]
+    pictures = _pictures([files[i] for indices in picked for i in indices])
+    images = [np.stack([next(pictures) for _ in indices]) for indices in picked]
     return image_grid(images, [names[indices[0]] for indices in picked], title)
 
 
 def check_outputs(out: str, npz: str | None, overwrite: bool) -> None:
     """UsageError unless `save` can write there; it is cheap, and comes first."""
-    folder = pathlib.Path(out)
-    if not folder.is_dir() and os.path.lexists(folder):
+    folder = as_path(out)
+    if folder.is_file() or (not folder.is_dir() and os.path.lexists(folder)):
         raise UsageError("--out", out, "is a file: name a folder")
     if npz is not None:
         result_path(npz, "", "--npz", overwrite)
-    found = os.listdir(folder) if folder.is_dir() else []
+    found = names_in(folder)
     if others := [name for name in found if not _OURS.fullmatch(name)]:
         fix = f"holds other files ({len(others)}, such as {min(others)}): give a new folder"
         raise UsageError("--out", out, fix)
@@ -214,7 +230,7 @@ def check_outputs(out: str, npz: str | None, overwrite: bool) -> None:
         raise UsageError("--out", out, fix)
 
 
-def _claim_folder(folder: pathlib.Path, settings: dict[str, Any]) -> bool:
+def _claim_folder(folder: Any, settings: dict[str, Any]) -> bool:
     """Whether a folder's images are known to be of these settings; UsageError if of others."""
     folder.mkdir(parents=True, exist_ok=True)
     file, old = folder / "sampling.json", None
@@ -236,15 +252,27 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(f"{n} was {str(old)[:40]}, is {str(new)[:40]}" for n, old, new in both[:5])
 
 
-def _write_npz(path: str, files: list[pathlib.Path], arrays: dict[str, np.ndarray]) -> None:
+def _pictures(files: list[Any]) -> Iterator[np.ndarray]:
+    """Pictures in their order, read ahead: an answer of a bucket takes its time."""
+
+    def load(file: Any) -> np.ndarray:
+        with opened(file) as stream:
+            return load_png(stream)
+
+    with _threads() as pool:
+        for start in range(0, len(files), _READ):
+            yield from pool.map(load, files[start : start + _READ])
+
+
+def _write_npz(path: str, files: list[Any], arrays: dict[str, np.ndarray]) -> None:
     """Writes arr_0 (uint8 images), image by image: 50,000 need no memory; and other arrays."""
-    shape = (len(files), *load_png(files[0]).shape)
+    shape = (len(files), *next(_pictures(files[:1])).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with new_file(path) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             np.lib.format.write_array_header_1_0(entry, header)
-            for file in files:
-                entry.write(load_png(file).tobytes())
+            for picture in _pictures(files):
+                entry.write(picture.tobytes())
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as entry:
                 np.lib.format.write_array(entry, array)

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from dico_jax.checkpoints.reader import SavedWeights
 from dico_jax.config import flatten
 from dico_jax.errors import UsageError
 from dico_jax.experiment import Experiment, experiment_from_config, sampling_from_config
+from dico_jax.files import as_path
 from dico_jax.models import abstract_params
 from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.pytorch.file_weights import FileWeights
@@ -95,7 +95,7 @@ class Pretrained:
             used_step = (snapshot_steps(saved.folder) or [0])[-1]
         remote = "://" in os.fspath(source)
         self._about: dict[str, Any] = {
-            "ckpt": os.fspath(source) if remote else str(pathlib.Path(source).absolute()),
+            "ckpt": os.fspath(source) if remote else str(as_path(source).absolute()),
             "step": used_step,
             "weights": weights if ema_width is None else f"ema_width={ema_width}",
             "class_names_digest": hashlib.sha256(json.dumps(self.class_names).encode()).hexdigest(),

@@ -1,6 +1,6 @@
 """How images come out of noise: what the network predicts at every step."""
 
-import pathlib
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,7 @@ _MILLISECONDS, _LAST = 120, 2000  # per frame
 
 
 def save_trajectory(
-    folder: pathlib.Path, predicted: np.ndarray, steps: np.ndarray, names: list[str]
+    folder: Any, predicted: np.ndarray, steps: np.ndarray, names: list[str]
 ) -> None:
     """Writes trajectory.gif and trajectory.png, a row of pictures for every image.
 

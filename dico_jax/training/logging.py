@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import pathlib
 import socket
 import struct
 import threading
@@ -21,8 +20,10 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from dico_jax.errors import UsageError
-from dico_jax.files import json_lines
+from dico_jax.errors import UsageError, one_line
+from dico_jax.files import is_remote, json_lines
+
+_HELD_SECONDS = 60.0  # at most, of what is to be written to a bucket
 
 
 class Logger(contextlib.AbstractContextManager):
@@ -52,28 +53,31 @@ class Logger(contextlib.AbstractContextManager):
             if max(steps) > step == 0:
                 text = f"warning: {file} goes to step {max(steps)}, and no checkpoint is there"
                 self.say(f"{text}: the run starts anew, and these lines are dropped")
-            self._metrics = _Appended(file, self.say)
-            # Two event files of one second would have one name, and the second replace the first.
-            now, host = time.time_ns(), socket.gethostname()
-            name = f"events.out.tfevents.{now // 10**9}.{host}.{now}"
-            self._events = _Appended(self._workdir / name, self.say)
-            self._add_event(file_version="brain.Event:2")
+            kind = _Held if is_remote(file) else _Appended
+            self._metrics = kind(lambda: file, self.say)
+            self._events = kind(self._new_events, self.say, _record(file_version="brain.Event:2"))
             self._add_event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
+    def _new_events(self) -> Any:
+        # Two event files of one second would have one name, and the second replace the first.
+        now, host = time.time_ns(), socket.gethostname()
+        return self._workdir / f"events.out.tfevents.{now // 10**9}.{host}.{now}"
+
     def _add_event(self, **fields) -> None:
-        event = Event(wall_time=time.time(), **fields).SerializeToString()
-        length = struct.pack("<Q", len(event))
-        parts = [data + struct.pack("<I", masked_crc32c(data)) for data in (length, event)]
-        self._events.add(b"".join(parts))
+        self._events.add(_record(**fields))
 
     def __exit__(self, exception_type, *_):
         self.bar.close()
-        for log in (self._metrics, self._events) if self._is_main else ():
-            log.add(b"")  # what waits
+        self.flush()
         last = "finish", int(exception_type is not None)
         thread = threading.Thread(target=self._ask_wandb, args=last, daemon=True)
         thread.start()
         thread.join(20)  # it waits for a server that may be away
+
+    def flush(self) -> None:
+        """Writes what waits, as it has to before the state of the same step is saved."""
+        for log in (self._metrics, self._events) if self._is_main else ():
+            log.flush()
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
@@ -111,11 +115,27 @@ class Logger(contextlib.AbstractContextManager):
         self.bar.refresh()
 
 
-class _Appended:
-    """A file to add records to. Where that fails it is said once, and they wait."""
+def _record(**fields) -> bytes:
+    """A TensorBoard event as it stands in a file."""
+    event = Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(event))
+    parts = [data + struct.pack("<I", masked_crc32c(data)) for data in (length, event)]
+    return b"".join(parts)
 
-    def __init__(self, file: pathlib.Path, say: Callable[[str], None]):
-        self._file, self._say, self._waiting = file, say, b""
+
+class _Appended:
+    """A file to add records to, after a `head`. Where that fails it is said once, and they wait."""
+
+    def __init__(self, new_file: Callable[[], Any], say: Callable[[str], None], head: bytes = b""):
+        self._new_file, self._head, self._say = new_file, head, say
+        self._file, self._waiting = new_file(), b""
+        self._open()
+
+    def _open(self) -> None:
+        self.add(self._head)
+
+    def flush(self) -> None:
+        self.add(b"")
 
     def add(self, record: bytes) -> None:
         failed, self._waiting = bool(self._waiting), self._waiting + record
@@ -124,9 +144,43 @@ class _Appended:
                 with self._file.open("ab", buffering=0) as stream:
                     self._waiting = self._waiting[stream.write(self._waiting) :]
         except OSError as error:
-            text = f"warning: {self._file} cannot be written ({error.strerror}): make room there or"
-            if not failed:
-                self._say(f"{text} mend that; training goes on, and the numbers follow then")
+            self._failed(error.strerror, failed)
+
+    def _failed(self, reason: object, before: bool) -> None:
+        text = f"warning: {self._file} cannot be written ({reason}): make room there or"
+        if not before:
+            self._say(f"{text} mend that; training goes on, and the numbers follow then")
+
+
+class _Held(_Appended):
+    """The same in a bucket, where nothing is appended.
+
+    Records are held until `flush`, for a minute at most; then the file is written anew, or one with
+    a head is left as it is, and the next one begun: TensorBoard reads them in a row.
+    """
+
+    def _open(self) -> None:
+        self._written = self._head or (self._file.read_bytes() if self._file.exists() else b"")
+        self._since, self._has_failed = time.monotonic(), False
+
+    def add(self, record: bytes) -> None:
+        self._waiting += record
+        if time.monotonic() - self._since > _HELD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        self._since = time.monotonic()
+        if not self._waiting:
+            return
+        try:
+            self._file.write_bytes(self._written + self._waiting)
+        except Exception as error:  # of many classes
+            self._failed(one_line(error), self._has_failed)
+            self._has_failed = True
+            return
+        self._has_failed = False
+        self._file, self._written = self._new_file(), self._head or self._written + self._waiting
+        self._waiting = b""
 
 
 def require_wandb(project: str) -> None:
@@ -136,7 +190,7 @@ def require_wandb(project: str) -> None:
         raise UsageError("logging.wandb_project", project, fix)
 
 
-def _open_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any] | None) -> Any:
+def _open_wandb(project: str, workdir: Any, config: dict[str, Any] | None) -> Any:
     """The run of Weights & Biases whose id is kept in `workdir`, so that it goes on as well."""
     require_wandb(project)
     wandb: Any = import_module("wandb")
@@ -144,7 +198,8 @@ def _open_wandb(project: str, workdir: pathlib.Path, config: dict[str, Any] | No
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8] + "\n")
     which: Any = {"project": project, "id": id_file.read_text().strip(), "resume": "allow"}
-    which |= {"name": workdir.absolute().name, "dir": str(workdir), "config": config or {}}
+    which |= {"name": workdir.absolute().name, "config": config or {}}
+    which |= {} if is_remote(workdir) else {"dir": str(workdir)}
     try:
         run = wandb.init(**which)
     except wandb.Error as error:  # not logged in, no such project, no network

@@ -186,6 +186,7 @@ class _Trainer:
             yield images
 
     def _save(self, step: int) -> None:
+        self.log.flush()
         self.saver.save(step, unstack_blocks(self.state), {"attempt": self.watch.attempt})
 
     def _leave(self, step: int) -> None:

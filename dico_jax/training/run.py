@@ -1,7 +1,6 @@
 """The parts of a training run, built and checked from its config."""
 
 import functools
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from dico_jax.data.pipeline import DeviceBatches, training_batches
 from dico_jax.errors import UsageError, within
 from dico_jax.evaluation.measure import RunEvaluation
 from dico_jax.evaluation.networks import ClassAgreement, class_agreement, require_sklearn
-from dico_jax.files import new_file
+from dico_jax.files import as_path, new_file
 from dico_jax.models import count_parameters
 from dico_jax.models.block_stacks import stack_shardings, unstack_blocks
 from dico_jax.parallel import mesh as meshes
@@ -88,7 +87,7 @@ class Run:
         self.data = data_of(self.source, getattr(model, "texts", None))
         check_workdir(workdir, config, allowed, self.data)
         say_unmet(abstract.params, self.mesh, rules)
-        self.workdir = pathlib.Path(workdir)
+        self.workdir = as_path(workdir)
         self.target = jax.tree.map(lambda a, s: a.update(sharding=s), abstract, self._sharding)
         sharding = stack_shardings(self._sharding, model.stacked_stages)
         options = {"seed": config.seed, "mesh": self.mesh, "sharding": sharding}

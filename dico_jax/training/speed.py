@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from dico_jax.errors import UsageError, one_line
 from dico_jax.experiment import model_from_config
+from dico_jax.files import is_remote, upload
 from dico_jax.models import count_parameters, training_flops
 from dico_jax.ops.cpu import copies_fit
 from dico_jax.parallel.mesh import AXES, mesh_fits
@@ -86,10 +87,12 @@ class Meter:
 class Profiler:
     """Traces `profile.num_steps` steps of the main process, from its `start_step`-th; 0: none."""
 
-    def __init__(self, profile: ConfigDict, workdir: pathlib.Path, say: Callable = print):
+    def __init__(self, profile: ConfigDict, workdir: Any, say: Callable = print):
         self._first = profile.start_step if jax.process_index() == 0 else 0
         self._last = self._first + profile.num_steps - 1 if self._first else 0
         self._folder, self._say = workdir / "profile", say
+        # JAX writes to disks alone.
+        self._disk = tempfile.mkdtemp() if self._first and is_remote(workdir) else self._folder
         self._steps_done, self._metrics, self._step = 0, None, contextlib.ExitStack()
 
     def __enter__(self):
@@ -115,7 +118,7 @@ class Profiler:
         if self._steps_done == self._first - 1:
             if self._steps_done:  # those steps are not part of the profile
                 jax.block_until_ready(self._metrics)
-            self._try(jax.profiler.start_trace, self._folder)
+            self._try(jax.profiler.start_trace, self._disk)
         self._step.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
 
     def _stop(self, wait: bool) -> None:
@@ -123,7 +126,7 @@ class Profiler:
             jax.block_until_ready(self._metrics)
         self._step.close()
         count, folder = self._steps_done - self._first + 1, self._folder
-        if self._try(jax.profiler.stop_trace):
+        if self._try(jax.profiler.stop_trace) and self._try(upload, self._disk, folder):
             self._say(f"profile of {count} steps in {folder}: xprof --logdir={folder}")
 
     def _try(self, action: Callable, *args) -> bool:

@@ -15,6 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from dico_jax.errors import TrainingStopped
+from dico_jax.files import is_remote
 
 MAX_SKIPPED_IN_A_ROW, MAX_ROLLBACKS = 100, 3
 
@@ -146,7 +147,8 @@ class StallWatch:
     def __enter__(self):
         if self._seconds > 0:
             try:
-                self._file = self._path.open("a")
+                if not is_remote(self._path):  # which native code cannot write to
+                    self._file = self._path.open("a")
             except OSError as error:
                 self._say(f"warning: {self._path} cannot be written ({error}): stacks go to stderr")
             self._restart(2 * self._seconds)  # the first step has to be compiled

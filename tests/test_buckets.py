@@ -1,0 +1,257 @@
+"""Runs, checkpoints, samples and reports in a bucket, an emulated one on this machine."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dico_jax.checkpoints.reader import saved_steps, stored_leaves
+from dico_jax.errors import UsageError
+from dico_jax.files import append, as_path, check_bucket, names_in, new_file, new_folder
+from dico_jax.training import workdir as workdirs
+from dico_jax.training.workdir import workdir_lock
+from tests import buckets
+from tests.commands import HURRY, ROOT, assert_refused, call
+
+FIELDS = {
+    "data.batch_size": 16,
+    "model.name": "DiT",
+    "model.hidden_size": 8,
+    "model.depth": 1,
+    "model.num_heads": 1,
+    "model.patch_size": 4,
+    "training.num_steps": 6,
+    "training.log_every_steps": 1,
+    "training.checkpoint_every_steps": 2,
+    "sampling.num_steps": 2,
+    "sampling.batch_size": 4,
+    "sampling.grid_every_steps": 3,
+    "sampling.grid_columns": 2,
+    "eval.class_agreement_samples": 0,
+}
+RUN = ["--config=configs/digits.py", *(f"--config.{name}={v}" for name, v in FIELDS.items())]
+
+
+@pytest.fixture
+def bucket():
+    made = buckets.shared()
+    made.requests.clear()
+    yield made
+    made.fault = lambda method, path: None
+
+
+@pytest.fixture
+def root(request):
+    return f"gs://{buckets.NAME}/{request.node.name.partition('[')[0]}"
+
+
+def inside(path):
+    return path.removeprefix(f"gs://{buckets.NAME}/")
+
+
+# Files.
+
+
+def test_files_are_there_whole_or_not_at_all(bucket, root):
+    with contextlib.suppress(ZeroDivisionError), new_file(f"{root}/a/x.bin") as stream:
+        stream.write(b"half")
+        raise ZeroDivisionError
+    assert not names_in(root)
+    with new_file(f"{root}/a/x.bin") as stream:
+        stream.write(b"whole")
+        assert not names_in(root)
+    file = as_path(root) / "a" / "x.bin"
+    assert file.read_bytes() == b"whole"
+    append(file, b" and more")
+    assert file.read_bytes() == b"whole and more"
+    with contextlib.suppress(ZeroDivisionError), new_folder(f"{root}/b") as folder:
+        (folder / "1").write_text("one")
+        raise ZeroDivisionError
+    assert names_in(root) == ["a"]
+
+
+def test_what_others_write_is_seen_at_once(bucket, root):
+    (as_path(root) / "a").write_text("a")
+    assert names_in(root) == ["a"]
+    bucket.write(f"{inside(root)}/b", b"b")
+    assert sorted(names_in(root)) == ["a", "b"]
+    bucket.remove(f"{inside(root)}/a")
+    assert names_in(root) == ["b"]
+
+
+# What is refused at once.
+
+
+def test_buckets_that_cannot_be_used(bucket, root, monkeypatch):
+    check_bucket("--workdir", root, write=True)
+    with pytest.raises(UsageError, match="gcloud storage buckets create gs://no-such"):
+        check_bucket("--workdir", "gs://no-such/run", write=True)
+    bucket.fault = lambda method, path: 403 if method == "POST" else None
+    check_bucket("--ckpt", root, write=False)
+    with pytest.raises(UsageError, match=r"--workdir=gs://.*cannot be used.*as the test says"):
+        check_bucket("--workdir", root, write=True)
+    bucket.fault = lambda method, path: 401
+    with pytest.raises(UsageError, match="run gcloud auth application-default login"):
+        check_bucket("--ckpt", root, write=False)
+    bucket.fault = lambda method, path: None
+    assert not bucket.names(inside(root))
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UsageError, match=r"needs gcsfs: pip install 'dico_jax\[gcs\]'"):
+        check_bucket("--workdir", root, write=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("main", [*RUN, "--workdir=gs://no-such/run"]),
+        ("sample", ["--ckpt=gs://no-such/run", "--out=x"]),
+        ("evaluate", ["--samples=gs://no-such/x", "--reference=y"]),
+        ("convert", ["to_pytorch", "--ckpt=gs://no-such/x", "--out=y.pt"]),
+        ("main", [*RUN, "--config.training.init_from=gs://no-such/x", "--workdir=y"]),
+    ],
+)
+def test_a_wrong_bucket_is_one_line(bucket, command, flags):
+    assert_refused(call(f"dico_jax.{command}", *flags), "gs://no-such", "gcloud storage buckets")
+
+
+# The lock.
+
+
+def test_one_run_at_a_time(bucket, root, monkeypatch, capfd):
+    monkeypatch.setattr(workdirs, "_SILENCE", 1.0)
+    monkeypatch.setattr(workdirs, "_RENEWAL", 0.1)
+    with workdir_lock(root):
+        said = f"in use by another run .process {os.getpid()} on"
+        with pytest.raises(UsageError, match=said), workdir_lock(root):
+            pass
+        with workdir_lock(root, process_index=1):
+            pass  # of the same run
+    assert not bucket.names(inside(root))
+    with workdir_lock(root):
+        pass
+
+
+def test_a_lock_that_a_killed_run_has_left(bucket, root, monkeypatch, capfd):
+    """It is taken over at once where that process is known to be gone, else after a silence."""
+    monkeypatch.setattr(workdirs, "_SILENCE", 0.5)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    lock = workdirs._BucketLock(root)
+    bucket.write(f"{inside(root)}/.lock", json.dumps(lock._mark | {"pid": gone.pid}).encode())
+    with workdir_lock(root):
+        assert "waiting" not in capfd.readouterr().err
+    other = json.dumps({"who": "process 1 on other", "machine": "other", "pid": 1})
+    for left in (other, "[1]", "{", ""):
+        bucket.write(f"{inside(root)}/.lock", left.encode())
+        with workdir_lock(root):
+            pass
+        assert ("waiting" in capfd.readouterr().err) == bool(left)
+
+
+def test_a_run_whose_lock_is_gone_ends(bucket, root, monkeypatch):
+    monkeypatch.setattr(workdirs, "_RENEWAL", 0.05)
+    said = []
+
+    def end(*what):
+        said.append(what)
+        raise SystemExit  # which ends a thread
+
+    monkeypatch.setattr("dico_jax.parallel.processes.end", end)
+    with workdir_lock(root):
+        bucket.fault = lambda method, path: 503  # it goes on trying
+        time.sleep(0.3)
+        bucket.fault = lambda method, path: None
+        time.sleep(0.3)
+        assert not said
+        bucket.write(f"{inside(root)}/.lock", b'{"who": "another"}')
+        until = time.monotonic() + 20
+        while not said and time.monotonic() < until:
+            time.sleep(0.05)
+    assert "was taken over by another run" in said[0][0]
+    assert bucket.read(f"{inside(root)}/.lock") == b'{"who": "another"}'
+
+
+def test_answers_that_are_lost(bucket, root):
+    """A write that was done and whose answer never came is this run's own."""
+    cut = iter(["cut after", "cut after"])
+    bucket.fault = lambda method, path: next(cut, None) if method in ("POST", "PUT") else None
+    with workdir_lock(root):
+        assert next(cut, None) is None
+        assert bucket.names(inside(root))
+
+
+# Runs.
+
+
+def environment():
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {HURRY}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def killed_in(bucket, workdir, is_time):
+    """Starts a run and kills it as soon as the names of its objects say that it is time."""
+    command = [sys.executable, "-m", "dico_jax.main", *RUN, f"--workdir={workdir}"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not is_time(bucket.names(inside(workdir))):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def arrays(workdir, step):
+    folder = as_path(workdir).absolute() / "checkpoints" / str(step)
+    return {
+        (item, *path): leaf.read()
+        for item in ("params", "ema_params", "opt_state")
+        for path, leaf in stored_leaves(folder / item).items()
+    }
+
+
+def assert_same_run(one, other, step):
+    first, second = arrays(one, step), arrays(other, step)
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name], err_msg=str(name))
+    texts = [(as_path(run) / "metrics.jsonl").read_text() for run in (one, other)]
+    rows = [[json.loads(line) for line in text.splitlines()] for text in texts]
+    losses = [[(row["step"], row["loss"], row["grad_norm"]) for row in part] for part in rows]
+    assert losses[0] == losses[1]
+
+
+def test_a_killed_run_goes_on_to_the_bit(bucket, root, tmp_path):
+    """Killed in a save; then everything that reads a run reads it where it is."""
+    done = call("dico_jax.main", *RUN, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    run = f"{root}/run"
+    killed_in(bucket, run, lambda names: any("/checkpoints/4/params/" in name for name in names))
+    assert max(saved_steps(run)) == 2
+    done = call("dico_jax.main", *RUN, f"--workdir={run}")
+    assert done.returncode == 0, done.stderr
+    assert "waiting" not in done.stderr
+    assert_same_run(tmp_path / "run", run, 6)
+    names = bucket.names(inside(run))
+    assert f"{inside(run)}/.lock" not in names
+    for name in ("config.json", "parameters.txt", "samples/step_0000006.png", "metrics.jsonl"):
+        assert f"{inside(run)}/{name}" in names
+    assert sum("/events.out.tfevents." in name for name in names) > 1
+
+    told = ["--num_images=4", "--classes=1,2"]
+    for where in (tmp_path, root):
+        out = [f"--ckpt={where}/run", f"--out={where}/out", f"--npz={where}/all.npz", *told]
+        assert call("dico_jax.sample", *out).returncode == 0
+        pt = call("dico_jax.convert", "to_pytorch", f"--ckpt={where}/run", f"--out={where}/w.pt")
+        assert pt.returncode == 0, pt.stderr
+    for name in ("out/000003.png", "out/grid.png", "all.npz", "w.pt"):
+        assert bucket.read(f"{inside(root)}/{name}") == (tmp_path / name).read_bytes(), name
+    assert_refused(call("dico_jax.sample", *out), "--npz", "exists")
