@@ -96,6 +96,13 @@ def check_item(said: str, value: Any, low: float | None = None, high: float = MO
         raise UsageError(said, value, f"must be {fix if abs(value) < math.inf else 'finite'}")
 
 
+def check_whole(said: str, value: Any, low: int, high: int) -> None:
+    """Raises UsageError for what is no whole number, or one out of a range."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise UsageError(said, value, f"must be {_KINDS[int]}")
+    check_item(said, value, low, high)
+
+
 def expanded(said: str, name: str, path: str) -> str:
     """The path that field or flag `name` has, with "~" and environment variables replaced.
 

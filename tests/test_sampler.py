@@ -6,9 +6,11 @@ import shutil
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from dico_jax import Sampler
 from dico_jax.checkpoints.reader import FOLDER
@@ -18,6 +20,7 @@ from dico_jax.errors import UsageError
 from dico_jax.experiment import model_from_config
 from dico_jax.pytorch.conversion import from_pytorch, to_pytorch
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
+from dico_jax.sampling.image_folder import save
 from tests import golden
 
 NAMES = [f"kind {i}" for i in range(10)]
@@ -63,7 +66,7 @@ def compilations():
 
 
 def test_images_are_those_of_the_command(checkpoint, sampler):
-    images = sampler(classes=["kind 3", 7], seed=5, per_class=2)
+    images = sampler(classes=["kind 3", 7], seed=5, num_images=4)
     assert (images.shape, images.dtype) == ((4, 8, 8, 1), np.uint8)
     of_command = CheckpointSampler(checkpoint, seed=5)
     wanted = np.concatenate([*of_command.images(of_command.conditions(4, classes="3,7"))])
@@ -85,6 +88,36 @@ def test_calls_of_one_shape_compile_once(checkpoint, compilations):
     assert compilations() == before
     sampler(classes=[1, 2], steps=2)
     assert compilations() > before  # so it would be seen
+
+
+@pytest.mark.parametrize(("classes", "asked"), [(["kind 3", 7], "3,7"), ("all", "all")])
+def test_so_many_of_each_class_are_those_of_the_command(
+    sampler, checkpoint, tmp_path, classes, asked
+):
+    images = sampler(classes, seed=5, per_class=2)
+    count = save(CheckpointSampler(checkpoint, seed=5), tmp_path, per_class=2, classes=asked)
+    assert count == len(images) == (4 if asked == "3,7" else 20)
+    files = sorted(tmp_path.glob("0*.png"))
+    np.testing.assert_array_equal(images[..., 0], [np.asarray(Image.open(file)) for file in files])
+
+
+def test_numbers_are_no_names(tmp_path):
+    """Also where names are numbers; text that may be either is refused."""
+    sampler = Sampler.from_pretrained(write_checkpoint(tmp_path / "c", ["10", "2", "1"]))
+    wanted = sampler(["#2", "#1"])
+    for classes in ([2, 1], (np.int64(2), 1), np.array([2, 1]), jnp.array([2, 1])):
+        np.testing.assert_array_equal(sampler(classes), wanted)
+    for classes in (2, np.int64(2), np.array(2), jnp.int32(2)):
+        np.testing.assert_array_equal(sampler(classes), sampler("#2"))
+    with pytest.raises(UsageError, match=r"2 may be each of classes \[1, 2\]"):
+        sampler("2")
+
+
+def test_numbers_of_numpy(sampler):
+    asked = {"steps": 2, "seed": 3, "num_images": 2, "ddim_eta": 0.5, "solver": "ddim"}
+    kinds = {int: np.int64, float: np.float32, str: str}
+    numpys = {name: kinds[type(value)](value) for name, value in asked.items()}
+    np.testing.assert_array_equal(sampler(**numpys), sampler(**asked))
 
 
 def test_counts(sampler):
@@ -109,7 +142,22 @@ def test_counts(sampler):
         ({"seed": -1}, "^seed=-1 must be at least 0"),
         ({"batch_size": 0}, "^batch_size=0 must be at least 1"),
         ({"num_images": 0}, "^num_images=0 must be at least 1"),
+        ({"seed": 1.5}, "^seed=1.5 must be a whole number"),
+        ({"seed": "1"}, "^seed='1' must be a whole number"),
+        ({"seed": None}, "^seed=None must be a whole number"),
+        ({"num_images": 2.0}, "^num_images=2.0 must be a whole number"),
+        ({"num_images": True}, "^num_images=True must be a whole number"),
+        ({"classes": 1, "per_class": 1.5}, "^per_class=1.5 must be a whole number"),
+        ({"classes": "all", "per_class": 0}, "^per_class=0 must be at least 1"),
+        ({"classes": "all", "per_class": 10**6}, "^per_class=1000000 must be at most 100000"),
+        ({"classes": "random", "per_class": 2}, "^per_class=2 is for classes that are named, or"),
+        ({"classes": 1, "per_class": 1, "num_images": 1}, "^per_class=1: num_images is given, too"),
+        ({"classes": True}, "^classes=True: .* no class True"),
+        ({"classes": 1.5}, "^classes=1.5: .* no class 1.5"),
+        ({"classes": [-1]}, r"^classes=\[-1\]: .* no class -1"),
         ({"eta": 1}, "^eta=1 is no option of a sampler: it has .*ddim_eta"),
+        ({"eta": None}, "^eta=None is no option of a sampler"),
+        ({"steps": 2, "num_steps": 3}, "^num_steps=3 is no option of a sampler: it has .*steps"),
     ],
 )
 def test_what_is_refused(sampler, asked, message):

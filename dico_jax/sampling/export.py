@@ -1,5 +1,6 @@
 """A sampler as StableHLO with its weights beside it, which runs without this package."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -17,10 +18,11 @@ from dico_jax.autoencoders import to_uint8
 from dico_jax.errors import UsageError, within
 from dico_jax.experiment import sampling_from_config
 from dico_jax.files import check_new, library_versions, new_folder
+from dico_jax.models.class_names import ClassNames
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.sampling import run_exported
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
-from dico_jax.sampling.generate import check_guidance, guided_steps, make_latents_fn
+from dico_jax.sampling.generate import guided_steps, make_latents_fn
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 SYMBOLIC = "symbolic"
@@ -54,20 +56,21 @@ def export_sampler(
         raise UsageError("--ckpt", source, fix)
     objective, options = sampling_from_config(sampler.config)
     scales = options.scales(objective)
-    steps = guided_steps(scales)
+    steps, guide = guided_steps(scales), sampler.guide
+    parts = made.model, objective, made.latent_shape, options
     with within("config."):
-        check_guidance(made.model, steps, options.cfg_scale)
-    sample_latents = make_latents_fn(made.model, objective, made.latent_shape, options)
+        sample_latents = make_latents_fn(*parts, guide=guide and guide.experiment.model)
 
     def generate(weights, indices, labels, seed, scales):
         tree = unflatten_dict(weights, sep="/")
-        params, decoder = tree["network"], tree.get("decoder", {})
-        latents = sample_latents(params, indices, {"label": labels}, seed, scales, steps)
-        decoded = made.autoencoder.decode(decoder, latents)
+        how = {"label": labels}, seed, scales, steps, tree.get("guide")
+        latents = sample_latents(tree["network"], indices, *how)
+        decoded = made.autoencoder.decode(tree.get("decoder", {}), latents)
         finite = [jnp.isfinite(x).all(axis=(1, 2, 3)) for x in (latents, decoded)]
         return to_uint8(decoded), finite[0] & finite[1]
 
     trees = {"network": sampler.params, "decoder": made.autoencoder.params}
+    trees |= {"guide": guide.params} if guide else {}
     weights = {name: np.asarray(x) for name, x in flatten_dict(trees, sep="/").items()}
     check_new(out, int(1.02 * sum(array.nbytes for array in weights.values())))
     count = export.symbolic_shape("n")[0] if batch_size == SYMBOLIC else int(batch_size)
@@ -87,9 +90,11 @@ def export_sampler(
         "platforms": list(platforms),
         "num_classes": made.model.num_classes,
         "class_names": sampler.class_names,
+        "names": ClassNames(made.model.num_classes, sampler.class_names).by_name,
         "guided": steps != "none",
         "cfg_scale": options.cfg_scale,
-        "guidance": _guidance(sampler, objective).tolist(),
+        # The share of the scale at every point of the path.
+        "guidance": (dataclasses.replace(options, cfg_scale=2.0).scales(objective) - 1).tolist(),
         "made_of": sampler.about(),
         "sampling": json.loads(sampling.to_json_best_effort()),
         "versions": library_versions(),
@@ -101,10 +106,3 @@ def export_sampler(
         shutil.copy(pathlib.Path(run_exported.__file__), folder / "run.py")
     batch = "any batch size" if batch_size == SYMBOLIC else f"batches of {batch_size}"
     return f"{out} is written: {batch}, {', '.join(platforms)}; python {out}/run.py --classes=0"
-
-
-def _guidance(sampler: CheckpointSampler, objective: Any) -> np.ndarray:
-    """The share of the guidance scale at every point of the path."""
-    config = sampler.config.copy_and_resolve_references()
-    config.sampling.cfg_scale = 2.0
-    return sampling_from_config(config)[1].scales(objective) - 1

@@ -1,16 +1,17 @@
-"""Makes images of an exported sampler: python run.py --classes=1,2,3 --out=images.npy
+"""Makes images of an exported sampler: python run.py --classes=1,2,cat --out=images.npy
 
 This file lies beside sampler.stablehlo, weights.npz and meta.json, and needs jax, flatbuffers (with
 which jax reads the first of them) and numpy alone. In Python:
 
     import run
     sample = run.load("FOLDER")
-    images = sample([207, 88], seed=0)  # uint8 (N, H, W, C)
+    images = sample([207, "macaw"], seed=0)  # uint8 (N, H, W, C)
 """
 
 import argparse
 import json
 import pathlib
+from numbers import Integral
 
 import jax
 import numpy as np
@@ -20,6 +21,8 @@ from jax import export
 def load(folder=None):
     """The function (labels, seed=0, scale=None, first=0) -> images, uint8 (N, H, W, C).
 
+    Labels are numbers and names of classes, in a list, or between commas (#1 is a number where a
+    class is named 1). What is wrong is a ValueError of one line.
     Image i of a call has number first + i, from which, with the seed, all its noise follows. The
     scale is that of guidance; None for the one that it was exported with.
     """
@@ -30,11 +33,28 @@ def load(folder=None):
         weights = jax.device_put({name: arrays[name] for name in arrays.files})
     share = np.asarray(meta["guidance"])  # of the scale, at every point of the path
 
+    def label_of(asked):
+        text = asked.strip() if isinstance(asked, str) else f"#{asked}"  # which is no name
+        digits, last = text.removeprefix("#"), meta["num_classes"] - 1
+        found = set(meta["names"].get(text.casefold(), []))
+        found |= {int(digits)} if digits.isdecimal() and int(digits) <= last else set()
+        if len(found) != 1:
+            many = f"may be each of classes {sorted(found)[:9]}: give the number, such as #1"
+            fix = many if found else f"is no class: use 0 to {last}, or a name"
+            raise ValueError(f"{str(asked)!r} {fix}")
+        return found.pop()
+
     def sample(labels, seed=0, scale=None, first=0):
-        labels = np.asarray(labels, np.int32)
-        if labels.ndim != 1 or not all(0 <= label < meta["num_classes"] for label in labels):
-            raise ValueError(f"labels must be a list of 0 to {meta['num_classes'] - 1}")
+        asked = labels.split(",") if isinstance(labels, str) else np.asarray(labels, object)
+        labels = np.array([label_of(label) for label in np.atleast_1d(asked)], np.int32)
+        for name, value, end in (("seed", seed, 2**32), ("first", first, 2**31 - len(labels))):
+            if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < end:
+                raise ValueError(f"{name}={value} must be a whole number from 0 to {end - 1}")
         scale = meta["cfg_scale"] if scale is None else float(scale)
+        if not len(labels):
+            raise ValueError("labels are empty: name some classes")
+        if not 0 <= scale < np.inf:
+            raise ValueError(f"scale={scale} must be a number from 0 on")
         if not meta["guided"] and scale != 1:
             raise ValueError(f"scale={scale}: this was exported without guidance (--cfg_scale=1)")
         scales = np.where(share == 1, scale, 1.0 + (scale - 1.0) * share).astype(np.float32)
@@ -56,13 +76,19 @@ def load(folder=None):
 def main():
     """Writes the images that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--classes", required=True, help="numbers, such as 1,2,3")
+    parser.add_argument("--classes", required=True, help="numbers and names, such as 1,2,cat")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, help="of guidance [the exported one]")
     parser.add_argument("--out", default="images.npy")
     args = parser.parse_args()
-    images = load()([int(label) for label in args.classes.split(",")], args.seed, args.scale)
-    np.save(args.out, images)
+    try:
+        if not pathlib.Path(args.out).parent.is_dir():
+            raise ValueError(f"--out={args.out}: there is no such folder")
+        images = load()(args.classes, args.seed, args.scale)
+        with open(args.out, "wb") as file:
+            np.save(file, images)
+    except (ImportError, OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
     print(f"{args.out}: uint8 {images.shape}")
 
 

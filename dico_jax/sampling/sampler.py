@@ -4,14 +4,15 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dico_jax.config import check_item, check_values
+from dico_jax.config import check_values, check_whole
 from dico_jax.errors import UsageError
 from dico_jax.models.class_names import ClassNames
 from dico_jax.sampling.generate import GenerateFn, generate_images
@@ -39,7 +40,7 @@ class Sampler:
 
     def __init__(self, pretrained: Pretrained):
         """`from_pretrained` makes one."""
-        self.pretrained = pretrained
+        self.pretrained, self._model = pretrained, pretrained.experiment.model
         self._programs: dict[str, GenerateFn] = {}
 
     @classmethod
@@ -50,7 +51,7 @@ class Sampler:
           source: workdir of a run, a converted checkpoint, a .pt, .pth or .safetensors file or an
             index of several, or hf://OWNER/REPO[@REVISION][/FILE] with one of these.
           **how: step, weights ("ema" or "params"), ema_width, vae (a file, or "preview"),
-            text_encoder, mesh; see `Pretrained`.
+            text_encoder, guide and guide_step (of a weaker network), mesh; see `Pretrained`.
 
         Raises:
           UsageError: a value is wrong; it starts with the argument's name.
@@ -63,10 +64,9 @@ class Sampler:
     @property
     def classes(self) -> list[str]:
         """Per class its number and its names; [] of a model that is told a text."""
-        model = self.pretrained.experiment.model
-        if model.asked_by != "classes":
+        if self._model.asked_by != "classes":
             return []
-        return ClassNames(model.num_classes, self.pretrained.class_names).lines()
+        return ClassNames(self._model.num_classes, self.pretrained.class_names).lines()
 
     def __call__(
         self,
@@ -74,7 +74,7 @@ class Sampler:
         *,
         prompts: str | Sequence[str] | None = None,
         num_images: int | None = None,
-        per_class: int = 1,
+        per_class: int | None = None,
         seed: int = 0,
         batch_size: int | None = None,
         cfg_scale: float | None = None,
@@ -85,10 +85,10 @@ class Sampler:
         """Images, uint8 (N, H, W, 3): image i follows from the seed, i, and what it is of.
 
         Args:
-          classes: numbers and names, taken in turn; "all" or "random".
+          classes: numbers, and names as texts, taken in turn; "all" or "random".
           prompts: in place of classes, for a model that is told a text.
           num_images: how many [one of each class or prompt; of "all" and "random" 1].
-          per_class: in place of num_images, so many of each.
+          per_class: in place of num_images, so many of each, class by class; not of "random".
           seed: of all noise, and of "random" classes.
           batch_size: how many at a time [the config's].
           cfg_scale: how strong guidance is; 1 for none [the config's].
@@ -100,65 +100,63 @@ class Sampler:
           UsageError: a value is wrong; it starts with the argument's name.
           NotFiniteError: an image is NaN or infinite.
         """
-        given = {"cfg_scale": cfg_scale, "num_steps": steps, "sampler": solver, **options}
+        given = {"cfg_scale": cfg_scale, "steps": steps, "solver": solver, **options}
         with _arguments(classes=classes):
-            check_item("seed", seed, 0, 2**32 - 1)
-            config = self._config({k: v for k, v in given.items() if v is not None}, batch_size)
+            check_whole("seed", seed, 0, 2**32 - 1)
+            config = self._config(given, batch_size)
             told = self._conditions(classes, prompts, num_images, per_class, seed)
-            program = self._program(config)
-        model, mesh, scale = self._model, self.pretrained.mesh, config.sampling.cfg_scale
-        generate = functools.partial(program, seed=seed, cfg_scale=scale)
-        size, params = config.sampling.batch_size, self.pretrained.params
-        with _arguments():
-            batches = generate_images(generate, params, model.as_condition(told), size, mesh.size)
+            scale, size = config.sampling.cfg_scale, config.sampling.batch_size
+            generate = functools.partial(self._program(config), seed=seed, cfg_scale=scale)
+            given = self.pretrained.params, self._model.as_condition(told), size
+            batches = generate_images(generate, *given, self.pretrained.mesh.size)
             return np.concatenate([*batches]).view(Images)
 
-    @property
-    def _model(self) -> Any:
-        return self.pretrained.experiment.model
-
-    def _config(self, fields: dict[str, Any], batch_size: int | None) -> ConfigDict:
+    def _config(self, given: dict[str, Any], batch_size: int | None) -> ConfigDict:
         config = self.pretrained.config.copy_and_resolve_references()
-        known = [name for name in config.sampling if name not in _LEFT_OUT]
-        for name in fields:
-            if name not in known:
-                have = ", ".join(_ARGUMENTS.get(name, name) for name in known)
-                raise UsageError(name, fields[name], f"is no option of a sampler: it has {have}")
-        fields = fields if batch_size is None else fields | {"batch_size": batch_size}
+        known = {_ARGUMENTS.get(n, n): n for n in config.sampling if n not in _LEFT_OUT}
+        if others := [name for name in given if name not in known]:
+            found, have = f"{others[0]}={given[others[0]]!r}", ", ".join(known)
+            raise UsageError(f"{found} is no option of a sampler: it has {have}")
+        fields = {known[name]: value for name, value in given.items()} | {"batch_size": batch_size}
         with config.sampling.ignore_type():
-            config.sampling.update(fields)
+            config.sampling.update({k: v for k, v in fields.items() if v is not None})
         check_values(config, "sampling")
         return config
 
     def _conditions(
-        self, classes: Any, prompts: Any, num_images: int | None, per_class: int, seed: int
+        self, classes: Any, prompts: Any, num_images: int | None, per_class: int | None, seed: int
     ) -> Any:
-        asked, other = (
-            (classes, prompts) if self._model.asked_by == "classes" else (prompts, classes)
-        )
-        if other is not None:
-            name = "prompts" if other is prompts else "classes"
-            fix = (
-                f": {self.pretrained.config.model.name} is told {self._model.asked_by}: give these"
-            )
-            raise UsageError(name, other, fix)
-        if asked is None and self._model.asked_by == "prompts":
-            raise UsageError(f"{self.pretrained.config.model.name} is told a text: give prompts")
-        asked = "all" if asked is None else asked
-        drawn = asked in ("all", "random") if isinstance(asked, str) else False
-        asked = [asked] if isinstance(asked, str | int) and not drawn else asked
-        if not drawn and not len(asked):
-            raise UsageError(self._model.asked_by, asked, "is empty: name some")
-        check_item("per_class", per_class, 1, _MOST)
-        count = per_class * (1 if drawn else len(asked)) if num_images is None else num_images
-        check_item("num_images", count, 1, _MOST)
-        names = self.pretrained.class_names
-        return self._model.parse_conditions(asked if drawn else list(asked), count, seed, names)
+        model, name = self._model, self.pretrained.config.model.name
+        given = {"classes": classes, "prompts": prompts}
+        asked: Any = given.pop(model.asked_by)
+        for other, value in given.items():
+            if value is not None:
+                raise UsageError(other, value, f": {name} is told {model.asked_by}: give these")
+        if asked is None and model.asked_by == "prompts":
+            raise UsageError(f"{name} is told a text: give prompts")
+        if per_class is not None and num_images is not None:
+            raise UsageError("per_class", per_class, ": num_images is given, too: give one of them")
+        asked = asked.tolist() if hasattr(asked, "tolist") else "all" if asked is None else asked
+        one = isinstance(asked, str) or not isinstance(asked, Iterable)
+        drawn = model.asked_by == "classes" and one and asked in ("all", "random")
+        if not drawn and not (asked := [asked] if one else [*asked]):
+            raise UsageError(model.asked_by, asked, "is empty: name some")
+        if model.asked_by == "prompts" and not all(isinstance(text, str) for text in asked):
+            raise UsageError("prompts", prompts, "must be texts")
+        if per_class is not None and asked == "random":
+            raise UsageError("per_class", per_class, "is for classes that are named, or all")
+        count = 1 if drawn and num_images is None and per_class is None else num_images
+        if count is not None:
+            check_whole("num_images", count, 1, _MOST)
+        told = model.parse_conditions(asked, count, seed, self.pretrained.class_names)
+        each = 1 if per_class is None else per_class
+        check_whole("per_class", each, 1, _MOST // len(jax.tree.leaves(told)[0]))
+        return jax.tree.map(lambda leaf: leaf.repeat(each, axis=0), told)
 
     def _program(self, config: ConfigDict) -> GenerateFn:
         """The function for these options, which compiles for each number of images."""
         sampling = {k: v for k, v in config.sampling.items() if k not in (*_LEFT_OUT, "cfg_scale")}
-        key = json.dumps(sampling, sort_keys=True)
+        key = json.dumps(sampling, sort_keys=True, default=float)  # NumPy's numbers
         if key not in self._programs:
             self._programs[key] = self.pretrained.generator(config)
         return self._programs[key]
