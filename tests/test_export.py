@@ -1,6 +1,7 @@
 """An exported sampler runs with JAX alone, and makes the images that `sample` makes."""
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from dico_jax.errors import UsageError
+from dico_jax.sampling import run_exported
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from dico_jax.sampling.export import export_sampler
 from tests.commands import assert_refused, call
@@ -47,9 +49,10 @@ def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("made") / "ckpt")
 
 
-def images_of(checkpoint, labels, seed, scale):
+def images_of(checkpoint, labels, seed, scale, **how):
     overrides = {"cfg_scale": scale, "batch_size": len(labels)}
-    sampler = CheckpointSampler(checkpoint, seed=seed, overrides=overrides, mesh=one_device())
+    how |= {"overrides": overrides, "mesh": one_device()}
+    sampler = CheckpointSampler(checkpoint, seed=seed, **how)
     asked = ",".join(map(str, labels))
     return np.concatenate([*sampler.images(sampler.conditions(len(labels), classes=asked))])
 
@@ -75,6 +78,86 @@ def test_it_makes_the_images_of_sample(checkpoint, tmp_path):
         np.testing.assert_array_equal(other, images_of(checkpoint, [3, 1, 4, 1], 6, 3.5))
         assert five.shape == (5, 8, 8, 1)
         assert np.abs(five[:4].astype(int) - first).max() <= 1
+
+
+def test_a_guide_is_exported_too(checkpoint, tmp_path):
+    guide = str(write_checkpoint(tmp_path / "narrow", hidden_size=4))
+    export_sampler(str(checkpoint), str(tmp_path / "e"), batch_size="2", guide=guide)
+    calls = [([3, 1], 5), ([3, 1], 5, 4.0)]
+    images = in_bare_process(tmp_path / "e", calls, tmp_path / "x.npz")
+    for made, scale in zip(images, (2.0, 4.0), strict=True):
+        wanted = images_of(checkpoint, [3, 1], 5, scale, guide=guide)
+        np.testing.assert_array_equal(made, wanted)
+        assert (made != images_of(checkpoint, [3, 1], 5, scale)).any()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Of classes that are named by numbers, and otherwise."""
+    root = tmp_path_factory.mktemp("named")
+    source = write_checkpoint(root / "ckpt", ["10", "2", "1", "Cat", "n01443537", "dog", "dog"])
+    export_sampler(str(source), str(root / "e"), batch_size="2")
+    return root / "e"
+
+
+def test_classes_by_name(exported, tmp_path):
+    calls = [
+        (["cat", "goldfish"],), ([" CAT", 4],), ("Cat,#4",),
+        ([2, 1],), ("#2,#1",), (["#2", 1],),
+    ]  # fmt: skip
+    images = in_bare_process(exported, calls, tmp_path / "x.npz")
+    for k, image in enumerate(images):
+        np.testing.assert_array_equal(image, images[k // 3 * 3])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--classes=tiger"], "'tiger' is no class: use 0 to 9, or a name"),
+        (["--classes=3,10,99"], "'99' is no class"),
+        (["--classes=-1"], "'-1' is no class"),
+        (["--classes="], "'' is no class"),
+        (["--classes=2"], "'2' may be each of classes [1, 2]: give the number, such as #1"),
+        (["--classes=dog"], "'dog' may be each of classes [5, 6]"),
+        (["--classes=3", "--seed=-1"], "seed=-1 must be a whole number from 0 to 4294967295"),
+        (["--classes=3", "--seed=4294967296"], "seed=4294967296 must be a whole number"),
+        (["--classes=3", "--scale=-1"], "scale=-1.0 must be a number from 0 on"),
+        (["--classes=3", "--scale=nan"], "scale=nan must be"),
+        (["--classes=3", "--out=none/images.npy"], "--out=none/images.npy: there is no such fold"),
+    ],
+)
+def test_what_run_py_refuses(exported, tmp_path, monkeypatch, capsys, args, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", *args])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(exported / "run.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"error: {said}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_call_refuses(exported):
+    sample = run_exported.load(exported)
+    for given, said in (
+        ({"labels": [1.5]}, "'1.5' is no class"),
+        ({"labels": [True]}, "'True' is no class"),
+        ({"labels": []}, "labels are empty"),
+        ({"labels": [1], "seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"labels": [1], "first": 1.5}, "first=1.5 must be a whole number"),
+        ({"labels": [1], "first": -1}, "first=-1 must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}"):
+            sample(**given)
+    np.testing.assert_array_equal(sample(np.int64(3)), sample(np.array([3])))
+
+
+def test_the_file_has_the_name_that_is_given(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--classes=3,cat", "--out=images"])
+    runpy.run_path(str(exported / "run.py"), run_name="__main__")
+    assert np.load(tmp_path / "images").shape == (2, 8, 8, 1)
 
 
 def test_for_several_platforms(checkpoint, tmp_path):

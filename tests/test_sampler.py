@@ -26,12 +26,14 @@ from tests import golden
 NAMES = [f"kind {i}" for i in range(10)]
 
 
-def write_checkpoint(path, names=NAMES, **options):
+def write_checkpoint(path, names=NAMES, words="", **options):
     """A converted checkpoint of a small network with drawn weights, of grey pictures of 8 x 8."""
     config = ConfigDict(json.loads(json.dumps(DEFAULTS)))
     config.model.update(name="DiT", hidden_size=8, depth=1, num_heads=1, patch_size=4)
-    config.model.update({"in_channels": 1, "num_classes": 10} | options)
+    with config.model.ignore_type():  # of depth
+        config.model.update({"in_channels": 1, "num_classes": 10} | options)
     config.autoencoder.name, config.data.image_size = "identity", 8
+    config.text.update({"encoder": "words", "words": words} if words else {})
     config.sampling.update(num_steps=3, cfg_scale=2.0, cfg_channels="all")
     params = golden.drawn_params(model_from_config(config), 3, "A")
     path.mkdir()
@@ -164,6 +166,30 @@ def test_what_is_refused(sampler, asked, message):
     with pytest.raises(UsageError, match=message) as raised:
         sampler(**asked)
     assert "\n" not in str(raised.value)
+
+
+def test_prompts_are_texts_whatever_they_say(tmp_path):
+    sizes = {"depth": (1, 1, 1, 1, 1), "text_length": 5, "text_width": 8, "pooled_width": 8,
+             "text_layers": 1}  # fmt: skip
+    sizes |= dict.fromkeys(("num_classes", "num_heads", "patch_size"))  # which it has none of
+    path = write_checkpoint(tmp_path / "c", words="all random a one", name="TextDiCo", **sizes)
+    sampler, how = Sampler.from_pretrained(path), {"steps": 1, "cfg_scale": 1, "batch_size": 2}
+    wanted = sampler(prompts=["all", "random"], **how)
+    for number, prompt in enumerate(("all", "random")):
+        image = sampler(prompts=prompt, num_images=2, **how)[number]  # which is of its number, too
+        np.testing.assert_array_equal(image, wanted[number])
+    both = sampler(prompts=["all", "random"], per_class=2, **how)
+    assert len(both) == 4
+    for prompts, message in (
+        (None, "^TextDiCo is told a text: give prompts"),
+        ([3], r"^prompts=\[3\] must be texts"),
+        ([("a", "one")], "^prompts=.* must be texts"),
+        ([], r"^prompts=\[\] is empty"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            sampler(prompts=prompts, **how)
+    with pytest.raises(UsageError, match="^classes=3: TextDiCo is told prompts"):
+        sampler(3, **how)
 
 
 def test_guidance_without_a_null_class(tmp_path):

@@ -11,7 +11,6 @@ which jax reads the first of them) and numpy alone. In Python:
 import argparse
 import json
 import pathlib
-from numbers import Integral
 
 import jax
 import numpy as np
@@ -48,7 +47,8 @@ def load(folder=None):
         asked = labels.split(",") if isinstance(labels, str) else np.asarray(labels, object)
         labels = np.array([label_of(label) for label in np.atleast_1d(asked)], np.int32)
         for name, value, end in (("seed", seed, 2**32), ("first", first, 2**31 - len(labels))):
-            if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < end:
+            whole = isinstance(value, (int, np.integer)) and type(value) is not bool
+            if not whole or not 0 <= value < end:
                 raise ValueError(f"{name}={value} must be a whole number from 0 to {end - 1}")
         scale = meta["cfg_scale"] if scale is None else float(scale)
         if not len(labels):

@@ -107,8 +107,8 @@ class Sampler:
             told = self._conditions(classes, prompts, num_images, per_class, seed)
             scale, size = config.sampling.cfg_scale, config.sampling.batch_size
             generate = functools.partial(self._program(config), seed=seed, cfg_scale=scale)
-            given = self.pretrained.params, self._model.as_condition(told), size
-            batches = generate_images(generate, *given, self.pretrained.mesh.size)
+            parts = self.pretrained.params, self._model.as_condition(told), size
+            batches = generate_images(generate, *parts, self.pretrained.mesh.size)
             return np.concatenate([*batches]).view(Images)
 
     def _config(self, given: dict[str, Any], batch_size: int | None) -> ConfigDict:
