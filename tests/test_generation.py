@@ -26,9 +26,9 @@ def autoencoder(name):
 
 
 @functools.cache
-def generator(mesh, **options):
+def generator(mesh, width=8, **options):
     """A function that makes images, and parameters for it."""
-    model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
+    model = create_model("DiCo", hidden_size=width, depth=(1,) * 5, in_channels=1, num_classes=10)
     generate = make_generate_fn(
         model,
         create_diffusion("4"),
@@ -61,11 +61,21 @@ def test_an_image_is_the_same_whatever_the_batch_and_the_devices():
     assert (make_images(1, 10, seed=1) != images).mean() > 0.3
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_an_image_of_a_wide_network_is_the_same_whatever_the_batch_and_the_devices(width):
+    """Sums of hundreds, which libraries cut into parts by the number of rows."""
+    options = {"width": width, "num_images": 64, "sampler": "ddim"}
+    images = make_images(1, 64, **options)
+    for num_devices, batch_size in [(1, 7), (2, 64), (4, 64)]:
+        again = make_images(num_devices, batch_size, **options)
+        np.testing.assert_array_equal(again, images, f"{num_devices} devices, {batch_size}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
 @pytest.mark.parametrize("sampler", sorted(set(SOLVERS) - {"jump"}))
 def test_an_image_is_the_same_with_every_solver(sampler, cfg_scale):
-    options = {"sampler": sampler, "cfg_scale": cfg_scale, "num_images": 64}
+    options = {"sampler": sampler, "cfg_scale": cfg_scale, "num_images": 64, "width": 64}
     images = make_images(1, 64, **options)
     for num_devices in (1, 2, 4, 8):
         for batch_size in (1, 7, 64):

@@ -46,7 +46,7 @@ class Stage(nn.Module):
     def __call__(self, x, c, own=None):
         names = [str(i) for i in range(self.depth)]
         owns = [()] * self.depth if own is None else [(tree,) for tree in own]
-        if self.is_initializing() or not (self.scan or self.remat != "none"):
+        if self.is_initializing() or self.is_mutable_collection("intermediates"):
             for name, more in zip(names, owns, strict=True):
                 x = self.block(name=name)(x, c, *more)
             return x
@@ -54,6 +54,7 @@ class Stage(nn.Module):
         if self.scan:
             each = self._stacked(params, names), jax.tree.map(lambda *a: jnp.stack(a), *owns)
             return jax.lax.scan(lambda x, e: (run(e[0], x, c, *e[1]), None), x, each)[0]
+        run = jax.jit(run)  # traced once for all of them
         for name, more in zip(names, owns, strict=True):
             x = run(params[name], x, c, *more)
         return x

@@ -9,14 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dico_jax.ops import plain
-from dico_jax.ops.cpu import (
-    apart,
-    steady,
-    steady_position_mean,
-    winograd_conv3x3,
-    winograd_pays,
-    with_sums,
-)
+from dico_jax.ops.cpu import apart, winograd_conv3x3, winograd_pays, with_sums
 from dico_jax.ops.plain import TAPS, Operation, accumulation_dtype, widened, zero_padded
 from dico_jax.ops.pointwise import gelu
 
@@ -27,10 +20,6 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Few input channels, or an input smaller than the kernel, make one product of all nine
     neighbours; few output channels one whose results are shifted and added.
     """
-    return steady(_conv3x3, x, kernel)
-
-
-def _conv3x3(x, kernel):
     _, height, width, channels = x.shape
     features = kernel.shape[-1]
     if min(height, width) < 3 or 9 * channels <= features:
@@ -144,4 +133,4 @@ def _depthwise_bwd(residuals, dy):
 def conv_gelu_mean(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
     """GELU of `depthwise_conv3x3`, and its mean (N, C) over positions, in float32 or better."""
     h = gelu(depthwise_conv3x3(x, kernel, bias))
-    return h, steady_position_mean(widened(h))
+    return h, h.mean((1, 2), dtype=accumulation_dtype(x.dtype))

@@ -4,7 +4,6 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
-import math
 import operator
 import os
 import sys
@@ -22,7 +21,6 @@ from dico_jax.ops.plain import Operation, direct_conv3x3, direct_kernel_gradient
 # Elements of all operands from which on this pays: below, XLA's loops take as long as starting
 # one, and programs of many small loops only compile slower.
 LARGE = 2**18
-_ROWS = 64  # of a matrix product, from which on there is one program for it
 
 Function = Callable[..., Any]
 
@@ -98,49 +96,6 @@ def _part_sum(f, arrays, axis, parts):
     return stored(sum(f(*(part(x, i) for x in arrays)) for i in range(parts)))
 
 
-def steady(function: Function, x: jax.Array, *rest: jax.Array) -> jax.Array:
-    """A product function(x, *rest) of x (N, ..., C) whose rows are rounded alike whatever N.
-
-    XLA for CPU has other programs for few rows: there zeros are appended, but to an N that an
-    export leaves open.
-    """
-    least = -(-_ROWS // math.prod(x.shape[1:-1]))
-    if not _surely(lambda: x.shape[0] < least):
-        return function(x, *rest)
-    short = least - x.shape[0]
-
-    def padded(x, *rest):
-        return function(jnp.pad(x, ((0, short), *[(0, 0)] * (x.ndim - 1))), *rest)[: x.shape[0]]
-
-    return lax.platform_dependent(x, *rest, cpu=padded, default=function)
-
-
-def steady_mean(x: jax.Array) -> jax.Array:
-    """The mean over channels, (N, ..., 1), rounded alike whatever N.
-
-    XLA for CPU sums small and large arrays in different orders, but its matrix products have one.
-    """
-
-    def product(x):
-        total = steady(jnp.matmul, x, jnp.ones((x.shape[-1], 1), x.dtype))
-        return total / x.shape[-1]
-
-    mean = functools.partial(jnp.mean, axis=-1, keepdims=True)
-    return lax.platform_dependent(x, cpu=product, default=mean)
-
-
-def steady_position_mean(x: jax.Array) -> jax.Array:
-    """The mean over positions of x (N, H, W, C), (N, C), as `steady_mean`."""
-
-    def product(x):
-        n, height, width, channels = x.shape
-        rows = jnp.ones((1, height), x.dtype) @ x.reshape(n, height, width * channels)
-        total = jnp.ones((1, width), x.dtype) @ rows.reshape(n, width, channels)
-        return total[:, 0] / (height * width)
-
-    return lax.platform_dependent(x, cpu=product, default=lambda x: x.mean((1, 2)))
-
-
 def stored(x: jax.Array) -> jax.Array:
     """X, rounded to the precision it has: XLA for CPU ends there what it gives to its library."""
     kind = jnp.finfo(x.dtype)
@@ -165,7 +120,7 @@ def winograd_pays(x: jax.Array, kernel: jax.Array) -> bool:
     _, height, width, _ = x.shape
     even = height % 2 == 0 and width % 2 == 0
     # Fewer positions do not outweigh the change of the kernel, fewer channels that of x. Those of
-    # one example, so that its results do not depend on how many others there are.
+    # one example: an export may leave their number open.
     large = height * width >= 64 and min(kernel.shape[2:]) >= 64
     return even and large and jnp.finfo(x.dtype).bits >= 32
 
@@ -178,7 +133,7 @@ def winograd_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _winograd_fwd(x, kernel):
     kernels = apart(functools.partial(_transformed, _KERNEL), kernel)
-    products = [steady(jnp.matmul, v, u) for v, u in zip(_inputs(x), kernels, strict=True)]
+    products = [v @ u for v, u in zip(_inputs(x), kernels, strict=True)]
     return _joined(apart(_of_products, *products)), (x, kernel, kernels)
 
 

@@ -1,10 +1,9 @@
 """Linear layers over channels, with gradients of biases and gates summed in float32 or better."""
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from dico_jax.ops.cpu import apart, steady, with_sums
+from dico_jax.ops.cpu import apart, with_sums
 from dico_jax.ops.plain import Operation, widened
 from dico_jax.ops.pointwise import gelu, multiply_vector, times_slope, times_slope_by_quotient
 
@@ -12,7 +11,7 @@ from dico_jax.ops.pointwise import gelu, multiply_vector, times_slope, times_slo
 @Operation
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """The product x @ kernel + bias of x (N, ..., C), kernel (C, D) and bias (D,): (N, ..., D)."""
-    return steady(jnp.matmul, x, kernel) + bias
+    return x @ kernel + bias
 
 
 # Not `linear` itself forward, which would hide the product from a policy of what is kept.
@@ -28,7 +27,7 @@ def _linear_bwd(residuals, dy):
 @Operation
 def gated_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, gate: jax.Array) -> jax.Array:
     """`linear`, its results times a vector (N, D) per example."""
-    return multiply_vector.plain(steady(jnp.matmul, x, kernel) + bias, gate)
+    return multiply_vector.plain(x @ kernel + bias, gate)
 
 
 def _gated_linear_fwd(x, kernel, bias, gate):
@@ -57,7 +56,7 @@ def _gate_sums(sums, dy, product):
 @Operation
 def linear_gelu(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """The exact GELU of `linear`."""
-    return gelu(steady(jnp.matmul, x, kernel) + bias)
+    return gelu(x @ kernel + bias)
 
 
 def _biased_gelu(product, bias):
