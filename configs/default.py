@@ -76,7 +76,7 @@ CAREFUL_FIELDS = ("data.batch_size", "optimizer.learning_rate", "model.dtype", "
 # decide how long a run goes on, how fast it is and what it reports, not what it computes.
 MUTABLE_FIELDS = {
     "data": "source name split path captions max_bad_fraction num_workers verify_checksums "
-    "cache_dir",
+    "cache_dir cache_gb",
     "autoencoder": "path tile_size",
     "text": "path",
     "model": "scan_blocks remat",  # these and the mesh change the rounding of sums
@@ -132,8 +132,11 @@ def get_config():
     config.data.num_workers = 0
     # Compare prepared latents with the checksums of their manifest before training starts.
     config.data.verify_checksums = True
-    # Local folder to copy gs:// latents into, which cannot be read in place.
+    # Local folder to copy gs:// latents into before the start; without one they are read in place,
+    # each process its part. At most so many gigabytes of them, the rest being read in place (None:
+    # all).
     config.data.cache_dir = config_dict.placeholder(str)
+    config.data.cache_gb = config_dict.placeholder(float)
 
     config.autoencoder = config_dict.ConfigDict()
     # "sd_vae" (Stable Diffusion's, with weights from `path`), "identity" for models of pixels, or

@@ -214,6 +214,11 @@ def upload(folder: str | os.PathLike, to: str | os.PathLike) -> None:
         _upload(os.path.join(folder, name), as_path(to) / name)
 
 
+def download(path: Any, to: Any) -> None:
+    """Copies an object of a bucket to a local file."""
+    path._backend.fs(path).get_file(str(path), str(to))
+
+
 def _upload(file: str, path: str | os.PathLike) -> None:
     target = as_path(path)
     try:

@@ -58,7 +58,7 @@ def main() -> None:
     # Late imports: --help answers before JAX is imported.
     from dico_jax.sampling import image_folder
 
-    image_folder.check_outputs(_OUT.value, _NPZ.value, _OVERWRITE.value)
+    image_folder.check_outputs(_OUT.value, _NPZ.value, _OVERWRITE.value, _SAVE_LATENTS.value)
     sampler_flags.use_all_cores(_CKPT.value)  # which may fetch the weights
     _JOIN()
     import jax

@@ -15,6 +15,9 @@ import urllib.parse
 
 import pytest
 
+from dico_jax import files
+
+files._set_up_clients()  # before gcsfs is imported
 emulator = pytest.importorskip("gcp_storage_emulator.server")
 pytest.importorskip("gcsfs")
 

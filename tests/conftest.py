@@ -35,3 +35,20 @@ def _forget_programs():
     """Compiled programs of a module are of no use to the next one, and take gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def bucket():
+    """The emulated bucket of this process; without gcsfs or the emulator the test is skipped."""
+    from tests import buckets
+
+    made = buckets.shared()
+    made.requests.clear()
+    yield made
+    made.fault = lambda method, path: None
+
+
+@pytest.fixture
+def root(request):
+    """A folder of this test in that bucket."""
+    return f"gs://bkt/{request.node.name.partition('[')[0]}"

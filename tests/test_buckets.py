@@ -38,19 +38,6 @@ FIELDS = {
 RUN = ["--config=configs/digits.py", *(f"--config.{name}={v}" for name, v in FIELDS.items())]
 
 
-@pytest.fixture
-def bucket():
-    made = buckets.shared()
-    made.requests.clear()
-    yield made
-    made.fault = lambda method, path: None
-
-
-@pytest.fixture
-def root(request):
-    return f"gs://{buckets.NAME}/{request.node.name.partition('[')[0]}"
-
-
 def inside(path):
     return path.removeprefix(f"gs://{buckets.NAME}/")
 

@@ -6,12 +6,11 @@ import shutil
 import msgpack
 import numpy as np
 import pytest
-from etils import epath
 
 from configs import default
 from dico_jax.autoencoders import Autoencoder
 from dico_jax.autoencoders.weights import Weights
-from dico_jax.data import latent_preparation, latents
+from dico_jax.data import latent_preparation
 from dico_jax.data.latent_preparation import Options, prepare_latents
 from dico_jax.data.latents import PreparedLatents, read_manifest, verify
 from dico_jax.errors import UsageError
@@ -108,7 +107,7 @@ def test_processes_share_the_work_and_the_last_one_writes_the_manifest(prepared,
     assert prepare_latents(Noise(), autoencoder(), str(tmp_path), parts[1]) is None
     assert len(list(tmp_path.glob("*.array_record"))) == 1
     with pytest.raises(UsageError, match=r"is not finished \(1 of 3 shards\): run the same"):
-        read_manifest(epath.Path(tmp_path))
+        read_manifest(tmp_path)
     assert prepare_latents(Noise(), autoencoder(), str(tmp_path), parts[0]) is not None
     assert contents(tmp_path) == contents(prepared)
 
@@ -287,18 +286,6 @@ def test_verify_finds_a_wrong_record(tmp_path):
     prepare_latents(Noise(label=7), autoencoder(), str(tmp_path), options())
     with pytest.raises(UsageError, match="record 0 cannot be read, .* is of no class"):
         verify(str(tmp_path))
-
-
-def test_buckets_need_a_local_folder_and_are_copied_there(copy, tmp_path):
-    folder, cache = epath.Path(copy), tmp_path / "cache"
-    with pytest.raises(UsageError, match="set config.data.cache_dir to a local folder"):
-        latents._cached(folder, read_manifest(folder).shards, None)
-    for _ in range(2):
-        local = latents._cached(folder, read_manifest(folder).shards, str(cache))
-    assert (local / SHARD).read_bytes() == (copy / SHARD).read_bytes()
-    (cache / SHARD).write_bytes(b"half")
-    latents._cached(folder, read_manifest(folder).shards, str(cache))
-    assert (cache / SHARD).read_bytes() == (copy / SHARD).read_bytes()
 
 
 def test_further_fields_are_kept(tmp_path):

@@ -8,6 +8,8 @@ import io
 import itertools
 import json
 import os
+import pathlib
+import shutil
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
@@ -19,7 +21,6 @@ import msgpack
 import numpy as np
 import tqdm
 from array_record.python import array_record_module
-from etils import epath
 
 from dico_jax.autoencoders import Autoencoder, encode_in_parts, to_model_range
 from dico_jax.data.bad_examples import check_bad
@@ -33,12 +34,21 @@ from dico_jax.data.latents import (
     finished_shards,
     read_json,
 )
-from dico_jax.data.paths import is_remote
 from dico_jax.data.pictures import BadExample, PictureReader
 from dico_jax.data.pipeline import read_ahead
 from dico_jax.data.sources import Source
 from dico_jax.errors import UsageError
-from dico_jax.files import file_digest, library_versions
+from dico_jax.files import (
+    as_path,
+    file_digest,
+    files_below,
+    is_remote,
+    library_versions,
+    names_in,
+    new_file,
+    size_of,
+    upload,
+)
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated, to_global
 from dico_jax.text.encoders import ClipEncoder
 
@@ -112,18 +122,22 @@ def make_plan(
     )
 
 
-def _write_json(file: epath.Path, values: dict[str, Any]) -> None:
+def _write_json(file: Any, values: dict[str, Any]) -> None:
     _write(file, (json.dumps(values, indent=1) + "\n").encode())
 
 
-def _write(file: epath.Path, data: bytes) -> None:
+def _write(file: Any, data: bytes) -> None:
+    if is_remote(file):
+        with new_file(file) as stream:
+            stream.write(data)
+        return
     # Not `files.new_file`: processes on several machines may write the same file at once.
     temporary = file.parent / f".{file.name}.{os.getpid()}"
     temporary.write_bytes(data)
     temporary.replace(file)
 
 
-def claim_folder(folder: epath.Path, plan: Plan) -> None:
+def claim_folder(folder: Any, plan: Plan) -> None:
     """Makes the folder of a plan; a UsageError where there is something else than this plan."""
     file, new, fix = folder / "plan.json", dataclasses.asdict(plan), "give another folder"
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,13 +147,13 @@ def claim_folder(folder: epath.Path, plan: Plan) -> None:
         said = "; ".join(f"{key} was {a:.60}, is {b:.60}" for key, a, b in pairs if a != b)
         if said:
             raise UsageError(f"--out={folder} has latents made otherwise ({said}): {fix}")
-    elif any(not path.name.startswith(".") for path in folder.iterdir()):
+    elif any(not name.startswith(".") for name in names_in(folder)):
         raise UsageError(f"--out={folder} is not empty and has no plan.json: {fix}")
     else:
         _write_json(file, new)
 
 
-def _write_null_text(file: epath.Path, text: ClipEncoder) -> None:
+def _write_null_text(file: Any, text: ClipEncoder) -> None:
     stream = io.BytesIO()
     null = text.null().arrays
     np.savez(stream, tokens=null["tokens"], pooled=null["pooled"], digest=np.array(text.digest))
@@ -151,7 +165,7 @@ _Example = tuple[str, dict[str, Any], str | None]
 
 
 def write_shard(
-    folder: epath.Path,
+    folder: Any,
     plan: Plan,
     shard: int,
     examples: Iterable[tuple[_Example, np.ndarray]],
@@ -167,7 +181,7 @@ def write_shard(
     with tempfile.TemporaryDirectory(
         prefix=f".writing-{process_index}-", dir=None if remote else os.fspath(folder)
     ) as scratch:
-        file = epath.Path(scratch) / target.name
+        file = pathlib.Path(scratch, target.name)
         # One record a group: a record is read without the ones around it. Noise does not compress.
         writer = array_record_module.ArrayRecordWriter(os.fspath(file), "group_size:1,uncompressed")
         for (example_id, others, reason), moments in examples:
@@ -180,11 +194,13 @@ def write_shard(
             writer.write(_record(example_id, moments.astype(DTYPES[plan.dtype]), dict(others)))
         writer.close()
         common = tuple(sorted(set.intersection(*fields))) if fields else ()
-        size, digest = file.stat().length, file_digest(file)
+        size, digest = size_of(file), file_digest(file)
         cut = text.tokenizer.cut - cut_before if text else 0
         done = Shard(target.name, len(fields), size, digest, all_bad, common, captions, cut)
         if remote:
-            file.copy(target, overwrite=True)
+            upload(scratch, folder)
+            kept = files_below(folder).get(target.name, {}).get("crc32c", "")
+            done = dataclasses.replace(done, crc32c=kept)
         else:
             file.replace(target)
     _write_json(target.with_suffix(".json"), dataclasses.asdict(done))
@@ -225,7 +241,7 @@ def _pack_array(value: Any) -> Any:
     return msgpack.ExtType(ARRAY, msgpack.packb((dtype, value.shape, value.tobytes())))
 
 
-def write_manifest(folder: epath.Path, plan: Plan, versions: dict[str, str]) -> Manifest | None:
+def write_manifest(folder: Any, plan: Plan, versions: dict[str, str]) -> Manifest | None:
     """Writes manifest.json, with the libraries' versions, if all shards are complete."""
     shards = list(finished_shards(folder, plan, range(len(plan.shards))).values())
     if len(shards) < len(plan.shards):
@@ -249,12 +265,13 @@ def prepare_latents(
     Returns the manifest, which the last process writes, or None while others are still at work.
     A UsageError leaves the shards that are finished.
     """
-    plan, folder = make_plan(source, autoencoder, options, text), epath.Path(out)
+    plan, folder = make_plan(source, autoencoder, options, text), as_path(out)
     claim_folder(folder, plan)
     if text is not None and not (folder / NULL_TEXT).exists():
         _write_null_text(folder / NULL_TEXT, text)
-    for path in folder.glob(f".writing-{options.process_index}-*"):
-        path.rmtree()  # what was left half written by a kill
+    unfinished = f".writing-{options.process_index}-*"
+    for path in () if is_remote(folder) else folder.glob(unfinished):
+        shutil.rmtree(path)  # what was left half written by a kill
     mine = range(len(plan.shards))[options.process_index :: options.process_count]
     finished = finished_shards(folder, plan, mine)
     todo = [shard for shard in mine if shard not in finished]

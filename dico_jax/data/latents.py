@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,17 +23,26 @@ import msgpack
 import numpy as np
 import tqdm
 from array_record.python import array_record_data_source
-from etils import epath
 
-from dico_jax.data.paths import is_remote, required_path
+from dico_jax.data.paths import required_path
+from dico_jax.data.ranges import RangedRecords
 from dico_jax.errors import UsageError, one_line, within
-from dico_jax.files import file_digest
+from dico_jax.files import (
+    as_path,
+    download,
+    file_digest,
+    files_below,
+    is_remote,
+    names_in,
+    size_of,
+)
 
 if TYPE_CHECKING:
     from dico_jax.text.encoders import Constants
 
 FORMAT = "dico_jax latents 1"
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_THREADS = 8  # that ask a bucket
 ARRAY = 1  # msgpack's code for an array: msgpack of its dtype, shape and bytes
 NULL_TEXT = "null_text.npz"  # the features of "", and of which encoder
 _FIRST_FIELDS = ("label",)  # all that the first folders kept, which do not tell
@@ -85,6 +95,7 @@ class Shard:
     fields: tuple[str, ...] = _FIRST_FIELDS  # what all of its examples have besides their images
     captions: int = 0  # whose features there are
     cut: int = 0  # of these, longer than the text encoder reads
+    crc32c: str = ""  # as the bucket keeps it that it was written to
 
 
 class Manifest(NamedTuple):
@@ -107,7 +118,7 @@ def _from_json(kind: type, values: Any) -> Any:
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
-def read_json(file: epath.Path, kind: type) -> Any:
+def read_json(file: Any, kind: type) -> Any:
     """The `Plan`, `Shard` or `Manifest` in a file, or None where there is no file."""
     if not file.exists():
         return None
@@ -121,14 +132,17 @@ def read_json(file: epath.Path, kind: type) -> Any:
         raise UsageError(f"{file} does not describe latents of {FORMAT!r}: {error}") from error
 
 
-def finished_shards(folder: epath.Path, plan: Plan, which: Iterable[int]) -> dict[int, Shard]:
+def finished_shards(folder: Any, plan: Plan, which: Iterable[int]) -> dict[int, Shard]:
     """Those of some shards that are complete: a shard's JSON file appears when it is."""
-    files = {shard: folder / plan.shard_file(shard) for shard in which}
-    there = {shard: file.with_suffix(".json") for shard, file in files.items() if file.exists()}
-    return {shard: found for shard, file in there.items() if (found := read_json(file, Shard))}
+    there, files = set(names_in(folder)), {s: folder / plan.shard_file(s) for s in which}
+    wholes = {s: f.with_suffix(".json") for s, f in files.items() if f.name in there}
+    wholes = {s: f for s, f in wholes.items() if f.name in there}
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda file: read_json(file, Shard), wholes.values())
+        return dict(zip(wholes, found, strict=True))
 
 
-def read_manifest(folder: epath.Path) -> Manifest:
+def read_manifest(folder: Any) -> Manifest:
     """The manifest of a folder; a UsageError if it is not there, not finished, or damaged."""
     if not folder.exists():
         raise UsageError(f"{folder} does not exist")
@@ -145,36 +159,44 @@ class PreparedLatents:
     """The examples of a folder of prepared latents, a `Source`, or a UsageError.
 
     source[i] is {"image": moments (orientations, h, w, 2 * channels) in the stored dtype, "label"}
-    and what else its record has; `manifest.fields` tells what all have. The shards of a gs:// path
-    are copied to `cache_dir`, if they are not there yet.
+    and what else its record has; `manifest.fields` tells what all have. In a bucket each record is
+    read by itself where it is; of its shards as many as fit in `cache_gb`, or all, are copied to
+    `cache_dir` before, if one is given.
     """
 
     kind = "moments"
 
-    def __init__(self, path: str, *, cache_dir: str | None = None):
-        self.path, self._folder = path, epath.Path(path)
+    def __init__(self, path: str, *, cache_dir: str | None = None, cache_gb: float | None = None):
+        self.path, self._folder = path, as_path(path)
         self.manifest = read_manifest(self._folder)
         plan, shards = self.manifest.plan, self.manifest.shards
-        if is_remote(path):
-            self._folder = _cached(self._folder, shards, cache_dir)
+        self._there = _there(self._folder, shards)
         for shard in shards:
-            if not _is_there(self._folder, shard):
+            if self._there.get(shard.file, {}).get("size") != shard.bytes:
                 said = f"has not the {shard.bytes} bytes that its manifest says"
                 raise _damaged(self._folder, shard, said)
         self.class_names = list(plan.class_names)
         self.skipped: dict[str, str] = {}  # those of the manifest are no examples any more
         self.image_shape = plan.shape[1:]  # of one orientation's moments
-        files = [f"{self._folder / shard.file}[0:{shard.count}]" for shard in shards if shard.count]
-        if not files:
+        shards = [shard for shard in shards if shard.count]
+        if not shards:
             raise UsageError(f"{path} has no examples")
-        self._records = array_record_data_source.ArrayRecordDataSource(files)
+        if is_remote(path):
+            files = [(shard.file, shard.bytes) for shard in shards]
+            cached = _cached(self._folder, shards, cache_dir, cache_gb)
+            self._records: Any = RangedRecords(path, files, cache_dir or "", cached)
+            if len(self._records) != sum(shard.count for shard in shards):
+                raise UsageError(f"{path} has not the examples that its manifest says")
+            return
+        parts = [f"{self._folder / shard.file}[0:{shard.count}]" for shard in shards]
+        self._records = array_record_data_source.ArrayRecordDataSource(parts)
 
     @classmethod
     def from_config(cls, config) -> "PreparedLatents":
         """The source of `config.data`; a UsageError if it does not fit the config."""
         path = required_path(config.path, "a folder made by dico_jax.prepare latents")
         with within(f"data.path={path}: "):
-            source = cls(path, cache_dir=config.cache_dir)
+            source = cls(path, cache_dir=config.cache_dir, cache_gb=config.cache_gb)
             plan, size = source.manifest.plan, config.image_size
             if plan.image_size != size:
                 said = f"prepared for config.data.image_size={plan.image_size}, not {size}"
@@ -185,8 +207,17 @@ class PreparedLatents:
         return source
 
     def check_checksums(self, process_index: int = 0, process_count: int = 1) -> None:
-        """Compares this process's part of the shards with their checksums, or raises UsageError."""
+        """Compares this process's part of the shards with their checksums, or raises UsageError.
+
+        A bucket is asked for its own, where they are known; else all is read.
+        """
         shards = self.manifest.shards[process_index::process_count]
+        kept = {name: about.get("crc32c", "") for name, about in self._there.items()}
+        if any(shard.crc32c and kept.get(shard.file) for shard in shards):
+            for shard in shards:
+                if shard.crc32c != kept[shard.file]:
+                    raise _damaged(self._folder, shard, "is not what was written (its CRC-32C)")
+            return
         total = sum(shard.bytes for shard in shards)
         bar = tqdm.tqdm(total=total, desc="checksums", unit="B", unit_scale=True, delay=2)
         with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -218,7 +249,7 @@ class PreparedLatents:
             return None
         from dico_jax.text.encoders import Constants  # late: workers that read need no JAX
 
-        file = epath.Path(self.path) / NULL_TEXT
+        file = as_path(self.path) / NULL_TEXT
         try:
             with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
                 found = {name: arrays[name] for name in ("tokens", "pooled")}
@@ -256,29 +287,45 @@ def _unpack_array(code: int, data: bytes) -> np.ndarray:
     return np.frombuffer(content, np.dtype(dtype)).reshape(shape)
 
 
-def _is_there(folder: epath.Path, shard: Shard) -> bool:
-    file = folder / shard.file
-    return file.exists() and file.stat().length == shard.bytes
+def _there(folder: Any, shards: list[Shard]) -> dict[str, dict[str, Any]]:
+    """The "size" and more of those shards that are in a folder."""
+    if is_remote(folder):  # which is asked once
+        found = files_below(folder)
+        return {shard.file: found[shard.file] for shard in shards if shard.file in found}
+    files = [folder / shard.file for shard in shards]
+    return {file.name: {"size": size_of(file)} for file in files if file.exists()}
 
 
-def _damaged(folder: epath.Path, shard: Shard, said: str) -> UsageError:
+def _damaged(folder: Any, shard: Shard, said: str) -> UsageError:
     fix = "copy it again, or delete it and run the same dico_jax.prepare again"
     return UsageError(f"{folder / shard.file} {said}: {fix}")
 
 
-def _cached(folder: epath.Path, shards: list[Shard], cache_dir: str | None) -> epath.Path:
-    """The local copy of a remote folder's shards; copies what is missing."""
+def _cached(
+    folder: Any, shards: list[Shard], cache_dir: str | None, cache_gb: float | None = None
+) -> set[str]:
+    """Copies the first shards of a bucket that fit, where they are missing; the names of those."""
     if cache_dir is None:
-        fix = "set config.data.cache_dir to a local folder to copy them into, or mount the bucket"
-        raise UsageError(f"ArrayRecord files cannot be read in a bucket: {fix}")
-    local = epath.Path(cache_dir)
+        return set()
+    room = np.cumsum([shard.bytes for shard in shards]) <= (cache_gb or math.inf) * 1e9
+    kept, local = (
+        [shard for shard, fits in zip(shards, room, strict=True) if fits],
+        as_path(cache_dir),
+    )
     local.mkdir(parents=True, exist_ok=True)
-    for shard in tqdm.tqdm(shards, desc=f"copying to {local}", dynamic_ncols=True):
-        if not _is_there(local, shard):
-            temporary = local / f".{shard.file}.{os.getpid()}"
-            (folder / shard.file).copy(temporary, overwrite=True)
-            temporary.replace(local / shard.file)
-    return local
+    there = _there(local, kept)
+
+    def copy(shard: Shard) -> None:
+        temporary = local / f".{shard.file}.{os.getpid()}"
+        download(folder / shard.file, temporary)
+        temporary.replace(local / shard.file)
+
+    todo = [s for s in kept if there.get(s.file, {}).get("size") != s.bytes]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        copied = pool.map(copy, todo)
+        for _ in tqdm.tqdm(copied, f"copying to {local}", len(todo), dynamic_ncols=True):
+            pass
+    return {shard.file for shard in kept}
 
 
 def verify(path: str) -> Manifest:

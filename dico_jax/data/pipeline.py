@@ -21,6 +21,7 @@ from dico_jax.data.bad_examples import BadExampleLog, too_many_bad
 from dico_jax.data.pictures import BadExample
 from dico_jax.data.sources import Source
 from dico_jax.errors import TrainingStopped
+from dico_jax.files import is_remote
 
 # Makes the array of an example's image, mirrored or not: `PictureReader`, `read_orientation`.
 Reader = Callable[[Any, bool], np.ndarray]
@@ -28,6 +29,7 @@ Reader = Callable[[Any, bool], np.ndarray]
 ConditionReader = Callable[[dict[str, Any]], dict[str, np.ndarray]]
 
 _BATCHES_AHEAD = 2  # of every worker, and on the devices
+_EXAMPLES_AHEAD = 8192  # about, of a bucket, which is asked by at most 64 threads
 
 
 def read_orientation(image: np.ndarray, mirrored: bool) -> np.ndarray:
@@ -97,19 +99,28 @@ def training_batches(
 
     dataset = grain.MapDataset.range(count).seed(seed).shuffle()
     dataset = dataset.repeat(2**48 // count + 1).random_map(load)  # Grain cuts no endless one
-    dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
+    size = batch_size // process_count
+    dataset = dataset.batch(size)[process_index::process_count]
     # A start by position, not by a saved state of Grain: that one depends on the workers.
-    return read_ahead(dataset[start_step:], num_workers)
+    waits = is_remote(getattr(source, "path", None) or "")
+    threads = max(16, min(_EXAMPLES_AHEAD // size, 64)) if waits else None
+    return read_ahead(dataset[start_step:], num_workers, threads)
 
 
-def read_ahead(dataset: grain.MapDataset, num_workers: int) -> grain.IterDataset:
-    """Reads batches in threads of this process, or in worker processes, in their order."""
+def read_ahead(
+    dataset: grain.MapDataset, num_workers: int, threads: int | None = None
+) -> grain.IterDataset:
+    """Reads batches in threads of this process, or in worker processes, in their order.
+
+    `threads` is how many, over all workers, where they wait for others more than they compute.
+    """
     if num_workers == 0:
-        threads = min(os.cpu_count() or 1, 16)  # each reads a batch
+        threads = threads or min(os.cpu_count() or 1, 16)  # each reads a batch
         return dataset.to_iter_dataset(grain.ReadOptions(threads, threads + _BATCHES_AHEAD))
     flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, also where there are none
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it cleans up after a kill
-    return dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(
+    each = max(1, (threads or 1) // num_workers)
+    return dataset.to_iter_dataset(grain.ReadOptions(each, each)).mp_prefetch(
         grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BATCHES_AHEAD),
         worker_init_fn=_end_with_parent,
     )

@@ -214,8 +214,11 @@ def _grid(files: list[Any], of: Iterable[Any], names: list[str]) -> np.ndarray:
     return image_grid(images, [names[indices[0]] for indices in picked], title)
 
 
-def check_outputs(out: str, npz: str | None, overwrite: bool) -> None:
+def check_outputs(out: str, npz: str | None, overwrite: bool, latents: bool = False) -> None:
     """UsageError unless `save` can write there; it is cheap, and comes first."""
+    if latents and is_remote(out):
+        fix = "cannot have latents.npy, which is written row by row: give a local folder"
+        raise UsageError("--out", out, fix)
     folder = as_path(out)
     if folder.is_file() or (not folder.is_dir() and os.path.lexists(folder)):
         raise UsageError("--out", out, "is a file: name a folder")
