@@ -9,6 +9,7 @@ import pytest
 from dico_jax.errors import UsageError
 from dico_jax.models import create_model
 from dico_jax.sampling import image_folder
+from dico_jax.sampling.generate import NotFiniteError
 from dico_jax.sampling.grids import load_png
 from dico_jax.sampling.image_folder import save
 
@@ -18,15 +19,11 @@ class Sampler:
 
     class_names = ()
 
-    def __init__(self, with_latents=False, at_a_time=4, fails_at=None):
-        model = create_model("DiCo", num_classes=10)
+    def __init__(self, with_latents=False, at_a_time=4, fails_at=None, bad=(), num_classes=10):
+        model = create_model("DiCo", num_classes=num_classes)
         self.experiment = types.SimpleNamespace(model=model, latent_shape=(2, 2, 1))
-        self.with_latents, self.made, self._n, self._fails_at = (
-            with_latents,
-            [],
-            at_a_time,
-            fails_at,
-        )
+        self.with_latents, self.made, self._n = with_latents, [], at_a_time
+        self._fails_at, self._bad = fails_at, bad
 
     def about(self, **asked):
         return {"seed": 0, **asked}
@@ -47,7 +44,7 @@ class Sampler:
                 part[:, None, None, None].astype(np.uint8), (len(part), 8, 8, 1)
             )
             latents = np.broadcast_to(part[:, None, None, None] + 1.0, (len(part), 2, 2, 1))
-            yield part, images, np.ones(len(part), bool), *([latents] if self.with_latents else [])
+            yield part, images, ~np.isin(part, self._bad), *([latents] * self.with_latents)
 
 
 def images_in(folder):
@@ -91,6 +88,34 @@ def test_an_interruption_leaves_what_is_finished(tmp_path):
     assert set(again.made) >= set(range(8, 20))
 
 
+@pytest.mark.parametrize("bad", [[0], range(4), range(63), [5, 17]])
+def test_bad_images_do_not_stop_the_others(tmp_path, bad):
+    good = sorted(set(range(80)) - set(bad))
+    for made in (range(80), bad):  # and again where all that lack are bad
+        sampler = Sampler(at_a_time=1, bad=bad)
+        with pytest.raises(NotFiniteError, match=f"^{len(bad)} of {len(made)} images are not fin"):
+            save(sampler, str(tmp_path), num_images=80)
+        assert sampler.made == [*made]
+        assert [*images_in(tmp_path).values()] == good
+    with pytest.raises(NotFiniteError, match="^3 of 3 images"):  # few are all tried
+        save(Sampler(at_a_time=1, bad=range(3)), str(tmp_path / "few"), num_images=3)
+
+
+def test_more_bad_images_than_one_call_would_try_do_not_stop_the_others_either(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        save(Sampler(bad=range(8, 100), fails_at=100), str(tmp_path), num_images=120)
+    with pytest.raises(NotFiniteError, match="^92 of 112 images"):
+        save(Sampler(bad=range(8, 100)), str(tmp_path), num_images=120)
+    assert [*images_in(tmp_path).values()] == [*range(8), *range(100, 120)]
+
+
+def test_where_none_of_many_is_finite_the_rest_is_not_tried(tmp_path):
+    sampler = Sampler(at_a_time=5, bad=range(1000))
+    with pytest.raises(NotFiniteError, match="^65 of 65 images are not finite"):
+        save(sampler, str(tmp_path), num_images=1000)
+    assert sampler.made == [*range(65)]
+
+
 def test_latents_beside_images(tmp_path):
     save(Sampler(with_latents=True), str(tmp_path), num_images=5)
     latents = np.load(tmp_path / "latents.npy")
@@ -119,6 +144,8 @@ def test_latents_beside_images(tmp_path):
         (400, {"classes": "1,2"}, [200, 200], ""),
         (401, {"classes": "1,2"}, [200, 200], "400 of 401 images"),
         (1001, {"classes": "5,#6,7"}, [133] * 3, "399 of 1,001 images"),
+        (1300, {"classes": ",".join(map(str, range(1000)))}, [1] * 1000, "1,000 of 1,300 images"),
+        (1300, {"classes": ",".join(map(str, range(1300)))}, [1] * 1024, "1,024 of 1,300 images"),
     ],
 )
 def test_what_is_in_the_grid(tmp_path, monkeypatch, number, asked, shown, title):
@@ -126,12 +153,12 @@ def test_what_is_in_the_grid(tmp_path, monkeypatch, number, asked, shown, title)
     monkeypatch.setattr(image_folder, "load_png", lambda file: np.full((8, 8, 1), 3, np.uint8))
     grid = np.zeros((8, 8, 3), np.uint8)
     monkeypatch.setattr(image_folder, "image_grid", lambda *args: seen.append(args) or grid)
-    save(Sampler(at_a_time=500), str(tmp_path), num_images=number, **asked)
+    sampler = Sampler(at_a_time=500, num_classes=2000 if number == 1300 else 10)
+    save(sampler, str(tmp_path), num_images=number, **asked)
     ((groups, names, said),) = seen
     assert ([*map(len, groups)], said) == (shown, title)
-    assert names == (
-        [str(k) for k in range(10)] if not asked else asked["classes"].replace("#", "").split(",")
-    )
+    wanted = asked.get("classes", "0,1,2,3,4,5,6,7,8,9").replace("#", "").split(",")
+    assert names == wanted[: len(shown)]
 
 
 def test_folders_of_versions_with_fewer_fields_go_on():

@@ -82,5 +82,9 @@ def test_pictures_above_their_captions():
     dark = [(below[:80, k * 164 : (k + 1) * 164] < 128).sum() for k in range(3)]
     assert 0 < dark[0] < dark[1]
     assert (grid[164:244, 326:330] == 255).all()  # which keeps to its own column
+    # Of draws of classes some have several, most one: still about as many columns as rows.
+    sizes = rng.permuted([1] * 270 + [2] * 50 + [3] * 8 + [4])
+    drawn = image_grid([np.zeros((n, 64, 64, 3), np.uint8) for n in sizes], ["a"] * len(sizes))
+    assert 0.7 < drawn.shape[0] / drawn.shape[1] < 1.5
     many = image_grid([rng.integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)] * 3, ["a"] * 3)
     assert many.shape[1] == 10 * 66 + 2  # ten pictures fill a line

@@ -21,12 +21,13 @@ from dico_jax.experiment import model_from_config
 from dico_jax.pytorch.conversion import from_pytorch, to_pytorch
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from dico_jax.sampling.image_folder import save
+from dico_jax.sampling.pretrained import weights_size
 from tests import golden
 
 NAMES = [f"kind {i}" for i in range(10)]
 
 
-def write_checkpoint(path, names=NAMES, words="", **options):
+def write_checkpoint(path, names=NAMES, words="", sections=None, **options):
     """A converted checkpoint of a small network with drawn weights, of grey pictures of 8 x 8."""
     config = ConfigDict(json.loads(json.dumps(DEFAULTS)))
     config.model.update(name="DiT", hidden_size=8, depth=1, num_heads=1, patch_size=4)
@@ -34,6 +35,7 @@ def write_checkpoint(path, names=NAMES, words="", **options):
         config.model.update({"in_channels": 1, "num_classes": 10} | options)
     config.autoencoder.name, config.data.image_size = "identity", 8
     config.text.update({"encoder": "words", "words": words} if words else {})
+    config.update(sections or {})
     config.sampling.update(num_steps=3, cfg_scale=2.0, cfg_channels="all")
     params = golden.drawn_params(model_from_config(config), 3, "A")
     path.mkdir()
@@ -275,6 +277,21 @@ def test_repositories(checkpoint, tmp_path, monkeypatch):
             Sampler.from_pretrained(address)
 
 
+def test_the_size_of_weights_is_that_of_what_is_read(checkpoint, tmp_path):
+    files = {"a-00001-of-00002.safetensors": 3000, "a-00002-of-00002.safetensors": 5000}
+    for name, size in files.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    index = tmp_path / "a.safetensors.index.json"
+    first, second = files
+    index.write_text(json.dumps({"weight_map": {"p": first, "q": second, "r": first}}))
+    assert weights_size(index) == 8000 + index.stat().st_size
+    assert weights_size(tmp_path / first) == 3000
+    assert weights_size(None) == weights_size(tmp_path / "nothing") == 0
+    written = checkpoint / FOLDER / "0" / "ema_params"
+    stored = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
+    assert weights_size(checkpoint) == stored
+
+
 def test_a_guide_is_a_weaker_network_of_the_same_latents(checkpoint, sampler, tmp_path):
     narrow = write_checkpoint(tmp_path / "narrow", hidden_size=4)
     guided = Sampler.from_pretrained(checkpoint, guide=narrow)
@@ -289,9 +306,16 @@ def test_a_guide_is_a_weaker_network_of_the_same_latents(checkpoint, sampler, tm
     # A guide needs no null class.
     without = write_checkpoint(tmp_path / "without", class_dropout_prob=0.0)
     Sampler.from_pretrained(without, guide=narrow)(**asked, cfg_scale=3.0)
+    # How it was trained, and how its images would be decoded, is its own affair.
+    weak, trained = tmp_path / "weak", {"min_snr_gamma": 5.0}
+    write_checkpoint(weak, sections={"diffusion": trained, "autoencoder": {"tile_size": 16}})
+    Sampler.from_pretrained(checkpoint, guide=weak)
     other = write_checkpoint(tmp_path / "other", in_channels=3)
+    cosine = {"diffusion": {"noise_schedule": "squaredcos_cap_v2"}}
+    cosine = write_checkpoint(tmp_path / "cosine", sections=cosine)
     for wrong, message in (
         ({"guide": other}, r"^guide=.*has latents \(8, 8, 3\), and --ckpt \(8, 8, 1\)"),
+        ({"guide": cosine}, r"has diffusion.noise_schedule squaredcos_cap_v2, and --ckpt linear"),
         ({"guide_step": 2}, "^guide_step=2 is that of --guide"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -21,6 +21,7 @@ from dico_jax.diffusion import (
     create_objective,
     sample_loop,
 )
+from dico_jax.diffusion.gaussian import table_at
 from dico_jax.errors import UsageError
 from dico_jax.evaluation import networks
 from dico_jax.experiment import experiment_from_config, reader_from_config
@@ -117,12 +118,17 @@ class LinearPath(Objective):
         return Estimate(x - t * output, x + (1 - t) * output)
 
 
+def at_points(path, i, x):
+    """The factors of x_0 and noise where step i begins, and where it ends."""
+    return [table_at(table, point, x) for point in (i + 1, i) for table in path.tables]
+
+
 class Heun(Solver):
     """Two evaluations a step, but for the last."""
 
     def step(self, path, carry, i, noise):
         assert noise is None
-        (alpha, sigma), (next_alpha, next_sigma) = (path.alpha_sigma(carry, k) for k in (i + 1, i))
+        alpha, sigma, next_alpha, next_sigma = at_points(path, i, carry)
 
         def move(e):
             return carry + (next_alpha - alpha) * e.x0 + (next_sigma - sigma) * e.noise
@@ -144,7 +150,7 @@ class TwoSteps(Solver):
         x, before = carry
         now = path.estimate(x, i + 1)
         ahead = jax.tree.map(lambda a, b: 1.5 * a - 0.5 * b, now, before)
-        (alpha, sigma), (next_alpha, next_sigma) = (path.alpha_sigma(x, k) for k in (i + 1, i))
+        alpha, sigma, next_alpha, next_sigma = at_points(path, i, x)
         x = x + (next_alpha - alpha) * ahead.x0 + (next_sigma - sigma) * ahead.noise
         return (x, now), Trajectory(x, now.x0)
 

@@ -30,6 +30,7 @@ from dico_jax.errors import UsageError
 from tests.test_seams import LinearPath
 
 MEANS, DEVIATIONS, WEIGHTS = np.array([-1.0, 0.3, 1.2]), np.array([0.3, 0.2, 0.5]), [0.3, 0.3, 0.4]
+PROCESS = {"noise_schedule": "linear", "diffusion_steps": 1000}
 RECORDED = pathlib.Path(__file__).parent / "data" / "diffusers_solvers.npz"
 
 
@@ -143,7 +144,7 @@ def test_steps_are_those_of_diffusers(sampler, steps):
     recorded = np.load(RECORDED)
     states, timesteps = (recorded[f"{sampler}/{steps}/{name}"] for name in ("x", "timesteps"))
     noise = recorded["noise"]
-    options = {"objective": "noise", "noise_schedule": "linear", "diffusion_steps": 1000}
+    options = {"objective": "noise"} | PROCESS
     with jax.enable_x64(True):
         o = create_objective(options, learn_sigma=False, num_steps=steps, spacing="trailing")
         start = jnp.asarray(recorded["start"])[:, None]
@@ -224,6 +225,22 @@ def test_exact_marginals_where_x0_is_known(sampler, path):
     last = -1 if sampler == "ddpm" else None  # which adds no noise, as all paths end clean
     np.testing.assert_allclose(mean, alpha[1:], rtol=1e-12)
     np.testing.assert_allclose(deviation[:last], sigma[1:][:last], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+@pytest.mark.parametrize("objective", ["noise", "flow"])
+def test_noise_of_the_last_step_has_no_effect(sampler, objective):
+    o = create_objective({"objective": objective} | PROCESS, learn_sigma=False, num_steps=4)
+    x = jnp.linspace(-1, 1, 6).reshape(3, 2)
+
+    def samples(last):
+        def noise_fn(i):
+            return jnp.where(i > 0, 0.5, last) + 0 * x
+
+        return sample_loop(o, lambda x, t: 0.3 * x, x, noise_fn, sampler=sampler)
+
+    np.testing.assert_array_equal(samples(jnp.nan), samples(0.0))
+    assert np.isfinite(samples(jnp.nan)).all()
 
 
 @pytest.mark.parametrize("round_path", [False, True])

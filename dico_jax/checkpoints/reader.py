@@ -14,7 +14,7 @@ import os
 import pathlib
 import textwrap
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,9 +28,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import with_defaults
 from dico_jax.errors import UsageError, one_line, several
-from dico_jax.files import Deferred, as_path, files_below, is_remote, opened, size_of, url_of
+from dico_jax.files import Deferred, as_path, files_below, is_remote, opened, url_of
 from dico_jax.models import abstract_params, find_model
-from dico_jax.ops.cpu import copies_fit
 from dico_jax.parallel.mesh import from_same
 
 FOLDER = "checkpoints"
@@ -305,15 +304,3 @@ def _parts(paths: Iterable[Path]) -> list[str]:
     """The modules that parameters are of, numbers of blocks as *."""
     names = (path[:-1][:3] for path in paths)
     return sorted({".".join("*" if part.isdecimal() else part for part in name) for name in names})
-
-
-def weights_fit(folder: str | None) -> Callable[[int], bool]:
-    """Says of a number of devices whether copies of a folder's newest weights, or a file's, fit."""
-    size = 0  # where there is no checkpoint, which is said later
-    if folder and os.path.isfile(folder):
-        size = size_of(folder)
-    elif folder and (steps := saved_steps(folder)):
-        there = files_below(as_path(folder) / FOLDER / str(max(steps)))
-        sizes = {name: about["size"] for name, about in there.items()}
-        size = max(sum(s for n, s in sizes.items() if _is_of(i, n)) for i in ITEMS.values())
-    return functools.partial(copies_fit, size)

@@ -42,11 +42,13 @@ class Multistep(Solver):
         return x, (jnp.zeros_like(x),) * (self.order - 1)
 
     def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
-        x, before = carry
+        (x, before), spans = carry, self.spans(path)
         found = (path.estimate(x, i + 1).x0, *before)
-        moved = _combined(self.table(path), i, x, *found)
+        moved = _combined(self.table(spans), i, x, *found)
         if noise is not None:
-            moved = moved + table_at(self.noise_table(path)[::-1], i, x) * noise
+            fresh = table_at(self.noise_table(spans)[::-1], i, x)
+            # Selected rather than multiplied by 0, see `sample_loop`'s `noise_fn`.
+            moved = jnp.where(fresh > 0, moved + fresh * noise, moved)
         return (moved, found[: self.order - 1]), Trajectory(moved, found[0])
 
     def end(self, path: Path, carry: Any) -> jax.Array:
@@ -75,15 +77,15 @@ class Multistep(Solver):
             return left
         return self.order
 
-    def table(self, path: Path) -> np.ndarray:
+    def table(self, spans: list[_Span]) -> np.ndarray:
         """Coefficients of x and of the x_0, newest first: (T, 1 + order), by a step's number."""
-        return _padded([self.coefficients(span) for span in self.spans(path)], 1 + self.order)
+        return _padded([self.coefficients(span) for span in spans], 1 + self.order)
 
     def coefficients(self, span: _Span) -> np.ndarray:
         """The coefficients of one step, as many as it has points."""
         raise NotImplementedError
 
-    def noise_table(self, path: Path) -> np.ndarray:
+    def noise_table(self, spans: list[_Span]) -> np.ndarray:
         """The deviation of the fresh noise of every step, (T,), first step first."""
         raise NotImplementedError
 
@@ -125,8 +127,8 @@ class DpmSolver2MSde(Multistep):
         share = span.alpha * (1.0 - span.decay**2)
         return np.append(span.ratio * span.decay, _of_slopes([share, 0.5 * share], span.r))
 
-    def noise_table(self, path: Path) -> np.ndarray:
-        return np.array([s.sigma * np.sqrt(1.0 - s.decay**2) for s in self.spans(path)])
+    def noise_table(self, spans: list[_Span]) -> np.ndarray:
+        return np.array([s.sigma * np.sqrt(1.0 - s.decay**2) for s in spans])
 
 
 class UniPC(Multistep):
@@ -140,11 +142,11 @@ class UniPC(Multistep):
         return x, x, (jnp.zeros_like(x),) * self.order
 
     def step(self, path: Path, carry: Any, i, noise) -> tuple[Any, Trajectory]:
-        x, previous, before = carry
+        (x, previous, before), spans = carry, self.spans(path)
         now = path.estimate(x, i + 1).x0
-        x = _combined(self.corrector(path), i, x, previous, now, *before)
+        x = _combined(self.corrector(spans), i, x, previous, now, *before)
         found = (now, *before[:-1])
-        moved = _combined(self.table(path), i, x, *found)
+        moved = _combined(self.table(spans), i, x, *found)
         return (moved, x, found), Trajectory(moved, now)
 
     def points(self, count: int, k: int, clean: bool) -> int:
@@ -159,10 +161,10 @@ class UniPC(Multistep):
             weights = np.linalg.solve(powers[:, :-1][:-1], wanted[:-1])
         return np.append(span.ratio, _of_differences(span, weights, span.r))
 
-    def corrector(self, path: Path) -> np.ndarray:
+    def corrector(self, spans: list[_Span]) -> np.ndarray:
         """Coefficients of the x that came, that before, the x_0 now, and those before."""
         rows: list[np.ndarray] = [np.array([1.0])]  # nothing comes before the first step
-        for span in self.spans(path)[:-1]:
+        for span in spans[:-1]:
             powers, wanted = _unified(span.h, span.r)
             weights = np.linalg.solve(powers, wanted) if len(span.r) else np.array([0.5])
             first, *old, new = _of_differences(span, weights, np.append(span.r, 1.0))

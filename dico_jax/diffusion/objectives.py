@@ -152,11 +152,8 @@ class Diffusion(Objective):
     quartered = ("mse",)
 
     def __post_init__(self):
-        for name, known in {
-            "prediction": PREDICTIONS,
-            "variance": VARIANCES,
-            "loss": LOSSES,
-        }.items():
+        choices = {"prediction": PREDICTIONS, "variance": VARIANCES, "loss": LOSSES}
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise UsageError(name, value, f"is unknown: use {' or '.join(map(repr, known))}")
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dico_jax.diffusion.gaussian import table_at
 from dico_jax.diffusion.objectives import Estimate, ModelFn, Objective
 from dico_jax.errors import UsageError
 
@@ -64,11 +63,6 @@ class Path:
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
         """The factors of x_0 and noise at all points, (T + 1,) float64 each."""
         return alpha_sigma(self.objective)
-
-    def alpha_sigma(self, x, point) -> tuple[jax.Array, jax.Array]:
-        """The factors of x_0 and noise at a point, to multiply arrays like x with."""
-        alpha, sigma = self.tables
-        return table_at(alpha, point, x), table_at(sigma, point, x)
 
 
 def alpha_sigma(objective: Objective) -> tuple[np.ndarray, np.ndarray]:

@@ -78,6 +78,7 @@ class Heun(Solver):
         def corrected():
             return moved((slope(first) + slope(path.estimate(x, i))) / 2)
 
+        # Only tests have paths that do not end in clean data, here and in `EulerMaruyama`.
         x = corrected() if sigma[0] > 0 else jax.lax.cond(i > 0, corrected, lambda: x)
         return _moved(carry, x, first.x0)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from dico_jax.parallel.mesh import from_same
 from dico_jax.pytorch import run_config
 from dico_jax.pytorch.key_maps import KEY_MAPS
 from dico_jax.pytorch.lazy_trees import Health, deferred_tree
-from dico_jax.pytorch.safetensors_files import weight_map
+from dico_jax.pytorch.safetensors_files import files_of
 from dico_jax.pytorch.tensors import about
 from dico_jax.pytorch.torch_files import open_tensors, select_weights
 
@@ -61,8 +60,5 @@ class FileWeights:
 
     def digest(self, weights: str) -> str:
         """sha256 (hex) of the file, of an index also of its files, and of which weights."""
-        shards = weight_map(self.folder).values() if self.folder.endswith(".json") else ()
-        folder = os.path.dirname(self.folder)
-        files = [self.folder, *(os.path.join(folder, name) for name in sorted({*shards}))]
-        text = json.dumps([weights, *map(file_digest, files)])
+        text = json.dumps([weights, *map(file_digest, files_of(self.folder))])
         return hashlib.sha256(text.encode()).hexdigest()

@@ -97,6 +97,12 @@ def write_safetensors(
             write_array(stream, tensors[name], on_bytes, name)
 
 
+def files_of(path: str) -> list[str]:
+    """A file of weights, and the shards that it lists where it is an index."""
+    shards = set(weight_map(path).values()) if path.endswith(".json") else ()
+    return [path, *(os.path.join(os.path.dirname(path), name) for name in sorted(shards))]
+
+
 def weight_map(index_path: str) -> dict[str, str]:
     """The file of each tensor, from an index; all are names of files beside it."""
     files = stored.json_object(index_path).get("weight_map")

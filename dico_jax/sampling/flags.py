@@ -1,5 +1,6 @@
 """The flags of commands that sample a checkpoint: which weights, and how."""
 
+import functools
 from typing import Any
 
 from absl import flags
@@ -52,30 +53,17 @@ _FIELDS = [name.removeprefix("sampling.") for name in cli.config_fields() if "sa
 _FIELDS = [f for f in _FIELDS if f != "batch_size" and "grid_" not in f]
 _OVERRIDES = cli.define_fields({_NAMES.get(f, f): f"sampling.{f}" for f in _FIELDS}, " [config]")
 
-NAMES = tuple(
-    flag.name
-    for flag in (
-        _CLASSES,
-        _PROMPTS,
-        _TEXT_ENCODER,
-        _STEP,
-        _WEIGHTS,
-        _EMA_WIDTH,
-        _VAE,
-        _GUIDE,
-        _GUIDE_STEP,
-        _SEED,
-        *_OVERRIDES.values(),
-    )
-)
+_WHICH = _CLASSES, _PROMPTS, _TEXT_ENCODER, _STEP, _WEIGHTS, _EMA_WIDTH, _VAE, _GUIDE, _GUIDE_STEP
+NAMES = tuple(flag.name for flag in (*_WHICH, _SEED, *_OVERRIDES.values()))
 
 
 def use_all_cores(ckpt: str | None) -> None:
     """Does what --cpu_tuning says, before JAX is used, for the weights of a checkpoint."""
-    from dico_jax.checkpoints.reader import weights_fit  # late: --help answers before JAX
-    from dico_jax.pytorch.hub import local_weights
+    from dico_jax.ops.cpu import copies_fit  # late: --help answers before JAX
+    from dico_jax.sampling.pretrained import weights_size
 
-    _USE_ALL_CORES(weights_fit(ckpt and local_weights(ckpt, _STEP.value)))
+    both = (ckpt, _STEP.value), (_GUIDE.value, _GUIDE_STEP.value)
+    _USE_ALL_CORES(functools.partial(copies_fit, sum(weights_size(*given) for given in both)))
 
 
 def asked() -> dict[str, str]:

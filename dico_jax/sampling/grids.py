@@ -23,9 +23,9 @@ def image_grid(
     block of several. Long captions are cut. A `title` stands above all.
     """
     each, total = max(map(len, groups)), sum(map(len, groups))
-    side = math.ceil(total**0.5)
-    wide = min(each, max(_ROW, side))  # pictures of a group side by side
-    beside = min(max(1, round(side / wide)), len(groups))  # groups side by side
+    wide = min(each, max(_ROW, math.ceil(total**0.5)))  # pictures of a group side by side
+    places = len(groups) * math.ceil(each / wide) * wide  # with those that smaller groups leave
+    beside = min(max(1, round(math.ceil(places**0.5) / wide)), len(groups))  # groups side by side
     least = _MIN_CAPTIONED if each == 1 else _MIN_CELL
     sized = [_pictures(images, least, _MAX_SHEET // (wide * beside)) for images in groups]
     width, height = sized[0][0].size

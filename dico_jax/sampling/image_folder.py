@@ -39,6 +39,8 @@ _OURS = re.compile(
     r"|.*\.npz|\..*"
 )
 _IN_GRID, _IN_TRAJECTORY = 400, 6  # most images in grid.png and trajectory.*
+_GROUPS_IN_GRID = 1024  # of which there is one image at least
+_HOPELESS = 64  # images, of which not one is finite
 _MADE, _BAD = 1, 2  # what this call has done about an image
 _READ = 256  # pictures at once
 
@@ -128,6 +130,7 @@ def _make(
         _threads() as pool,
     ):
         before: list[concurrent.futures.Future[None]] = []
+        hopeless = len(lacking) == len(mine)
         for part, images, finite, *more in sampler.batches(conditions, lacking):
             state[part] = np.where(finite, _MADE, _BAD)
             after = [
@@ -138,7 +141,8 @@ def _make(
                 written.result()
             before = after
             bar.update(len(part))
-            if not finite.any():  # nor will those to come be, most likely
+            hopeless = hopeless and not finite.any()
+            if hopeless and np.count_nonzero(state) >= _HOPELESS:  # as those to come, most likely
                 break
         for written in before:
             written.result()
@@ -206,7 +210,7 @@ def _grid(files: list[Any], of: Iterable[Any], names: list[str]) -> np.ndarray:
     for i, key in enumerate(of):
         groups.setdefault(key, []).append(i)
     each = len(files) if len(files) <= _IN_GRID else max(1, _IN_GRID // len(groups))
-    picked = [indices[:each] for indices in groups.values()][:_IN_GRID]
+    picked = [indices[:each] for indices in groups.values()][:_GROUPS_IN_GRID]
     shown = sum(map(len, picked))
     title = f"{shown:,} of {len(files):,} images" if shown < len(files) else ""
     pictures = _pictures([files[i] for indices in picked for i in indices])

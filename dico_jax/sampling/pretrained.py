@@ -14,18 +14,22 @@ from ml_collections import ConfigDict
 from dico_jax.autoencoders import WAYS_OUT
 from dico_jax.autoencoders.weights import Weights
 from dico_jax.checkpoints.averages import rebuilt_ema, snapshot_steps, weights_digest
-from dico_jax.checkpoints.reader import SavedWeights
+from dico_jax.checkpoints.reader import FOLDER, ITEMS, SavedWeights, saved_steps
 from dico_jax.config import flatten
 from dico_jax.errors import UsageError
 from dico_jax.experiment import Experiment, experiment_from_config, sampling_from_config
-from dico_jax.files import as_path
+from dico_jax.files import as_path, files_below
 from dico_jax.models import abstract_params
 from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.pytorch.file_weights import FileWeights
 from dico_jax.pytorch.hub import local_weights
+from dico_jax.pytorch.safetensors_files import files_of
 from dico_jax.sampling.generate import GenerateFn, make_generate_fn
 
 PREVIEW = "preview"  # of --vae
+# Fields of the autoencoder that say what latents are, and of a diffusion that do not say which.
+_OF_LATENTS = ("name", "scaling_factor", "decoder_digest")
+_OF_TRAINING = ("min_snr_gamma", "time_sampling", "logit_mean", "jump_share", "loss_power")
 
 
 def open_weights(source: str | os.PathLike, step: int | None = None) -> SavedWeights | FileWeights:
@@ -36,6 +40,18 @@ def open_weights(source: str | os.PathLike, step: int | None = None) -> SavedWei
     if step is not None:
         raise UsageError("--step", step, f": {source} is a file, which has no steps")
     return FileWeights(path)
+
+
+def weights_size(source: str | os.PathLike | None, step: int | None = None) -> int:
+    """The bytes of the weights that `open_weights` would open, fetched; 0 where there are none."""
+    path, size = source and local_weights(source, step), 0  # what is wrong is said later
+    if path and os.path.isfile(path):
+        size = sum(os.path.getsize(file) for file in files_of(path) if os.path.isfile(file))
+    elif path and (steps := saved_steps(path)):
+        there = files_below(as_path(path) / FOLDER / str(max(steps) if step is None else step))
+        sizes = [(name.partition("/")[0], about["size"]) for name, about in there.items()]
+        size = max(sum(n for of, n in sizes if of == item) for item in ITEMS.values())
+    return size
 
 
 class Pretrained:
@@ -122,10 +138,14 @@ class Pretrained:
 
         def seen(one: Pretrained) -> dict[str, Any]:
             model, about = one.experiment.model, one._about
-            about = {name: about[name] for name in ("autoencoder", "diffusion", "text_encoder")}
-            about["autoencoder"] = {**about["autoencoder"], "path": None}
-            shape = {"latents": one.experiment.latent_shape, "asked_by": model.asked_by}
-            return flatten(about | shape | {"num_classes": getattr(model, "num_classes", None)})
+            return flatten({
+                "autoencoder": {name: about["autoencoder"][name] for name in _OF_LATENTS},
+                "diffusion": {k: v for k, v in about["diffusion"].items() if k not in _OF_TRAINING},
+                "text_encoder": about["text_encoder"],
+                "latents": one.experiment.latent_shape,
+                "asked_by": model.asked_by,
+                "num_classes": getattr(model, "num_classes", None),
+            })  # fmt: skip
 
         was, now = seen(self), seen(guide)
         if differ := [name for name in was if was[name] != now[name]]:
