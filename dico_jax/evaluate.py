@@ -80,23 +80,25 @@ def main() -> None:
     if _SWEEP_CFG.value is not None and (flags.FLAGS["cfg_scale"].present or _OUT.value is None):
         raise UsageError("--sweep_cfg needs --out, for its result and plot, and no --cfg_scale")
     # Late imports: --help answers before JAX is imported.
-    sampler_flags.use_all_cores(_CKPT.value)
-    _JOIN()
     from dico_jax.evaluation import measure
     from dico_jax.sampling.prompts import number_of_images
 
     metrics = tuple(_METRICS.value) if _METRICS.value else None
     how: Any = _FEATURES.value, _INCEPTION.value, metrics, _BATCH_SIZE.value, _MAX_BAD.value
     how = *how, _CLIP.value, flags.FLAGS["prompts"].value
-    how = _REFERENCE.value, measure.Options(*how), _OUT.value
+    given: Any = _REFERENCE.value, measure.Options(*how), _OUT.value
+    if _CKPT.value is not None:
+        measure.check_sampled(*given, sweep_cfg=_SWEEP_CFG.value)
+    sampler_flags.use_all_cores(_CKPT.value)  # which may fetch the weights
+    _JOIN()
     if _SAMPLES.value is not None:
-        measure.evaluate_files(_SAMPLES.value, *how, num_samples=_NUM_SAMPLES.value)
+        measure.evaluate_files(_SAMPLES.value, *given, num_samples=_NUM_SAMPLES.value)
         return
     choices = sampler_flags.sampler_arguments(_BATCH_SIZE.value) | {"sweep_cfg": _SWEEP_CFG.value}
     asked = sampler_flags.asked()
     count = _NUM_SAMPLES.value or number_of_images(asked.get("prompts", "")) or 50_000
     choices |= {"asked": asked, "num_samples": count}
-    measure.evaluate_checkpoint(str(_CKPT.value), *how, **choices)
+    measure.evaluate_checkpoint(str(_CKPT.value), *given, **choices)
 
 
 if __name__ == "__main__":

@@ -271,11 +271,17 @@ def test_sample_makes_some_of_every_class(workdir, tmp_path):
     assert_refused(call("dico_jax.sample", args[0]), "--out is missing: name a folder")
 
 
-def test_sample_looks_at_the_folder_before_it_fetches_weights(tmp_path):
+def test_outputs_are_looked_at_before_weights_are_fetched(tmp_path):
     (tmp_path / "out").write_text("a file")
     for folder in (tmp_path, tmp_path / "out"):
         done = call("dico_jax.sample", "--ckpt=hf://no/such", f"--out={folder}")
         assert_refused(done, f"--out={folder}")
+    measured = "dico_jax.evaluate", "--ckpt=hf://no/such"
+    assert_refused(call(*measured), "--reference is needed")
+    done = call(*measured, "--reference=x.npz", f"--out={tmp_path / 'x.png'}")
+    assert_refused(done, "--out=", "name a .json file")
+    sweep = "--sweep_cfg=2:1:0.1", f"--out={tmp_path / 'x.json'}"
+    assert_refused(call(*measured, "--reference=x.npz", *sweep), "--sweep_cfg")
 
 
 def test_sample_shows_how_images_arise(workdir, tmp_path):

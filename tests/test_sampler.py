@@ -316,6 +316,8 @@ def test_a_guide_is_a_weaker_network_of_the_same_latents(checkpoint, sampler, tm
     for wrong, message in (
         ({"guide": other}, r"^guide=.*has latents \(8, 8, 3\), and --ckpt \(8, 8, 1\)"),
         ({"guide": cosine}, r"has diffusion.noise_schedule squaredcos_cap_v2, and --ckpt linear"),
+        ({"guide": tmp_path / "no"}, "^guide='.*/no': no such folder"),
+        ({"guide": narrow, "guide_step": 9}, "^guide_step=9: .* has steps 0"),
         ({"guide_step": 2}, "^guide_step=2 is that of --guide"),
     ):
         with pytest.raises(UsageError, match=message):

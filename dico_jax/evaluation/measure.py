@@ -113,6 +113,17 @@ def evaluate_files(
     return _evaluate(evaluator, batches, {"images": images.name, "count": count}, file, images.bad)
 
 
+def check_sampled(
+    reference: str | None, options: Options, out: Any, *, sweep_cfg: str | None
+) -> tuple[tuple[float, ...] | None, Any]:
+    """The scales of a sweep, if any, and the path of `out`; cheap, so it comes before weights."""
+    options.check(reference, sampled=True)
+    if options.clip is not None and options.prompts is None:
+        raise UsageError("--clip", options.clip, "needs --prompts, whose images it scores")
+    scales = parse_sweep(sweep_cfg) if sweep_cfg else None
+    return scales, None if out is None else _checked_outputs(out, bool(scales))
+
+
 def evaluate_checkpoint(
     ckpt: str, reference: str | None, options: Options, out, *, num_samples, asked, sweep_cfg, **how
 ) -> Any:
@@ -121,11 +132,7 @@ def evaluate_checkpoint(
     With `sweep_cfg`, see `parse_sweep`, at every scale, with a plot beside `out`; `how` are options
     of `CheckpointSampler`.
     """
-    options.check(reference, sampled=True)
-    if options.clip is not None and options.prompts is None:
-        raise UsageError("--clip", options.clip, "needs --prompts, whose images it scores")
-    scales = sweep_cfg and parse_sweep(sweep_cfg)
-    file = None if out is None else _checked_outputs(out, bool(scales))
+    scales, file = check_sampled(reference, options, out, sweep_cfg=sweep_cfg)
     results = _read_results(str(out)) if scales else []
     sampler = CheckpointSampler(ckpt, **how)
     samples = functools.partial(sampler.images, sampler.conditions(num_samples, **asked))

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from typing import Any
 
 import jax
@@ -128,7 +129,12 @@ class Pretrained:
         self.guide: Pretrained | None = None
         if guide is not None:
             how: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "mesh": self.mesh}
-            self.guide = Pretrained(guide, step=guide_step, weights=weights, **how)
+            try:
+                self.guide = Pretrained(guide, step=guide_step, weights=weights, **how)
+            except UsageError as error:
+                for flag, its in (("--ckpt", "--guide"), ("--step", "--guide_step")):
+                    error.field = re.sub(rf"^{flag}\b", its, error.field)
+                raise
             self._check_guide(self.guide)
         elif guide_step is not None:
             raise UsageError("--guide_step", guide_step, "is that of --guide: give this, too")
