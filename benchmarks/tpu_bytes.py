@@ -12,96 +12,11 @@ gradient of a loss is compiled; the ideal beside it is still that of the forward
 """
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
 
 MAX_RATIO = 1.5
-ACTIVATION, PARAMETER, WIDE = 2, 4, 4  # bytes: bfloat16, stored float32, float32 of ends and sums
-
-
-@dataclasses.dataclass(frozen=True)
-class FusedStage:
-    """One fused stage: bytes of activations per image, and bytes of parameters per batch."""
-
-    name: str
-    count: int
-    read: int
-    written: int
-    parameters: int
-
-    def bytes(self, batch: int) -> float:
-        """Bytes per image, all `count` of them."""
-        return self.count * (self.read + self.written + self.parameters / batch)
-
-
-def block_stages(name: str, depth: int, width: int, hidden: int, positions: int):
-    """The stages of `depth` DiCo blocks."""
-    x, h, vector = positions * width * ACTIVATION, positions * hidden * ACTIVATION, width * WIDE
-
-    def stage(what, read, written, weights):
-        return FusedStage(f"{name}: {what}", depth, read, written, weights * PARAMETER)
-
-    dense = width * width + width
-    return [
-        stage("modulation", vector, 6 * vector, 6 * dense),
-        stage("norm, modulate, 1x1", x + 2 * vector, x, dense),
-        stage("depthwise, gelu, sum", x, x + vector, 10 * width),
-        stage("attention, 1x1, gate, residual", 2 * x + 2 * vector, x, 2 * dense),
-        stage("norm, modulate, 1x1, gelu", x + 2 * vector, h, (width + 1) * hidden),
-        stage("1x1, gate, residual", h + x + vector, x, (hidden + 1) * width),
-    ]
-
-
-def ideal_stages(
-    *, hidden_size: int, depth: tuple[int, ...], mlp_ratio: float, side: int,
-    in_channels: int = 4, out_channels: int = 8, num_rows: int = 1001, time_features: int = 256,
-) -> list[FusedStage]:  # fmt: skip
-    """All fused stages of a DiCo at latents of side x side; labels are gathered row by row."""
-    d = hidden_size
-    full, half, quarter = side**2, side**2 // 4, side**2 // 16
-
-    def conv(name, positions, inputs, outputs, taps, in_bytes=ACTIVATION, out_bytes=ACTIVATION):
-        """A convolution; what reshuffles or joins its operands moves nothing of its own."""
-        read, written = positions * inputs * in_bytes, positions * outputs * out_bytes
-        return FusedStage(name, 1, read, written, taps * inputs * outputs * PARAMETER)
-
-    def blocks(i, width, positions):
-        hidden = int(mlp_ratio * width)
-        return block_stages(f"stage {i + 1}", depth[i], width, hidden, positions)
-
-    embed = [
-        FusedStage(
-            f"embedding {width}", 1, width * PARAMETER, width * WIDE,
-            (time_features + 1 + width + 1) * width * PARAMETER,
-        )
-        for width in (d, 2 * d, 4 * d)
-    ]  # fmt: skip
-    final = FusedStage(
-        "final: norm, modulate, 3x3", 1, full * 2 * d * ACTIVATION + 4 * d * WIDE,
-        full * out_channels * WIDE, (9 * 2 * d * out_channels + out_channels) * PARAMETER,
-    )  # fmt: skip
-    final_modulation = FusedStage(
-        "final: modulation", 1, 2 * d * WIDE, 4 * d * WIDE, (2 * d + 1) * 4 * d * PARAMETER
-    )
-    return [
-        *embed,
-        conv("input 3x3", full, in_channels, d, 9, in_bytes=WIDE),
-        *blocks(0, d, full),
-        conv("down 1-2", full, d, d // 2, 9),
-        *blocks(1, 2 * d, half),
-        conv("down 2-3", half, 2 * d, d, 9),
-        *blocks(2, 4 * d, quarter),
-        conv("up 3-2", quarter, 4 * d, 8 * d, 9),
-        conv("join level 2", half, 4 * d, 2 * d, 1),
-        *blocks(3, 2 * d, half),
-        conv("up 2-1", half, 2 * d, 4 * d, 9),
-        conv("join level 1", full, 2 * d, 2 * d, 1),
-        *blocks(4, 2 * d, full),
-        final_modulation,
-        final,
-    ]
 
 
 def compile_forward(options: dict, batch: int, side: int, topology: str, train: bool = False):
@@ -147,6 +62,7 @@ def main() -> None:
     parser.add_argument("--hlo", help="write the optimised program to this file")
     args = parser.parse_args()
     from dico_jax.models import model_options
+    from dico_jax.planning.roofline import ideal_stages
 
     known = model_options(args.model)
     options = {name: known[name] for name in ("hidden_size", "depth", "mlp_ratio")}

@@ -32,7 +32,7 @@ from dico_jax.pytorch.tensors import DTYPES
 from dico_jax.pytorch.torch_files import open_tensors, write_pt
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from dico_jax.sampling.image_folder import save
-from dico_jax.training import run
+from dico_jax.training import program, run
 from dico_jax.training.loop import train
 from dico_jax.training.optimizer import create_optimizer
 from tests import golden
@@ -379,9 +379,9 @@ STEPS = pytest.mark.parametrize("step", ["counting", pytest.param("true", marks=
 def use_step(step, monkeypatch):
     """Spares the quick tests what takes half a minute to compile, and is tested elsewhere."""
     if step == "counting":
-        monkeypatch.setattr(run, "make_train_step", counting_step)
+        monkeypatch.setattr(program, "make_train_step", counting_step)
         monkeypatch.setattr(run, "create_state", empty_state)
-        monkeypatch.setattr(run, "create_mesh", lambda **_: create_mesh(jax.devices()[:1]))
+        monkeypatch.setattr(program, "create_mesh", lambda *_, **__: create_mesh(jax.devices()[:1]))
 
 
 @golden.requires_golden

@@ -1,6 +1,5 @@
 """The programs that are measured: a forward pass, a training step, a whole sampling."""
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -13,14 +12,13 @@ from jax.extend import core
 from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 
-from dico_jax.checkpoints.state import TrainState, initializer
+from dico_jax.checkpoints.state import TrainState
 from dico_jax.experiment import experiment_from_config, sampling_from_config
 from dico_jax.models import abstract_params, forward_flops, training_flops
-from dico_jax.models.block_stacks import STACK, map_stacks
+from dico_jax.models.block_stacks import STACK
 from dico_jax.parallel.mesh import batch_sharding, replicated
 from dico_jax.sampling.generate import make_latents_fn
-from dico_jax.training.optimizer import create_optimizer
-from dico_jax.training.step import make_train_step
+from dico_jax.training.program import training_program
 
 LOOPS_NOTE = "the program has loops, whose bodies XLA counts once"
 NO_COUNT_NOTE = "XLA gives no count on this platform"
@@ -45,17 +43,10 @@ def plan_forward(config: ConfigDict, mesh: Mesh) -> Plan:
 def plan_train(config: ConfigDict, mesh: Mesh) -> Plan:
     """The training step of a run on latents; the state is donated."""
     model, shape, (x, _, condition) = _network(config)
-    experiment, whole = experiment_from_config(config, sizes_alone=True), replicated(mesh)
-    diffusion = experiment.diffusion
-    optimizer = create_optimizer(config.optimizer, config.training.num_steps)
-    options = {"seed": config.seed, "ema_decay": config.training.ema_decay}
-    step = make_train_step(model, diffusion, optimizer, mesh=mesh, **options)
-    stack = functools.partial(map_stacks, lambda *leaves: jnp.stack(leaves))
-    state = jax.eval_shape(initializer(model, optimizer, shape), jax.random.key(0))
-    abstract = jax.eval_shape(lambda state: stack(state, model.stacked_stages), state)
-    function = _jitted(step, mesh, donate_argnums=0, out_shardings=whole)
+    program = training_program(config, experiment_from_config(config, sizes_alone=True), mesh)
+    function = _jitted(program.step, mesh, donate_argnums=0, out_shardings=replicated(mesh))
     batch = {"x": x, "condition": condition}
-    return Plan(function, abstract, batch, len(x) * training_flops(model, shape))
+    return Plan(function, program.stacked, batch, len(x) * training_flops(model, shape))
 
 
 def plan_sample(config: ConfigDict, mesh: Mesh) -> Plan:

@@ -3,7 +3,7 @@
 Axes: "data" (whole copies of the state), "fsdp" (shares of it), "tensor" (shares of channels).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -15,14 +15,21 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
-def create_mesh(devices=None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of all devices, or the given ones; -1 for data takes what the others leave."""
+def create_mesh(devices: Any = None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of all devices, or the given ones; -1 for data takes what the others leave.
+
+    Of a number of devices, which need not be there, it is one that nothing can run on.
+    """
     # Process by process: each feeds a block of rows, and "tensor" stays on one host.
-    devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
-    if not mesh_fits(len(devices), 0, data=data, fsdp=fsdp, tensor=tensor):
+    if not (is_number := isinstance(devices, int)):
+        devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
+    count = devices if is_number else len(devices)
+    if not mesh_fits(count, 0, data=data, fsdp=fsdp, tensor=tensor):
         sizes = f"mesh.data={data}, config.mesh.fsdp={fsdp} and config.mesh.tensor={tensor}"
         fix = "give sizes of at least 1 (data may be -1) whose product is that number"
-        raise UsageError(f"{sizes} do not fit {len(devices)} devices: {fix}")
+        raise UsageError(f"{sizes} do not fit {count} devices: {fix}")
+    if is_number:
+        return cast(Mesh, AbstractMesh((count // (fsdp * tensor), fsdp, tensor), AXES))
     return Mesh(np.asarray(devices).reshape(-1, fsdp, tensor), AXES)
 
 

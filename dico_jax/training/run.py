@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dico_jax import experiment as experiments
 from dico_jax.autoencoders import make_latents_fn
 from dico_jax.checkpoints.reader import WarmStart, saved_steps
-from dico_jax.checkpoints.state import create_state, initializer, parse_widths
+from dico_jax.checkpoints.state import create_state
 from dico_jax.config import check_fields
 from dico_jax.data.bad_examples import BadExampleLog, GoodExamples
 from dico_jax.data.pipeline import DeviceBatches, training_batches
@@ -20,16 +20,15 @@ from dico_jax.evaluation.measure import RunEvaluation
 from dico_jax.evaluation.networks import ClassAgreement, class_agreement, require_sklearn
 from dico_jax.files import as_path, new_file
 from dico_jax.models import count_parameters
-from dico_jax.models.block_stacks import stack_shardings, unstack_blocks
+from dico_jax.models.block_stacks import unstack_blocks
 from dico_jax.parallel import mesh as meshes
-from dico_jax.parallel.mesh import create_mesh
-from dico_jax.parallel.sharding import DEFAULT_RULES, parse_rules, say_unmet, state_sharding
+from dico_jax.parallel.sharding import parse_rules, say_unmet
 from dico_jax.sampling.generate import generate_images, make_generate_fn
 from dico_jax.sampling.grids import image_grid, save_png
 from dico_jax.training.logging import require_wandb
-from dico_jax.training.optimizer import create_optimizer, learning_rate_schedule
+from dico_jax.training.optimizer import learning_rate_schedule
+from dico_jax.training.program import mesh_from_config, training_program
 from dico_jax.training.speed import enable_compilation_cache
-from dico_jax.training.step import make_train_step
 from dico_jax.training.workdir import check_workdir, data_of
 
 
@@ -44,13 +43,7 @@ class Run:
         enable_compilation_cache(config.training.compilation_cache)
         with within("config."):
             require_wandb(config.logging.wandb_project)
-            self.mesh = create_mesh(**{axis: config.mesh[axis] for axis in meshes.AXES})
-            rules = parse_rules(config.mesh.rules)
-        shards, parts = meshes.num_batch_shards(self.mesh), config.training.accumulation_steps
-        meshes.check_batch_size(size := config.data.batch_size, shards, "config.data.batch_size")
-        if size % (shards * parts):
-            fix = f"does not divide the {size // shards} examples of a batch on each device"
-            raise UsageError("config.training.accumulation_steps", parts, fix)
+        self.mesh = mesh_from_config(config)
         self.source = experiments.source_from_config(config)
         self.config = config = experiments.with_source_options(config, self.source)
         self.experiment = experiments.experiment_from_config(config, self.source)
@@ -58,13 +51,10 @@ class Run:
         self.read = experiments.reader_from_config(config, self.experiment, self.source)
         training, model = config.training, self.experiment.model
         autoencoder, latent_shape = self.experiment.autoencoder, self.experiment.latent_shape
+        program = training_program(config, self.experiment, self.mesh)
+        self._init, self.target, _, self.train_step = program
         with within("config."):
-            optimizer = create_optimizer(config.optimizer, training.num_steps)
             self.learning_rate = learning_rate_schedule(config.optimizer, training.num_steps)
-            widths = parse_widths(training.ema_widths, training.ema_snapshot_every_steps)
-            self._init = initializer(model, optimizer, latent_shape, widths)
-            abstract = jax.eval_shape(self._init, jax.random.key(0))
-            self._sharding = state_sharding(abstract, self.mesh, rules or DEFAULT_RULES)
             draws: Any = {"mesh": self.mesh, "latent_sampling": config.data.latent_sampling}
             encoded = self.source.kind, autoencoder
             to_latents = make_latents_fn(*encoded, seed=config.seed, **draws)
@@ -86,14 +76,8 @@ class Run:
         self._warm_start = WarmStart(training.init_from, model, self.source) if fresh else None
         self.data = data_of(self.source, getattr(model, "texts", None))
         check_workdir(workdir, config, allowed, self.data)
-        say_unmet(abstract.params, self.mesh, rules)
+        say_unmet(self.target.params, self.mesh, parse_rules(config.mesh.rules))
         self.workdir = as_path(workdir)
-        self.target = jax.tree.map(lambda a, s: a.update(sharding=s), abstract, self._sharding)
-        sharding = stack_shardings(self._sharding, model.stacked_stages)
-        options = {"seed": config.seed, "mesh": self.mesh, "sharding": sharding}
-        options |= {"ema_widths": widths, "skip_bad_steps": training.on_nan == "skip"}
-        options |= {name: training[name] for name in ("ema_decay", "accumulation_steps")}
-        self.train_step = make_train_step(model, self.experiment.diffusion, optimizer, **options)
 
     def describe(self, start: int) -> str:
         """One line of what is about to be trained, where and from which step on."""
@@ -110,7 +94,8 @@ class Run:
 
     def initial_state(self) -> Any:
         """A fresh `TrainState`, or that of `config.training.init_from`."""
-        state = create_state(self._init, self.config.seed, self._sharding)
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.target)
+        state = create_state(self._init, self.config.seed, places)
         if self._warm_start is not None and jax.process_index() == 0:
             print(self._warm_start)
         return state if self._warm_start is None else self._warm_start.apply(state)

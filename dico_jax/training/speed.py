@@ -24,9 +24,10 @@ from dico_jax.training.step import mean_of_steps
 
 _CACHE_DIR = "jax_compilation_cache_dir"
 
-# Makers' FLOP/s of dense bfloat16 (V100: float16) of a device of JAX: half a chip of TPU v3.
+# Makers' FLOP/s of dense bfloat16 (V100: float16) of a device of JAX: half a chip of TPU v3 and 7x.
 _PEAK_FLOPS = (
     (r"NVIDIA (H100 80GB HBM3|H200|GH200 \d+GB)", 989.4e12),
+    (r"NVIDIA B200", 2250e12),
     (r"NVIDIA (H100|H200) NVL", 835.5e12),
     (r"NVIDIA H100 PCIe", 756e12),
     (r"NVIDIA A100(-SXM4-\d+GB|-PCIE-\d+GB| \d+GB PCIe)", 312e12),
@@ -38,6 +39,7 @@ _PEAK_FLOPS = (
     (r"TPU (v5e|v5 lite)", 197e12),
     (r"TPU (v5p|v5)", 459e12),
     (r"TPU (v6e|v6 lite)", 918e12),
+    (r"TPU7x", 1153.5e12),
 )
 
 

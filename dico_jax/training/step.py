@@ -1,7 +1,8 @@
 """One training step, a pure function of (state, batch, attempt), and its metrics."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -78,6 +79,19 @@ def attempt_key(key: jax.Array, attempt: jax.Array) -> jax.Array:
     return jnp.where(attempt == 0, key, jax.random.fold_in(key, attempt))
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A jitted training step, called with (state, batch, attempt=0), and traced with shapes."""
+
+    jitted: jax.stages.Wrapped
+
+    def __call__(self, state: TrainState, batch: dict, attempt: int = 0) -> tuple[TrainState, dict]:
+        return self.jitted(state, batch, jnp.int32(attempt))
+
+    def trace(self, state: TrainState, batch: dict) -> jax.stages.Traced:
+        return self.jitted.trace(state, batch, jax.ShapeDtypeStruct((), jnp.int32))
+
+
 def make_train_step(
     model,
     diffusion: Objective,
@@ -90,7 +104,7 @@ def make_train_step(
     accumulation_steps: int = 1,
     skip_bad_steps: bool = False,
     sharding: Any = None,
-) -> Callable[..., tuple[TrainState, dict]]:
+) -> TrainStep:
     """The jitted step (state, batch, attempt=0) -> (state, metrics).
 
     Every draw follows from (seed, state.step, attempt), so a step's result depends on nothing else;
@@ -125,8 +139,8 @@ def make_train_step(
 
     whole = replicated(mesh)
     given, made = (sharding, batch_sharding(mesh), whole), (sharding, whole)
-    compiled = jax.jit(train_step, donate_argnums=0, in_shardings=given, out_shardings=made)
-    return lambda state, batch, attempt=0: compiled(state, batch, jnp.int32(attempt))
+    how: Any = {"in_shardings": given, "out_shardings": made}
+    return TrainStep(jax.jit(train_step, donate_argnums=0, **how))
 
 
 def quarter_losses(terms: Mapping[str, jax.Array], progress) -> dict[str, Average]:

@@ -1,0 +1,292 @@
+"""What a run needs and takes on devices that are not here."""
+
+import json
+import math
+
+import jax
+import pytest
+
+from dico_jax.errors import UsageError
+from dico_jax.experiment import experiment_from_config
+from dico_jax.models import create_model, forward_macs
+from dico_jax.planning import aot, estimates, planner, roofline
+from dico_jax.planning.chips import CHIPS, parse_topology
+from dico_jax.planning.report import plan_text
+from dico_jax.training.program import mesh_from_config, training_program
+from dico_jax.training.speed import peak_flops
+from tests.commands import call
+from tests.test_training import tiny_config
+
+needs_libtpu = pytest.mark.skipif(
+    not aot.has_libtpu(), reason="compiling for TPU needs the package libtpu"
+)
+
+
+def small_config(**fields):
+    """A DiCo that compiles in seconds, of latents."""
+    config = tiny_config()
+    config.autoencoder.name = "latent_preview"
+    config.data.image_size, config.data.batch_size = 64, 8
+    config.model.update(name="DiCo", hidden_size=8, depth=(1, 1, 2, 1, 1), mlp_ratio=2.0)
+    config.model.update(in_channels=4, num_heads=None, patch_size=None, num_classes=10)
+    for field, value in fields.items():
+        section, name = field.split("__")
+        config[section][name] = value
+    return config
+
+
+def prepared(config, count):
+    mesh = mesh_from_config(config, count)
+    experiment = experiment_from_config(config, sizes_alone=True)
+    return experiment, training_program(config, experiment, mesh), mesh
+
+
+# Chips and slices.
+
+
+def test_slices():
+    found = parse_topology("v5e:8x8")
+    assert (found.chips, found.devices, found.hosts) == (64, 64, 16)
+    assert parse_topology("tpu7x:2x2x4").devices == 32
+    assert parse_topology("h100:16").hosts == 2
+    assert all(peak_flops(chip.kind) for chip in CHIPS.values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("v5e:3x3", "v5e:2x4"),
+        ("v5:4x4", "v5"),
+        ("v7x:2x2x1", "tpu7x:2x2x1"),
+        ("h1000:8", "h100:8"),
+        ("v5p:4x4", "v5p:2x2x4"),
+        ("v5e", "v5e:4x4"),
+        ("v5e:4x4x", "v5e:4x4"),
+        ("a100:12", "a100:16"),
+        ("", ""),
+    ],
+)
+def test_an_unknown_slice_has_the_nearest_named(wrong, nearest):
+    with pytest.raises(UsageError, match=f"^--topology={wrong} .*the nearest is {nearest}"):
+        parse_topology(wrong)
+
+
+# By sizes.
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "giga"),
+    [
+        ("DiCo-S", 33_137_672, 4.2365),
+        pytest.param("DiCo-XL", 701_151_368, 87.221, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_state_and_arithmetic_are_those_of_an_independent_count(name, parameters, giga, fsdp):
+    config = small_config(model__name=name, data__image_size=256, mesh__fsdp=fsdp)
+    config.model.update(hidden_size=None, depth=None, mlp_ratio=None, num_classes=1000)
+    experiment, program, mesh = prepared(config, 4)
+    needed = estimates.need(config, experiment, program, mesh)
+    # Parameters, their average and two moments, float32; what does not divide is on all devices.
+    assert needed.total_state == pytest.approx(16 * parameters / fsdp, rel=0.015)
+    model = experiment.model
+    stages = roofline.stages_of(model, 32, 0, 0)
+    macs = sum(stage.count * stage.macs for stage in stages)
+    assert macs == forward_macs(model, (32, 32, 4)) == pytest.approx(giga * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "blocks"])
+def test_what_blocks_keep(remat):
+    depths = (1, 2, 1, 1, 3)
+    options = {"hidden_size": 16, "mlp_ratio": 2.0, "remat": remat}
+    model = create_model("DiCo", depth=depths, **options)
+    found = estimates.kept_activations(model, (16, 16, 4))
+    whole = estimates._kept_bytes(model, (16, 16, 4))
+    assert sum(found.values()) == pytest.approx(whole, rel=1e-6)
+    x = 16 * 16 * 32 * 4  # of a block of the last stage
+    if remat == "blocks":  # its input alone
+        assert found["decoder_level_1"] == 3 * x
+    else:
+        assert found["decoder_level_1"] > 3 * (5 if remat == "dots" else 11) * x
+
+
+def test_other_networks_have_estimates():
+    config = small_config(model__name="DiT", model__depth=2, model__hidden_size=32)
+    config.model.update(num_heads=2, patch_size=2, mlp_ratio=None)
+    experiment, program, mesh = prepared(config, 4)
+    needed = estimates.need(config, experiment, program, mesh)
+    assert set(needed.activations) == {"blocks", "between the stages"}
+    where = parse_topology("h100:4")
+    time = estimates.step_time(config, experiment, needed, [], mesh, where)
+    assert 0 < time.total[0] < time.total[1]
+
+
+def test_what_devices_exchange():
+    config = small_config(mesh__fsdp=2, mesh__tensor=2)
+    experiment, program, mesh = prepared(config, 8)
+    sent = list(estimates.traffic(config, experiment, program, mesh))
+    assert [t.axis for t in sent] == ["data", "fsdp", "fsdp", "tensor"]
+    assert all(t.wire > 0 for t in sent)
+
+
+def test_activations_are_those_of_a_program_for_cpu():
+    """The compiler needs from as much as is kept to 1.5 times that, beside the gradients."""
+    config = small_config(data__image_size=256, data__batch_size=32, model__depth=(2, 1, 1, 1, 2))
+    planned = plan_on_cpus(config)
+    found = planner.compile_step(planned)
+    needed = planned.needed
+    assert found.arguments == pytest.approx(needed.total_state + needed.batch, rel=0.01)
+    ratio = (found.temporaries - needed.gradients) / sum(needed.activations.values())
+    assert 0.9 < ratio < 1.5, ratio
+
+
+def plan_on_cpus(config):
+    patch = pytest.MonkeyPatch()
+    with patch.context() as change:
+        change.setattr(aot, "slice_devices", lambda where: jax.devices()[: where.devices])
+        return planner.prepare(config, parse_topology("v5e:2x2"), compiles=True)
+
+
+# What the compiler says.
+
+PROGRAM = """HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (state: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %all-reduce.1 = (bf16[4,8]{1,0}, f32[2]{0}) all-reduce(%x, %y), to_apply=%add
+}
+
+%condition (state: (s32[], bf16[4,8])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(9)
+  ROOT %less = pred[] compare(%i, %constant.1), direction=LT
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %while.1 = (s32[], bf16[4,8]) while(%x), condition=%condition, body=%body
+  %all-gather-start.1 = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%w), dimensions={0}
+  %all-gather-done.1 = bf16[8,8]{1,0} all-gather-done(%all-gather-start.1)
+}
+"""
+
+
+def test_collectives_in_loops_count_as_often_as_they_run():
+    found = aot.collectives(PROGRAM)
+    assert found == {"all-reduce": (9, 9 * (64 + 8)), "all-gather": (1, 128)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (298.12G) exceeds available HBM (15.75G).",
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 298.12G of 15.75G hbm. Exceeded hbm capacity by 282.37G.",
+    ],
+)
+def test_what_the_compiler_refuses_is_read(text):
+    assert aot.DoesNotFit(text).needed == 298.12 * 2**30
+    assert math.isnan(aot.DoesNotFit("RESOURCE_EXHAUSTED: of another kind").needed)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_plan_from_a_compiled_program(scan, monkeypatch):
+    monkeypatch.setattr(aot, "slice_devices", lambda where: jax.devices()[: where.devices])
+    monkeypatch.setattr(aot, "has_libtpu", lambda: True)
+    config = small_config(model__scan_blocks=scan, mesh__fsdp=2)
+    where = parse_topology("v5e:2x2")
+    plan = planner.make_plan(config, where, planner.Options(price=2.0))
+    assert plan == json.loads(json.dumps(plan))
+    memory = plan["sections"]["memory per device"]
+    assert plan["fits"]
+    assert memory["headroom"]["by"] == "compiled"
+    assert ("a save: state twice" in memory) == scan
+    assert ("with loops' bodies once" in plan["sections"]["work of a step"]) == scan
+    assert {figure["by"] for s in plan["sections"].values() for figure in s.values()} == {
+        "analytic", "compiled",
+    }  # fmt: skip
+    least, most = plan["sections"]["time"]["chip-hours"]["value"]
+    assert 0 < least < most
+    assert plan["sections"]["time"]["cost by --price"]["value"] == [2 * least, 2 * most]
+    text = plan_text(plan)
+    assert text.startswith("DiCo on v5e:2x2: fits\n")
+    kind = "all-reduce"
+    assert any(name.startswith(kind) for name in plan["sections"][
+        "communication of a step, per device"])  # fmt: skip
+
+
+def test_a_run_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr(aot, "slice_devices", lambda where: jax.devices()[: where.devices])
+    monkeypatch.setattr(aot, "has_libtpu", lambda: True)
+
+    def refuse(*_, **__):
+        raise aot.DoesNotFit("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm.")
+
+    monkeypatch.setattr(aot, "compile_program", refuse)
+    plan = planner.make_plan(small_config(), parse_topology("v5e:2x2"), planner.Options())
+    assert not plan["fits"]
+    assert "DOES NOT FIT" in plan_text(plan)
+    headroom = plan["sections"]["memory per device"]["headroom"]
+    assert headroom["value"] == pytest.approx((15.75 - 20) * 2**30)
+
+
+# The command.
+
+TINY = (
+    "--config=configs/digits.py",
+    "--config.model.hidden_size=8",
+    "--config.model.in_channels=4",
+    "--config.autoencoder.name=latent_preview",
+    "--config.data.image_size=64",
+)
+
+
+def test_the_command_without_a_compiler(tmp_path):
+    args = "--topology=h200:8", "--format=json", f"--out={tmp_path / 'plan.json'}"
+    done = call("dico_jax.plan", *TINY, *args)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert json.loads((tmp_path / "plan.json").read_text()) == plan
+    figures = [f for section in plan["sections"].values() for f in section.values()]
+    assert {figure["by"] for figure in figures} == {"analytic"}
+    assert plan["notes"][0].startswith("GPUs: nothing is compiled")
+    assert plan["config"]["data.batch_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--topology=v5e:5x5"], "--topology=v5e:5x5 is no slice"),
+        (["--topology=v5e:4x4", "--config.mesh.fsdp=3"], "config.mesh.fsdp=3 and"),
+        (["--topology=v5e:8x16"], "config.data.batch_size=64 does not divide over 128 devices"),
+        (["--topology=v5e:2x2", "--config.training.accumulation_steps=3"], "accumulation_steps=3"),
+        (
+            ["--topology=v5e:2x2", "--config.model.num_classes=None"],
+            "config.model.num_classes=None",
+        ),
+        (["--topology=v5e:2x2", "--effort=-2"], "--effort"),
+        ([], "--topology"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(args, said):
+    done = call("dico_jax.plan", *TINY, "--nocompile", *args)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") <= 2
+    assert not done.stdout
+
+
+# With libtpu's compiler.
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_small_step_compiles_for_a_slice():
+    call_args = ["--topology=v5e:2x2", "--format=json", "--effort=-1"]
+    done = call("dico_jax.plan", *TINY, *call_args, fresh=True, xla_flags="")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["fits"]
+    assert plan["sections"]["memory per device"]["headroom"]["by"] == "compiled"
