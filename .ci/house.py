@@ -10,9 +10,9 @@ import pathlib
 import sys
 
 BARS = {
-    "lines of dico_jax/": 21_700,  # 15,000, then text to image, ways to sample, buckets, plans
+    "lines of dico_jax/": 22_200,  # 15,000, then text to image, ways to sample, buckets, plans
     "lines of the longest file": 400,
-    "files": 139,
+    "files": 142,
     "modules at the top": 13,
 }
 

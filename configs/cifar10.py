@@ -5,6 +5,7 @@ r"""CIFAR-10 in pixels: a DiCo of 33M parameters at 32x32, without an autoencode
 
 Data: the 50,000 training pictures, in a folder or zip per class, or from TFDS: docs/recipes.md.
 Hardware: one GPU (not measured yet).
+Slice: v5e:2x2 --config.model.dtype=bfloat16
 Expected: recognisable pictures of the ten classes (no FID measured yet).
 """
 

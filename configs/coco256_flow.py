@@ -5,6 +5,7 @@ r"""DiCo with text on MS-COCO at 256x256 by flow matching: the objective and sam
 
 Data: LATENTS as of configs/coco256.py.
 Hardware: GPUs or a TPU slice (not measured yet).
+Slice: v5e:2x2 --config.model.dtype=bfloat16
 Expected: as of configs/coco256.py, which has the published noise prediction instead: FID 4.93, with
     cross-attention 4.87 (paper, table 3). "The same setup as REPA" does not say which of the two.
 Evaluation: 40,192 samples of validation captions by ADM's evaluator; 250 steps of Euler-Maruyama

@@ -6,6 +6,7 @@ r"""DiCo with text on MS-COCO at 256x256 in the protocol of U-ViT (arXiv 2209.12
 Data: LATENTS made by `python -m dico_jax.prepare latents --crop=lanczos --nomirrored --text=...`
     of the 82,783 training pictures of COCO 2014, see docs/data.md.
 Hardware: GPUs or a TPU slice (not measured yet).
+Slice: v5e:2x2 --config.model.dtype=bfloat16
 Expected: U-ViT-S/2 has FID 5.95 and its deep variant 5.48 so; no number of DiCo is published.
 Evaluation: the FID belongs to 30,000 samples of shuffled validation captions and the Inception of
     pytorch-fid. It does not compare with that of configs/coco256.py. U-ViT samples by 50 steps of

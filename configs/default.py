@@ -37,7 +37,7 @@ RANGES = {
 PATHS = {
     "": "data.cache_dir eval.features eval.inception config features inception",
     "gs s3": "data.path data.captions training.compilation_cache training.init_from "
-    "eval.reference path captions samples reference workdir ckpt out npz",
+    "eval.reference path captions samples reference workdir ckpt out npz calibrate plan",
     "hf": "autoencoder.path text.path vae text_encoder clip input text",
     "gs s3 hf": "sample.ckpt evaluate.ckpt export.ckpt guide",
 }

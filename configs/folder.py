@@ -6,6 +6,7 @@ Data: PICTURES has a subfolder per class (one is enough) with pictures of any si
     The classes are counted, nothing else has to be set. For long runs encode ahead instead:
     docs/recipes.md.
 Hardware: one GPU (not measured yet).
+Slice: v5e:2x2 --config.model.dtype=bfloat16 --config.model.num_classes=10
 Expected: depends on the pictures.
 """
 

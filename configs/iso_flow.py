@@ -7,6 +7,8 @@ Data: LATENTS, a folder of arrays (docs/data.md) with 16x16x32 latents of VA-VAE
     channel normalised to mean 0 and deviation 1. This package has no VA-VAE: encode with its own
     code, and decode samples with it (grids show three channels).
 Hardware: 8 GPUs with 80 GB, or a TPU slice (not measured yet).
+Slice: v5e:4x4 --config.model.dtype=bfloat16 --config.model.scan_blocks=True
+    --config.model.remat=dots --config.mesh.fsdp=16
 Expected: FID 1.33 at 800 epochs (paper: its conv module in LightningDiT's setting, 679M parameters,
     118.3G multiply-adds, 201 images/s where attention has 73).
 Known of that setting (arXiv 2501.01423): the latents, patches of one position, width 1152, batch

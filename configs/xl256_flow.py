@@ -5,6 +5,8 @@ r"""DiCo-XL (701.2M parameters) on ImageNet 256x256 by flow matching, as SiT and
 
 Data: LATENTS made by `python -m dico_jax.prepare latents --image_size=256`, see docs/recipes.md.
 Hardware: 8 GPUs with 80 GB, or a TPU slice (not measured yet).
+Slice: v5e:4x4 --config.model.dtype=bfloat16 --config.model.scan_blocks=True
+    --config.model.remat=dots --config.mesh.fsdp=16
 Expected: unknown: nobody has published DiCo-XL with this objective. SiT-XL/2 has FID 8.3 after
     7,000K steps without guidance, and 2.06 with guidance 1.5 (arXiv 2401.08740).
 Facts: the linear path, its velocity, uniform times, AdamW with 1e-4, no decay, batch 256, EMA

@@ -16,6 +16,12 @@ _WORKDIR = flags.DEFINE_string(
 _ALLOW = flags.DEFINE_multi_enum(
     "allow_config_change", [], CAREFUL_FIELDS, "Field that may change from this checkpoint on."
 )
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Check everything, say what the run would do and how fast, and write nothing."
+)
+_PLAN = flags.DEFINE_string(
+    "plan", None, "File of dico_jax.plan --out: say where this run is not as it was planned."
+)
 _USE_ALL_CORES = cli.define_cpu_tuning()
 _JOIN = cli.define_distributed_flags()
 flags.adopt_module_key_flags(cli)  # so that --help shows them
@@ -30,6 +36,14 @@ def main() -> None:
 
     _JOIN()
     _USE_ALL_CORES(run_fits(config))
+    if _PLAN.value:
+        from dico_jax.planning.runs import compare
+
+        compare(_PLAN.value, config)
+    if _DRY_RUN.value:
+        from dico_jax.planning.runs import dry_run
+
+        return dry_run(config, _WORKDIR.value, _ALLOW.value)
     train(config, _WORKDIR.value, _ALLOW.value)
 
 

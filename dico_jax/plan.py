@@ -26,6 +26,16 @@ _EFFORT = flags.DEFINE_float(
     "effort", -1.0, "Of the compiler: -1 for the fastest, 0 for what main compiles with.",
     lower_bound=-1.0, upper_bound=0.0,
 )  # fmt: skip
+_PROGRAMS = flags.DEFINE_multi_enum(
+    "program", ["sample", "decode", "features"], ["sample", "decode", "features", "none"],
+    "Compiled besides the training step: a guided sampler, the decoder, Inception.",
+)  # fmt: skip
+_SEARCH = flags.DEFINE_bool(
+    "search", None, "Try other settings [where the config does not fit]; the best are compiled."
+)
+_CALIBRATE = flags.DEFINE_string(
+    "calibrate", None, "Workdir of a run on the same slice, whose measured speed scales the times."
+)
 _PRICE = flags.DEFINE_float("price", None, "Of a chip for an hour.", lower_bound=0.0)
 flags.adopt_module_key_flags(cli)  # so that --help shows it
 
@@ -41,15 +51,27 @@ def main() -> None:
     import jax
 
     from dico_jax.files import result_path, write_json
+    from dico_jax.planning.aot import has_libtpu
     from dico_jax.planning.chips import parse_topology
     from dico_jax.planning.planner import Options, make_plan
     from dico_jax.planning.report import plan_text
+    from dico_jax.planning.runs import calibration
+    from dico_jax.planning.search import search
 
     jax.config.update("jax_exec_time_optimization_effort", _EFFORT.value)
     file = None if _OUT.value is None else result_path(_OUT.value, ".json")
-    options = Options(_COMPILE.value, _PRICE.value)
     where = parse_topology(_TOPOLOGY.value)
-    plan = make_plan(config, where, options, lambda text: print(f"{text} ...", file=sys.stderr))
+    programs = tuple(name for name in _PROGRAMS.value if name != "none")
+    scale = calibration(_CALIBRATE.value, where) if _CALIBRATE.value else None
+    options = Options(_COMPILE.value, programs, _PRICE.value, scale)
+
+    def say(text: str) -> None:
+        print(f"{text} ...", file=sys.stderr, flush=True)
+
+    plan = make_plan(config, where, options, say)
+    if _SEARCH.value or (_SEARCH.value is None and not plan["fits"]):
+        compiled = 2 if _COMPILE.value and where.chip.platform == "tpu" and has_libtpu() else 0
+        plan["search"] = search(config, where, compiled, say)
     print(json.dumps(plan, indent=1) if _FORMAT.value == "json" else plan_text(plan))
     if file is not None:
         write_json(file, plan)

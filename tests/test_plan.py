@@ -1,7 +1,11 @@
 """What a run needs and takes on devices that are not here."""
 
+import ast
+import importlib
 import json
 import math
+import re
+import statistics
 
 import jax
 import pytest
@@ -9,12 +13,14 @@ import pytest
 from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config
 from dico_jax.models import create_model, forward_macs
-from dico_jax.planning import aot, estimates, planner, roofline
+from dico_jax.planning import aot, estimates, planner, programs, roofline, runs
 from dico_jax.planning.chips import CHIPS, parse_topology
 from dico_jax.planning.report import plan_text
+from dico_jax.planning.search import search
+from dico_jax.training.loop import train
 from dico_jax.training.program import mesh_from_config, training_program
 from dico_jax.training.speed import peak_flops
-from tests.commands import call
+from tests.commands import ROOT, call
 from tests.test_training import tiny_config
 
 needs_libtpu = pytest.mark.skipif(
@@ -86,7 +92,7 @@ def test_state_and_arithmetic_are_those_of_an_independent_count(name, parameters
     config = small_config(model__name=name, data__image_size=256, mesh__fsdp=fsdp)
     config.model.update(hidden_size=None, depth=None, mlp_ratio=None, num_classes=1000)
     experiment, program, mesh = prepared(config, 4)
-    needed = estimates.need(config, experiment, program, mesh)
+    needed = estimates.need(config, experiment, program.target, mesh)
     # Parameters, their average and two moments, float32; what does not divide is on all devices.
     assert needed.total_state == pytest.approx(16 * parameters / fsdp, rel=0.015)
     model = experiment.model
@@ -110,11 +116,17 @@ def test_what_blocks_keep(remat):
         assert found["decoder_level_1"] > 3 * (5 if remat == "dots" else 11) * x
 
 
-def test_other_networks_have_estimates():
-    config = small_config(model__name="DiT", model__depth=2, model__hidden_size=32)
+def small_dit(**fields):
+    """A network that is traced in a second."""
+    config = small_config(model__name="DiT", model__depth=2, model__hidden_size=32, **fields)
     config.model.update(num_heads=2, patch_size=2, mlp_ratio=None)
+    return config
+
+
+def test_other_networks_have_estimates():
+    config = small_dit()
     experiment, program, mesh = prepared(config, 4)
-    needed = estimates.need(config, experiment, program, mesh)
+    needed = estimates.need(config, experiment, program.target, mesh)
     assert set(needed.activations) == {"blocks", "between the stages"}
     where = parse_topology("h100:4")
     time = estimates.step_time(config, experiment, needed, [], mesh, where)
@@ -124,16 +136,16 @@ def test_other_networks_have_estimates():
 def test_what_devices_exchange():
     config = small_config(mesh__fsdp=2, mesh__tensor=2)
     experiment, program, mesh = prepared(config, 8)
-    sent = list(estimates.traffic(config, experiment, program, mesh))
-    assert [t.axis for t in sent] == ["data", "fsdp", "fsdp", "tensor"]
+    sent = list(estimates.traffic(config, experiment, program.target, mesh))
+    assert [t.axis for t in sent] == ["batch", "data", "fsdp", "fsdp", "tensor"]
     assert all(t.wire > 0 for t in sent)
 
 
 def test_activations_are_those_of_a_program_for_cpu():
     """The compiler needs from as much as is kept to 1.5 times that, beside the gradients."""
     config = small_config(data__image_size=256, data__batch_size=32, model__depth=(2, 1, 1, 1, 2))
-    planned = plan_on_cpus(config)
-    found = planner.compile_step(planned)
+    planned, program = plan_on_cpus(config)
+    found = planner.compile_step(planned, program)
     needed = planned.needed
     assert found.arguments == pytest.approx(needed.total_state + needed.batch, rel=0.01)
     ratio = (found.temporaries - needed.gradients) / sum(needed.activations.values())
@@ -290,3 +302,188 @@ def test_a_small_step_compiles_for_a_slice():
     plan = json.loads(done.stdout)
     assert plan["fits"]
     assert plan["sections"]["memory per device"]["headroom"]["by"] == "compiled"
+
+
+# Other programs, other settings, and runs.
+
+
+def test_what_a_run_compiles_besides(monkeypatch):
+    monkeypatch.setattr(aot, "slice_devices", lambda where: jax.devices()[: where.devices])
+    monkeypatch.setattr(aot, "has_libtpu", lambda: True)
+    options = planner.Options(programs=("sample", "decode"))
+    config = small_config(mesh__fsdp=2, model__scan_blocks=True)
+    sections = planner.make_plan(config, parse_topology("v5e:2x2"), options)["sections"]
+    sample, decode = (sections[f"program {name!r}, 16 images"] for name in options.programs)
+    assert sample["headroom"]["value"] < decode["headroom"]["value"]
+    assert sample["FLOPs of a device, loops' bodies once"]["by"] == "compiled"
+
+
+@pytest.mark.slow
+def test_the_published_decoder_and_features_have_shapes(monkeypatch):
+    config = small_config()
+    config.autoencoder.name = "sd_vae"
+    experiment, program, mesh = prepared(config, 4)
+    assert sum(x.size for x in jax.tree.leaves(experiment.autoencoder.shapes())) == 83_653_863
+    mesh = mesh_from_config(config, jax.devices()[:4])
+    for make in (programs.decoder, programs.features):
+        assert make(config, experiment, program.target.ema_params, mesh).flops > 1e9
+
+
+def test_the_search_finds_what_fits():
+    config = small_dit(data__image_size=256, data__batch_size=2**16)
+    where = parse_topology("v5e:2x2")
+    assert planner.prepare(config, where)[0].memory > where.chip.memory
+    found = search(config, where)
+    rows = found["ranked"]
+    assert found["best"] == rows[0]["flags"] != "as it is"
+    assert rows[0]["fits"]
+    assert rows[0]["memory_bytes"] < where.chip.memory
+    assert "--config.data.batch_size" not in rows[0]["flags"]  # which changes what is learned
+    # The flags are those of a run that fits.
+    for flag in found["best"].split():
+        field, _, value = flag.removeprefix("--config.").partition("=")
+        section, name = field.split(".")
+        config[section][name] = type(config[section][name])(ast.literal_eval(value)) if (
+            value[0].isdigit() or value in ("True", "False")) else value  # fmt: skip
+    assert planner.prepare(config, where)[0].memory < where.chip.memory
+
+
+def test_the_best_settings_are_compiled(monkeypatch):
+    monkeypatch.setattr(aot, "slice_devices", lambda where: jax.devices()[: where.devices])
+    said = []
+    found = search(small_dit(), parse_topology("v5e:1x1"), 1, said.append)
+    assert len(said) == 1
+    assert [row["memory_by"] for row in found["ranked"]].count("compiled") == 1
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    config = small_run()
+    train(config, str(folder))
+    return folder
+
+
+def small_run():
+    config = tiny_config()
+    config.eval.class_agreement_samples = config.sampling.grid_every_steps = 0
+    return config
+
+
+def test_times_are_scaled_by_a_run(workdir, tmp_path):
+    where = parse_topology("v5e:2x2")
+    scale = runs.calibration(str(workdir), where)
+    speed = runs.recorded_speeds(str(workdir))
+    plan = planner.make_plan(small_run(), where, planner.Options(compiles=False, scale=scale))
+    least, most = plan["sections"]["time"]["images per second"]["value"]
+    assert least < statistics.median(speed) < most == pytest.approx(1.25**2 * least)
+    name = "measured step over the middle of its estimate"
+    assert plan["sections"]["time"][name] == {"value": scale, "unit": "", "by": "measured"}
+    with pytest.raises(UsageError, match="^--calibrate=.* is no workdir of a run"):
+        runs.calibration(str(tmp_path), where)
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
+    with pytest.raises(UsageError, match="has no images_per_second"):
+        runs.calibration(str(tmp_path), where)
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    runs.dry_run(small_run(), str(tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
+    text = capsys.readouterr().out
+    assert "steps 0 to 6" in text
+    assert "saves 2 times" in text
+    assert "for the 6 steps that are left" in text
+
+
+def test_a_dry_run_goes_on_where_the_run_is(workdir, capsys):
+    config = small_run()
+    config.training.num_steps = 10
+    before = sorted((file, file.stat().st_mtime_ns) for file in workdir.rglob("*"))
+    runs.dry_run(config, str(workdir))
+    assert "steps 6 to 10" in capsys.readouterr().out
+    assert sorted((file, file.stat().st_mtime_ns) for file in workdir.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_what_does_not_fit(tmp_path, monkeypatch):
+    usage = runs.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UsageError, match="^--workdir=.* needs .* GB for checkpoints"):
+        runs.dry_run(small_run(), str(tmp_path / "run"))
+    config = small_run()
+    config.data.batch_size = 3
+    with pytest.raises(UsageError, match="data.batch_size=3 does not divide"):
+        runs.dry_run(config, str(tmp_path / "run"))
+
+
+def test_a_run_is_compared_with_its_plan(tmp_path, capsys):
+    config = small_run()
+    plan = planner.make_plan(config, parse_topology("h100:1"), planner.Options())
+    config.data.batch_size = 8
+    plan["versions"]["jax"] = "0.1"
+    found = list(runs.differences(plan, config))
+    assert found[0] == "config.data.batch_size is 8, and 16 was planned"
+    assert found[1] == "devices is '8 x cpu', and '1 x NVIDIA H100 80GB HBM3' was planned"
+    assert found[2].startswith("version of jax is ")
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan))
+    runs.compare(str(file), config)
+    assert capsys.readouterr().err.startswith(
+        f"warning: --plan={file}: config.data.batch_size is 8"
+    )
+    file.write_text("[]")
+    with pytest.raises(UsageError, match="^--plan=.* is no plan"):
+        runs.compare(str(file), config)
+
+
+def test_main_takes_both_flags(tmp_path):
+    args = ["--config=configs/digits.py", "--config.model.hidden_size=8", "--dry_run"]
+    args += ["--config.data.batch_size=8", f"--workdir={tmp_path / 'run'}"]
+    file = tmp_path / "plan.json"
+    plan = call("dico_jax.plan", *args[:2], "--topology=a100:1", f"--out={file}", "--format=json")
+    assert plan.returncode == 0, plan.stderr
+    done = call("dico_jax.main", *args, f"--plan={file}")
+    assert done.returncode == 0, done.stderr
+    assert "config.data.batch_size is 8, and 64 was planned" in done.stderr
+    assert "no step was kept" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+# Every config names the slice that it is meant for.
+
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("[a-z]*.py") if p.stem != "default")
+
+
+def slice_of(name):
+    """Of a config's file its slice and the flags beside it."""
+    found = re.search(
+        r"^Slice: (\S+)((?:\s+--\S+)*)$", (ROOT / f"configs/{name}.py").read_text(), re.M
+    )
+    assert found, name
+    return found[1], found[2].split()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_names_its_slice(name):
+    topology, flags = slice_of(name)
+    config = importlib.import_module(f"configs.{name}").get_config()
+    where = parse_topology(topology)
+    for flag in flags:
+        field, _, value = flag.removeprefix("--config.").partition("=")
+        section, option = field.split(".")
+        kind = config[section].get_type(option)
+        config[section][option] = kind({"True": 1}.get(value, value))
+    mesh_from_config(config, where.devices)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_fits_its_slice(name):
+    topology, flags = slice_of(name)
+    args = f"--config=configs/{name}.py", f"--topology={topology}", "--format=json", *flags
+    done = call("dico_jax.plan", *args, "--program=none", fresh=True, xla_flags="")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["fits"]
+    work = plan["sections"]["work of a step"]  # the bar is 4 minutes on two cores of its own
+    assert work["tracing and compiling, of all cores"]["value"] < 240

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from dico_jax.autoencoders.kl import MIN_TILE, AutoencoderKL, KLConfig, decode_in_tiles
+from dico_jax.autoencoders.kl import (
+    MIN_TILE,
+    AutoencoderKL,
+    KLConfig,
+    abstract_params,
+    decode_in_tiles,
+)
 from dico_jax.autoencoders.weights import RELEASED, KLFile, Weights, naming, open_kl
 from dico_jax.errors import UsageError
 from dico_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
@@ -50,6 +56,7 @@ class Autoencoder:
     encode_moments: Callable[[Any, jax.Array], jax.Array] | None = None
     scaling_factor: float = 1.0  # latents are multiplied by it for the diffusion model
     load: Callable[[], Weights] = lambda: Weights({})
+    shapes: Callable[[], Any] = dict  # of the parameters, without reading them
 
     def encode(self, params: Any, pictures: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """Pictures (N, H, W, 3) in [-1, 1] to scaled latents, float32, see `posterior_latents`."""
@@ -106,9 +113,10 @@ def _sd_vae(config) -> Autoencoder:
                 raise UsageError(f"it has {file.config}, and {sizes} was expected")
             return file.read()
 
+    shapes = functools.partial(abstract_params, sizes)
     factor = config.scaling_factor or sizes.scaling_factor
     side, channels = sizes.downsampling, sizes.latent_channels
-    return Autoencoder("sd_vae", side, channels, decode, encode_moments, factor, load)
+    return Autoencoder("sd_vae", side, channels, decode, encode_moments, factor, load, shapes)
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ class Compiled(NamedTuple):
     has_loops: bool  # whose bodies XLA's counts contain once
 
 
-def compile_ahead(function: jax.stages.Wrapped, *args: Any) -> Compiled:
+def compile_ahead(function: Any, *args: Any) -> Compiled:
     """Traces and compiles a jitted function for arguments, of which only shapes matter."""
     start = time.perf_counter()
     lowered = (traced := function.trace(*args)).lower()

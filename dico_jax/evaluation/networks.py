@@ -71,6 +71,12 @@ class FeatureNetwork(abc.ABC):
 FeatureFn = Callable[[np.ndarray], Features]
 
 
+def jit_features(network: FeatureNetwork, mesh: Mesh) -> jax.stages.Wrapped:
+    """The program of `make_feature_fn`: (params, uint8 images (N, H, W, C)) to `Features`."""
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    return jax.jit(network.apply, in_shardings=(whole, split), out_shardings=whole)
+
+
 def make_feature_fn(network: FeatureNetwork, batch_size: int, mesh: Mesh) -> FeatureFn:
     """The function from uint8 images (N, H, W, C), split over the mesh, to their features.
 
@@ -81,7 +87,7 @@ def make_feature_fn(network: FeatureNetwork, batch_size: int, mesh: Mesh) -> Fea
     if mesh.devices.flat[0].platform == "cpu":
         batch_size = min(batch_size, network.cpu_batch_size * shards)
     size = -(-batch_size // shards) * shards
-    compiled = jax.jit(network.apply, in_shardings=(whole, split), out_shardings=whole)
+    compiled = jit_features(network, mesh)
     params = jax.device_put(network.params, whole)
 
     def part(images: np.ndarray) -> Features:

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +73,7 @@ class Found(NamedTuple):
         str, tuple[int, int]
     ]  # by kind, how many in a run, and bytes of their results
     seconds: float
+    processor: float  # seconds of all cores
 
     @property
     def memory(self) -> int:
@@ -90,13 +92,14 @@ class DoesNotFit(Exception):  # noqa: N818  it says what was found
 
 def compile_program(function: Any, *args: Any) -> Found:
     """Compiles a jitted function for what its shardings say; DoesNotFit where memory is short."""
+    before = time.process_time()
     try:
         found = compile_ahead(function, *args)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFit(str(error)) from error
-    return describe(found)
+    return describe(found)._replace(processor=time.process_time() - before)
 
 
 def describe(found: Compiled) -> Found:
@@ -113,6 +116,7 @@ def describe(found: Compiled) -> Found:
         found.has_loops,
         collectives(found.executable.as_text() or ""),
         found.trace_seconds + found.compile_seconds,
+        0.0,
     )
 
 

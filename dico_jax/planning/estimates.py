@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dico_jax.checkpoints.state import TrainState
 from dico_jax.experiment import Experiment
 from dico_jax.models import abstract_params, training_flops
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.parallel.mesh import num_batch_shards
 from dico_jax.planning import roofline
 from dico_jax.planning.chips import Slice
-from dico_jax.training.program import TrainingProgram
 
 _EXAMPLES = 67  # no other size of a network is it, so that what is kept per example is seen
 
@@ -50,11 +50,11 @@ class Traffic(NamedTuple):
     wire: float  # bytes that pass its links, by rings
 
 
-def need(config: ConfigDict, experiment: Experiment, program: TrainingProgram, mesh: Mesh) -> Need:
-    """The memory of a training step on each device, analytic."""
-    stacked, model = program.stacked, experiment.model
-    parts = {"parameters": stacked.params, "optimizer": (stacked.opt_state, stacked.step)}
-    parts |= {"averages": (stacked.ema_params, stacked.width_emas)}
+def need(config: ConfigDict, experiment: Experiment, target: TrainState, mesh: Mesh) -> Need:
+    """The memory of a training step on each device; `target` has the shardings of its state."""
+    model = experiment.model
+    parts = {"parameters": target.params, "optimizer": (target.opt_state, target.step)}
+    parts |= {"averages": (target.ema_params, target.width_emas)}
     state = {name: sum(map(_bytes_of_shard, jax.tree.leaves(p))) for name, p in parts.items()}
     rows = config.data.batch_size / num_batch_shards(mesh)
     per_example = kept_activations(model, experiment.latent_shape)
@@ -110,22 +110,24 @@ def _kept_bytes(model: Denoiser, latent_shape: tuple[int, ...]) -> float:
 
 
 def traffic(
-    config: ConfigDict, experiment: Experiment, program: TrainingProgram, mesh: Mesh
+    config: ConfigDict, experiment: Experiment, target: TrainState, mesh: Mesh
 ) -> Iterator[Traffic]:
     """What devices exchange in a step."""
     model, sizes = experiment.model, dict(mesh.shape)
-    shard = sum(map(_bytes_of_shard, jax.tree.leaves(program.stacked.params)))
-    if (n := sizes["data"]) > 1:
-        yield Traffic("data", "all-reduce of gradients", 1, shard, 2 * (n - 1) / n * shard)
-    if (n := sizes["fsdp"]) > 1:
-        whole = shard * n
-        used = whole * min(4, model.dtype.itemsize) / 4
-        parts = config.training.accumulation_steps
-        gathers = 2 * parts  # forward and backward
-        yield Traffic("fsdp", "all-gather of parameters", gathers, gathers * used,
-                      gathers * (n - 1) / n * used)  # fmt: skip
-        yield Traffic("fsdp", "reduce-scatter of gradients", parts, parts * whole,
-                      parts * (n - 1) / n * whole)  # fmt: skip
+    leaves = jax.tree.leaves(target.params)
+    split = [leaf for leaf in leaves if "fsdp" in leaf.sharding.spec]
+    shares, all_ = (sum(map(_bytes_of_shard, found)) for found in (split, leaves))
+    summed, n = all_ - shares, num_batch_shards(mesh)  # what no axis of the batch splits
+    if n > 1 and summed:
+        yield Traffic("batch", "all-reduce of gradients", 1, summed, _ring(n, 2 * summed))
+    if (n := sizes["data"]) > 1 and shares:
+        yield Traffic("data", "all-reduce of gradients", 1, shares, _ring(n, 2 * shares))
+    if (n := sizes["fsdp"]) > 1 and shares:
+        whole, parts = shares * n, config.training.accumulation_steps
+        used = whole * min(4, model.dtype.itemsize) / 4 * 2 * parts  # forward and backward
+        yield Traffic("fsdp", "all-gather of parameters", 2 * parts, used, _ring(n, used))
+        summed = parts * whole
+        yield Traffic("fsdp", "reduce-scatter of gradients", parts, summed, _ring(n, summed))
     if (n := sizes["tensor"]) > 1 and hasattr(model, "stage_widths"):
         side = experiment.latent_shape[0] ** 2
         positions = side, side // 4, side // 16, side // 4, side
@@ -134,8 +136,12 @@ def traffic(
         # Two products per block end with a sum, as do their gradients.
         one = sum(4 * depth * at * width for depth, at, width in stages) * model.dtype.itemsize
         payload, count = one * images, 4 * sum(model.depth)
-        yield Traffic("tensor", "all-reduce of activations", count, payload,
-                      2 * (n - 1) / n * payload)  # fmt: skip
+        yield Traffic("tensor", "all-reduce of activations", count, payload, _ring(n, 2 * payload))
+
+
+def _ring(count: int, size: float) -> float:
+    """Bytes that pass the links of each of so many devices, by a ring."""
+    return (count - 1) / count * size
 
 
 class StepTime(NamedTuple):

@@ -8,12 +8,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import config_to_dict, flatten
 from dico_jax.errors import UsageError
 from dico_jax.experiment import Experiment, experiment_from_config
 from dico_jax.models import count_parameters, training_flops
-from dico_jax.planning import analytic, aot, compiled, estimates
+from dico_jax.planning import analytic, aot, compiled, estimates, measured
 from dico_jax.planning.chips import SOURCES, Slice
+from dico_jax.planning.programs import PROGRAMS
 from dico_jax.training.program import TrainingProgram, mesh_from_config, training_program
 
 Figures = dict[str, Any]  # by name `analytic(...)` and its like
@@ -23,22 +25,26 @@ NO_LIBTPU = (
 )
 
 
+_CALIBRATED = 1.25  # the range of a time that a run has scaled: by so much to either side
+
+
 class Options(NamedTuple):
     """What is planned besides the config and the slice."""
 
     compiles: bool = True  # where there is a compiler for the chips
+    programs: tuple[str, ...] = ()  # of `PROGRAMS`, compiled besides the training step
     price: float | None = None  # of a chip for an hour
     scale: float | None = None  # of the time, from a run's measured step over its estimate
 
 
 class Planned(NamedTuple):
-    """A config on a slice, ready to be estimated and compiled."""
+    """A config on a slice, estimated by sizes."""
 
     config: ConfigDict
     where: Slice
     mesh: Any
     experiment: Experiment
-    program: TrainingProgram
+    target: TrainState  # shapes and shardings of its state
     needed: estimates.Need
     sent: list[estimates.Traffic]
     time: estimates.StepTime
@@ -55,7 +61,18 @@ class Planned(NamedTuple):
         return copies * self.needed.total_state
 
 
-def prepare(config: ConfigDict, where: Slice, compiles: bool) -> Planned:
+def estimate(
+    config: ConfigDict, where: Slice, mesh: Any, experiment: Experiment, target: TrainState
+) -> Planned:
+    given = config, experiment, target, mesh
+    needed, sent = estimates.need(*given), list(estimates.traffic(*given))
+    time = estimates.step_time(config, experiment, needed, sent, mesh, where)
+    return Planned(config, where, mesh, experiment, target, needed, sent, time)
+
+
+def prepare(
+    config: ConfigDict, where: Slice, compiles: bool = False
+) -> tuple[Planned, TrainingProgram]:
     """UsageError for what main would refuse on such a slice, but for the data."""
     mesh = mesh_from_config(config, aot.slice_devices(where) if compiles else where.devices)
     config = config.copy_and_resolve_references()
@@ -63,10 +80,7 @@ def prepare(config: ConfigDict, where: Slice, compiles: bool) -> Planned:
         raise UsageError("config.model.num_classes", None, "comes from the data: give the number")
     experiment = experiment_from_config(config, sizes_alone=True)
     program = training_program(config, experiment, mesh)
-    needed = estimates.need(config, experiment, program, mesh)
-    sent = list(estimates.traffic(config, experiment, program, mesh))
-    time = estimates.step_time(config, experiment, needed, sent, mesh, where)
-    return Planned(config, where, mesh, experiment, program, needed, sent, time)
+    return estimate(config, where, mesh, experiment, program.target), program
 
 
 def make_plan(
@@ -75,11 +89,11 @@ def make_plan(
     """The result that docs/plan.md describes; `say` is told what is being done."""
     on_tpu = where.chip.platform == "tpu"
     compiles = options.compiles and on_tpu and aot.has_libtpu()
-    planned = prepare(config, where, compiles)
+    planned, program = prepare(config, where, compiles)
     found: aot.Found | aot.DoesNotFit | None = None
     if compiles:
         say(f"compiling the training step for {where.name}")
-        found = compile_step(planned)
+        found = compile_step(planned, program)
     notes = [] if compiles else [_why_not(options, on_tpu)]
     if isinstance(found, aot.DoesNotFit):
         notes.append(f"the compiler refuses: {found}")
@@ -92,9 +106,12 @@ def make_plan(
         "communication of a step, per device": _communication(planned, found),
         "time": _time(planned, options),
     }
+    for name in options.programs if compiles else ():
+        say(f"compiling {name} for {where.name}")
+        sections[f"program {name!r}, {config.sampling.batch_size} images"] = _program(planned, name)
     return {
         "topology": where.name,
-        "fits": memory["headroom"]["value"] >= 0,
+        "fits": all(s["headroom"]["value"] >= 0 for s in sections.values() if "headroom" in s),
         "sections": sections,
         "notes": [*notes, *_notes(planned)],
         "devices": {"kind": where.chip.kind, "count": where.devices, "hosts": where.hosts},
@@ -110,7 +127,7 @@ def _why_not(options: Options, on_tpu: bool) -> str:
     return NO_LIBTPU if options.compiles else "nothing is compiled, as --nocompile asks"
 
 
-def compile_step(planned: Planned) -> aot.Found | aot.DoesNotFit:
+def compile_step(planned: Planned, program: TrainingProgram) -> aot.Found | aot.DoesNotFit:
     """The training step that main compiles first, for the devices of the slice."""
     model, size = planned.experiment.model, planned.config.data.batch_size
     shape = (size, *planned.experiment.latent_shape)
@@ -119,7 +136,7 @@ def compile_step(planned: Planned) -> aot.Found | aot.DoesNotFit:
     )
     batch = {"x": jax.ShapeDtypeStruct(shape, np.float32), "condition": condition}
     try:
-        return aot.compile_program(planned.program.step, planned.program.stacked, batch)
+        return aot.compile_program(program.step, program.stacked, batch)
     except aot.DoesNotFit as error:
         return error
 
@@ -153,7 +170,7 @@ def _memory(planned: Planned, found: aot.Found | aot.DoesNotFit | None) -> Figur
     peak, make = planned.memory, analytic
     if isinstance(found, aot.Found):
         figures["state and batch, as laid out"] = compiled(found.arguments, "bytes")
-        figures["temporaries of a step"] = compiled(found.temporaries, "bytes")
+        figures["temporaries, not all at one time"] = compiled(found.temporaries, "bytes")
         figures["program"] = compiled(found.code, "bytes")
         figures["a step, compiled"] = compiled(found.memory, "bytes")
         peak, make = max(found.memory, planned.saving), compiled
@@ -187,7 +204,31 @@ def _work(planned: Planned, found: aot.Found | aot.DoesNotFit | None) -> Figures
         found.accessed, "bytes"
     )
     figures["tracing and compiling"] = compiled(found.seconds, "s")
+    figures["tracing and compiling, of all cores"] = compiled(found.processor, "s")
     return figures
+
+
+def _program(planned: Planned, name: str) -> Figures:
+    """Of a program that runs while the state of the training lies beside it."""
+    state, chip = planned.target, planned.where.chip
+    try:
+        found = PROGRAMS[name](planned.config, planned.experiment, state.ema_params, planned.mesh)
+    except aot.DoesNotFit as error:
+        return {"headroom": compiled(min(chip.memory - error.needed, -1), "bytes")}
+    beside = planned.needed.total_state
+    if name == "sample" and not planned.config.model.scan_blocks:
+        beside -= planned.needed.state["parameters"]  # the average is sampled where it lies
+    loops = ", loops' bodies once" * found.has_loops
+    return {
+        "arguments": compiled(found.arguments, "bytes"),
+        "temporaries": compiled(found.temporaries, "bytes"),
+        "most at one time": compiled(found.memory, "bytes"),
+        "state of the run beside it": analytic(beside, "bytes"),
+        "headroom": compiled(chip.memory - found.memory - beside, "bytes"),
+        f"FLOPs of a device{loops}": compiled(found.flops, "FLOP"),
+        f"bytes accessed{loops}": compiled(found.accessed, "bytes"),
+        "tracing and compiling": compiled(found.seconds, "s"),
+    }
 
 
 def _communication(planned: Planned, found: aot.Found | aot.DoesNotFit | None) -> Figures:
@@ -203,8 +244,10 @@ def _communication(planned: Planned, found: aot.Found | aot.DoesNotFit | None) -
 
 def _time(planned: Planned, options: Options) -> Figures:
     config, where, time = planned.config, planned.where, planned.time
-    unit, scale = analytic, options.scale or 1.0
-    step = [scale * t for t in time.total]
+    unit, step = analytic, list(time.total)
+    if options.scale:  # what is left open is how another setting differs from the measured one
+        middle = options.scale * (step[0] * step[1]) ** 0.5
+        step = [middle / _CALIBRATED, middle * _CALIBRATED]
     images = config.data.batch_size
     hours = [config.training.num_steps * t / 3600 for t in step]
     # Prepared latents in float16: means and log variances.
@@ -222,6 +265,8 @@ def _time(planned: Planned, options: Options) -> Figures:
             [example * images / t / where.hosts for t in step[::-1]], "bytes/s"
         ),
     }
+    if options.scale:
+        figures["measured step over the middle of its estimate"] = measured(options.scale)
     if options.price is not None:
         figures["cost by --price"] = unit([options.price * where.chips * h for h in hours])
     return figures

@@ -20,6 +20,14 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
         for name, figure in figures:
             text = _shown(figure["value"], figure["unit"])
             yield f"  {name.ljust(width)}  {text:>24}  {figure['by']}"
+    if found := plan.get("search"):
+        yield f"other settings, {found['candidates']} tried, the fastest that fit first"
+        for row in found["ranked"]:
+            memory, images = _shown(row["memory_bytes"], "bytes"), row["images_per_second"]
+            fits = "fits" if row["fits"] else "does not fit"
+            speed = f"{images[0]:,.0f} to {images[1]:,.0f} images/s"
+            yield f"  {fits:12}  {memory} {row['memory_by']}  {speed}  {row['flags']}"
+        yield f"best: {found['best'] or 'none of them fits: take a larger slice'}"
     for note in plan["notes"]:
         yield f"note: {note}"
 

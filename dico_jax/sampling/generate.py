@@ -106,6 +106,32 @@ def check_guidance(model: Any, steps: str, cfg_scale: float, guide: Any = None) 
         raise UsageError("sampling.cfg_scale", cfg_scale, fix)
 
 
+def jit_generate(
+    model, objective, autoencoder, latent_shape, options, mesh: Mesh, *, guide=None, latents=False
+) -> jax.stages.Wrapped:
+    """The program of `make_generate_fn`.
+
+    Its arguments are (decoder_params, params, guide_params, indices (N,), conditions, seed (),
+    scales (T + 1,), steps), steps being what `guided_steps` says of the scales.
+    """
+    sample_latents = make_latents_fn(model, objective, latent_shape, options, guide=guide)
+
+    def generate(decoder_params, params, guide_params, indices, conditions, seed, scales, steps):
+        how = seed, scales, steps, guide_params
+        made = sample_latents(params, indices, conditions, *how)
+        decoded = autoencoder.decode(decoder_params, made)
+        finite = [jnp.isfinite(x).all(axis=(1, 2, 3)) for x in (made, decoded)]
+        images = to_uint8(decoded), finite[0] & finite[1]
+        return (*images, made.astype(jnp.float32)) if latents else images
+
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    # The network's parameters stay as they lie: a run may share them among devices.
+    lie = whole, None, None, split, split, whole, whole
+    how: Any = {"compiler_options": compiler_options(mesh.devices.flat[0].platform)}
+    how |= {"in_shardings": lie, "out_shardings": whole}
+    return jax.jit(generate, static_argnums=len(lie), **how)
+
+
 def make_generate_fn(
     model,
     objective,
@@ -137,24 +163,11 @@ def make_generate_fn(
       guide: a weaker network for autoguidance, see `make_latents_fn`.
       with_latents: gives the latents as well, float32 (N, H, W, C).
     """
-    sample_latents = make_latents_fn(model, objective, latent_shape, options, guide=guide)
-
-    def generate(decoder_params, params, guide_params, indices, conditions, seed, scales, steps):
-        how = seed, scales, steps, guide_params
-        latents = sample_latents(params, indices, conditions, *how)
-        decoded = autoencoder.decode(decoder_params, latents)
-        finite = [jnp.isfinite(x).all(axis=(1, 2, 3)) for x in (latents, decoded)]
-        made = to_uint8(decoded), finite[0] & finite[1]
-        return (*made, latents.astype(jnp.float32)) if with_latents else made
-
+    how: Any = {"guide": guide, "latents": with_latents}
+    jitted = jit_generate(model, objective, autoencoder, latent_shape, options, mesh, **how)
     split, whole = batch_sharding(mesh), replicated(mesh)
-    platform = mesh.devices.flat[0].platform
-    size = images_at_a_time(latent_shape) * mesh.size if platform == "cpu" else None
-    # The network's parameters stay as they lie: a run may share them among devices.
-    lie = whole, None, None, split, split, whole, whole
-    how: Any = {"compiler_options": compiler_options(platform)}
-    how |= {"in_shardings": lie, "out_shardings": whole}
-    jitted = jax.jit(generate, static_argnums=len(lie), **how)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    size = images_at_a_time(latent_shape) * mesh.size if on_cpu else None
     # An argument and no constant: XLA would fold and copy 300 MB of constants.
     decoder_params = functools.cache(lambda: jax.device_put(autoencoder.params, whole))
     if load:

@@ -40,14 +40,24 @@ def mesh_from_config(config: ConfigDict, devices: Any = None) -> Mesh:
     return mesh
 
 
+def state_of(config: ConfigDict, experiment: Experiment) -> tuple[Any, tuple, Any]:
+    """The optimizer, the relative widths of averages, and what makes a fresh state from a key."""
+    training = config.training
+    optimizer = create_optimizer(config.optimizer, training.num_steps)
+    widths = parse_widths(training.ema_widths, training.ema_snapshot_every_steps)
+    return (
+        optimizer,
+        widths,
+        initializer(experiment.model, optimizer, experiment.latent_shape, widths),
+    )
+
+
 def training_program(config: ConfigDict, experiment: Experiment, mesh: Mesh) -> TrainingProgram:
     """The program of a checked config; UsageError for a field of it that cannot work."""
     training, model = config.training, experiment.model
     with within("config."):
         rules = parse_rules(config.mesh.rules) or DEFAULT_RULES
-        optimizer = create_optimizer(config.optimizer, training.num_steps)
-        widths = parse_widths(training.ema_widths, training.ema_snapshot_every_steps)
-        init = initializer(model, optimizer, experiment.latent_shape, widths)
+        optimizer, widths, init = state_of(config, experiment)
         abstract = jax.eval_shape(init, jax.random.key(0))
         sharding = state_sharding(abstract, mesh, rules)
     stages = model.stacked_stages
@@ -59,8 +69,9 @@ def training_program(config: ConfigDict, experiment: Experiment, mesh: Mesh) -> 
     options |= {"ema_widths": widths, "skip_bad_steps": training.on_nan == "skip"}
     options |= {name: training[name] for name in ("ema_decay", "accumulation_steps")}
     step = make_train_step(model, experiment.diffusion, optimizer, **options)
-    return TrainingProgram(init, _placed(abstract, sharding), _placed(stacked, places), step)
+    return TrainingProgram(init, placed(abstract, sharding), placed(stacked, places), step)
 
 
-def _placed(abstract: Any, sharding: Any) -> Any:
+def placed(abstract: Any, sharding: Any) -> Any:
+    """Shapes with the shardings of a tree like them."""
     return jax.tree.map(lambda a, s: a.update(sharding=s), abstract, sharding)

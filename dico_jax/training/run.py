@@ -35,7 +35,7 @@ from dico_jax.training.workdir import check_workdir, data_of
 class Run:
     """What a run consists of. Building it checks everything and changes nothing.
 
-    `target` has the shapes and shardings of a state of checkpoints; `train_step`'s are stacked.
+    `target` has the shapes and shardings of a state of checkpoints, `stacked` of `train_step`'s.
     """
 
     def __init__(self, config: ConfigDict, workdir: str, allowed: Sequence[str] = ()):
@@ -52,7 +52,7 @@ class Run:
         training, model = config.training, self.experiment.model
         autoencoder, latent_shape = self.experiment.autoencoder, self.experiment.latent_shape
         program = training_program(config, self.experiment, self.mesh)
-        self._init, self.target, _, self.train_step = program
+        self._init, self.target, self.stacked, self.train_step = program
         with within("config."):
             self.learning_rate = learning_rate_schedule(config.optimizer, training.num_steps)
             draws: Any = {"mesh": self.mesh, "latent_sampling": config.data.latent_sampling}
