@@ -35,9 +35,10 @@ RANGES = {
 # Fields, and flags of the commands, that name a file or a folder, by what may stand for a disk
 # before "://". In them "~" and environment variables are replaced.
 PATHS = {
-    "": "data.cache_dir eval.features eval.inception config features inception",
+    "": "data.cache_dir eval.inception config inception",
     "gs s3": "data.path data.captions training.compilation_cache training.init_from "
-    "eval.reference path captions samples reference workdir ckpt out npz calibrate plan",
+    "eval.reference eval.features path captions samples reference features workdir ckpt out npz "
+    "calibrate plan",
     "hf": "autoencoder.path text.path vae text_encoder clip input text",
     "gs s3 hf": "sample.ckpt evaluate.ckpt export.ckpt guide",
 }

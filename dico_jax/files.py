@@ -79,7 +79,7 @@ def url_of(path: str | os.PathLike) -> str:
 
 def opened(path: str | os.PathLike) -> contextlib.AbstractContextManager[IO[bytes]]:
     """A file to read bytes from, in a with statement."""
-    return as_path(path).open("rb")
+    return as_path(path).open("rb") if is_remote(path) else open(path, "rb")
 
 
 def size_of(path: str | os.PathLike) -> int:

@@ -1,7 +1,8 @@
 """A bucket on this machine: gcp-storage-emulator with what it lacks, and with faults on request.
 
-It lacks preconditions on generations, their header, and threads. The libraries under test find it
-by STORAGE_EMULATOR_HOST (gcsfs, google-cloud-storage) and TENSORSTORE_GCS_HTTP_URL (TensorStore).
+It lacks preconditions on generations, their header, threads, and a second answer to the end of an
+upload. The libraries under test find it by STORAGE_EMULATOR_HOST (gcsfs, google-cloud-storage) and
+TENSORSTORE_GCS_HTTP_URL (TensorStore).
 """
 
 import collections
@@ -9,6 +10,7 @@ import contextlib
 import functools
 import http.server
 import json
+import logging
 import os
 import threading
 import urllib.parse
@@ -26,6 +28,8 @@ from gcp_storage_emulator.exceptions import NotFound  # noqa: E402
 from gcp_storage_emulator.handlers import buckets, objects  # noqa: E402
 
 NAME = "bkt"
+for _name in ("gcp_storage_emulator", "api.object"):  # which tell of every object that is not there
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 class _PreconditionFailedError(Exception):
@@ -37,7 +41,7 @@ class _Storage(storage.Storage):
 
     def __init__(self):
         super().__init__(use_memory_fs=True)
-        self.asked = threading.local()
+        self.asked, self.finished = threading.local(), {}
 
     def generation(self, bucket, name):
         try:
@@ -50,9 +54,10 @@ class _Storage(storage.Storage):
         if wanted not in (None, self.generation(bucket, name)):
             raise _PreconditionFailedError
 
-    def create_file(self, bucket_name, file_name, *args, **kwargs):
+    def create_file(self, bucket_name, file_name, content, file_obj, file_id=None):
         self._check(bucket_name, file_name)
-        return super().create_file(bucket_name, file_name, *args, **kwargs)
+        super().create_file(bucket_name, file_name, content, file_obj, file_id)
+        self.finished[file_id] = file_obj
 
     def delete_file(self, bucket_name, file_name):
         self._check(bucket_name, file_name)
@@ -78,7 +83,10 @@ class _Handler(emulator.RequestHandler):
             if fault == "cut after":  # it is done, and nobody hears of it
                 self.wfile = open(os.devnull, "wb")  # noqa: SIM115
             try:
-                if method == "GET" and query.get("alt") == "media":
+                if (found := self.storage.finished.get(query.get("upload_id", ""))) is not None:
+                    self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                    self._answer(200, found)  # asked again, after an answer that was lost
+                elif method == "GET" and query.get("alt") == "media":
                     self._download(urllib.parse.unquote(url.path), query)
                 else:
                     emulator.Router(self).handle(method)

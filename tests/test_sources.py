@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from configs import default
+from dico_jax import files
 from dico_jax.data import paths
 from dico_jax.data.pictures import BadExample, PictureReader
 from dico_jax.data.sources import SOURCES, create_source
@@ -214,7 +215,7 @@ def test_no_permission_to_list(tmp_path, monkeypatch, name):
 def test_no_permission_to_read(tmp_path, monkeypatch):
     write_zip(tmp_path / "x.zip", TREE)
     call = functools.partial(refuse(errno.EACCES, "x.zip"), open)
-    monkeypatch.setattr(paths, "open", call, raising=False)
+    monkeypatch.setattr(files, "open", call, raising=False)
     with pytest.raises(UsageError, match="^data.path=.*x.zip: PermissionError: .*x.zip'$"):
         open_source("zip", path=str(tmp_path / "x.zip"))
 
@@ -223,12 +224,12 @@ def test_one_file_that_cannot_be_read_is_bad_and_a_broken_disk_is_not(tmp_path, 
     source = write_folder(tmp_path / "x", TREE)
     for error in (errno.EACCES, errno.ENOENT):
         call = functools.partial(refuse(error, "a.jpg"), open)
-        monkeypatch.setattr(paths, "open", call, raising=False)
+        monkeypatch.setattr(files, "open", call, raising=False)
         with pytest.raises(BadExample, match="Permission denied|No such file"):
             source[3]
         assert source[4]["image"] == b"dog b"
     call = functools.partial(refuse(errno.EIO, "a.jpg"), open)
-    monkeypatch.setattr(paths, "open", call, raising=False)
+    monkeypatch.setattr(files, "open", call, raising=False)
     with pytest.raises(OSError, match="Input/output error"):
         source[3]
 

@@ -14,7 +14,8 @@ from dico_jax.errors import UsageError
 
 _SEED = 2020
 # What `dico_jax.sample` writes beside its images.
-_BESIDE_SAMPLES = {"grid.png", "sampling.json", "prompts.txt"}
+_BESIDE_SAMPLES = {"grid.png", "sampling.json", "prompts.txt", "latents.npy"}
+_BESIDE_SAMPLES |= {"trajectory.png", "trajectory.gif"}
 
 
 class ImageSet:

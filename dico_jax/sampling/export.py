@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from jax import export
 from dico_jax.autoencoders import to_uint8
 from dico_jax.errors import UsageError, within
 from dico_jax.experiment import sampling_from_config
-from dico_jax.files import check_new, library_versions, new_folder
+from dico_jax.files import check_new, library_versions, new_file, new_folder
 from dico_jax.models.class_names import ClassNames
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.sampling import run_exported
@@ -101,8 +100,9 @@ def export_sampler(
     }
     with new_folder(out) as folder:
         (folder / "sampler.stablehlo").write_bytes(exported.serialize())
-        np.savez(folder / "weights.npz", allow_pickle=False, **weights)
+        with new_file(folder / "weights.npz", survives=False) as stream:
+            np.savez(stream, allow_pickle=False, **weights)
+        (folder / "run.py").write_bytes(pathlib.Path(run_exported.__file__).read_bytes())
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        shutil.copy(pathlib.Path(run_exported.__file__), folder / "run.py")
     batch = "any batch size" if batch_size == SYMBOLIC else f"batches of {batch_size}"
     return f"{out} is written: {batch}, {', '.join(platforms)}; python {out}/run.py --classes=0"
