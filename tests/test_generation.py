@@ -74,7 +74,11 @@ def test_an_image_of_a_wide_network_is_the_same_whatever_the_batch_and_the_devic
 @pytest.mark.slow
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
 @pytest.mark.parametrize("sampler", sorted(set(SOLVERS) - {"jump"}))
-def test_an_image_is_the_same_with_every_solver(sampler, cfg_scale):
+def test_an_image_is_the_same_with_every_solver(sampler, cfg_scale, monkeypatch):
+    # As users compile: with the tests' hurry one value in thousands is rounded otherwise.
+    usual = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": False}
+    monkeypatch.setattr("dico_jax.sampling.generate.compiler_options", lambda platform: usual)
+    generator.cache_clear()
     options = {"sampler": sampler, "cfg_scale": cfg_scale, "num_images": 64, "width": 64}
     images = make_images(1, 64, **options)
     for num_devices in (1, 2, 4, 8):
