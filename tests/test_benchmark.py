@@ -18,7 +18,7 @@ from dico_jax.experiment import experiment_from_config, sampling_from_config
 from dico_jax.models import MODELS, abstract_params, create_model, forward_macs
 from dico_jax.models.dico import DiCo
 from dico_jax.models.dit import DiT
-from dico_jax.ops import conv, cpu
+from dico_jax.ops import conv
 from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.sampling.generate import make_generate_fn
 from tests import golden
@@ -114,7 +114,6 @@ def padding_macs(d, side):
 )
 def test_counted_flops_agree_with_xla(name, sizes, side, monkeypatch):
     monkeypatch.setattr(conv, "winograd_pays", lambda *_: False)  # it takes fewer
-    monkeypatch.setattr(cpu, "_ROWS", 1)  # few rows have products of zeros besides
     model = create_model(name, num_classes=10, **sizes)
     x = jax.ShapeDtypeStruct((2, side, side, 4), jnp.float32)
     t = jax.ShapeDtypeStruct((2,), jnp.int32)
@@ -137,8 +136,7 @@ def no_counts(why):
     return counts | {"no_flops_by_xla_because": why}
 
 
-def test_flops_are_summed_over_devices_and_loops_have_none(monkeypatch):
-    monkeypatch.setattr(cpu, "_ROWS", 1)  # few rows have products of zeros besides
+def test_flops_are_summed_over_devices_and_loops_have_none():
     flops = [
         programs.xla_counts(make_program("forward", n)[0].compiled, n)["flops_per_run_by_xla"]
         for n in (1, 2)

@@ -30,6 +30,7 @@ FIELDS = frozenset(flatten(DEFAULTS))
 NUMBERS = {"model.hidden_size", "model.depth", "model.mlp_ratio", "model.num_heads"}
 NUMBERS |= {"model.patch_size", "model.text_length", "model.text_width", "model.pooled_width"}
 NUMBERS |= {"model.text_layers", "model.text_dropout_prob", "autoencoder.scaling_factor"}
+NUMBERS |= {"data.cache_gb"}
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem[0] != "_")

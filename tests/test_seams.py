@@ -29,7 +29,7 @@ from dico_jax.models import MODELS, create_model
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.parallel import mesh
 from dico_jax.sampling import checkpoint_sampler, pretrained
-from dico_jax.training import run
+from dico_jax.training import program, run
 from dico_jax.training.loop import train
 from dico_jax.training.step import drop_conditions
 
@@ -185,10 +185,10 @@ def config(**training):
 
 @pytest.fixture
 def two_devices(monkeypatch):
-    def create_mesh(**axes):
+    def create_mesh(devices=None, **axes):
         return mesh.create_mesh(jax.devices()[:2], **axes)
 
-    monkeypatch.setattr(run, "create_mesh", create_mesh)
+    monkeypatch.setattr(program, "create_mesh", create_mesh)
     monkeypatch.setattr(pretrained, "create_mesh", create_mesh)
 
 

@@ -307,7 +307,8 @@ def _cached(
     """Copies the first shards of a bucket that fit, where they are missing; the names of those."""
     if cache_dir is None:
         return set()
-    room = np.cumsum([shard.bytes for shard in shards]) <= (cache_gb or math.inf) * 1e9
+    most = math.inf if cache_gb is None else cache_gb * 1e9
+    room = np.cumsum([shard.bytes for shard in shards]) <= most
     kept, local = (
         [shard for shard, fits in zip(shards, room, strict=True) if fits],
         as_path(cache_dir),
