@@ -149,9 +149,8 @@ def check_bucket(said: str, path: str, write: bool) -> None:
     except UsageError:
         raise
     except Exception as error:  # of many classes
-        raise UsageError(
-            said, path, f"{'cannot be used'} ({one_line(error)}): {_fix(bucket)}"
-        ) from error
+        text = f"cannot be used ({one_line(error)}): {_fix(bucket)}"
+        raise UsageError(said, path, text) from error
 
 
 def _fix(bucket: str) -> str:

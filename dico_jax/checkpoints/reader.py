@@ -181,17 +181,17 @@ def checksums(folder: Any, files: Iterable[str], kind: str = "crc32") -> dict[st
 
 
 def _checksum(file: Any, kind: str) -> dict[str, Any]:
-    size, crc, extend = 0, 0, lambda data, value: zlib.crc32(data, value)
+    size, crc = 0, 0
     if kind == "crc32c":  # of a step that was copied from a bucket
         try:
             import google_crc32c
         except ImportError as error:
             fix = "pip install google-crc32c"
             raise UsageError(f"{file.parent} has checksums of a bucket: {fix}") from error
-        extend = lambda data, value: google_crc32c.extend(value, data)  # noqa: E731
     with opened(file) as stream:
         while chunk := stream.read(1 << 20):
-            size, crc = size + len(chunk), extend(chunk, crc)
+            crc = zlib.crc32(chunk, crc) if kind == "crc32" else google_crc32c.extend(crc, chunk)
+            size += len(chunk)
     return {"size": size, kind: f"{crc:08x}"}
 
 

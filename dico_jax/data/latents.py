@@ -213,7 +213,7 @@ class PreparedLatents:
         """
         shards = self.manifest.shards[process_index::process_count]
         kept = {name: about.get("crc32c", "") for name, about in self._there.items()}
-        if any(shard.crc32c and kept.get(shard.file) for shard in shards):
+        if all(shard.crc32c and kept.get(shard.file) for shard in shards):
             for shard in shards:
                 if shard.crc32c != kept[shard.file]:
                     raise _damaged(self._folder, shard, "is not what was written (its CRC-32C)")
@@ -309,10 +309,8 @@ def _cached(
         return set()
     most = math.inf if cache_gb is None else cache_gb * 1e9
     room = np.cumsum([shard.bytes for shard in shards]) <= most
-    kept, local = (
-        [shard for shard, fits in zip(shards, room, strict=True) if fits],
-        as_path(cache_dir),
-    )
+    kept = [shard for shard, fits in zip(shards, room, strict=True) if fits]
+    local = as_path(cache_dir)
     local.mkdir(parents=True, exist_ok=True)
     there = _there(local, kept)
 

@@ -46,7 +46,8 @@ class Stage(nn.Module):
     def __call__(self, x, c, own=None):
         names = [str(i) for i in range(self.depth)]
         owns = [()] * self.depth if own is None else [(tree,) for tree in own]
-        if self.is_initializing() or self.is_mutable_collection("intermediates"):
+        captured = self.is_mutable_collection("intermediates")
+        if self.is_initializing() or (captured and not self.scan and self.remat == "none"):
             for name, more in zip(names, owns, strict=True):
                 x = self.block(name=name)(x, c, *more)
             return x

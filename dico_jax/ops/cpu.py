@@ -226,8 +226,8 @@ def _kernel_gradient(x, kernel, dy):
 def compiler_options(platform: str) -> dict[str, int] | None:
     """Options of a jitted function that runs a network: on CPU it compiles in half the time.
 
-    LLVM's further passes change neither the speed nor a bit of networks, whose time is spent in
-    libraries. A level that XLA_FLAGS names stays.
+    LLVM's further passes do not change the speed of networks, whose time is spent in libraries. A
+    level that XLA_FLAGS names stays, and may round differently.
     """
     option = "xla_backend_optimization_level"
     named = option in os.environ.get("XLA_FLAGS", "")

@@ -4,16 +4,14 @@ Every figure says where it comes from: "compiled" by the compiler of those devic
 sizes and data sheets, or "measured" by a run.
 """
 
+import functools
 from typing import Any
 
 
-def analytic(value: Any, unit: str = "") -> dict[str, Any]:
-    return {"value": value, "unit": unit, "by": "analytic"}
+def _figure(by: str, value: Any, unit: str = "") -> dict[str, Any]:
+    return {"value": value, "unit": unit, "by": by}
 
 
-def compiled(value: Any, unit: str = "") -> dict[str, Any]:
-    return {"value": value, "unit": unit, "by": "compiled"}
-
-
-def measured(value: Any, unit: str = "") -> dict[str, Any]:
-    return {"value": value, "unit": unit, "by": "measured"}
+analytic, compiled, measured = (
+    functools.partial(_figure, by) for by in ("analytic", "compiled", "measured")
+)

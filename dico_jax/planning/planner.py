@@ -23,8 +23,6 @@ NO_LIBTPU = (
     "libtpu is not installed: nothing is compiled, so memory and bytes are estimates, and what "
     "the compiler refuses is not known; pip install libtpu"
 )
-
-
 _CALIBRATED = 1.25  # the range of a time that a run has scaled: by so much to either side
 
 

@@ -184,11 +184,10 @@ def make_generate_fn(
         own = np.uint32(how.seed), np.float32(scales), guided_steps(scales)
 
         def part(rows):
-            placed = (from_same(leaf[rows], split) for leaf in jax.tree.leaves(given))
-            told = jax.tree.unflatten(jax.tree.structure(given), placed)
+            told = jax.tree.map(lambda leaf: from_same(leaf[rows], split), given)
             return jitted(decoder_params(), params, guide_params, *told, *own)
 
-        return in_parts(part, len(indices), size)
+        return _in_parts(part, len(indices), size)
 
     return call
 
@@ -201,7 +200,7 @@ def images_at_a_time(latent_shape: tuple[int, int, int]) -> int:
     return max(1, 1024 // (latent_shape[0] * latent_shape[1]))
 
 
-def in_parts(part: Callable[..., Any], count: int, size: int | None) -> Any:
+def _in_parts(part: Callable[..., Any], count: int, size: int | None) -> Any:
     """Rows 0 to count - 1 of arrays that part(numbers of rows) gives, `size` rows at a time."""
     if size is None:
         return part(slice(None))
