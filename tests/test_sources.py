@@ -16,6 +16,7 @@ import sys
 import time
 import zipfile
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -338,6 +339,7 @@ def test_zip_in_a_bucket(bucket, tmp_path):
 @pytest.mark.parametrize("name", ["folder", "zip"])
 def test_buckets_need_gcsfs(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.delitem(fsspec.registry._registry, "gs", raising=False)  # of a test before
     with pytest.raises(UsageError, match="pip install gcsfs"):
         open_source(name, path=f"gs://bucket/{name}")
 

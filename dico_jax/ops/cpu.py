@@ -117,11 +117,12 @@ _TURNED = [4 * a + b for a in (3, 1, 2, 0) for b in (3, 1, 2, 0)]
 
 def winograd_pays(x: jax.Array, kernel: jax.Array) -> bool:
     """Whether Winograd's is the faster way on CPU for x (N, H, W, C) and kernel (3, 3, C, D)."""
-    _, height, width, _ = x.shape
+    _, height, width, channels = x.shape
     even = height % 2 == 0 and width % 2 == 0
-    # Fewer positions do not outweigh the change of the kernel, fewer channels that of x. Those of
-    # one example: an export may leave their number open.
+    # Fewer positions do not outweigh the change of the kernel, nor, in all examples, a second more
+    # of compilation for each convolution; fewer channels do not outweigh the change of x.
     large = height * width >= 64 and min(kernel.shape[2:]) >= 64
+    large = large and _surely(lambda: x.size >= 1024 * channels)
     return even and large and jnp.finfo(x.dtype).bits >= 32
 
 
