@@ -35,12 +35,12 @@ RANGES = {
 # Fields, and flags of the commands, that name a file or a folder, by what may stand for a disk
 # before "://". In them "~" and environment variables are replaced.
 PATHS = {
-    "": "data.cache_dir eval.inception config inception",
+    "": "data.cache_dir config",
     "gs s3": "data.path data.captions training.compilation_cache training.init_from "
-    "eval.reference eval.features path captions samples reference features workdir ckpt out npz "
-    "calibrate plan",
-    "hf": "autoencoder.path text.path vae text_encoder clip input text",
-    "gs s3 hf": "sample.ckpt evaluate.ckpt export.ckpt guide",
+    "eval.reference eval.features eval.inception path captions samples reference features workdir "
+    "ckpt out npz inception calibrate plan",
+    "gs s3 hf": "sample.ckpt evaluate.ckpt export.ckpt guide autoencoder.path text.path vae "
+    "text_encoder clip input text",
 }
 # Fields that are one of some words.
 CHOICES = {

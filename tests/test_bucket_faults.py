@@ -207,7 +207,7 @@ def test_all_commands_from_and_to_a_bucket(bucket, root, vae, tmp_path):  # noqa
     np.testing.assert_allclose(fid, fid[0], rtol=1e-6)
     done("convert", "to_pytorch", f"--ckpt={root}/run", f"--out={root}/w.safetensors")
     (tmp_path / "w.safetensors").write_bytes(bucket.read(f"{inside(root)}/w.safetensors"))
-    done("convert", "from_pytorch", f"--input={tmp_path}/w.safetensors", f"--out={root}/back",
+    done("convert", "from_pytorch", f"--input={root}/w.safetensors", f"--out={root}/back",
          "--image_size=32")  # fmt: skip
     assert saved_steps(f"{root}/back") == {0}
     done("convert", "to_pytorch", f"--ckpt={root}/back", f"--out={tmp_path}/v.safetensors")
@@ -215,9 +215,13 @@ def test_all_commands_from_and_to_a_bucket(bucket, root, vae, tmp_path):  # noqa
     for name in other.keys() - {"pos_embed"}:  # which is of the size of the latents
         array = other[name]
         np.testing.assert_array_equal(array, one[name])
+    bucket.write(f"{inside(root)}/vae.safetensors", vae.read_bytes())
+    done("sample", f"--ckpt={root}/w.safetensors", f"--vae={root}/vae.safetensors",
+         f"--out={root}/of_a_file", "--num_images=2", "--steps=2")  # fmt: skip
+    assert f"{inside(root)}/of_a_file/000001.png" in bucket.names(inside(root))
     first = ["--config.training.num_steps=2", f"--config.training.init_from={root}/back"]
     done("main", "--config=configs/s256.py", *run[1:], f"--workdir={root}/again",
          f"--config.data.path={root}/latents", "--config.data.source=latents",
-         "--config.data.image_size=32", f"--config.autoencoder.path={vae}",
+         "--config.data.image_size=32", f"--config.autoencoder.path={root}/vae.safetensors",
          "--config.data.batch_size=8", "--config.model.patch_size=2",
          "--config.model.num_classes=None", *first)  # fmt: skip

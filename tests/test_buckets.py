@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from dico_jax.checkpoints.reader import saved_steps, stored_leaves
 from dico_jax.errors import UsageError
 from dico_jax.files import append, as_path, check_bucket, names_in, new_file, new_folder
+from dico_jax.pytorch import hub
 from dico_jax.training import workdir as workdirs
 from dico_jax.training.workdir import workdir_lock
 from tests import buckets
@@ -62,6 +64,25 @@ def test_files_are_there_whole_or_not_at_all(bucket, root):
         (folder / "1").write_text("one")
         raise ZeroDivisionError
     assert names_in(root) == ["a"]
+
+
+def test_files_of_weights_are_fetched_once(bucket, root):
+    folder = inside(root)
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    bucket.write(f"{folder}/x.safetensors.index.json", json.dumps(index).encode())
+    for name in ("one", "two"):
+        bucket.write(f"{folder}/{name}.safetensors", name.encode())
+    path = pathlib.Path(hub.local_weights(f"{root}/x.safetensors.index.json"))
+    assert [(path.parent / f"{name}.safetensors").read_text() for name in ("one", "two")] == [
+        "one",
+        "two",
+    ]
+    bucket.write(f"{folder}/one.safetensors", b"changed")
+    assert pathlib.Path(hub.local_file(f"{root}/one.safetensors")).read_text() == "one"
+    assert hub.file_beside(f"{root}/one.safetensors", "config.json") is None
+    assert hub.local_weights(f"{root}/run") == f"{root}/run"  # a folder is read where it is
+    with pytest.raises(UsageError, match=f"^{root}/none.pt cannot be read: "):
+        hub.local_weights(f"{root}/none.pt")
 
 
 def test_what_others_write_is_seen_at_once(bucket, root):
