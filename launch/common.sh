@@ -33,12 +33,22 @@ require() {
   [[ -n ${!1:-} ]] || fail "$1 is not set: $2"
 }
 
-# The variables that every training needs.
+# require_training FLAGS...: what every training needs. An address without a bucket is refused: most
+# likely a variable in it is not set.
 require_training() {
   require CONFIG "the config file, such as configs/xl256.py"
-  require WORKDIR "the folder of the run, which all its machines see"
-  [[ $WORKDIR != gs://* ]] ||
-    fail "WORKDIR=$WORKDIR: buckets are not supported yet; use a folder that all machines see"
+  require WORKDIR "the folder of the run, in a bucket or where all its machines see it"
+  require_config "$CONFIG"
+  local word
+  for word in "WORKDIR=$WORKDIR" "$@"; do
+    [[ ! $word =~ =(gs|s3)://(/|$) ]] || fail "$word names no bucket: use ${BASH_REMATCH[1]}://BUCKET/PATH"
+  done
+}
+
+# require_config CONFIG: a file, or a name in configs/ of this checkout, as dico_jax.main takes them.
+require_config() {
+  [[ -f $1 || -f $(dirname "${BASH_SOURCE[0]}")/../configs/$1.py ]] ||
+    fail "CONFIG=$1: there is no such file in $PWD"
 }
 
 # run COMMAND...: runs it, or prints it as a line that can be pasted into a shell.

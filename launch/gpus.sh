@@ -9,7 +9,7 @@
 #
 # Variables
 #   CONFIG   config file
-#   WORKDIR  folder of the run
+#   WORKDIR  folder of the run, or gs://BUCKET/PATH or s3://BUCKET/PATH
 #   GPUS     numbers of the GPUs to use, such as 0,1,2,3 (all)
 #   PYTHON   Python that has dico_jax (python)
 
@@ -45,7 +45,7 @@ flags=()
 for argument in "${arguments[@]}"; do
   if [[ $argument == --restart ]]; then restart=true; else flags+=("$argument"); fi
 done
-require_training
+require_training "${flags[@]}"
 command=("${PYTHON:-python}" -m dico_jax.main --config="$CONFIG" --workdir="$WORKDIR" "${flags[@]}")
 if [[ -n ${GPUS:-} ]]; then command=(env CUDA_VISIBLE_DEVICES="$GPUS" "${command[@]}"); fi
 

@@ -10,7 +10,7 @@
 #
 # Variables
 #   CONFIG        config file
-#   WORKDIR       folder of the run, which all nodes see
+#   WORKDIR       folder of the run, which all nodes see, or gs://BUCKET/PATH or s3://BUCKET/PATH
 #   PYTHON        Python that has dico_jax, on all nodes (python)
 #   MAX_REQUEUES  how often the job may have gone back into the queue (100)
 
@@ -36,7 +36,7 @@ fi
 source launch/common.sh
 
 parse "$@"
-require_training
+require_training "${arguments[@]}"
 if "$dry_run"; then SLURM_JOB_ID=JOB_ID; fi
 require SLURM_JOB_ID "submit this script with sbatch"
 

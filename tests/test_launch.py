@@ -1,7 +1,8 @@
 """The scripts of launch/: what they would run, word for word, and how they behave with stand-ins.
 
 A file of tests/data/launch holds calls ("$ ...") with variables as in VARIABLES, each followed by
-what it prints and its exit status.
+what it prints and its exit status. DICO_JAX_WRITE_TRANSCRIPTS=1 writes what is there now below the
+calls of all files: read the difference before it is kept.
 """
 
 import math
@@ -28,7 +29,7 @@ VARIABLES = {
     "ACCELERATOR_TYPE": "v5litepod-8",
     "RUNTIME_VERSION": "v2-alpha-tpuv5-lite",
     "CONFIG": "configs/xl256.py",
-    "WORKDIR": "/mnt/dico/runs/xl256",
+    "WORKDIR": "gs://my-bucket/runs/xl256",
 }
 PROGRAMS = ("gcloud", "tar", "srun", "scontrol", "sbatch", "python", "curl", "kubectl", "docker")
 # What a shell would break or change, were it not quoted all the way.
@@ -41,8 +42,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder with launch/, and bin/ for stand-ins."""
-    shutil.copytree(LAUNCH, tmp_path / "launch")
+    """A folder with launch/ and configs/, and bin/ for stand-ins."""
+    for folder in ("launch", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "bin").mkdir()
     return tmp_path
 
@@ -86,14 +88,17 @@ def test_transcript(checkout, transcript):
     said = []
     for line in calls:
         done = call(checkout, "bash", "-c", line)
-        said.append(f"$ {line}\n{done.stdout}{done.stderr}[exit status {done.returncode}]\n")
+        printed = f"{done.stdout}{done.stderr}".replace(str(checkout), "/home/me/dico_jax")
+        said.append(f"$ {line}\n{printed}[exit status {done.returncode}]\n")
+    if os.environ.get("DICO_JAX_WRITE_TRANSCRIPTS"):
+        transcript.write_text("\n".join(said))
     assert "\n".join(said) == transcript.read_text()
     assert sorted(checkout.rglob("*")) == before, "a dry run must run nothing and write nothing"
 
 
 def test_every_script_and_action_has_a_transcript():
     text = "".join(path.read_text() for path in TRANSCRIPTS)
-    actions = ["create", "status", "setup", "run", "follow", "stop", "delete"]
+    actions = ["create", "status", "setup", "run", "restart", "follow", "stop", "delete"]
     calls = [f"launch/tpu_vm.sh --dry_run {action}" for action in actions]
     calls += [f"launch/{path.name} " for path in SCRIPTS if path.name != "common.sh"]
     assert [call for call in calls if call not in text] == []
@@ -152,7 +157,8 @@ def worker(checkout):
 @pytest.fixture
 def installed(worker):
     """A worker with launch/ and a training that ends when it is sent SIGTERM."""
-    shutil.copytree(LAUNCH, worker / "dico_jax" / "launch")
+    for folder in ("launch", "configs"):
+        shutil.copytree(ROOT / folder, worker / "dico_jax" / folder)
     stand_in(
         worker, "dico_jax/.venv/bin/python",
         f"printf '%s\\0' \"$@\" >{worker}/words",
@@ -214,7 +220,7 @@ def test_a_stale_process_number_is_not_a_training(worker):
 
 
 def test_setup_copies_the_checkout_and_installs_it(checkout, worker):
-    for name in ("setup.py", "pyproject.toml", "constraints.txt", "configs", "dico_jax"):
+    for name in ("setup.py", "pyproject.toml", "constraints.txt", "dico_jax"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, checkout / name)
     stand_in(checkout, "curl", "echo 'echo installed >uv-installed'")
     stand_in(worker, ".local/bin/uv", f'printf \'%s\\0\' "$PWD" "$@" >>{worker}/words')
@@ -237,6 +243,140 @@ def test_setup_copies_the_checkout_and_installs_it(checkout, worker):
         str(folder), "venv", "--allow-existing", "--python=3.12",
         str(folder), "pip", "install", "-c", "constraints.txt", "-e", ".[tpu,hub]",
     ]  # fmt: skip
+
+
+# tpu_vm.sh restart, with a gcloud whose request has one state after the other
+
+
+@pytest.fixture
+def cloud(checkout):
+    """`play(answers, trainings, **variables)`: calls `tpu_vm.sh restart` and returns the process
+    and what was done: create, delete, setup, run, stop, wait.
+
+    `answers` are what the request's description says, one at a time, the last one for ever.
+    `trainings` are, for each start of the training, what the workers say of it at each look, and
+    `before` is that before the first start.
+    """
+
+    def play(answers, trainings, before="", **variables):
+        (checkout / "answers").write_text("\n".join(answers) + "\n")
+        for i, looks in enumerate(trainings):
+            (checkout / f"training{i}").write_text("\n".join(looks) + "\n")
+        (checkout / "now").write_text(before + "\n")
+        (checkout / "did").unlink(missing_ok=True)
+        stand_in(
+            checkout, "gcloud",
+            "next() { head -n 1 $1; if (($(wc -l <$1) > 1)); then sed -i 1d $1; fi; }",
+            "did() { echo $1 >>$HOME/did; }",
+            "cd $HOME",
+            'case "$4 $*" in',
+            "describe*) said=$(next answers)",
+            '  if [[ $said == NONE ]]; then echo "ERROR: (gcloud) NOT_FOUND: no request" >&2; exit 1; fi',
+            '  if [[ $said == BROKEN ]]; then echo "ERROR: no network" >&2; exit 1; fi',
+            "  echo $said ;;",
+            "create*) did create; echo >now ;;",
+            "delete*) did delete ;;",
+            "scp*) did setup ;;",
+            '*"worker.sh run"*) did run; n=$(grep -c run did)',
+            "  mv training$((n - 1)) now ;;",
+            '*"worker.sh stop"*) did stop ;;',
+            '*"worker.sh state"*) said=$(next now)',
+            '  if [[ $said == silence ]]; then echo "ERROR: no answer" >&2; exit 255; fi',
+            '  for word in ${said//+/ }; do echo "training: ${word/_/ }"; done ;;',
+            "esac",
+        )  # fmt: skip
+        for name in ("tar", "mkdir", "curl"):
+            stand_in(checkout, name)
+        done = call(checkout, "launch/tpu_vm.sh", "restart", POLL_SECONDS="0", **variables)
+        did = checkout / "did"
+        return done, did.read_text().split() if did.exists() else []
+
+    return play
+
+
+ROUND = ["create", "setup", "run"]
+
+
+def test_restart_goes_on_after_two_preemptions(cloud):
+    answers = ["NONE", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE"]
+    answers += ["SUSPENDING", "SUSPENDED", "NONE", "ACCEPTED", "ACTIVE", "ACTIVE", "ACTIVE"]
+    answers += ["FAILED", "NONE", "ACTIVE"]
+    trainings = [["running"], ["running", "silence"], ["running", "ended_0+running", "ended_0"]]
+    done, did = cloud(answers, trainings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert did == [*ROUND, "delete", *ROUND, "delete", *ROUND]
+    assert "PROVISIONING" in done.stdout
+    assert "done; to give the slice back" in done.stdout
+
+
+def test_restart_only_watches_what_runs_already(cloud):
+    done, did = cloud(["ACTIVE", "BROKEN", "ACTIVE"], [], before="running\nrunning\nended_0")
+    assert (done.returncode, did) == (0, []), done.stdout + done.stderr
+
+
+def test_restart_starts_a_training_on_a_slice_that_is_there(cloud):
+    for before in ("", "none", "ended_0", "stopped", "silence\nended_143"):
+        done, did = cloud(["ACTIVE"], [["running", "ended_0"]], before=before)
+        assert (done.returncode, did) == (0, ["setup", "run"]), before
+
+
+@pytest.mark.parametrize(
+    ("looks", "status", "did"),
+    [
+        (["running", "ended_2+running"], 2, ["setup", "run", "stop"]),
+        (["running", "stopped"], 143, ["setup", "run"]),
+        (["ended_1"], 1, ["setup", "run", "stop"] * 3),
+        (["ended_137+running"], 137, ["setup", "run", "stop"] * 3),
+        (["running", "ended_143"], 1, ["setup", "run", "stop"] * 6),  # MAX_RESTARTS
+    ],
+)
+def test_restart_ends_where_another_start_would_not_help(cloud, looks, status, did):
+    done, was_done = cloud(["ACTIVE"], [looks] * 6, MAX_RESTARTS="5")
+    assert (done.returncode, was_done) == (status, did), done.stdout + done.stderr
+
+
+def test_restart_ends_where_gcloud_fails(cloud):
+    done, did = cloud(["BROKEN"], [])
+    assert (done.returncode, done.stderr, did) == (1, "ERROR: no network\n", [])
+    done, did = cloud(["NONE", "FAILED", "NONE", "FAILED", "NONE", "FAILED"], [])
+    assert (done.returncode, did) == (1, ["create", "delete"] * 2 + ["create"])
+
+
+def test_restart_gives_a_slice_back_that_never_answers(cloud):
+    done, did = cloud(["ACTIVE"], [], before="silence")
+    assert (done.returncode, did) == (1, ["delete"] * 2)
+
+
+def test_restart_leaves_everything_at_ctrl_c(checkout, cloud):
+    cloud(["BROKEN"], [])  # makes the stand-ins
+    (checkout / "answers").write_text("ACTIVE\n")
+    (checkout / "now").write_text("running\n")
+    process = subprocess.Popen(
+        [checkout / "launch/tpu_vm.sh", "restart"], cwd=checkout,
+        env=environment(checkout, POLL_SECONDS="1"), stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline().endswith("dico: ACTIVE\n")
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.communicate(timeout=20)[0]
+    assert (process.returncode, (checkout / "did").exists()) == (130, False)
+    assert "'stop' ends the training and 'delete' gives the slice back" in rest
+
+
+def test_the_state_of_a_worker(checkout, installed):
+    folder = installed / "dico_jax"
+
+    def state():
+        return call(folder, "launch/worker.sh", "state").stdout
+
+    assert state() == "training: none\n"
+    call(checkout, "launch/tpu_vm.sh", "run")
+    assert state() == "training: running\n"
+    os.kill(int((folder / "train.pid").read_text()), signal.SIGTERM)
+    wait_for(lambda: state() == "training: ended 143\n", "the end")
+    call(checkout, "launch/tpu_vm.sh", "run")
+    call(checkout, "launch/tpu_vm.sh", "stop")
+    assert state() == "training: stopped\n"
 
 
 # gpus.sh
