@@ -74,6 +74,7 @@ setuptools.setup(
             "flatbuffers>=24.3",
             "gcp-storage-emulator>=2026.7",  # a bucket on this machine
             "gcsfs>=2026.4",
+            "jsonschema>=4.23",  # launch/gke.yaml
             "matplotlib>=3.9",
             "mypy>=1.15",
             "pytest>=8.3",

@@ -3,7 +3,8 @@
 #
 #   launch/worker.sh [--dry_run] ACTION [ARGUMENTS]
 #
-#   run     starts `python -m dico_jax.main ARGUMENTS`; its output is added to train.log
+#   run     starts `python -m dico_jax.main ARGUMENTS`; its output is added to train.log;
+#           a --config=FILE that is not there is refused
 #   status  says whether it runs, and the end of the log
 #   state   "training: " and running, stopped (by `stop`), ended STATUS, or none
 #   stop    SIGTERM to it, which makes it save; returns when it has ended, killed after ten minutes

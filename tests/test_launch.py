@@ -5,18 +5,25 @@ what it prints and its exit status. DICO_JAX_WRITE_TRANSCRIPTS=1 writes what is 
 calls of all files: read the difference before it is kept.
 """
 
+import functools
+import io
 import math
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
+import jsonschema
 import pytest
 import yaml
+
+from dico_jax.configs import default
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
@@ -271,7 +278,7 @@ def cloud(checkout):
             "cd $HOME",
             'case "$4 $*" in',
             "describe*) said=$(next answers)",
-            '  if [[ $said == NONE ]]; then echo "ERROR: (gcloud) NOT_FOUND: no request" >&2; exit 1; fi',
+            '  if [[ $said == NONE ]]; then echo "ERROR: NOT_FOUND: none" >&2; exit 1; fi',
             '  if [[ $said == BROKEN ]]; then echo "ERROR: no network" >&2; exit 1; fi',
             "  echo $said ;;",
             "create*) did create; echo >now ;;",
@@ -482,32 +489,181 @@ def test_gke_manifest():
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
     assert rule["onExitCodes"]["values"] == [2]
-    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
-    assert f"--workdir={mounts['shared']}/" in " ".join(container["command"])
+    paths = [word.split("=")[1] for word in container["command"] if "://" in word]
+    assert len(paths) == 3
+    assert all(path.startswith("gs://BUCKET/") for path in paths)
 
 
-# docs/launch.md
+def closed(schema):
+    """The schema with no other fields than the named ones, as the API server has it for strict."""
+    if isinstance(schema, dict):
+        schema = {key: closed(value) for key, value in schema.items()}
+        if "properties" in schema and schema.get("type") == "object":
+            schema["additionalProperties"] = False
+    return schema
 
 
-def test_the_examples_of_the_docs_call_the_scripts_rightly(checkout):
-    text = (ROOT / "docs" / "launch.md").read_text()
-    examples = [
-        e for e in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) if "launch/" in e
-    ]
-    assert len(examples) >= 4
-    for program in ("gcloud", "tar", "srun", "scontrol", "python", "kubectl", "docker", "ssh-add"):
-        stand_in(checkout, program)
+MISTAKES = [
+    ("spec.replicatedJobs.0.template.spec.paralelism", 4),
+    ("spec.replicatedJobs.0.template.spec.template.spec.containers.0.comand", ["python"]),
+    ("spec.replicatedJobs.0.template.spec.parallelism", "4"),
+    ("spec.replicatedJobs.0.template.spec.template.spec.terminationGracePeriodSeconds", "300"),
+    ("spec.replicatedJobs.0.template.spec.podFailurePolicy.rules.0.onExitCodes.values", ["2"]),
+    ("spec.replicatedJobs.0.template", None),
+    ("spec.replicatedJobs.0.template.spec.template", None),
+    ("spec.replicatedJobs.0.template.spec.template.spec.containers", None),
+    ("spec.replicatedJobs.0.name", None),
+    ("spec.failurePolicy.rules.0.name", None),
+    ("spec.failurePolicy.rules.0.action", "Fail"),
+    ("spec.failurePolicy.maxRestarts", 0.5),
+    ("apiVersion", "jobset.x-k8s.io/v1alpha1"),
+    ("metadata.annotations", {"a": 1}),
+]
+
+
+def test_gke_manifest_keeps_to_the_schema_of_jobset():
+    schema = yaml.safe_load((ROOT / "tests" / "data" / "jobset_schema.yaml").read_text())
+    validator = jsonschema.Draft202012Validator(closed(schema))
+    text = (LAUNCH / "gke.yaml").read_text()
+    assert [error.message for error in validator.iter_errors(yaml.safe_load(text))] == []
+    for path, value in MISTAKES:
+        manifest = yaml.safe_load(text)
+        *way, last = (int(key) if key.isdigit() else key for key in path.split("."))
+        place = manifest
+        for key in way:
+            place = place[key]
+        place[last] = value
+        if value is None:
+            del place[last]
+        assert list(validator.iter_errors(manifest)) != [], (path, value)
+
+
+# docs/launch.md and docs/recipes/
+
+PAGES = ["launch.md", *sorted(f"recipes/{p.name}" for p in (ROOT / "docs/recipes").glob("*.md"))]
+CALL = re.compile(r"(?:-m dico_jax\.(\w+)|launch/worker\.sh run) ([^;&\n]*)")
+
+
+def examples(page):
+    """The ```bash blocks of a page: of a recipe as one script, as it says."""
+    text = (ROOT / "docs" / page).read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return ["".join(blocks)] if page.startswith("recipes/") else blocks
+
+
+def small_imagenet(folder):
+    """ImageNet's tar files in `folder`, with three pictures of two classes in them."""
+    for name, members in {"n01440764": 2, "n01443537": 1}.items():
+        with tarfile.open(folder / f"{name}.tar", "w") as inner:
+            for i in range(members):
+                inner.addfile(tarfile.TarInfo(f"{name}_{i}.JPEG"), io.BytesIO())
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
+        for file in sorted(folder.glob("n*.tar")):
+            outer.add(file, file.name)
+            file.unlink()
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as outer:
+        outer.addfile(tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG"), io.BytesIO())
+
+
+def play(checkout, example):
+    """Runs an example with stand-ins; returns the calls of dico_jax as (command, arguments)."""
+    record = f"echo $said >>{checkout}/calls"
+    for program in ("srun", "scontrol", "python", "kubectl", "ssh-add", "curl", "pip"):
+        stand_in(checkout, program, "said=$*", record)
+    stand_in(
+        checkout, "gcloud",
+        'for word in "$@"; do if [[ $word == --command=* ]]; then said=$word; fi; done', record,
+        'case "$4 $*" in',
+        "describe*) echo ACTIVE ;;",
+        '*"worker.sh state"*) echo "training: ended 0" ;;',
+        "esac",
+    )  # fmt: skip
     # As sbatch: options, then the script and its arguments, inside a job.
     stand_in(
         checkout, "sbatch",
         'while [[ "$1" == --* ]]; do shift; done', "export SLURM_JOB_ID=7 SLURM_SUBMIT_DIR=$PWD",
         '"$@"',
     )  # fmt: skip
-    for example in examples:
-        env = {k: v for k, v in environment(checkout).items() if k not in VARIABLES}
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", example],
-            cwd=checkout, env=env, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        assert (done.returncode, done.stderr) == (0, ""), example
+    for name in ("setup.py", "pyproject.toml", "constraints.txt", "dico_jax"):
+        (checkout / name).touch()
+    env = {k: v for k, v in environment(checkout, POLL_SECONDS="0").items() if k not in VARIABLES}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", example.replace("/shared/envs/dico/bin/", "")],
+        cwd=checkout, env=env, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, ""), example
+    calls = checkout / "calls"
+    found = CALL.findall(calls.read_text() if calls.exists() else "")
+    return [(command or "main", shlex.split(rest)) for command, rest in found]
+
+
+@functools.cache
+def flags_of(command):
+    """The flags that --help shows."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"dico_jax.{command}", "--help"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    names = re.findall(r"^\s*(?:-\w,)?--(\[no\])?(\w+)", done.stdout, flags=re.MULTILINE)
+    return {name for _, name in names} | {f"no{name}" for no, name in names if no}
+
+
+def has_field(config, name):
+    for key in name.split("."):
+        if key not in config:
+            return False
+        config = config[key]
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_of_the_docs_call_the_scripts_rightly(checkout, page):
+    small_imagenet(checkout)
+    calls = [call for example in examples(page) for call in play(checkout, example)]
+    assert calls != []
+    for command, words in calls:
+        for word in words:
+            name = word.removeprefix("--").split("=")[0]
+            if word.startswith("--config."):
+                assert has_field(default.get_config(), name.removeprefix("config.")), word
+            elif word.startswith("--"):
+                assert name in flags_of(command), (command, word)
+            elif command in ("prepare", "convert"):
+                assert word in ("latents", "reference", "vae"), (command, word)
+        config = [word.split("=")[1] for word in words if word.startswith("--config=")]
+        assert all((ROOT / file).is_file() for file in config)
+    if page == "recipes/imagenet.md":
+        pictures = sorted(str(p.relative_to(checkout)) for p in checkout.rglob("*.JPEG"))
+        assert pictures == [
+            "imagenet/train/n01440764/n01440764_0.JPEG",
+            "imagenet/train/n01440764/n01440764_1.JPEG",
+            "imagenet/train/n01443537/n01443537_0.JPEG",
+            "imagenet/val/all/ILSVRC2012_val_00000001.JPEG",
+        ]
+    elif page != "launch.md":
+        assert {command for command, _ in calls} == {"plan", "main", "evaluate"}
+
+
+def test_what_launch_md_shows_of_a_dry_run_is_in_the_transcripts():
+    text = (ROOT / "docs" / "launch.md").read_text()
+    (shown,) = re.findall(r"^```\n(\$ .*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    assert any(shown in path.read_text() for path in TRANSCRIPTS)
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)  # fmt: skip
+def test_links_hold(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
