@@ -135,10 +135,10 @@ request_state() {
   fi
 }
 
-look_at_training='test ! -e dico_jax/launch/worker.sh || dico_jax/launch/worker.sh state'
+look_at_training='cd dico_jax/launch 2>/dev/null && exec ./worker.sh state; echo training: none'
 
-# What the trainings of all workers do, one state a line: those of worker.sh, or nothing before
-# setup. Fails where a worker does not answer.
+# What the trainings of all workers do, one state of worker.sh a line. Fails where a worker does not
+# answer.
 training_states() {
   local said
   if said=$(on all "$look_at_training" 2>&1); then
@@ -190,7 +190,6 @@ judge() {
       ;;
   esac
   launch/tpu_vm.sh status || true
-  launch/tpu_vm.sh stop || true  # workers that still wait for the others
   if grep -qx "ended 2" <<<"$1"; then
     say "the training was called wrongly: see above"
     exit 2
@@ -214,12 +213,17 @@ look() {
   silent=0
   case $states in
     running)
-      watching=true
+      watching=true mixed=0
       if ((SECONDS - started > 1800)); then failures=0; fi
       return
       ;;
-    $'ended 0\nrunning') return ;;  # about to be done
+    *running*)
+      # They end one after the other; one that waits for another, which is gone, may never.
+      if ((++mixed < 6)); then return; fi
+      launch/tpu_vm.sh stop || true
+      ;;
   esac
+  mixed=0
   if "$watching"; then
     watching=false
     judge "$states"
@@ -249,7 +253,7 @@ restart() {
   local name
   max_restarts=${MAX_RESTARTS:-100} poll_seconds=${POLL_SECONDS:-60}
   for name in max_restarts poll_seconds; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || fail "${name^^}=${!name}: use a whole number"
+    [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "${name^^}=${!name}: use a whole number"
   done
   require_slice
   require_run "$@"
@@ -261,7 +265,7 @@ restart() {
   export CLOUDSDK_CORE_DISABLE_PROMPTS=1
   trap 'left 130' INT
   trap 'left 143' TERM
-  watching=false started=0 starts=0 failures=0 silent=0
+  watching=false started=0 starts=0 failures=0 silent=0 mixed=0
   local state previous=
   while true; do
     state=$(request_state)

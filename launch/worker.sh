@@ -9,6 +9,8 @@
 #   state   "training: " and running, stopped (by `stop`), ended STATUS, or none
 #   stop    SIGTERM to it, which makes it save; returns when it has ended, killed after ten minutes
 #
+# STOP_SECONDS changes the ten minutes.
+#
 # --dry_run prints the commands, one a line, and runs nothing. train.log, train.pid, train.status
 # and train.stopped are in the checkout. The last line of the log is the exit status: 0 done, 143
 # saved after SIGTERM.
@@ -82,7 +84,7 @@ stop() {
   local since=$SECONDS
   while running; do
     # A process that waits for another host, which is gone, may never come to save.
-    if ((SECONDS - since > 600)); then kill -KILL "$pid"; fi
+    if ((SECONDS - since > ${STOP_SECONDS:-600})); then kill -KILL "$pid"; fi
     sleep 1
   done
   echo "$(hostname): ended"

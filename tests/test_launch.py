@@ -216,6 +216,16 @@ def test_a_training_on_a_tpu_worker_from_start_to_stop(checkout, installed):
     wait_for(lambda: log.read_text().count("training") == 2, "the training that goes on")
 
 
+def test_a_training_that_does_not_end_is_killed(checkout, installed):
+    stand_in(
+        installed, "dico_jax/.venv/bin/python", "trap '' TERM", "while true; do sleep 0.1; done"
+    )
+    folder = installed / "dico_jax"
+    assert call(folder, "launch/worker.sh", "run").returncode == 0
+    done = call(folder, "launch/worker.sh", "stop", STOP_SECONDS="0")
+    assert (done.returncode, done.stdout.endswith(": ended\n")) == (0, True)
+
+
 def test_a_stale_process_number_is_not_a_training(worker):
     shutil.copytree(LAUNCH, worker / "dico_jax" / "launch")
     with subprocess.Popen(["sleep", "60"]) as other:
@@ -322,19 +332,20 @@ def test_restart_only_watches_what_runs_already(cloud):
 
 
 def test_restart_starts_a_training_on_a_slice_that_is_there(cloud):
-    for before in ("", "none", "ended_0", "stopped", "silence\nended_143"):
+    for before in ("", "none", "ended_0", "stopped", "silence\nended_143", "none+running"):
         done, did = cloud(["ACTIVE"], [["running", "ended_0"]], before=before)
-        assert (done.returncode, did) == (0, ["setup", "run"]), before
+        stop = ["stop"] if "running" in before else []
+        assert (done.returncode, did) == (0, [*stop, "setup", "run"]), before
 
 
 @pytest.mark.parametrize(
     ("looks", "status", "did"),
     [
-        (["running", "ended_2+running"], 2, ["setup", "run", "stop"]),
-        (["running", "stopped"], 143, ["setup", "run"]),
-        (["ended_1"], 1, ["setup", "run", "stop"] * 3),
+        (["running", "ended_2+running", "ended_2"], 2, ["setup", "run"]),
+        (["running", "running+stopped", "stopped"], 143, ["setup", "run"]),
+        (["ended_1"], 1, ["setup", "run"] * 3),
         (["ended_137+running"], 137, ["setup", "run", "stop"] * 3),
-        (["running", "ended_143"], 1, ["setup", "run", "stop"] * 6),  # MAX_RESTARTS
+        (["running", "ended_143"], 1, ["setup", "run"] * 6),  # MAX_RESTARTS
     ],
 )
 def test_restart_ends_where_another_start_would_not_help(cloud, looks, status, did):
@@ -368,6 +379,26 @@ def test_restart_leaves_everything_at_ctrl_c(checkout, cloud):
     rest = process.communicate(timeout=20)[0]
     assert (process.returncode, (checkout / "did").exists()) == (130, False)
     assert "'stop' ends the training and 'delete' gives the slice back" in rest
+
+
+def test_restart_from_setup_to_the_end_on_a_worker(checkout, worker):
+    """With the worker's own script: a training that saves after SIGTERM, and then one that ends."""
+    for name in ("setup.py", "pyproject.toml", "constraints.txt", "dico_jax"):
+        (checkout / name).touch()
+    gcloud = checkout / "bin" / "gcloud"
+    gcloud.rename(checkout / "bin" / "ssh")
+    stand_in(
+        checkout, "gcloud", 'if [[ $4 == describe ]]; then echo ACTIVE; else exec ssh "$@"; fi'
+    )
+    stand_in(checkout, "curl")
+    stand_in(worker, ".local/bin/uv")
+    starts = worker / "starts"
+    stand_in(
+        worker, "dico_jax/.venv/bin/python",
+        f"echo x >>{starts}", "sleep 0.5", f"(($(wc -l <{starts}) > 1)) || exit 143",
+    )  # fmt: skip
+    done = call(checkout, "launch/tpu_vm.sh", "restart", *AWKWARD, POLL_SECONDS="0")
+    assert (done.returncode, count(starts)) == (0, 2), done.stdout + done.stderr
 
 
 def test_the_state_of_a_worker(checkout, installed):
