@@ -11,6 +11,7 @@ COMMANDS = {
     "export": "writes a sampler that runs with JAX alone",
     "convert": "brings PyTorch weights in and out",
     "benchmark": "measures speed and memory",
+    "show": "says what a file or folder is",
     "plan": "says whether a run fits a slice, how long it takes and what it costs",
 }
 

@@ -22,6 +22,28 @@ _LONGEST = 4096  # characters of a text, as of a path
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 _KINDS[tuple] = "a tuple, such as () or ('a', 'b')"
 
+# By family, the sizes that names of models stand for: paper table 1 (DiCo-H: table 5), the DiT
+# paper's table 1. For those told a text the paper gives none; these are those of table 1.
+_DICO: dict[str, dict[str, Any]] = {
+    "DiCo-S": {"hidden_size": 128, "depth": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
+    "DiCo-B": {"hidden_size": 256, "depth": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
+    "DiCo-L": {"hidden_size": 352, "depth": (9, 8, 9, 8, 9), "mlp_ratio": 2.0},
+    "DiCo-XL": {"hidden_size": 416, "depth": (9, 9, 10, 9, 9), "mlp_ratio": 2.0},
+    "DiCo-H": {"hidden_size": 416, "depth": (14, 12, 10, 12, 14), "mlp_ratio": 4.0},
+}
+_DIT = {
+    "DiT-S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "DiT-B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "DiT-L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "DiT-XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "DiCo": _DICO,
+    "DiT": {f"{name}/{p}": sizes | {"patch_size": p} for name, sizes in _DIT.items()
+            for p in (2, 4, 8)},
+    "TextDiCo": {f"Text{name}": sizes for name, sizes in _DICO.items()},
+}  # fmt: skip
+
 
 def flatten(tree: Mapping) -> dict[str, Any]:
     """Nested dicts as one, with keys such as "model.name"."""

@@ -16,14 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dico_jax.checkpoints import writer
 from dico_jax.checkpoints.averages import weights_digest
 from dico_jax.checkpoints.checkpointer import Checkpointer
-from dico_jax.checkpoints.reader import (
+from dico_jax.checkpoints.reader import SavedWeights
+from dico_jax.checkpoints.state import TrainState
+from dico_jax.checkpoints.steps import (
     CHECKSUMS,
     DamagedCheckpointError,
-    SavedWeights,
     saved_steps,
     verified,
 )
-from dico_jax.checkpoints.state import TrainState
 from dico_jax.config import with_defaults
 from dico_jax.errors import UsageError
 

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from dico_jax.checkpoints import reader
+from dico_jax.checkpoints import steps as stored
 from dico_jax.checkpoints.state import MAX_WIDTH, width_to_gamma
 from dico_jax.checkpoints.writer import StepWriter
 from dico_jax.errors import UsageError
@@ -64,7 +65,7 @@ class EmaSnapshots(contextlib.ExitStack):
 
 
 def snapshot_steps(workdir: str) -> list[int]:
-    return sorted(reader.saved_steps(workdir, FOLDER))
+    return sorted(stored.saved_steps(workdir, FOLDER))
 
 
 def list_snapshots(workdir: str, last_step: int) -> list[Snapshot]:
@@ -74,7 +75,7 @@ def list_snapshots(workdir: str, last_step: int) -> list[Snapshot]:
         Snapshot(step, width, functools.partial(_read, folder / str(step), name))
         for step in snapshot_steps(workdir)
         if step <= last_step
-        for name, width in reader.read_meta(folder / str(step), "widths")["widths"].items()
+        for name, width in stored.read_meta(folder / str(step), "widths")["widths"].items()
     ]
 
 
@@ -147,12 +148,12 @@ def weights_digest(folder: str, step: int, weights: str = "ema", rebuilt: bool =
 
     `rebuilt`: of all that `rebuilt_ema` makes averages of after that step, whatever their width.
     """
-    name, item = (FOLDER, "") if rebuilt else (reader.FOLDER, reader.ITEMS[weights])
+    name, item = (FOLDER, "") if rebuilt else (stored.FOLDER, stored.ITEMS[weights])
     sums = []
     for kept in [s for s in snapshot_steps(folder) if s <= step] if rebuilt else [step]:
         path = as_path(folder) / name / str(kept)
-        recorded = reader.recorded_checksums(path, item)
-        sums.append(recorded or reader.checksums(path, reader.files_of(path, item)))
+        recorded = stored.recorded_checksums(path, item)
+        sums.append(recorded or stored.checksums(path, stored.files_of(path, item)))
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
@@ -172,9 +173,9 @@ def _add(weight: np.float32, leaf: np.ndarray, total: np.ndarray | None = None) 
 
 
 def _read(folder: pathlib.Path, name: str) -> Any:
-    item = reader.verified(folder, name)
+    item = stored.verified(folder, name)
     try:
         leaves = {path: leaf.read() for path, leaf in reader.stored_leaves(item).items()}
     except (OSError, ValueError, KeyError) as error:
-        raise reader.DamagedCheckpointError(item, error, reader.ADVICE) from error
+        raise stored.DamagedCheckpointError(item, error, stored.ADVICE) from error
     return flax.traverse_util.unflatten_dict(leaves)

@@ -18,8 +18,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dico_jax.checkpoints import reader
-from dico_jax.checkpoints.reader import DamagedCheckpointError
+from dico_jax.checkpoints import steps as stored
 from dico_jax.checkpoints.state import TrainState
+from dico_jax.checkpoints.steps import DamagedCheckpointError
 from dico_jax.checkpoints.writer import StepWriter
 from dico_jax.errors import UsageError
 from dico_jax.parallel.mesh import from_same
@@ -31,7 +32,7 @@ class Checkpointer(StepWriter):
     def __init__(self, workdir: pathlib.Path, meta: dict, keep: int, keep_every: int = 0):
         policies = ocp.checkpoint_managers
         kept = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
-        super().__init__(workdir / reader.FOLDER, policies.AnyPreservationPolicy(kept))
+        super().__init__(workdir / stored.FOLDER, policies.AnyPreservationPolicy(kept))
         self._meta = meta
 
     def save(self, step: int, state: TrainState, extra: dict[str, Any] | None = None) -> None:
@@ -42,14 +43,14 @@ class Checkpointer(StepWriter):
 
     def extra(self, step: int) -> dict[str, Any]:
         """What `save` was given besides the state; {} if nothing."""
-        return reader.read_meta(self._folder / str(step)).get("extra", {})
+        return stored.read_meta(self._folder / str(step)).get("extra", {})
 
     def restore(self, step: int, target: TrainState) -> TrainState:
         """The state saved at `step`, with the shapes, dtypes and shardings of `target`."""
         folder = self._folder / str(step)
         self._verify(folder)
         if not (folder / "opt_state").is_dir():
-            if "converted" not in reader.read_meta(folder):
+            if "converted" not in stored.read_meta(folder):
                 raise DamagedCheckpointError(folder, "opt_state is missing")
             what = f"{self._folder} has converted weights without a training state: give another "
             fix = f"--workdir, and --config.training.init_from={self._folder.parent}"
@@ -73,7 +74,7 @@ class Checkpointer(StepWriter):
             raise
         except Exception as error:  # what Orbax and TensorStore raise has many types
             # Other processes may have read their parts, and wait: they cannot be asked.
-            if (folder / reader.CHECKSUMS).exists() or jax.process_count() > 1:
+            if (folder / stored.CHECKSUMS).exists() or jax.process_count() > 1:
                 raise
             raise DamagedCheckpointError(folder, error) from error
         number = from_same(np.asarray(step, target.step.dtype), target.step.sharding)
@@ -112,7 +113,7 @@ class Checkpointer(StepWriter):
     def _verify(self, folder: pathlib.Path) -> None:
         parts, reason = jax.process_count(), None
         try:
-            reader.verified(folder, "", jax.process_index(), parts)
+            stored.verified(folder, "", jax.process_index(), parts)
         except DamagedCheckpointError as error:
             reason = error.reason
         if parts > 1:  # all say the first reason, so that all decide alike

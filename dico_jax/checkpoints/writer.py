@@ -29,7 +29,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dico_jax.checkpoints.reader import CHECKSUMS, checksums, files_of, orbax_path, saved_steps
+from dico_jax.checkpoints.reader import orbax_path
+from dico_jax.checkpoints.steps import CHECKSUMS, checksums, files_of, saved_steps
 from dico_jax.errors import UsageError, one_line
 from dico_jax.files import Deferred, as_path, is_remote, library_versions, sync
 

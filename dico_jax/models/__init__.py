@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dico_jax.config import SIZES
 from dico_jax.errors import UsageError
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.dico import DiCo
@@ -18,31 +19,13 @@ from dico_jax.models.iso_dico import IsoDiCo
 from dico_jax.models.text_dico import TextDiCo
 from dico_jax.ops.plain import check_float64
 
-# Paper table 1 (DiCo-H: table 5) and the DiT paper's table 1.
-_DICO = {
-    "DiCo-S": {"hidden_size": 128, "depth": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
-    "DiCo-B": {"hidden_size": 256, "depth": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
-    "DiCo-L": {"hidden_size": 352, "depth": (9, 8, 9, 8, 9), "mlp_ratio": 2.0},
-    "DiCo-XL": {"hidden_size": 416, "depth": (9, 9, 10, 9, 9), "mlp_ratio": 2.0},
-    "DiCo-H": {"hidden_size": 416, "depth": (14, 12, 10, 12, 14), "mlp_ratio": 4.0},
-}
-_DIT = {
-    "DiT-S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
-    "DiT-B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-    "DiT-L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
-    "DiT-XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
-}
-
 # A network is a class and a row: name, class, and the options that the name stands for.
 MODELS: dict[str, tuple[type[Denoiser], Mapping[str, Any]]] = {
-    **{name: (DiCo, sizes) for name, sizes in _DICO.items()},
     **{
-        f"{name}/{patch}": (DiT, {**sizes, "patch_size": patch})
-        for name, sizes in _DIT.items()
-        for patch in (2, 4, 8)
+        name: (cls, sizes)
+        for cls in (DiCo, DiT, TextDiCo)
+        for name, sizes in SIZES[cls.__name__].items()
     },
-    # Told a text. The paper gives no size; these are those of table 1.
-    **{f"Text{name}": (TextDiCo, sizes) for name, sizes in _DICO.items()},
     "DiCo": (DiCo, {}),
     "TextDiCo": (TextDiCo, {}),
     "DiT": (DiT, {}),

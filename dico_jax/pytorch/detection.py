@@ -19,16 +19,16 @@ import math
 import re
 import statistics
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import flax
 import numpy as np
 
+from dico_jax.config import SIZES
 from dico_jax.errors import UsageError
-from dico_jax.models import MODELS, abstract_params, create_model
-from dico_jax.models.denoiser import Denoiser
-from dico_jax.models.dit import position_embedding
 from dico_jax.pytorch.key_maps import KEY_MAPS, Entry, entries
+
+if TYPE_CHECKING:
+    from dico_jax.models.denoiser import Denoiser
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -86,11 +86,11 @@ def detect_model(
     Of a network that reads texts itself, "vocab_size" is there besides.
     """
     family = _family(shapes)
-    if name is not None and MODELS[name][0].__name__ != family:
+    if name is not None and _family_of(name) != family:
         raise UsageError(f"--model={name}: these are the weights of a {family}")
-    if num_heads is not None and (family != "DiT" or (name and MODELS[name][1])):
+    if num_heads is not None and (family != "DiT" or _sizes_of(name)):
         raise UsageError(f"--num_heads={num_heads} is for --model=DiT; not for {name or family}")
-    sizes = dict(MODELS[name][1]) if name is not None else {}
+    sizes = _sizes_of(name)
     if not sizes:
         heads = num_heads, likely_heads
         sizes = _dit_sizes(shapes, *heads) if family == "DiT" else _dico_sizes(shapes)
@@ -102,7 +102,7 @@ def detect_model(
         options |= _text_options(shapes, likely_length)
     else:
         options |= _classes(shapes, family, num_classes, likely_classes)
-    known = {} if name in MODELS and MODELS[name][1] else sizes
+    known = {} if _sizes_of(name) else sizes
     fields = dict.fromkeys(("hidden_size", "depth", "mlp_ratio", "num_heads", "patch_size"))
     return {"name": name, **fields, **known, **options, "dtype": "float32"}
 
@@ -113,28 +113,33 @@ class Network:
 
     title: str
     fields: dict[str, Any]  # of `config.model`, as JSON values
-    model: Denoiser
+    model: "Denoiser"
     wanted: list[Entry]  # its parameters
     tokens: int | None  # rows of a DiT's position table
     vocab_size: int = 0  # of an encoder of texts that belongs to it
 
     def description(self) -> str:
         """A line: name or sizes, parameters, channels, classes."""
-        sizes = ("hidden_size", "depth", "mlp_ratio", "num_heads", "patch_size")
-        if "text_fusion" in self.fields:
-            fusion, width = self.fields["text_fusion"], self.fields["text_width"]
-            words = f"of {self.vocab_size} words, " if self.vocab_size else ""
-            told = f"told a text {words}by {fusion} (width {width})"
-        else:
-            null = "and a" if self.fields["class_dropout_prob"] else "without a"
-            told = f"{self.fields['num_classes']} classes {null} null class"
-        own = ", ".join(f"{k}={self.fields[k]}" for k in sizes if self.fields[k] is not None)
-        return (
-            f"{self.fields['name']}{f' of no published size ({own})' if own else ''}, "
-            f"{sum(math.prod(entry.shape) for entry in self.wanted):,} parameters, "
-            f"{self.fields['in_channels']} input channels, {told}, "
-            f"{'learned' if self.fields['learn_sigma'] else 'fixed'} variance"
-        )
+        count = sum(math.prod(entry.shape) for entry in self.wanted)
+        return describe(self.fields, count, self.vocab_size)
+
+
+def describe(fields: Mapping[str, Any], parameters: int, vocab_size: int = 0) -> str:
+    """The same of fields of `config.model` and a number of parameters."""
+    sizes = ("hidden_size", "depth", "mlp_ratio", "num_heads", "patch_size")
+    if "text_fusion" in fields:
+        fusion, width = fields["text_fusion"], fields["text_width"]
+        words = f"of {vocab_size} words, " if vocab_size else ""
+        told = f"told a text {words}by {fusion} (width {width})"
+    else:
+        null = "and a" if fields["class_dropout_prob"] else "without a"
+        told = f"{fields['num_classes']} classes {null} null class"
+    own = ", ".join(f"{k}={fields[k]}" for k in sizes if fields[k] is not None)
+    return (
+        f"{fields['name']}{f' of no published size ({own})' if own else ''}, "
+        f"{parameters:,} parameters, {fields['in_channels']} input channels, {told}, "
+        f"{'learned' if fields['learn_sigma'] else 'fixed'} variance"
+    )
 
 
 def detect_network(
@@ -148,25 +153,31 @@ def detect_network(
         with contextlib.suppress(UsageError):  # nothing else is known of it
             found = detect_model(shapes, **known)["name"]
             title += f" (it looks like a {found})" if found != title else ""
+    from dico_jax.models import create_model  # late: fields and shapes are had without JAX
+
     model = create_model(**{k: v for k, v in fields.items() if v is not None})
     fields = json.loads(json.dumps(fields))  # lists for tuples, as the config's file has them
     words, table = fields.pop("vocab_size", 0), check_table(tensors, model.hidden_size)
     return Network(title, fields, model, parameters(model), table, words)
 
 
-def parameters(model: Denoiser) -> list[Entry]:
+def parameters(model: "Denoiser") -> list[Entry]:
     """The parameters of a network, in the state dict's order."""
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    from dico_jax.models import abstract_params
+
     # Blocks of a stage are alike, and many of them take long to trace.
     family, depths = type(model).__name__, np.atleast_1d(model.depth)
     count = dict(zip(model.stages, depths, strict=True))
     small = model.clone(depth=1 if family == "DiT" else (1,) * 5, scan_blocks=False)
     tree: dict[Any, Any] = {}
-    for path, leaf in flax.traverse_util.flatten_dict(abstract_params(small)).items():
+    for path, leaf in flatten_dict(abstract_params(small)).items():
         at = 1 + (path[0] == "text_fusion")  # where the number of a block is
         blocks = range(count.get(path[at - 1], 1))
         in_block = path[at - 1] in count
         tree |= {(*path[:at], str(i), *path[at + 1 :]) if in_block else path: leaf for i in blocks}
-    return entries(flax.traverse_util.unflatten_dict(tree), KEY_MAPS[family])
+    return entries(unflatten_dict(tree), KEY_MAPS[family])
 
 
 def check_table(tensors: Mapping[str, Any], width: int) -> int | None:
@@ -177,6 +188,8 @@ def check_table(tensors: Mapping[str, Any], width: int) -> int | None:
     side = math.isqrt(ref.shape[1]) if len(ref.shape) == 3 else 0
     if ref.shape != (1, side * side, width) or not side or ref.nbytes > _MAX_TABLE:
         raise UsageError(f"{TABLE} is {ref.shape} instead of (1, n * n, {width})")
+    from dico_jax.models.dit import position_embedding
+
     table = ref.read().astype(np.float64)[0]
     tolerance = _TABLE_TOLERANCE if ref.dtype.itemsize >= 4 else _HALF_TABLE_TOLERANCE
     distance = np.abs(table - position_embedding(side, side, width)).max()
@@ -197,10 +210,19 @@ def _family(shapes: Shapes) -> str:
     return family if dico >= dit else "DiT"
 
 
+def _family_of(name: str) -> str:
+    return next((family for family, rows in SIZES.items() if name in rows), name)
+
+
+def _sizes_of(name: str | None) -> dict[str, Any]:
+    """What a published name stands for; {} of a family."""
+    return dict(next((rows[name] for rows in SIZES.values() if name in rows), {}))
+
+
 def _published_name(family: str, sizes: Mapping[str, Any]) -> str:
     ratio = 4.0 if family == "DiT" else 2.0
-    for name, (cls, published) in MODELS.items():
-        if cls.__name__ == family and published and {"mlp_ratio": ratio, **published} == sizes:
+    for name, published in SIZES[family].items():
+        if {"mlp_ratio": ratio, **published} == sizes:
             return name
     return family
 
@@ -218,7 +240,7 @@ def _dico_sizes(shapes: Shapes) -> dict[str, Any]:
 
 def _dit_sizes(shapes: Shapes, num_heads: int | None, likely_heads: object) -> dict[str, Any]:
     width = _size(shapes, _DIT_SIZES, "hidden_size")
-    published = {s["hidden_size"]: s["num_heads"] for c, s in MODELS.values() if "num_heads" in s}
+    published = {s["hidden_size"]: s["num_heads"] for s in SIZES["DiT"].values()}
     if num_heads is None and type(likely_heads) is int and 0 < likely_heads <= width:
         num_heads = likely_heads if width % likely_heads == 0 else None
     num_heads = num_heads or published.get(width)

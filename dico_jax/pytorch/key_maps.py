@@ -21,7 +21,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import flax
 import numpy as np
 
 from dico_jax.errors import UsageError, several
@@ -185,6 +184,8 @@ class Entry:
 
 def entries(abstract_params: Any, key_map: KeyMap) -> list[Entry]:
     """The parameters of a tree of arrays or ShapeDtypeStructs, in the state dict's order."""
+    import flax  # late: names in files are read without JAX
+
     found = []
     for path, leaf in flax.traverse_util.flatten_dict(abstract_params).items():
         _, layout = LEAVES[path[-1], len(leaf.shape)]

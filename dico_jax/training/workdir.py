@@ -21,6 +21,7 @@ import tensorstore
 from ml_collections import ConfigDict
 
 from dico_jax.checkpoints import reader
+from dico_jax.checkpoints import steps as stored
 from dico_jax.checkpoints.reader import saved_steps
 from dico_jax.config import DEFAULTS, config_to_dict, flatten, without_gone
 from dico_jax.configs.default import CAREFUL_FIELDS, MUTABLE_FIELDS, MUTABLE_SECTIONS
@@ -55,7 +56,7 @@ def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None
     """
     if not workdir:
         raise UsageError("--workdir", workdir, "is empty: name a folder")
-    folders = (path := as_path(workdir)), path / reader.FOLDER
+    folders = (path := as_path(workdir)), path / stored.FOLDER
     items = () if is_remote(workdir) else (*folders, *path.glob("*.json*"), path / ".lock")
     for item in items:  # a pipe would be waited for
         right, kind = (item.is_dir(), "folder") if item in folders else (item.is_file(), "file")
@@ -66,9 +67,9 @@ def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None
         return []
     file, changes = path / "config.json", []
     try:
-        newest = file.parent / reader.FOLDER / str(max(steps))
-        meta = reader.read_meta(reader.verified(newest, "meta").parent, "config", "class_names")
-    except reader.DamagedCheckpointError:  # said by what restores it
+        newest = file.parent / stored.FOLDER / str(max(steps))
+        meta = stored.read_meta(stored.verified(newest, "meta").parent, "config", "class_names")
+    except stored.DamagedCheckpointError:  # said by what restores it
         meta = {"class_names": []}
     try:
         if "model.name" not in (old := without_gone(json.loads(file.read_text()))):
