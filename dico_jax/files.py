@@ -257,12 +257,13 @@ def _appearing(path: str | os.PathLike, survives: bool = True) -> Iterator[pathl
         temporary.replace(target)
         if survives:
             sync(target.parent)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def sync(*paths: pathlib.Path) -> None:
