@@ -1,6 +1,8 @@
 """What is built and installed has all that a checkout has."""
 
 import importlib.metadata
+import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -73,3 +75,12 @@ def test_commands_have_one_entry(tmp_path):
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     refused = dico_jax_command("prepare", "paintings")
     assert "'paintings' is unknown" in refused.stderr
+
+
+def test_names_that_have_moved_are_where_it_is_said():
+    text = " ".join((ROOT / "docs" / "moved.md").read_text().split())
+    names = set(re.findall(r"-> ([a-z_]\w*(?:\.\w+)+)", text))
+    assert len(names) > 200
+    outside = {"clu.metrics.Average", "model.parse_conditions"}  # of a library, of an object
+    for name in sorted(names - outside):
+        pkgutil.resolve_name(f"dico_jax.{name}")
