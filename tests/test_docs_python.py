@@ -39,7 +39,7 @@ def test_snippets(tmp_path, monkeypatch):
         Image.fromarray(picture).save(tmp_path / "reference" / f"{i}.png")
     text = (ROOT / "docs" / "python.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     names = run(snippets, tmp_path, monkeypatch)
     assert names["images"].shape == (2, 8, 8, 1)
     assert names["distance"] > 0

@@ -22,6 +22,7 @@ from dico_jax.pytorch.conversion import from_pytorch, to_pytorch
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
 from dico_jax.sampling.image_folder import save
 from dico_jax.sampling.pretrained import weights_size
+from dico_jax.sampling.sampler import Images
 from tests import golden
 
 NAMES = [f"kind {i}" for i in range(10)]
@@ -92,6 +93,24 @@ def test_calls_of_one_shape_compile_once(checkpoint, compilations):
     assert compilations() == before
     sampler(classes=[1, 2], steps=2)
     assert compilations() > before  # so it would be seen
+
+
+@pytest.mark.parametrize("options", [{"cfg_scale": 3.0}, {"solver": "dpmpp_2m"}])
+def test_images_while_they_are_made(sampler, compilations, options):
+    asked = {"classes": [1, 2], "num_images": 3, "steps": 5, "seed": 3} | options
+    images = sampler(**asked)
+    parts = list(sampler.stream(**asked, every=2))
+    assert [step for step, _ in parts] == [2, 4, 5]
+    assert all(isinstance(x, Images) and x.shape == images.shape for _, x in parts)
+    apart = [np.abs(x.astype(int) - images).max() for _, x in parts]
+    assert apart[-1] <= 1
+    assert apart[0] > 1 or options == {"solver": "dpmpp_2m"}  # whose predictions are all clipped
+    before = compilations()
+    ((_, again),) = sampler.stream(**asked | {"seed": 4, "classes": [0, 1]}, every=5)
+    assert compilations() == before
+    assert (again != images).any()
+    with pytest.raises(UsageError, match=r"^every=0 must be"):
+        next(sampler.stream(**asked, every=0))
 
 
 @pytest.mark.parametrize(("classes", "asked"), [(["kind 3", 7], "3,7"), ("all", "all")])

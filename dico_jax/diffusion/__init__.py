@@ -15,6 +15,6 @@ from dico_jax.diffusion.objectives import Diffusion, Estimate, Objective, create
 from dico_jax.diffusion.registry import OBJECTIVES, create_objective
 from dico_jax.diffusion.schedule import Schedule, beta_schedule, make_schedule, respaced_timesteps
 from dico_jax.diffusion.paths import Path, Solver, Trajectory
-from dico_jax.diffusion.solvers import SOLVERS, ddim_step, ddpm_step, sample_loop
+from dico_jax.diffusion.solvers import SOLVERS, ddim_step, ddpm_step, sample_loop, solver_loop
 from dico_jax.diffusion.spacing import SPACINGS, continuous_times, spaced_timesteps
 from dico_jax.diffusion.options import CFG_SCHEDULES, SamplingOptions

@@ -3,8 +3,9 @@
 A new solver is a class with a method `step`, like those below, and a row in `SOLVERS`.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -221,22 +222,46 @@ def sample_loop(
     Returns:
       The samples (N, ..., C), in float32 or better; with return_trajectory, samples and Trajectory.
     """
+    scales = None if scales is None else jnp.asarray(scales)
+    path = Path(objective, model_fn, clip_denoised, scales)
+    loop = solver_loop(path, noise_fn, sampler, eta)
+
+    def body(carry, i):
+        carry, point = loop.step(carry, i)
+        return carry, point if return_trajectory else None
+
+    indices = jnp.arange(objective.num_steps, dtype=jnp.int32)
+    carry, trajectory = jax.lax.scan(body, loop.begin(x_T), indices, reverse=True)
+    samples = loop.end(carry)
+    return (samples, jax.tree.map(lambda a: a[::-1], trajectory)) if return_trajectory else samples
+
+
+class Loop(NamedTuple):
+    """What `sample_loop` runs: a solver on a path, step by step."""
+
+    begin: Callable[[Any], Any]  # of x_T, the carry
+    step: Callable[[Any, Any], tuple[Any, Trajectory]]  # of the carry and i, from T - 1 to 0
+    end: Callable[[Any], jax.Array]  # of the last carry, the samples
+
+
+def solver_loop(
+    path: Path, noise_fn: Callable[[jax.Array], jax.Array] | None, sampler: str, eta: float
+) -> Loop:
+    """The parts of `sample_loop`, which has the same arguments."""
     solver = find_solver(sampler)(eta)
-    solver.check(objective)
+    solver.check(path.objective)
     if solver.draws_noise and noise_fn is None:
         fix = "draws noise at every step: give a noise_fn, or use sampler='ddim' with eta=0"
         raise UsageError(f"sampler={sampler!r} with eta={eta} {fix}")
     draw = noise_fn if solver.draws_noise else None
-    path = Path(objective, model_fn, clip_denoised, None if scales is None else jnp.asarray(scales))
 
-    def body(carry, i):
-        carry, point = solver.step(path, carry, i, None if draw is None else draw(i))
-        return carry, point if return_trajectory else None
+    def begin(x_T):
+        return solver.init(path, *as_float(x_T))
 
-    indices = jnp.arange(objective.num_steps, dtype=jnp.int32)
-    carry, trajectory = jax.lax.scan(body, solver.init(path, *as_float(x_T)), indices, reverse=True)
-    samples = solver.end(path, carry)
-    return (samples, jax.tree.map(lambda a: a[::-1], trajectory)) if return_trajectory else samples
+    def step(carry, i):
+        return solver.step(path, carry, i, None if draw is None else draw(i))
+
+    return Loop(begin, step, functools.partial(solver.end, path))
 
 
 def find_solver(name: str, field: str = "sampler") -> type[Solver]:

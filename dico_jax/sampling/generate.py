@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +54,37 @@ def make_latents_fn(
     """
     own = options.scales(objective)
     check_guidance(model, guided_steps(own), options.cfg_scale, guide)
+    parts = _path_fn(model, objective, latent_shape, options, guide)
+    how: Any = {"sampler": options.sampler, "eta": options.ddim_eta}
 
     def sample_latents(
         params, indices, conditions, seed=None, scales=None, steps=None, guide_params=None
     ):
         scales, steps = (own, guided_steps(own)) if scales is None else (scales, steps)
-        keys = diffusion.image_keys(options.seed if seed is None else seed, indices)
+        seed = options.seed if seed is None else seed
+        path, noise = parts(params, indices, conditions, seed, scales, steps, guide_params)
+        samples = diffusion.sample_loop(
+            objective,
+            path.model_fn,
+            noise(None),
+            noise,
+            **how,
+            scales=path.scales,
+            return_trajectory=return_trajectory,
+        )
+        return (samples[0], samples[1].pred_x0) if return_trajectory else samples
+
+    return sample_latents
+
+
+def _path_fn(model, objective, latent_shape, options, guide) -> Callable[..., Any]:
+    """The function of what `sample_latents` takes, that gives the path and the noise of a step.
+
+    The noise of None is x_T.
+    """
+
+    def parts(params, indices, conditions, seed, scales, steps, guide_params):
+        keys = diffusion.image_keys(seed, indices)
         plain, weak_fn = steps == "none", None
         if guide is not None and not plain:
             told = guide.encode_condition(guide_params, conditions)
@@ -78,19 +103,67 @@ def make_latents_fn(
             weak_fn=weak_fn,
             always=steps == "all",
         )
-        samples = diffusion.sample_loop(
-            objective,
-            model_fn,
-            diffusion.initial_noise(keys, latent_shape),
-            lambda i: diffusion.step_noise(keys, i, latent_shape),
-            sampler=options.sampler,
-            eta=options.ddim_eta,
-            scales=None if plain else scales,
-            return_trajectory=return_trajectory,
-        )
-        return (samples[0], samples[1].pred_x0) if return_trajectory else samples
+        scales = None if plain else jnp.asarray(scales)
 
-    return sample_latents
+        def noise(i):
+            if i is None:
+                return diffusion.initial_noise(keys, latent_shape)
+            return diffusion.step_noise(keys, i, latent_shape)
+
+        return diffusion.Path(objective, model_fn, scales=scales), noise
+
+    return parts
+
+
+class Steps(NamedTuple):
+    """Jitted parts of a sampler that runs step by step, see `make_steps`."""
+
+    begin: Callable[..., Any]
+    step: Callable[..., Any]
+    end: Callable[..., Any]
+
+
+def make_steps(
+    model: Any, objective: Objective, autoencoder: Any, latent_shape: tuple[int, int, int],
+    options: SamplingOptions, *, guide: Any = None,
+) -> Steps:  # fmt: skip
+    """What shows images while they are made.
+
+    `begin` gives the carry of the loop, `step`, which takes it and i from T - 1 to 0 after all
+    else, the next one and the images as they are predicted, `end`, which takes it, the images: as
+    `make_generate_fn` gives them, but that programs of one step may round otherwise. All else is
+    (decoder_params, params, indices (N,), conditions, seed (), scales (T + 1,), guide_params).
+    """
+    kind = guided_steps(options.scales(objective))
+    check_guidance(model, kind, options.cfg_scale, guide)
+    parts = _path_fn(model, objective, latent_shape, options, guide)
+
+    def loop(params, indices, conditions, seed, scales, guide_params):
+        path, noise = parts(params, indices, conditions, seed, scales, kind, guide_params)
+        return diffusion.solver_loop(path, noise, options.sampler, options.ddim_eta), noise
+
+    def begin(decoder_params, *given):
+        solver, noise = loop(*given)
+        return solver.begin(noise(None))
+
+    def step(decoder_params, *given_carry_i):
+        *given, carry, i = given_carry_i
+        carry, point = loop(*given)[0].step(carry, i)
+        return carry, _images(autoencoder, decoder_params, point.pred_x0)
+
+    def end(decoder_params, *given_carry):
+        *given, carry = given_carry
+        return _images(autoencoder, decoder_params, loop(*given)[0].end(carry))
+
+    how: Any = {"compiler_options": compiler_options(jax.devices()[0].platform)}
+    return Steps(*(jax.jit(part, **how) for part in (begin, step, end)))
+
+
+def _images(autoencoder: Any, decoder_params: Any, latents: jax.Array) -> tuple[jax.Array, ...]:
+    """Of latents the images, uint8, and which are finite."""
+    decoded = autoencoder.decode(decoder_params, latents)
+    finite = [jnp.isfinite(x).all(axis=(1, 2, 3)) for x in (latents, decoded)]
+    return to_uint8(decoded), finite[0] & finite[1]
 
 
 def _apply(model: Any, params: Any, x, t, condition) -> jax.Array:
@@ -119,9 +192,7 @@ def jit_generate(
     def generate(decoder_params, params, guide_params, indices, conditions, seed, scales, steps):
         how = seed, scales, steps, guide_params
         made = sample_latents(params, indices, conditions, *how)
-        decoded = autoencoder.decode(decoder_params, made)
-        finite = [jnp.isfinite(x).all(axis=(1, 2, 3)) for x in (made, decoded)]
-        images = to_uint8(decoded), finite[0] & finite[1]
+        images = _images(autoencoder, decoder_params, made)
         return (*images, made.astype(jnp.float32)) if latents else images
 
     split, whole = batch_sharding(mesh), replicated(mesh)

@@ -15,7 +15,14 @@ from PIL import Image
 from dico_jax.config import check_values, check_whole
 from dico_jax.errors import UsageError
 from dico_jax.models.class_names import ClassNames
-from dico_jax.sampling.generate import GenerateFn, generate_images
+from dico_jax.parallel.mesh import replicated
+from dico_jax.sampling.generate import (
+    GenerateFn,
+    Steps,
+    check_finite,
+    generate_images,
+    guided_steps,
+)
 from dico_jax.sampling.pretrained import Pretrained
 
 _ARGUMENTS = {"num_steps": "steps", "sampler": "solver"}  # of fields that are named otherwise here
@@ -42,6 +49,7 @@ class Sampler:
         """`from_pretrained` makes one."""
         self.pretrained, self._model = pretrained, pretrained.experiment.model
         self._programs: dict[str, GenerateFn] = {}
+        self._steps: dict[str, Steps] = {}
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **how: Any) -> "Sampler":
@@ -111,6 +119,47 @@ class Sampler:
             batches = generate_images(generate, *parts, self.pretrained.mesh.size)
             return np.concatenate([*batches]).view(Images)
 
+    def stream(
+        self,
+        classes: str | int | Sequence[str | int] | None = None,
+        *,
+        prompts: str | Sequence[str] | None = None,
+        num_images: int | None = None,
+        per_class: int | None = None,
+        seed: int = 0,
+        every: int = 1,
+        **options: Any,
+    ) -> Iterator[tuple[int, Images]]:
+        """The images of a call with these arguments while they are made, all at once.
+
+        Yields how many steps are done, after every so many, and the images as the network then
+        predicts them; at last the images themselves, some bits of which may be rounded otherwise.
+        """
+        with _arguments(classes=classes):
+            check_whole("seed", seed, 0, 2**32 - 1)
+            check_whole("every", every, 1, _MOST)
+            config = self._config(options, None)
+            told = self._model.as_condition(
+                self._conditions(classes, prompts, num_images, per_class, seed)
+            )
+            made, scales = self.pretrained.steps(config)
+            key = _key(config) + guided_steps(scales)
+            begin, step, end = self._steps.setdefault(key, made)
+            experiment, mesh = self.pretrained.experiment, self.pretrained.mesh
+            decoder = jax.device_put(experiment.autoencoder.params, replicated(mesh))
+            indices = np.arange(len(jax.tree.leaves(told)[0]), dtype=np.int32)
+            guide = self.pretrained.guide and self.pretrained.guide.params
+            given: Any = decoder, self.pretrained.params, indices, self._model.from_read(told)
+            given += np.uint32(seed), scales, guide
+            carry, count = begin(*given), len(scales) - 1
+            for done in range(1, count + 1):
+                carry, (images, _) = step(*given, carry, np.int32(count - done))
+                if done % every == 0 and done < count:
+                    yield done, np.asarray(images).view(Images)
+            images, finite = end(*given, carry)
+            check_finite(np.flatnonzero(~np.asarray(finite)), len(indices))
+            yield count, np.asarray(images).view(Images)
+
     def _config(self, given: dict[str, Any], batch_size: int | None) -> ConfigDict:
         config = self.pretrained.config.copy_and_resolve_references()
         known = {_ARGUMENTS.get(n, n): n for n in config.sampling if n not in _LEFT_OUT}
@@ -155,11 +204,15 @@ class Sampler:
 
     def _program(self, config: ConfigDict) -> GenerateFn:
         """The function for these options, which compiles for each number of images."""
-        sampling = {k: v for k, v in config.sampling.items() if k not in (*_LEFT_OUT, "cfg_scale")}
-        key = json.dumps(sampling, sort_keys=True, default=float)  # NumPy's numbers
-        if key not in self._programs:
+        if (key := _key(config)) not in self._programs:
             self._programs[key] = self.pretrained.generator(config)
         return self._programs[key]
+
+
+def _key(config: ConfigDict) -> str:
+    """What programs are kept by: all options but the guidance scale, which they are given."""
+    sampling = {k: v for k, v in config.sampling.items() if k not in (*_LEFT_OUT, "cfg_scale")}
+    return json.dumps(sampling, sort_keys=True, default=float)  # NumPy's numbers
 
 
 @contextlib.contextmanager
