@@ -249,6 +249,18 @@ def test_a_run_that_does_not_fit(monkeypatch):
     assert headroom["value"] == pytest.approx((15.75 - 20) * 2**30)
 
 
+def test_what_is_far_too_large_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(aot, "slice_devices", lambda where: jax.devices()[: where.devices])
+    monkeypatch.setattr(aot, "has_libtpu", lambda: True)
+    said = []
+    config = small_dit(data__image_size=256, data__batch_size=2**16)
+    options = planner.Options(programs=("decode",))
+    plan = planner.make_plan(config, parse_topology("v5e:2x2"), options, said.append)
+    assert not said
+    assert not plan["fits"]
+    assert plan["notes"][0].startswith("by sizes it is far too large")
+
+
 # The command.
 
 TINY = (

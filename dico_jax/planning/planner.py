@@ -23,6 +23,8 @@ NO_LIBTPU = (
     "libtpu is not installed: nothing is compiled, so memory and bytes are estimates, and what "
     "the compiler refuses is not known; pip install libtpu"
 )
+# Times the chip's memory, by sizes: the compiler, which would search long, finds no way any more.
+_HOPELESS = 1.25
 _CALIBRATED = 1.25  # the range of a time that a run has scaled: by so much to either side
 
 
@@ -89,10 +91,12 @@ def make_plan(
     compiles = options.compiles and on_tpu and aot.has_libtpu()
     planned, program = prepare(config, where, compiles)
     found: aot.Found | aot.DoesNotFit | None = None
+    notes = [] if compiles else [_why_not(options, on_tpu)]
+    if compiles and planned.memory > _HOPELESS * where.chip.memory:
+        compiles, notes = False, ["by sizes it is far too large: nothing is compiled"]
     if compiles:
         say(f"compiling the training step for {where.name}")
         found = compile_step(planned, program)
-    notes = [] if compiles else [_why_not(options, on_tpu)]
     if isinstance(found, aot.DoesNotFit):
         notes.append(f"the compiler refuses: {found}")
     memory = _memory(planned, found)
