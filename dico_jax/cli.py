@@ -84,6 +84,8 @@ def _leave(status: int) -> NoReturn:
         beat.Heartbeat.current.leave(status)  # the other processes end as well
     for worker in multiprocessing.active_children():  # before they can say that it is gone
         worker.kill()
+    if hub := sys.modules.get("dico_jax.pytorch.hub"):
+        hub.forget()
     sys.stdout.flush()
     os._exit(status)
 

@@ -73,8 +73,8 @@ def _set_up_clients() -> None:
 
 def url_of(path: str | os.PathLike) -> str:
     """The address of a folder in a bucket, for TensorStore."""
-    scheme, _, rest = os.fspath(path).partition("://")
-    return f"{scheme}://{urllib.parse.quote(rest.rstrip('/'))}/"
+    scheme, _, rest = str(as_path(path)).partition("://")
+    return f"{scheme}://{urllib.parse.quote(rest)}/"
 
 
 def opened(path: str | os.PathLike) -> contextlib.AbstractContextManager[IO[bytes]]:
@@ -90,7 +90,15 @@ def size_of(path: str | os.PathLike) -> int:
 def names_in(folder: str | os.PathLike) -> list[str]:
     """What is in a folder; nothing, where there is none."""
     path = as_path(folder)
-    return [name for item in path.iterdir() if (name := item.name)] if path.is_dir() else []
+    if not is_remote(folder):
+        return os.listdir(path) if path.is_dir() else []
+    try:
+        found = path._backend.fs(path).ls(str(path), detail=False)
+    except FileNotFoundError:
+        return []
+    # Consoles and gcsfuse make an empty object FOLDER/, which would be in itself.
+    above = str(path).partition("://")[2]
+    return [os.path.basename(name) for name in (n.rstrip("/") for n in found) if name != above]
 
 
 def files_below(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
@@ -99,9 +107,9 @@ def files_below(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     if not is_remote(folder):
         files = [file for file in path.rglob("*") if file.is_file()]
         return {str(f.relative_to(path)): {"size": f.stat().st_size} for f in files}
-    above = f"{os.fspath(folder).partition('://')[2].rstrip('/')}/"
-    found = path._backend.fs(path).find(str(path), detail=True)
-    return {name.removeprefix(above): about for name, about in found.items()}
+    above = f"{str(path).partition('://')[2]}/"
+    found = path._backend.fs(path).find(str(path), detail=True).items()
+    return {name.removeprefix(above): about for name, about in found if name[-1] != "/"}
 
 
 def append(file: Any, data: bytes) -> None:
@@ -123,6 +131,9 @@ def check_bucket(said: str, path: str, write: bool) -> None:
     """Raises UsageError where a bucket cannot be read, or a file be written; nothing is made."""
     if not is_remote(path):
         return
+    if write and re.search(r"[#*?\[\]]", path):  # what is deleted there would be others', too
+        fix = "has one of # * ? [ ], which libraries take for patterns: leave it out"
+        raise UsageError(said, path, fix)
     scheme, _, rest = path.partition("://")
     bucket, _, name = rest.partition("/")
     package, extra = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}[scheme]
@@ -198,10 +209,16 @@ def new_file(path: str | os.PathLike, survives: bool = True) -> Iterator[BinaryI
     `survives`: also a power cut from then on, which costs the time of a disk's write.
     """
     if is_remote(path):
-        with tempfile.NamedTemporaryFile() as stream:
-            yield stream  # type: ignore[misc]
-            stream.flush()
-            _upload(stream.name, path)
+        try:
+            with tempfile.NamedTemporaryFile() as stream:
+                yield stream  # type: ignore[misc]
+                stream.flush()
+                _upload(stream.name, path)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            where = f"{tempfile.gettempdir()}, where it is put together (TMPDIR), is full"
+            raise UsageError(f"{path} cannot be written: {where}") from error
         return
     with _appearing(path, survives) as temporary, temporary.open("xb") as stream:
         yield stream

@@ -16,8 +16,8 @@ from dico_jax.errors import UsageError
 from tests.test_prepared_latents import Noise, autoencoder, options
 
 
-def prepared(out, count=11):
-    prepare_latents(Noise(count=count), autoencoder(), str(out), options())
+def prepared(out, count=11, **how):
+    prepare_latents(Noise(count=count), autoencoder(), str(out), options(**how))
     return str(out)
 
 
@@ -96,17 +96,26 @@ def test_a_cache_takes_what_fits(bucket, root, tmp_path):
     here, there, cache = prepared(tmp_path / "out"), prepared(root), tmp_path / "cache"
     shard = PreparedLatents(here).manifest.shards[0]
     source = PreparedLatents(there, cache_dir=str(cache), cache_gb=1.5 * shard.bytes / 1e9)
-    assert os.listdir(cache) == [shard.file]
+    (folder,) = cache.iterdir()
+    assert os.listdir(folder) == [shard.file]
     assert_equal(examples(source), examples(PreparedLatents(here)))
     bucket.requests.clear()
     _ = [source[i] for i in range(11)]
     assert bucket.requests == {"GET media": 7}
-    (cache / shard.file).write_bytes(b"half")
+    (folder / shard.file).write_bytes(b"half")
     source = PreparedLatents(there, cache_dir=str(cache))
-    assert len(os.listdir(cache)) == 3
+    assert len(os.listdir(folder)) == 3
     bucket.requests.clear()
     assert_equal(examples(source), examples(PreparedLatents(here)))
     assert not bucket.requests
+
+
+def test_a_cache_of_two_folders(bucket, root, tmp_path):
+    """Whose shards have the same names and sizes."""
+    for dtype in ("float16", "bfloat16"):
+        here, there = (prepared(f"{at}/{dtype}", dtype=dtype) for at in (tmp_path, root))
+        source = PreparedLatents(there, cache_dir=str(tmp_path / "cache"))
+        assert_equal(examples(source), examples(PreparedLatents(here)))
 
 
 def test_objects_that_are_gone_or_damaged(bucket, root):

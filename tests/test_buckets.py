@@ -1,6 +1,7 @@
 """Runs, checkpoints, samples and reports in a bucket, an emulated one on this machine."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -13,9 +14,18 @@ import time
 import numpy as np
 import pytest
 
-from dico_jax.checkpoints.reader import saved_steps, stored_leaves
+from dico_jax.checkpoints.reader import saved_steps, stored_leaves, verified
+from dico_jax.checkpoints.writer import StepWriter
 from dico_jax.errors import UsageError
-from dico_jax.files import append, as_path, check_bucket, names_in, new_file, new_folder
+from dico_jax.files import (
+    append,
+    as_path,
+    check_bucket,
+    files_below,
+    names_in,
+    new_file,
+    new_folder,
+)
 from dico_jax.pytorch import hub
 from dico_jax.training import workdir as workdirs
 from dico_jax.training.workdir import workdir_lock
@@ -66,6 +76,40 @@ def test_files_are_there_whole_or_not_at_all(bucket, root):
     assert names_in(root) == ["a"]
 
 
+def test_empty_objects_named_as_folders_are_no_files(bucket, root):
+    """As consoles make them, and gcsfuse for a step that is copied."""
+    for name in ("", "a/", "a/b/"):
+        bucket.write(f"{inside(root)}/{name}", b"")
+    assert names_in(root) == ["a"]
+    assert not files_below(root)
+    (as_path(root) / "a" / "a").write_text("x")
+    assert names_in(f"{root}/a/") == ["a", "b"]
+    assert list(files_below(root)) == ["a/a"]
+
+
+def test_names_that_are_patterns(bucket, root):
+    bucket.write(f"{inside(root)}/run1/checkpoints/1/commit_success.txt", b"")
+    for name in ("run[1]", "run*", "run?", "run#1"):
+        assert not saved_steps(f"{root}/{name}")
+        with pytest.raises(UsageError, match="^--workdir=gs:.* leave it out"):
+            check_bucket("--workdir", f"{root}/{name}", write=True)
+
+
+def test_steps_in_a_folder_of_any_name(bucket, root):
+    folder = f"{root}/a b%20ü"
+    with StepWriter(as_path(f"{folder}/checkpoints")) as writer:
+        writer.write(2, {"params": {"x": np.ones(4)}}, {})
+        writer.write(3, {"params": {"x": np.ones(4)}}, {})
+        writer.wait()
+        writer.remove(2)
+        assert writer.steps() == [3]
+    assert saved_steps(folder) == {3}
+    leaves = stored_leaves(verified(as_path(f"{folder}//checkpoints/3"), "params"))
+    assert np.array_equal(leaves["x",].read(), np.ones(4))
+    with workdir_lock(folder), workdir_lock(f"{folder}1"):
+        assert ".lock" in names_in(folder)
+
+
 def test_files_of_weights_are_fetched_once(bucket, root):
     folder = inside(root)
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
@@ -83,6 +127,22 @@ def test_files_of_weights_are_fetched_once(bucket, root):
     assert hub.local_weights(f"{root}/run") == f"{root}/run"  # a folder is read where it is
     with pytest.raises(UsageError, match=f"^{root}/none.pt cannot be read: "):
         hub.local_weights(f"{root}/none.pt")
+
+
+def test_nothing_that_was_fetched_stays_on_the_disk(bucket, root, tmp_path, monkeypatch):
+    bucket.write(f"{inside(root)}/x.pt", b"no weights")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    args = f"--input={root}/x.pt", f"--out={tmp_path}/x", "--arch=DiCo-S"
+    done = call("dico_jax.convert", "from_pytorch", *args, fresh=True)
+    assert done.returncode == 2, done.stderr
+    assert not list(tmp_path.glob("dico_jax_*"))
+
+
+def test_a_full_disk_for_what_is_put_together(bucket, root):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(UsageError, match="TMPDIR.* is full"), new_file(f"{root}/x"):
+        raise full
+    assert not names_in(root)
 
 
 def test_what_others_write_is_seen_at_once(bucket, root):

@@ -37,10 +37,11 @@ def saved_steps(workdir: str | os.PathLike, folder: str = FOLDER) -> set[int]:
     """The finished steps in a folder of a workdir or of a converted checkpoint."""
     path = as_path(workdir) / folder
     if is_remote(workdir):  # one without that is being written, or was when its run was killed
-        there = [p.parent for p in path.glob(f"*/{COMMITTED}")]
+        parts = [name.split("/") for name in files_below(path)]
+        there = [step for step, *rest in parts if rest == [COMMITTED]]
     else:
-        there = [p for p in path.glob("*") if p.is_dir()]
-    return {int(p.name) for p in there if p.name.isdecimal()}
+        there = [p.name for p in path.glob("*") if p.is_dir()]
+    return {int(name) for name in there if name.isdecimal()}
 
 
 def read_meta(folder: pathlib.Path, *fields: str) -> dict[str, Any]:

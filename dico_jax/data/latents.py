@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import math
@@ -161,7 +162,7 @@ class PreparedLatents:
     source[i] is {"image": moments (orientations, h, w, 2 * channels) in the stored dtype, "label"}
     and what else its record has; `manifest.fields` tells what all have. In a bucket each record is
     read by itself where it is; of its shards as many as fit in `cache_gb`, or all, are copied to
-    `cache_dir` before, if one is given.
+    a folder of their own in `cache_dir` before, if one is given.
     """
 
     kind = "moments"
@@ -183,6 +184,9 @@ class PreparedLatents:
             raise UsageError(f"{path} has no examples")
         if is_remote(path):
             files = [(shard.file, shard.bytes) for shard in shards]
+            if cache_dir is not None:  # others may lie there, of the same names and sizes
+                which = "".join(shard.sha256 for shard in shards).encode()
+                cache_dir = os.path.join(cache_dir, hashlib.sha256(which).hexdigest()[:16])
             cached = _cached(self._folder, shards, cache_dir, cache_gb)
             self._records: Any = RangedRecords(path, files, cache_dir or "", cached)
             if len(self._records) != sum(shard.count for shard in shards):

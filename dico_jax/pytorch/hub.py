@@ -1,5 +1,6 @@
 """Files that are fetched: of Hugging Face, by hf://owner/repo@revision/file.pt, and of buckets."""
 
+import errno
 import functools
 import hashlib
 import os
@@ -117,13 +118,22 @@ def _from_bucket(url: str) -> str:
     try:
         files.download(files.as_path(url), target := folder / os.path.basename(url))
     except Exception as error:  # of many classes
-        raise UsageError(f"{url} cannot be read: {one_line(error)}") from error
+        where = (
+            f" to {folder.parent} (TMPDIR)" if getattr(error, "errno", 0) == errno.ENOSPC else ""
+        )
+        raise UsageError(f"{url} cannot be read{where}: {one_line(error)}") from error
     return str(target)
 
 
 @functools.cache
 def _kept() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="dico_jax_")  # which goes with this process
+
+
+def forget() -> None:
+    """Removes what was fetched of buckets, where a process ends without Python's own end."""
+    if _kept.cache_info().currsize:
+        _kept().cleanup()
 
 
 def _ask(name: str, what: str, question: Callable[[Any], Any]) -> Any:
