@@ -132,9 +132,9 @@ def test_files_of_weights_are_fetched_once(bucket, root):
 def test_nothing_that_was_fetched_stays_on_the_disk(bucket, root, tmp_path, monkeypatch):
     bucket.write(f"{inside(root)}/x.pt", b"no weights")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    args = f"--input={root}/x.pt", f"--out={tmp_path}/x", "--arch=DiCo-S"
-    done = call("dico_jax.convert", "from_pytorch", *args, fresh=True)
-    assert done.returncode == 2, done.stderr
+    args = f"--input={root}/x.pt", f"--out={tmp_path}/x.safetensors"
+    done = call("dico_jax.convert", "vae", *args, fresh=True)
+    assert_refused(done, "x.pt")
     assert not list(tmp_path.glob("dico_jax_*"))
 
 

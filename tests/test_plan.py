@@ -10,6 +10,7 @@ import statistics
 import jax
 import pytest
 
+from dico_jax.checkpoints.reader import saved_steps
 from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config
 from dico_jax.models import abstract_params, create_model, forward_macs
@@ -55,7 +56,22 @@ def test_slices():
     assert (found.chips, found.devices, found.hosts) == (64, 64, 16)
     assert parse_topology("tpu7x:2x2x4").devices == 32
     assert parse_topology("h100:16").hosts == 2
+    assert [parse_topology(t).hosts for t in ("v5e:1x1", "v6e:2x4", "v5e:4x4")] == [1, 1, 4]
+    assert [parse_topology(t).hosts for t in ("v5p:2x2x1", "v4:2x2x2")] == [1, 2]
+    assert parse_topology("v5e:02*4").name == "v5e:2x4"
     assert all(peak_flops(chip.kind) for chip in CHIPS.values())
+
+
+def test_memory_of_gpus_is_what_jax_takes_of_it(monkeypatch):
+    assert parse_topology("h100:8").chip.memory == 0.75 * 79 * 2**30
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert parse_topology("h100:8").chip.memory == 0.9 * 79 * 2**30
+
+
+def test_links_of_all_generations_are_counted_alike():
+    """All-reduce bandwidth of a pod in Google's tables is that of its chips in one direction."""
+    for name, pod, chips in (("v4", 1.1e15, 4096), ("v5e", 51.2e12, 256), ("v6e", 102.4e12, 256)):
+        assert 0.85 < pod / chips / (CHIPS[name].links / 2) < 1.05
 
 
 @pytest.mark.parametrize(
@@ -365,6 +381,30 @@ def test_the_search_finds_what_fits():
     assert planner.prepare(config, where)[0].memory < where.chip.memory
 
 
+def test_the_search_of_a_batch_of_one_has_it_as_it_is():
+    found = search(small_dit(data__batch_size=1), parse_topology("v5e:1x1"))
+    assert "as it is" in [row["flags"] for row in found["ranked"]]
+    config = small_dit(data__batch_size=16, training__accumulation_steps=8)
+    found = search(config, parse_topology("v5e:1x1"))
+    assert found["candidates"] == 3 * 2 * 2 * 4 * 3
+
+
+def test_what_a_plan_leaves_out_is_said():
+    where, options = parse_topology("v5e:1x1"), planner.Options(compiles=False)
+    config = small_dit(data__source="folder", diffusion__objective="mean_flow")
+    config.autoencoder.name = "latent_preview"
+    planned, _ = planner.prepare(small_dit(), where)
+    said = " ".join(planner._notes(planned._replace(config=config)))
+    assert "pictures of 'folder' are encoded by 'latent_preview' in the run" in said
+    assert "'mean_flow'" in said
+    both, one = (
+        planner.make_plan(small_dit(data__horizontal_flip=flip), where, options)["sections"]["time"]
+        for flip in (True, False)
+    )
+    for two, single in zip(*(t["input of a host"]["value"] for t in (both, one)), strict=True):
+        assert two == 2 * single
+
+
 def test_the_best_settings_are_compiled(monkeypatch):
     monkeypatch.setattr(aot, "slice_devices", lambda where: jax.devices()[: where.devices])
     said = []
@@ -419,6 +459,17 @@ def test_a_dry_run_goes_on_where_the_run_is(workdir, capsys):
     runs.dry_run(config, str(workdir))
     assert "steps 6 to 10" in capsys.readouterr().out
     assert sorted((file, file.stat().st_mtime_ns) for file in workdir.rglob("*")) == before
+
+
+def test_saved_steps_make_room_for_those_to_come(workdir, monkeypatch):
+    config, state = small_run(), 10**6
+    config.training.num_steps, config.training.checkpoint_every_steps = 10**4, 10
+    config.training.keep_checkpoints = len(saved_steps(workdir))
+    usage = runs.shutil.disk_usage(workdir)._replace(free=1.5 * state)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: usage)
+    assert "0.00 GB of 0.00 GB" in runs._saves(config, str(workdir), state, 6)
+    with pytest.raises(UsageError, match="checkpoints"):
+        runs._saves(config, str(workdir / "other"), state, 0)
 
 
 def test_a_dry_run_refuses_what_does_not_fit(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import math
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -40,17 +41,16 @@ class Chip(NamedTuple):
 
 _MEGACORE = (("chip_config_name", "megacore"),)
 CHIPS = {
-    "v4": Chip("TPU v4", 30.75 * GIB, 1200e9, 300e9, 3, options=_MEGACORE),
+    "v4": Chip("TPU v4", 30.75 * GIB, 1200e9, 600e9, 3, options=_MEGACORE),
     "v5e": Chip("TPU v5 lite", 15.75 * GIB, 819e9, 400e9, 2),
     "v5p": Chip("TPU v5", 95.74 * GIB, 2765e9, 1200e9, 3, options=_MEGACORE),
     "v6e": Chip("TPU v6 lite", 31.25 * GIB, 1640e9, 800e9, 2),
     "tpu7x": Chip("TPU7x", 94.75 * GIB, 3690e9, 600e9, 3, devices=2),
-    # What CUDA and cuDNN keep is left out: JAX takes 75% of the rest, or what
-    # XLA_PYTHON_CLIENT_MEM_FRACTION says.
-    "a100": Chip("NVIDIA A100-SXM4-80GB", 79e9, 2039e9, 600e9),
-    "h100": Chip("NVIDIA H100 80GB HBM3", 79e9, 3350e9, 900e9),
-    "h200": Chip("NVIDIA H200", 140e9, 4800e9, 900e9),
-    "b200": Chip("NVIDIA B200", 179e9, 7700e9, 1800e9),
+    # All that CUDA shows, of which `parse_topology` takes JAX's share.
+    "a100": Chip("NVIDIA A100-SXM4-80GB", 79 * GIB, 2039e9, 600e9),
+    "h100": Chip("NVIDIA H100 80GB HBM3", 79 * GIB, 3350e9, 900e9),
+    "h200": Chip("NVIDIA H200", 139 * GIB, 4800e9, 900e9),
+    "b200": Chip("NVIDIA B200", 178 * GIB, 7700e9, 1800e9),
 }
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
@@ -79,8 +79,12 @@ def parse_topology(text: str) -> Slice:
         used = f"{near}:{'x'.join(map(str, best[::-1] if min(best) == 1 else best))}"
         fix = f"is no slice of {', '.join(CHIPS)} that can be had: the nearest is {used}"
         raise UsageError("--topology", text, fix)
-    per_host = min(count, 4 if chip.dimensions else 8)
-    return Slice(f"{name}:{shape}", chip, count, count * chip.devices, count // per_host)
+    per_host = 4 if chip.dimensions == 3 or (chip.dimensions and count > 8) else 8
+    if chip.platform == "gpu":
+        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+        chip = chip._replace(memory=share * chip.memory)
+    name = f"{name}:{'x'.join(map(str, sizes))}"
+    return Slice(name, chip, count, count * chip.devices, -(-count // per_host))
 
 
 def slices(chip: Chip) -> set[tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """The plan of a run on a slice: figures by section, each with where it comes from."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -252,8 +253,8 @@ def _time(planned: Planned, options: Options) -> Figures:
         step = [middle / _CALIBRATED, middle * _CALIBRATED]
     images = config.data.batch_size
     hours = [config.training.num_steps * t / 3600 for t in step]
-    # Prepared latents in float16: means and log variances.
-    example = 2 * 2 * np.prod(planned.experiment.latent_shape)
+    # Prepared latents in float16: means and log variances, also of the mirrored picture.
+    example = 2 * 2 * math.prod(planned.experiment.latent_shape) * (1 + config.data.horizontal_flip)
     figures = {
         "network, forward and backward": unit(list(time.compute), "s"),
         "optimizer and averages": unit(list(time.optimizer), "s"),
@@ -287,5 +288,10 @@ def _notes(planned: Planned) -> Iterator[str]:
         "times: at least by the peaks, communication hidden; at most by 40% of peak arithmetic, "
         "60% of the bandwidth with 1.63 times the bytes, half of the links, one after the other"
     )
+    data, kind = planned.config.data.source, planned.config.autoencoder.name
+    if data not in ("latents", "arrays") and kind != "identity":
+        yield f"pictures of {data!r} are encoded by {kind!r} in the run, which is left out here"
+    if planned.config.diffusion.objective == "mean_flow":
+        yield "the derivative by time that 'mean_flow' takes is left out: it needs and takes more"
     if planned.config.model.scan_blocks and planned.saving > planned.needed.step:
         yield "a save decides the memory: config.mesh.fsdp shares the state among devices"

@@ -123,7 +123,8 @@ def _saves(config: ConfigDict, workdir: str, state: int, start: int) -> str:
     count = -(-left // training.checkpoint_every_steps)
     kept = min(count, training.keep_checkpoints)
     forever = left // training.keep_every_steps if training.keep_every_steps else 0
-    needed = (kept + forever + 1) * state  # one more while it is written
+    old = len(saved_steps(workdir))  # which make room
+    needed = (max(0, kept - old) + forever + 1) * state  # one more while it is written
     text = f"saves {count} times, {state / 1e9:.2f} GB each, keeps {kept + forever}"
     if is_remote(workdir):
         return text

@@ -93,9 +93,9 @@ def _candidates(config: ConfigDict, where: Slice) -> Iterator[Candidate]:
 
 def _choices(config: ConfigDict) -> Iterator[dict[str, Any]]:
     batch = config.data.batch_size
-    dtypes = {config.model.dtype, "bfloat16"}
-    batches = (batch // 2, batch, 2 * batch)
-    options = (("none", "dots", "blocks"), (False, True), sorted(dtypes), (1, 2, 4), batches)
+    dtypes, parts = {config.model.dtype, "bfloat16"}, {1, 2, 4, config.training.accumulation_steps}
+    more = sorted(dtypes), sorted(parts), sorted({batch // 2 or 1, batch, 2 * batch})
+    options = (("none", "dots", "blocks"), (False, True), *more)
     names = "model.remat", "model.scan_blocks", "model.dtype", "training.accumulation_steps"
     for values in itertools.product(*options):
         yield dict(zip((*names, "data.batch_size"), values, strict=True))
