@@ -162,6 +162,22 @@ def test_what_devices_exchange():
     assert all(t.wire > 0 for t in sent)
 
 
+def test_gradients_of_parts_are_summed_part_by_part():
+    summed = []
+    for parts in (1, 2):
+        config = small_dit(training__accumulation_steps=parts)
+        mesh = mesh_from_config(config, jax.devices()[:2])
+        experiment = experiment_from_config(config, sizes_alone=True)
+        program = training_program(config, experiment, mesh)
+        (sent,) = estimates.traffic(config, experiment, program.target, mesh)
+        where = parse_topology("v5e:2x2")
+        planned = planner.estimate(config, where, mesh, experiment, program.target)
+        (_, size) = planner.compile_step(planned, program).collectives["all-reduce"]
+        assert size == pytest.approx(sent.payload, rel=0.01)
+        summed.append(sent.payload)
+    assert summed[1] == 2 * summed[0]
+
+
 def test_activations_are_those_of_a_program_for_cpu():
     """The compiler needs from as much as is kept to 1.5 times that, beside the gradients."""
     config = small_config(data__image_size=256, data__batch_size=32, model__depth=(2, 1, 1, 1, 2))

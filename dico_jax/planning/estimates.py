@@ -113,17 +113,19 @@ def traffic(
     config: ConfigDict, experiment: Experiment, target: TrainState, mesh: Mesh
 ) -> Iterator[Traffic]:
     """What devices exchange in a step."""
-    model, sizes = experiment.model, dict(mesh.shape)
+    model, sizes, parts = experiment.model, dict(mesh.shape), config.training.accumulation_steps
     leaves = jax.tree.leaves(target.params)
     split = [leaf for leaf in leaves if "fsdp" in leaf.sharding.spec]
     shares, all_ = (sum(map(_bytes_of_shard, found)) for found in (split, leaves))
     summed, n = all_ - shares, num_batch_shards(mesh)  # what no axis of the batch splits
     if n > 1 and summed:
-        yield Traffic("batch", "all-reduce of gradients", 1, summed, _ring(n, 2 * summed))
+        summed *= parts  # XLA sums those of each part among devices
+        yield Traffic("batch", "all-reduce of gradients", parts, summed, _ring(n, 2 * summed))
     if (n := sizes["data"]) > 1 and shares:
-        yield Traffic("data", "all-reduce of gradients", 1, shares, _ring(n, 2 * shares))
+        summed = parts * shares
+        yield Traffic("data", "all-reduce of gradients", parts, summed, _ring(n, 2 * summed))
     if (n := sizes["fsdp"]) > 1 and shares:
-        whole, parts = shares * n, config.training.accumulation_steps
+        whole = shares * n
         used = whole * min(4, model.dtype.itemsize) / 4 * 2 * parts  # forward and backward
         yield Traffic("fsdp", "all-gather of parameters", 2 * parts, used, _ring(n, used))
         summed = parts * whole
