@@ -69,6 +69,7 @@ setuptools.setup(
         "text": ["tokenizers>=0.21"],  # prompts, captions, the CLIP score
         "export": ["flatbuffers>=24.3"],  # jax.export's files
         "plot": ["matplotlib>=3.9"],  # evaluate --sweep_cfg
+        "viz": ["tensorboard>=2.16"],  # shows the events of a run
         "wandb": ["wandb>=0.17"],  # config.logging.wandb_project
         "test": [
             "flatbuffers>=24.3",

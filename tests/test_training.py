@@ -180,9 +180,19 @@ def test_a_run_in_parts_equals_a_run_in_one(tmp_path, capfd):
     result = train(config, str(tmp_path / "whole"))
     assert result.num_samples == 20
     printed = capfd.readouterr()
-    assert "DiT, 3,784 parameters; 1,797 examples; 8 x cpu; steps 0 to 6 in" in printed.out
-    assert "class agreement" in printed.out
-    assert "Total: 3,784 -- 15,136 bytes" in printed.out
+    said = printed.out.splitlines()
+    names = ["model", "data", "devices", "training", "workdir"]
+    assert [line.split()[0] for line in said[:5]] == names
+    for part in ("DiT, 3,784 parameters", "1,797 examples", "8 x cpu", "steps 0 to 6, saved"):
+        assert part in printed.out
+    phases = ("compiling the training step ...", "compiled in ", "judging 20 samples ...", "done: ")
+    at = [next(i for i, line in enumerate(said) if line.startswith(p)) for p in phases]
+    assert at == sorted(at)
+    assert said[at[-1]] == "done: step 6 of 6"
+    assert "class agreement" in said[at[-1] + 1]
+    assert f"python -m dico_jax.sample --ckpt={tmp_path / 'whole'}" in said[-1]
+    assert max(map(len, printed.err.splitlines())) <= 80
+    assert "\r" not in printed.err
     overview = (tmp_path / "whole" / "parameters.txt").read_text()
     assert "| y_embedder/embedding_table/embedding" in overview
     assert "Total: 3,784 -- 15,136 bytes" in overview
@@ -193,6 +203,11 @@ def test_a_run_in_parts_equals_a_run_in_one(tmp_path, capfd):
     train(config, str(tmp_path / "parts"))
     config.training.num_steps = 6
     assert train(config, str(tmp_path / "parts")) == result
+    capfd.readouterr()
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "parts").rglob("*")}
+    assert train(config, str(tmp_path / "parts")) == result  # and nothing is done again
+    assert capfd.readouterr().out.startswith("already done: step 6 of 6\nclass agreement ")
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "parts").rglob("*")} == before
     whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
     # The whole run logs at 2, 4 and 6; so does the other one, and the numbers are the same.
     assert [line["step"] for line in whole] == [2, 4, 6, 6]

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
-import tqdm
 from array_record.python import array_record_module
 
 from dico_jax.autoencoders import Autoencoder, encode_in_parts, to_model_range
@@ -50,6 +49,7 @@ from dico_jax.files import (
     upload,
 )
 from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated, to_global
+from dico_jax.terminal import Bar
 from dico_jax.text.encoders import ClipEncoder
 
 _TOLD = 32  # examples whose captions are encoded at once
@@ -291,8 +291,8 @@ def prepare_latents(
     limit = len(source) + len(source.skipped), options.max_bad_fraction, "--max_bad_fraction"
     check_bad(bad, *limit)
     with contextlib.closing(_encoded(source, autoencoder, plan, indices, options)) as encoded:
-        progress = {"total": total, "initial": total - len(indices), "unit": "image"}
-        stream = map(noted, tqdm.tqdm(encoded, dynamic_ncols=True, **progress))
+        progress: Any = {"total": total, "initial": total - len(indices), "unit": "image"}
+        stream = map(noted, Bar(encoded, "encoding", compiles="compiling the encoder", **progress))
         for shard in todo:
             examples = itertools.islice(stream, len(plan.shards[shard]))
             skipped = source.skipped if shard == 0 else {}

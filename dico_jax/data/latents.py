@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ml_dtypes
 import msgpack
 import numpy as np
-import tqdm
 from array_record.python import array_record_data_source
 
 from dico_jax.data.paths import required_path
@@ -37,6 +36,7 @@ from dico_jax.files import (
     names_in,
     size_of,
 )
+from dico_jax.terminal import Bar
 
 if TYPE_CHECKING:
     from dico_jax.text.encoders import Constants
@@ -223,7 +223,7 @@ class PreparedLatents:
                     raise _damaged(self._folder, shard, "is not what was written (its CRC-32C)")
             return
         total = sum(shard.bytes for shard in shards)
-        bar = tqdm.tqdm(total=total, desc="checksums", unit="B", unit_scale=True, delay=2)
+        bar = Bar(total=total, desc="checksums", unit="B", unit_scale=True, delay=2)
         with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             digests = pool.map(lambda shard: file_digest(self._folder / shard.file), shards)
             for shard, digest in zip(shards, digests, strict=True):
@@ -326,7 +326,7 @@ def _cached(
     todo = [s for s in kept if there.get(s.file, {}).get("size") != s.bytes]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         copied = pool.map(copy, todo)
-        for _ in tqdm.tqdm(copied, f"copying to {local}", len(todo), dynamic_ncols=True):
+        for _ in Bar(copied, f"copying to {local}", total=len(todo)):
             pass
     return {shard.file for shard in kept}
 
@@ -337,7 +337,7 @@ def verify(path: str) -> Manifest:
     source.check_checksums()
     fields, classes = source.manifest.fields, (-1, *range(len(source.class_names)))
     _ = source.null_text  # or an error
-    for index in tqdm.tqdm(range(len(source)), unit="image", desc="records", dynamic_ncols=True):
+    for index in Bar(range(len(source)), "records", unit="image"):
         right = False
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             example = source[index]

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-import tqdm
 from array_record.python import array_record_data_source, array_record_module
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.core import read_only_builder, registered
@@ -20,6 +19,7 @@ from dico_jax.data.captions import clean
 from dico_jax.data.paths import MAX_CLASSES, path_errors, required_path, wrong_path
 from dico_jax.data.pictures import BadExample
 from dico_jax.errors import UsageError, one_line, shown
+from dico_jax.terminal import Bar
 
 _FILES = ("*.array_record*", "*.arrayrecord*")
 
@@ -131,7 +131,7 @@ class ArrayRecordSource(_Records):
 
     def _counted_classes(self) -> list[str]:
         labels = []
-        for index in tqdm.tqdm(range(len(self)), desc="labels", dynamic_ncols=True, delay=2):
+        for index in Bar(range(len(self)), "labels", delay=2):
             with contextlib.suppress(BadExample):  # found again when it is to be trained on
                 labels.append(self._example(index).get(self._label))
         labels = [label for label in labels if isinstance(label, int) and label >= 0] or [0]

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
 from dico_jax.data.image_sets import FolderImages, ImageSet
 from dico_jax.errors import UsageError
@@ -20,6 +19,7 @@ from dico_jax.evaluation.statistics import SPLIT_SIZE, InceptionScore, Moments, 
 from dico_jax.files import as_path, file_digest, library_versions
 from dico_jax.sampling.generate import NotFiniteError
 from dico_jax.sampling.image_folder import differences
+from dico_jax.terminal import Bar
 
 _KID_SUBSETS, _KID_SUBSET_SIZE = 100, 1000
 _NEIGHBOURS = 3
@@ -289,8 +289,8 @@ def measure_images(
 def _shown(
     batches: Batches, start: int, count: int, name: str | None, progress: bool = True
 ) -> Iterator[np.ndarray]:
-    shown = {"unit": "image", "dynamic_ncols": True, "disable": not progress}
-    with tqdm.tqdm(total=count, initial=start, desc=name, **shown) as bar:
+    shown: Any = {"unit": "image", "disable": not progress, "compiles": True}
+    with Bar(total=count, initial=start, desc=name, **shown) as bar:
         for images in batches(start) if start < count else ():
             yield images
             bar.update(len(images))

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dico_jax.autoencoders.weights import naming
@@ -28,6 +27,7 @@ from dico_jax.pytorch.hub import local_file
 from dico_jax.pytorch.key_maps import KEY_MAPS, entries, known_names
 from dico_jax.pytorch.lazy_trees import ByteProgress, load_params
 from dico_jax.pytorch.torch_files import TensorFile, open_tensors, select_weights, write_safetensors
+from dico_jax.terminal import Bar
 
 KEY_MAP = KEY_MAPS["Inception"]
 FORMAT = "dico_jax.Inception"  # of a file that `convert inception` wrote
@@ -179,7 +179,7 @@ def _published_file(flag: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(URL, timeout=_TIMEOUT) as response, new_file(path) as stream:
             size = int(response.headers.get("Content-Length") or 0)
-            with tqdm.tqdm.wrapattr(response, "read", size, desc=path.name) as shown:
+            with Bar.wrapattr(response, "read", size, desc=path.name) as shown:
                 shutil.copyfileobj(shown, stream)
             stream.flush()
             _check_digest(f"{URL}, downloaded to {path},", stream.name, "try again")

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from scipy.spatial.distance import pdist
@@ -31,6 +30,7 @@ from dico_jax.errors import UsageError
 from dico_jax.evaluation.statistics import load_arrays, save_arrays
 from dico_jax.files import arrays_digest
 from dico_jax.parallel.mesh import batch_sharding, from_same, num_batch_shards, replicated
+from dico_jax.terminal import Bar
 
 FEATURES_WIDTH, _WIDTHS = 64, (32, 64, 128)
 _BATCH_SIZE, _LEARNING_RATE = 128, 3e-3
@@ -198,7 +198,7 @@ def train_classifier(
     batch = next(batches)
     params = jax.jit(network.init)(jax.random.key(seed), batch["image"])["params"]
     opt_state = optimizer.init(params)
-    for _ in tqdm.trange(num_steps, desc="classifier", unit="step", dynamic_ncols=True):
+    for _ in Bar(range(num_steps), "classifier", unit="step", compiles=True):
         params, opt_state = step(params, opt_state, batch["image"], batch["condition"]["label"])
         log.add_skipped(batch["index"], batch["skipped"])
         batch = next(batches)

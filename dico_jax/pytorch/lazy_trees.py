@@ -16,12 +16,12 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from dico_jax.checkpoints.reader import differences
 from dico_jax.errors import UsageError, several
 from dico_jax.files import Deferred
 from dico_jax.pytorch.key_maps import Entry, KeyMap, Path, check_tensors, entries, known_names
+from dico_jax.terminal import Bar
 
 _MAX_NAMED = 5
 
@@ -51,8 +51,8 @@ class ByteProgress:
         if threading.current_thread() is threading.main_thread():  # only there may one do this
             old = {int(s): signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            style: dict[str, Any] = {"unit": "B", "unit_scale": True, "dynamic_ncols": True}
-            with tqdm.tqdm(total=total, desc=what, **style) as bar:
+            style: dict[str, Any] = {"unit": "B", "unit_scale": True}
+            with Bar(total=total, desc=what, **style) as bar:
                 self._update = bar.update
                 yield
         finally:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from jax.experimental import multihost_utils
 
 from dico_jax.config import DEFAULTS, flatten
@@ -32,6 +31,7 @@ from dico_jax.sampling.generate import check_finite
 from dico_jax.sampling.grids import image_grid, is_png, load_png, save_png
 from dico_jax.sampling.latent_file import LatentFile, create_latents
 from dico_jax.sampling.trajectory import FRAMES, save_trajectory
+from dico_jax.terminal import Bar
 
 # What lies in a folder of samples, and may lie there besides.
 _OURS = re.compile(
@@ -126,7 +126,7 @@ def _make(
             save_png(stream, image)
 
     with (
-        tqdm.tqdm(total=len(mine), initial=len(mine) - len(lacking), **_bar()) as bar,
+        Bar(total=len(mine), initial=len(mine) - len(lacking), **_bar()) as bar,
         _threads() as pool,
     ):
         before: list[concurrent.futures.Future[None]] = []
@@ -157,7 +157,7 @@ def _bar() -> dict[str, Any]:
         "desc": said,
         "disable": jax.process_index() > 0,
         "unit": "image",
-        "dynamic_ncols": True,
+        "compiles": "compiling the sampler",
     }
 
 

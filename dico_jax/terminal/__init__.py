@@ -5,6 +5,7 @@ On a terminal the bar is tqdm's; elsewhere, as in a log, it is a line now and th
 
 import os
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,24 @@ _WIDTH, _HEIGHT = 72, 48  # pixels at most; a character shows two, one above the
 class Bar(tqdm.tqdm):
     """tqdm on stderr, as wide as the terminal; a log gets a line every `INTERVAL` seconds.
 
-    The arguments are tqdm's. The last line is said when the bar ends, unless `leave` is False.
+    The arguments are tqdm's, and `compiles`, where what comes first takes the time of a
+    compilation: rate and time left leave it out, and a text is said before. The last line is said
+    when the bar ends, unless `leave` is False.
     """
 
     leave: Any
     initial: Any
     last_print_n: Any
 
-    def __init__(self, iterable: Any = None, desc: str | None = None, **how: Any):
-        self.by_lines = not sys.stderr.isatty()
-        self._said_at, self._said = -INTERVAL, how.get("initial", 0)
+    def __init__(
+        self,
+        iterable: Any = None,
+        desc: str | None = None,
+        compiles: str | bool = False,
+        **how: Any,
+    ):
+        self.by_lines, self._compiles = not sys.stderr.isatty(), compiles
+        self._said_at, self._said = time.time(), how.get("initial", 0)
         if self.by_lines:  # the delay: nothing is said of the start
             how |= {"mininterval": 0.5, "miniters": 1, "bar_format": _LINE}
             desc = desc and f"{desc}: "
@@ -35,12 +44,14 @@ class Bar(tqdm.tqdm):
         else:
             how = {"dynamic_ncols": True, **how}
         super().__init__(iterable, desc, file=sys.stderr, **how)
+        if isinstance(compiles, str) and not self.disable and self.n != self.total:
+            self.write(f"{compiles} ...", file=sys.stderr)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Writes the bar; or a line, if the last one is long enough ago."""
         if not self.by_lines:
             return super().display(msg, pos)
-        if msg is None and self._time() - self._said_at >= INTERVAL:
+        if self.n != self._said and msg is None and self._time() - self._said_at >= INTERVAL:
             self._say()
         return False
 
@@ -48,15 +59,23 @@ class Bar(tqdm.tqdm):
         self._said_at, self._said = self._time(), self.n
         print(self, file=sys.stderr, flush=True)
 
-    def skip(self, count: int = 0, show: bool = False) -> None:
-        """Counts what took the time of compiling, and leaves that out of rate and time left."""
+    def update(self, n: float | None = 1) -> bool | None:
+        """Counts what is done."""
+        if self._compiles:
+            self._compiles = False
+            self.skip(n or 0, show=True)
+            return True
+        return super().update(n)
+
+    def skip(self, count: float = 0, show: bool = False) -> None:
+        """Counts something, and leaves it and the time since the last look out of the rate."""
         if self.disable:
             return
         self.n += count
         self.unpause()
         self.initial, self.last_print_n = self.initial + self.n - self.last_print_n, self.n
         if show:
-            self._said_at = -INTERVAL
+            self._said_at *= self.leave is False  # what does not stay is said when it lasts
             self.refresh()
 
     def clear(self, nolock: bool = False) -> None:

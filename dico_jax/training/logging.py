@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from dico_jax.errors import UsageError, one_line
 from dico_jax.files import is_remote, json_lines
+from dico_jax.terminal import Bar
 
 _HELD_SECONDS = 60.0  # at most, of what is to be written to a bucket
 
@@ -36,8 +36,8 @@ class Logger(contextlib.AbstractContextManager):
         self._workdir, self._is_main = workdir, jax.process_index() == 0
         project = wandb_project if self._is_main else ""
         self._wandb = _open_wandb(project, workdir, config) if project else None
-        shape: Any = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5, "total": num_steps}
-        self.bar: Any = tqdm.tqdm(initial=start_step, disable=not self._is_main, **shape)
+        shape: Any = {"unit": "step", "mininterval": 0.5, "total": num_steps, "compiles": True}
+        self.bar = Bar(initial=start_step, disable=not self._is_main, **shape)
         self._open(start_step)
 
     def _open(self, step: int) -> None:
@@ -110,8 +110,7 @@ class Logger(contextlib.AbstractContextManager):
     def rewind(self, step: int) -> None:
         """Drops what was recorded after `step`, which the run has returned to."""
         self._open(step)
-        self.bar.n = self.bar.last_print_n = step
-        self.bar.unpause()
+        self.bar.skip(step - self.bar.n)
         self.bar.refresh()
 
 

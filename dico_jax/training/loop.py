@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from dico_jax.evaluation.networks import ClassAgreement
 from dico_jax.files import new_file
 from dico_jax.models.block_stacks import stack_blocks, unstack_blocks
 from dico_jax.parallel.processes import Heartbeat
+from dico_jax.terminal import Bar
 from dico_jax.training.logging import Logger
 from dico_jax.training.run import Run
 from dico_jax.training.speed import Meter, Profiler, peak_speed
@@ -44,6 +46,11 @@ def train(config: ConfigDict, workdir: str, allowed: Sequence[str] = ()) -> Clas
     heartbeat = Heartbeat(lambda: go_on(max(saved_steps(workdir), default=0)))
     with heartbeat, contextlib.ExitStack() as stack:
         run = Run(config, workdir, allowed)
+        done, result = run.finished()
+        if multihost_utils.broadcast_one_to_all(np.asarray(done)):
+            if jax.process_index() == 0:
+                print(run.result(max(saved_steps(workdir)), result, "already done"))
+            return result
         stack.enter_context(workdir_lock(workdir, jax.process_index()))
         open_workdir(workdir, run.config, allowed, run.data)
         multihost_utils.sync_global_devices("the workdir is open")
@@ -75,6 +82,7 @@ class _Trainer:
         network = run.experiment.model, run.experiment.latent_shape
         self.meter = Meter(config.data.batch_size, peak_speed(*network, run.mesh.devices.flat))
         self.in_flight = collections.deque[Any]()
+        self.first_loss, self.began = dict[str, str](), time.monotonic()
 
     def _go_on_from(self, found: tuple[TrainState, int] | None) -> None:
         state, self.start = (self.run.initial_state(), 0) if found is None else found
@@ -87,14 +95,19 @@ class _Trainer:
         if jax.process_index() == 0:
             with new_file(self.run.workdir / "parameters.txt") as file:
                 file.write(f"{overview(params, include_stats='sharding')}\n".encode())
-        self.log.say(overview(params, include_stats="sharding", max_lines=12))
+        if self.start < self.num_steps:
+            self.log.say("compiling the training step ...")
         while self.start < self.num_steps:
             self._take_steps()
             self.preemption.at_once = self.preemption.statuses
+        self.log.bar.close()
+        if count := self.config.eval.class_agreement_samples:
+            self.log.say(f"judging {count:,} samples ...")
         result = self.run.judge(functools.partial(self._samples, self.num_steps))
         if result is not None:
-            self.log.say(str(result))
             self.log.scalars(self.start, {f"eval/{k}": v for k, v in vars(result).items()})
+        self.saver.wait()
+        self.log.say(self.run.result(self.start, result))
         return result
 
     def _take_steps(self) -> None:
@@ -121,6 +134,8 @@ class _Trainer:
 
     def _took(self, step: int, metrics: dict, waited: float) -> None:
         """Notes a step that was just dispatched, and waits for one that was before."""
+        if not self.first_loss:
+            self._compiled(metrics)
         self.in_flight.append(metrics["loss"])
         if len(self.in_flight) > 2:  # enough to keep devices busy, and few enough to notice a stall
             jax.block_until_ready(self.in_flight.popleft())
@@ -131,6 +146,12 @@ class _Trainer:
         self.log.bar.update(1)
         if self.profiler.step_done(step, metrics) or step == self.start + 1:
             self._rested(step)  # what has passed so far was compilation
+
+    def _compiled(self, metrics: dict) -> None:
+        """Waits for the first step of this process, and says what it was."""
+        self.first_loss = {"loss": f"{float(metrics['loss']):.4f}"}
+        self.log.say(f"compiled in {time.monotonic() - self.began:.0f} s")
+        self.log.bar.set_postfix(self.first_loss, refresh=False)
 
     def _due(self, step: int) -> list[Callable[[int], None]]:
         """What is to be done after a step, in order: what is not to be lost comes first."""
@@ -169,6 +190,7 @@ class _Trainer:
         self.saver.wait()
         saved, statuses = step in self.saver.steps(), self.preemption.statuses
         self.preemption.at_once = statuses if saved else {signal.SIGINT: 130}
+        self.log.say(f"step {step:,}: {what} ...")
         try:
             yield functools.partial(self._samples, step)
         except Exception as error:
@@ -179,11 +201,15 @@ class _Trainer:
 
     def _samples(self, step: int, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
         """Batches of images of the averaged weights; where SIGTERM comes, saves and ends."""
-        for images in self.run.samples(self.state, conditions, start):
-            if self.preemption.requested():
-                self._save(step)
-                self._leave(step)
-            yield images
+        style: Any = {"unit": "image", "disable": jax.process_index() > 0, "leave": False}
+        count = len(jax.tree.leaves(conditions)[0])
+        with Bar(total=count, initial=start, desc="samples", compiles=True, **style) as bar:
+            for images in self.run.samples(self.state, conditions, start):
+                if self.preemption.requested():
+                    self._save(step)
+                    self._leave(step)
+                bar.update(len(images))
+                yield images
 
     def _save(self, step: int) -> None:
         self.log.flush()
@@ -199,7 +225,7 @@ class _Trainer:
     def _rested(self, step: int) -> None:
         """Keeps what has just passed out of the throughput."""
         self.meter.restart_clock()
-        self.log.bar.unpause()
+        self.log.bar.skip()
         self.stall.step_done(step)
 
     def _return_to(self, step: int) -> None:

@@ -1,6 +1,10 @@
 """The parts of a training run, built and checked from its config."""
 
+import contextlib
+import dataclasses
 import functools
+import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +16,7 @@ from dico_jax import experiment as experiments
 from dico_jax.autoencoders import make_latents_fn
 from dico_jax.checkpoints.reader import WarmStart, saved_steps
 from dico_jax.checkpoints.state import create_state
+from dico_jax.checkpoints.steps import FOLDER, DamagedCheckpointError, verified
 from dico_jax.config import check_fields
 from dico_jax.data.bad_examples import BadExampleLog, GoodExamples
 from dico_jax.data.pipeline import DeviceBatches, training_batches
@@ -80,17 +85,62 @@ class Run:
         self.workdir = as_path(workdir)
 
     def describe(self, start: int) -> str:
-        """One line of what is about to be trained, where and from which step on."""
-        kind, axes = self.mesh.devices.flat[0].device_kind, dict(self.mesh.shape)
+        """Five lines of what is about to be trained, where and from which step on."""
+        config, model, axes = self.config, self.experiment.model, dict(self.mesh.shape)
         sizes = " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
         shape = f" ({sizes})" if self.mesh.size > axes["data"] else ""
-        model = f"{self.config.model.name}, {count_parameters(self.experiment.model):,} parameters"
-        names = self.source.class_names
-        classes = getattr(self.experiment.model, "num_classes", 0)
+        names, classes = self.source.class_names, getattr(model, "num_classes", 0)
         few = f" of {len(names):,} of the {classes:,} classes" * (len(names) < classes)
-        data = f"{len(self.source):,} examples{few}; {self.mesh.size} x {kind}{shape}"
-        steps = f"steps {start} to {self.config.training.num_steps} in {self.workdir}"
-        return f"{model}; {data}; {steps}"
+        objective, training = config.diffusion.objective, config.training
+        parameters = count_parameters(model)
+        every = f"saved every {training.checkpoint_every_steps:,}"
+        if grids := config.sampling.grid_every_steps:
+            every += f", a grid every {grids:,}"
+        if count := config.eval.class_agreement_samples:
+            every += f", {count:,} samples judged in the end"
+        lines = {
+            "model": f"{config.model.name}, {parameters:,} parameters, objective {objective}",
+            "data": f"{len(self.source):,} examples{few}, {config.data.batch_size:,} at a time",
+            "devices": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}{shape}",
+            "training": f"steps {start} to {training.num_steps}, {every}",
+            "workdir": f"{self.workdir}",
+        }
+        return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+
+    def finished(self) -> tuple[bool, ClassAgreement | None]:
+        """Whether the last step is saved, and judged if that is asked for; what was found then."""
+        newest = max(saved_steps(self.workdir), default=0)
+        count, found = self.config.eval.class_agreement_samples, None
+        if newest < self.config.training.num_steps:
+            return False, None
+        file = self.workdir / "metrics.jsonl"
+        for line in file.read_bytes().splitlines() if count and file.exists() else ():
+            with contextlib.suppress(ValueError, TypeError, LookupError):
+                values = json.loads(line)
+                names = [field.name for field in dataclasses.fields(ClassAgreement)]
+                judged = {name: values[f"eval/{name}"] for name in names}
+                if values["step"] == newest and judged["num_samples"] == count:
+                    found = ClassAgreement(**judged)
+        try:
+            if jax.process_index() == 0:
+                verified(self.workdir / FOLDER / str(newest))
+        except DamagedCheckpointError:  # said by what restores it
+            return False, None
+        return found is not None or not count, found
+
+    def result(self, step: int, judged: ClassAgreement | None, done: str = "done") -> str:
+        """The last lines of a run: what came out, where it is, and what to do next."""
+        folder = shlex.quote(str(self.workdir))
+        grids = sorted((self.workdir / "samples").glob("step_*.png"))
+        lines = {
+            "checkpoint": f"{self.workdir / FOLDER / str(step)}",
+            "grid": f"{grids[-1]}" if grids else "",
+            "metrics": f"{self.workdir / 'metrics.jsonl'}; tensorboard --logdir={folder}",
+            "next": f"python -m dico_jax.sample --ckpt={folder} --out={folder}/out",
+        }
+        first = f"{done}: step {step} of {self.config.training.num_steps}"
+        shown = [f"{name:12}{text}" for name, text in lines.items() if text]
+        return "\n".join([first, *([str(judged)] if judged else []), *shown])
 
     def initial_state(self) -> Any:
         """A fresh `TrainState`, or that of `config.training.init_from`."""
