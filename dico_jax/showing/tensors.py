@@ -18,7 +18,7 @@ from dico_jax.pytorch.tensors import shown, values_in
 from dico_jax.pytorch.torch_files import open_tensors, select_weights
 from dico_jax.terminal import Bar
 
-BYTES, SECONDS = 256 << 20, 1.0  # that are read, without --full
+BYTES, SECONDS = 256 << 20, 0.7  # that are read, without --full
 _PIECE = 1 << 18  # numbers in float64 at once, which the cache holds
 _MOST = 12  # parts of a network that are listed
 
