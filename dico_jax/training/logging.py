@@ -24,6 +24,7 @@ from dico_jax.files import is_remote, json_lines
 from dico_jax.terminal import Bar
 
 _HELD_SECONDS = 60.0  # at most, of what is to be written to a bucket
+_FULL = 4 << 20  # bytes of a file of events there
 
 
 class Logger(contextlib.AbstractContextManager):
@@ -154,8 +155,8 @@ class _Appended:
 class _Held(_Appended):
     """The same in a bucket, where nothing is appended.
 
-    Records are held until `flush`, for a minute at most; then the file is written anew, or one with
-    a head is left as it is, and the next one begun: TensorBoard reads them in a row.
+    Records are held until `flush`, for a minute at most; then the file is written anew. One with a
+    head has an end, after which the next one begins: TensorBoard reads them in a row.
     """
 
     def _open(self) -> None:
@@ -171,15 +172,16 @@ class _Held(_Appended):
         self._since = time.monotonic()
         if not self._waiting:
             return
+        written = self._written + self._waiting
         try:
-            self._file.write_bytes(self._written + self._waiting)
+            self._file.write_bytes(written)
         except Exception as error:  # of many classes
             self._failed(one_line(error), self._has_failed)
             self._has_failed = True
             return
-        self._has_failed = False
-        self._file, self._written = self._new_file(), self._head or self._written + self._waiting
-        self._waiting = b""
+        if self._head and len(written) > _FULL:
+            self._file, written = self._new_file(), self._head
+        self._written, self._waiting, self._has_failed = written, b"", False
 
 
 def require_wandb(project: str) -> None:
