@@ -1,0 +1,1 @@
+"""The page of a run, and figures of runs: reading workdirs, curves, the page, figures."""

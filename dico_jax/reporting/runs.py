@@ -1,0 +1,368 @@
+"""What runs have left in their workdirs, read while they may still be written."""
+
+import dataclasses
+import json
+import math
+import re
+import socket
+import struct
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from tensorboardX.proto.event_pb2 import Event as EventProto
+
+from dico_jax.config import SCHEMES, expanded
+from dico_jax.errors import UsageError
+from dico_jax.files import as_path, check_bucket, is_remote, names_in, opened, size_of
+
+_CHUNK = 8 << 20  # bytes of metrics.jsonl at a time
+_WHOLE = 16 << 20  # bytes, about, of which all numbers are read
+_BOTH = "step", "loss"
+_LOSS = re.compile(rb'\{"step": (\d+),[^{}]*?"loss": ([\d.e+-]+)[,}]')  # as training writes it
+_SILENT = 600  # seconds without a line, after which a run of another machine is said to be silent
+
+
+@dataclasses.dataclass
+class Event:
+    """Something that happened to a run, at a step where that is known."""
+
+    kind: str
+    step: int | None
+    text: str
+
+
+@dataclasses.dataclass
+class Run:
+    """A run as its files tell it. `values` are (n,) at `steps` (n,), NaN where a line has none."""
+
+    name: str
+    folder: Any
+    config: dict[str, Any]  # flat
+    steps: np.ndarray
+    values: dict[str, np.ndarray]
+    evaluations: dict[str, tuple[np.ndarray, np.ndarray]]  # by name: steps and numbers
+    results: list[dict[str, Any]]  # of `evaluate --out`
+    grids: list[tuple[int, Any]]
+    checkpoints: list[int]
+    events: list[Event]
+    bad: list[dict[str, Any]]
+    environment: dict[str, Any]
+    state: str  # in words
+    ended: bool  # whether no process takes its steps any more
+    notes: list[str]  # what could not be read
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.config.get("data.batch_size") or 1)
+
+    @property
+    def images(self) -> np.ndarray:
+        return self.steps * self.batch_size
+
+    @property
+    def hours(self) -> np.ndarray:
+        """Of training alone (n,), by the throughput: no samples, saves and pauses."""
+        speed = self.values.get("images_per_second", np.full(len(self.steps), np.nan))
+        known = np.isfinite(speed) & (speed > 0)
+        if not known.any():
+            return np.full(len(self.steps), np.nan)
+        at = np.interp(self.steps, self.steps[known], speed[known])
+        return np.cumsum(np.diff(self.images, prepend=0) / at) / 3600
+
+
+def find_workdir(path: str) -> Any:
+    """The folder that a user names; UsageError where there is none."""
+    path = expanded("WORKDIR", "workdir" if "workdir" in SCHEMES else "out", path)
+    check_bucket("WORKDIR", path, write=False)
+    if not (folder := as_path(path)).is_dir():
+        raise UsageError("WORKDIR", path, ": there is no such folder")
+    return folder
+
+
+def read_runs(folders: Sequence[Any], results: Iterable[str] = ()) -> tuple[list[Run], list[str]]:
+    """All runs in these workdirs, and what is to be said of those that have none."""
+    runs, notes = [], []
+    given = [*{str(f).rstrip("/"): f for f in folders}.values()]  # one that is named twice, once
+    for folder, name in zip(given, _short_names(given), strict=True):
+        names = set(names_in(folder))
+        if "config.json" not in names and "metrics.jsonl" not in names:
+            notes.append(f"{folder} has no run (yet): neither config.json nor metrics.jsonl")
+            continue
+        runs.append(_read_run(folder, name, names))
+    for file in results:
+        if not (found := _read_results(as_path(file))):
+            raise UsageError("--results", file, "is no result of evaluate --out")
+        for run in runs:
+            of = [result for result in found if _is_of(result, run)]
+            run.results += of
+            found = [result for result in found if result not in of]
+        if found and runs:
+            ckpt = found[0]["samples"].get("ckpt", "files")
+            notes.append(f"{file} measures {ckpt}, and none of these runs: left out")
+    return runs, notes
+
+
+def stamp(folders: Iterable[Any]) -> str:
+    """Changes when a file that a report reads has changed, or the process of a run has ended."""
+    found: list[Any] = []
+    for folder in folders:
+        for name in ("metrics.jsonl", "config.json", "stall.txt", "samples", "checkpoints"):
+            try:
+                about = (folder / name).stat()
+                found.append((getattr(about, "st_size", 0) or getattr(about, "length", 0),
+                              getattr(about, "st_mtime_ns", 0)))  # fmt: skip
+            except (OSError, AttributeError):
+                found.append((-1, 0))
+        found.append(_holder(folder)[1])
+    return str(hash(tuple(found)))
+
+
+def _short_names(folders: Sequence[Any]) -> list[str]:
+    """The last parts of paths, as many as make them different."""
+    parts = [str(f if is_remote(f) else f.absolute()).rstrip("/").split("/") for f in folders]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            break
+    return names if folders else []
+
+
+def _read_run(folder: Any, name: str, names: set[str]) -> Run:
+    notes: list[str] = []
+    config = flat(_json_of(folder / "config.json", notes) or {})
+    rows = read_metrics(folder / "metrics.jsonl", notes) if "metrics.jsonl" in names else {}
+    steps, values, evaluations = _tables(rows)
+    results = [r for n in sorted(names) if n.endswith(".json") for r in _read_results(folder / n)]
+    bad = [b for n in sorted(names) if n.startswith("bad_examples") for b in _lines(folder / n)]
+    environment = (_json_of(folder / "environment.json", notes) or {}) | _parameters(folder, names)
+    last, total = int(max(steps, default=0)), int(config.get("training.num_steps") or 0)
+    state, ended = _state(folder, last, total)
+    grids = [(int(found[1]), folder / "samples" / n) for n in names_in(folder / "samples")
+             if (found := re.fullmatch(r"step_(\d+)\.png", n))]  # fmt: skip
+    events = [
+        *_starts(folder, names, values.get("rollbacks"), steps),
+        *_skips(steps, values.get("skipped_steps")),
+        *(Event("stall", step, text) for n in sorted(names) if re.fullmatch(r"stall.*\.txt", n)
+          for step, text in _stalls(folder / n)),
+        *(Event("config change", int(c.get("step", 0)), str(c.get("change")))
+          for c in _lines(folder / "config_changes.jsonl")),
+    ]  # fmt: skip
+    if bad:
+        events.append(Event("bad examples", None, f"{len(bad)} pictures could not be read"))
+    saved = _saved_steps(folder)
+    return Run(name, folder, config, steps, values, evaluations, results, sorted(grids), saved,
+               events, bad, environment, state, ended, notes)  # fmt: skip
+
+
+def flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """As `config.flatten`, which is flax's and imports JAX."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        is_tree = isinstance(value, dict) and value
+        found |= flat(value, f"{before}{key}.") if is_tree else {f"{before}{key}": value}
+    return found
+
+
+def _json_of(file: Any, notes: list[str]) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(file.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        notes.append(f"{file.name} cannot be read ({error})")
+        return None
+
+
+def _lines(file: Any) -> list[dict[str, Any]]:
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):  # one that is being written
+            continue
+    return found
+
+
+def read_metrics(file: Any, notes: list[str]) -> dict[tuple[str, ...], np.ndarray]:
+    """Per set of names, in the order of the file, the numbers of the lines that have them.
+
+    Of a long file step and loss are read of all lines, and the rest of one in so many. Lines that
+    are broken are left out, which is noted. A run in hand may be writing the last.
+    """
+    found: dict[tuple[str, ...], list[list[float]]] = {}
+    broken, rest, short, every = 0, b"", [], max(1, size_of(file) // _WHOLE)
+    with opened(file) as stream:
+        while chunk := stream.read(_CHUNK):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for i, line in enumerate(lines):
+                match = _LOSS.match(line) if i % every and not _is_special(line) else None
+                if match:
+                    short.append((int(match[1]), float(match[2])))
+                elif line.strip():
+                    broken += _parse(line, found)
+    if rest.strip():
+        cut = _parse(rest, found)
+        notes += ["the last line of metrics.jsonl is cut, and left out"] * cut
+    if broken:
+        notes.append(f"{broken} broken lines of metrics.jsonl are left out")
+    if short:
+        notes.append(f"metrics.jsonl is long: but for the loss, one in {every} lines is read")
+    tables = {names: np.array(rows) for names, rows in found.items()}
+    more = [tables[_BOTH]] if _BOTH in tables else []
+    return tables | ({_BOTH: np.concatenate([*more, np.array(short)])} if short else {})
+
+
+def _is_special(line: bytes) -> bool:
+    skipped = b'"skipped_steps": ' in line and b'"skipped_steps": 0.0' not in line
+    return skipped or b'"eval/' in line or line[-1:] != b"}"
+
+
+def _parse(line: bytes, found: dict[tuple[str, ...], list[list[float]]]) -> int:
+    """Adds the numbers of a line to those found; 1 if it is broken."""
+    try:
+        values = dict(json.loads(line))
+        row = [float("nan" if v is None else v) for v in values.values()]
+        if not math.isfinite(float(values["step"])):
+            return 1
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return 1
+    found.setdefault(tuple(values), []).append(row)
+    return 0
+
+
+def _tables(rows: dict[tuple[str, ...], np.ndarray]) -> Any:
+    """Steps and numbers of reports, and evaluations; of a step that is there twice the last."""
+    reports = {n: a for n, a in rows.items() if any(not k.startswith("eval/") for k in n[1:])}
+    names = sorted({k for n in reports for k in n if k != "step" and not k.startswith("eval/")})
+    at = [a[:, n.index("step")] for n, a in reports.items()]
+    steps = np.concatenate(at) if at else np.zeros(0)
+    order = np.argsort(steps, kind="stable")
+    order = order[np.append(np.diff(steps[order]) > 0, True)] if len(order) else order
+    values = {}
+    for name in names:
+        parts = [a[:, n.index(name)] if name in n else np.full(len(a), np.nan)
+                 for n, a in reports.items()]  # fmt: skip
+        values[name] = np.concatenate(parts)[order]
+    evaluations: dict[str, dict[float, float]] = {}
+    for keys, array in rows.items():
+        for name in (k for k in keys if k.startswith("eval/")):
+            pairs = array[:, [keys.index("step"), keys.index(name)]]
+            evaluations.setdefault(name[5:], {}).update(map(tuple, pairs))
+    sorted_ = {n: np.array(sorted(of.items())).T for n, of in sorted(evaluations.items())}
+    return steps[order], values, {n: (of[0], of[1]) for n, of in sorted_.items()}
+
+
+def _read_results(file: Any) -> list[dict[str, Any]]:
+    """What `evaluate --out` has written, one or a sweep; [] where a file is something else."""
+    try:
+        found = json.loads(file.read_text())
+        found = found.get("sweep", [found])
+        return [r for r in found if r["metrics"] is not None and r["samples"]["count"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+
+
+def _is_of(result: dict[str, Any], run: Run) -> bool:
+    folder = str(run.folder if is_remote(run.folder) else run.folder.absolute())
+    return str(result["samples"].get("ckpt", "")).rstrip("/") == folder.rstrip("/")
+
+
+def _saved_steps(folder: Any) -> list[int]:
+    # As checkpoints.reader.saved_steps, without JAX: in a bucket a last object says it is whole.
+    path = folder / "checkpoints"
+    if is_remote(folder):
+        names = [p.parent.name for p in path.glob("*/commit_success.txt")]
+    else:
+        names = names_in(path)
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _parameters(folder: Any, names: set[str]) -> dict[str, Any]:
+    text = (folder / "parameters.txt").read_text() if "parameters.txt" in names else ""
+    total = re.search(r"Total: (.*)", text)
+    return {"parameters": total[1]} if total else {}
+
+
+def _skips(steps: np.ndarray, skipped: np.ndarray | None) -> list[Event]:
+    found = np.zeros(len(steps)) if skipped is None else np.nan_to_num(skipped)
+    text = "{:.0f} steps up to here were not finite, and skipped"
+    at = np.flatnonzero(found > 0)[-100:]
+    return [Event("skipped steps", int(steps[i]), text.format(found[i])) for i in at]
+
+
+def _starts(folder: Any, names: set[str], rollbacks: Any, steps: np.ndarray) -> list[Event]:
+    """From the heads of TensorBoard's files, one of which is begun by every start and return."""
+    events, starts = [], []
+    for name in sorted(n for n in names if n.startswith("events.out.tfevents.")):
+        try:
+            with opened(folder / name) as stream:
+                head = stream.read(512)
+            first = struct.unpack("<Q", head[:8])[0] + 16  # a length, its sum, an event, its sum
+            length = struct.unpack("<Q", head[first : first + 8])[0]
+            event = EventProto.FromString(head[first + 12 : first + 12 + length])
+        except (OSError, struct.error, DecodeError):  # of a killed run
+            continue
+        if event.HasField("session_log"):  # further files of a bucket have none
+            starts.append((event.wall_time, max(event.step - 1, 0)))
+    count = np.zeros(len(steps)) if rollbacks is None else np.nan_to_num(rollbacks)
+    for when, step in starts[1:]:
+        after = np.searchsorted(steps, step, side="right")
+        back = after < len(steps) and count[after] > (count[after - 1] if after else 0)
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
+        said = "went back to here after a step that was not finite" if back else "went on from here"
+        events.append(Event("rollback" if back else "restart", step, f"{said}, {date}"))
+    return events
+
+
+def _stalls(file: Any) -> list[tuple[int | None, str]]:
+    found = {}
+    pattern = r"(?m)^(.{19}) (no step has ended for (\d+) seconds (?:after step (\d+)|.*))$"
+    for match in re.finditer(pattern, file.read_text(errors="replace")):
+        found[match[4]] = (int(match[4]) if match[4] else None, f"{match[2]}, {match[1]}")
+    return [*found.values()]  # of one stall the last line
+
+
+def _holder(folder: Any) -> tuple[str, bool | None]:
+    """Who has, or had, the lock of a workdir; whether that process lives, None: it cannot be told.
+
+    The lock is not tried: a run that starts just then would be refused.
+    """
+    file = folder / ".lock"
+    try:
+        if is_remote(folder):
+            lock = json.loads(file.read_text())
+            return str(lock["who"]), time.time() - lock["at"] < 60
+        who, inode = file.read_text().strip(), file.stat().st_ino
+        if f" on {socket.gethostname()} " not in who:
+            return who, None
+        with open("/proc/locks") as locks:
+            return who, any(f":{inode} " in line for line in locks if " FLOCK " in line)
+    except (OSError, ValueError, LookupError, TypeError):
+        return "", None
+
+
+def _state(folder: Any, last: int, total: int) -> tuple[str, bool]:
+    of = f"step {last:,} of {total:,}" if total else f"step {last:,}"
+    if total and last >= total:
+        return f"finished: {of}", True
+    who, lives = _holder(folder)
+    if lives is None and not is_remote(folder):
+        try:
+            silent = time.time() - (folder / "metrics.jsonl").stat().st_mtime
+        except OSError:
+            silent = _SILENT
+        if silent < _SILENT:
+            return f"at {of}, written {silent:.0f} s ago", False
+        return f"at {of}, and silent for {_duration(silent)}", True
+    if lives:
+        return f"running: {of} ({who})", False
+    ended = "ended before its last step: killed, preempted, or it stopped itself"
+    return f"{ended}; {of}" + (f" ({who} is gone)" if who else ""), True
+
+
+def _duration(seconds: float) -> str:
+    units = ((86400, "days"), (3600, "hours"), (60, "minutes"))
+    return next((f"{seconds / s:.0f} {name}" for s, name in units if seconds >= 2 * s), "a minute")
