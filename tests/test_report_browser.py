@@ -119,8 +119,9 @@ def test_a_page_fits_without_an_error_and_loads_nothing(page, width, dark):
         # Every figure is drawn, inside of the page.
         wait(driver, "return Bokeh.documents.every((d) => d.is_idle)")
         boxes = driver.execute_script(
-            "return [...document.querySelectorAll('.plot')].map((e) => e.firstElementChild"
-            ".getBoundingClientRect()).map((b) => [b.left, b.right, b.height])"
+            "return [...document.querySelectorAll('.plot')]"
+            ".map((e) => e.firstElementChild.firstElementChild.getBoundingClientRect())"
+            ".map((b) => [b.left, b.right, b.height])"
         )
         assert len(boxes) > 15
         for left, right, height in boxes:
@@ -288,9 +289,10 @@ def test_live_follows_a_run_and_says_what_happened_to_it(tmp_path):
 
 def test_the_page_of_a_digits_run(tmp_path):
     """A run as it is trained, not as a test writes it."""
-    small = ["--config.training.num_steps=60", "--config.training.checkpoint_every_steps=30"]
-    small += ["--config.training.log_every_steps=10", "--config.sampling.grid_every_steps=30"]
-    small += ["--config.sampling.num_steps=5", "--config.eval.class_agreement_samples=20"]
+    small = ["--config.training.num_steps=20", "--config.training.checkpoint_every_steps=10"]
+    small += ["--config.training.log_every_steps=5", "--config.sampling.grid_every_steps=20"]
+    small += ["--config.sampling.num_steps=2", "--config.eval.class_agreement_samples=0"]
+    small += ["--config.sampling.grid_rows=2", "--config.sampling.grid_columns=2"]
     workdir = f"--workdir={tmp_path}/run"
     done = call("dico_jax.main", "--config=configs/digits.py", workdir, *small)
     assert done.returncode == 0, done.stderr
@@ -298,7 +300,7 @@ def test_the_page_of_a_digits_run(tmp_path):
     with opened(pathlib.Path(tmp_path / "run/report.html").as_uri(), 390) as driver:
         assert complaints(driver) == []
         text = driver.find_element("tag name", "body").text
-        assert "finished: step 60 of 60" in text
-        assert "Checkpoints kept: 30, 60" in text
+        assert "finished: step 20 of 20" in text
+        assert "Checkpoints kept: 10, 20" in text
         captions = [e.text for e in driver.find_elements("tag name", "figcaption")]
-        assert captions == ["run, step 60"]
+        assert captions == ["run, step 20"]

@@ -50,7 +50,6 @@
     drawVisible();
   }
 
-  // Ranges follow what is drawn of runs: a short run would be a dot beside 400,000 steps.
   function drawVisible() {
     const off = new Set(boxes.filter((box) => !box.checked).map((box) => Number(box.dataset.run)));
     const raw = at("raw").checked, paper = at("paper").checked;

@@ -23,6 +23,7 @@ from bokeh.models import (
     DataRange1d,
     HoverTool,
     NumeralTickFormatter,
+    Range1d,
 )
 from bokeh.plotting import figure
 from bokeh.resources import Resources
@@ -127,6 +128,7 @@ class _Group:
         self.runs, self.title = runs, curves.model_title(runs[0][1].config)
         self.published = next(filter(None, (curves.published_of(r.config) for _, r in runs)), None)
         self.range = DataRange1d(range_padding=0.02)
+        self.drawn: list[Any] = []  # of runs: the published curves do not make the axes longer
         most = min(_MOST_POINTS, _OF_ALL // total)
         self.sources = {i: _source(run, most) for i, run in runs}
         self.merged = max((len(r.steps) / most for _, r in runs), default=0)
@@ -146,6 +148,7 @@ class _Group:
                 self.figures[f"eval_{name}"] = self._evaluation(name)
         if any(run.events for _, run in runs):
             self.figures["events"] = self._events()
+        self.range.renderers = self.drawn
 
     def _add(self, kind: str, of: Mapping[str, str]) -> None:
         self.figures |= {f"{kind}_{key}": self._curve(key, title) for key, title in of.items()}
@@ -172,7 +175,7 @@ class _Group:
         fig = figure(
             title=title, height=380 if tall else 230, sizing_mode="stretch_width",
             x_range=self.range, x_axis_label="steps", tools="pan,wheel_zoom,reset",
-            active_drag=None, active_scroll=None, toolbar_location="above",
+            active_drag=None, active_scroll=None, toolbar_location="above" if tall else "right",
             background_fill_color=None, border_fill_color=None, outline_line_color=None,
             output_backend="canvas", **more,
         )  # fmt: skip
@@ -184,6 +187,7 @@ class _Group:
         return fig
 
     def _hover(self, fig: Any, renderers: list[Any], rows: list[tuple[str, str]]) -> None:
+        self.drawn += [one for one in renderers if "run" in one.glyph.tags]
         more = [("run", "$name"), ("step", "@step{0,0}"), *rows]
         fig.add_tools(HoverTool(renderers=renderers, tooltips=more, mode="mouse"))
 
@@ -203,9 +207,20 @@ class _Group:
             smooth = fig.line("step", key, source=source, color=color, line_width=2,
                               tags=["smooth", "run", i, key], name=run.name)  # fmt: skip
             hovered.append(smooth)
+        means = [self.sources[i].data[key] for i, _ in self.runs if key in self.sources[i].data]
+        self._fit(fig, np.concatenate(means), tall)
         number = "0.000000" if key == "learning_rate" else "0.0000"
         self._hover(fig, hovered, [(title, f"@{{{key}}}{{{number}}}")])
         return fig
+
+    def _fit(self, fig: Any, values: np.ndarray, tall: bool) -> None:
+        values = values[np.isfinite(values)]
+        if tall and len(values) and min(values) < max(values):
+            # The first steps would leave no room for all that follows.
+            low, high = min(values), np.quantile(values, 0.98)
+            fig.y_range = Range1d(low - 0.1 * (high - low), high + 0.1 * (high - low))
+        elif len(values):
+            fig.y_range.default_span = 0.2 * float(np.abs(values).max()) or 1.0  # of a constant
 
     def _landmarks(self, fig: Any, published: Published) -> None:
         first, last = min(published.losses), max(published.losses)
@@ -241,6 +256,8 @@ class _Group:
                 how = {"source": source, "color": COLORS[i % len(COLORS)], "name": run.name}
                 fig.line("step", "value", line_width=2, tags=["run", i], **how)
                 hovered.append(fig.scatter("step", "value", size=7, tags=["run", i], **how))
+        all_numbers = [run.evaluations[name][1] for _, run in self.runs if name in run.evaluations]
+        self._fit(fig, np.concatenate(all_numbers), False)
         self._hover(fig, hovered, [(name, "@value{0.0000}")])
         return fig
 
