@@ -10,9 +10,9 @@ import pathlib
 import sys
 
 BARS = {
-    "lines of dico_jax/": 24_100,  # 15,000, then text, ways to sample, buckets, plans, pages
+    "lines of dico_jax/": 24_600,  # 15,000, then text, ways to sample, buckets, plans, pages
     "lines of the longest file": 400,
-    "files": 154,
+    "files": 156,
     "modules at the top": 16,
 }
 

@@ -89,7 +89,7 @@ def make_page(runs: Sequence[Run], notes: Sequence[str], live: str = "") -> str:
         groups=[group.shown(f"g{g}_", divs) for g, group in enumerate(drawn)],
         grids=json.dumps(grids).replace("<", "\\u003c"), has_grids=any(grids), left_out=left_out,
         sweeps=_sweeps(runs), config=_config_rows(runs),
-        environments=_environment_rows(runs),
+        environments=_environment_rows(runs), many=any(len(run.steps) > 100 for run in runs),
         events=[(run, e) for run in runs for e in sorted(run.events, key=lambda e: e.step or 0)],
         date=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """What runs have left in their workdirs, read while they may still be written."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event as EventProto
 
+from dico_jax.checkpoints.steps import FOLDER, read_meta, saved_steps
 from dico_jax.config import SCHEMES, expanded
 from dico_jax.errors import UsageError
 from dico_jax.files import as_path, check_bucket, is_remote, names_in, opened, size_of
@@ -137,7 +139,6 @@ def _read_run(folder: Any, name: str, names: set[str]) -> Run:
     steps, values, evaluations = _tables(rows)
     results = [r for n in sorted(names) if n.endswith(".json") for r in _read_results(folder / n)]
     bad = [b for n in sorted(names) if n.startswith("bad_examples") for b in _lines(folder / n)]
-    environment = (_json_of(folder / "environment.json", notes) or {}) | _parameters(folder, names)
     last, total = int(max(steps, default=0)), int(config.get("training.num_steps") or 0)
     state, ended = _state(folder, last, total)
     grids = [(int(found[1]), folder / "samples" / n) for n in names_in(folder / "samples")
@@ -152,7 +153,8 @@ def _read_run(folder: Any, name: str, names: set[str]) -> Run:
     ]  # fmt: skip
     if bad:
         events.append(Event("bad examples", None, f"{len(bad)} pictures could not be read"))
-    saved = _saved_steps(folder)
+    saved = sorted(saved_steps(folder))
+    environment = _environment(folder, names, saved)
     return Run(name, folder, config, steps, values, evaluations, results, sorted(grids), saved,
                events, bad, environment, state, ended, notes)  # fmt: skip
 
@@ -270,20 +272,15 @@ def _is_of(result: dict[str, Any], run: Run) -> bool:
     return str(result["samples"].get("ckpt", "")).rstrip("/") == folder.rstrip("/")
 
 
-def _saved_steps(folder: Any) -> list[int]:
-    # As checkpoints.reader.saved_steps, without JAX: in a bucket a last object says it is whole.
-    path = folder / "checkpoints"
-    if is_remote(folder):
-        names = [p.parent.name for p in path.glob("*/commit_success.txt")]
-    else:
-        names = names_in(path)
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def _parameters(folder: Any, names: set[str]) -> dict[str, Any]:
+def _environment(folder: Any, names: set[str], saved: list[int]) -> dict[str, Any]:
+    """Versions, which the newest checkpoint has, and the count of parameters."""
     text = (folder / "parameters.txt").read_text() if "parameters.txt" in names else ""
     total = re.search(r"Total: (.*)", text)
-    return {"parameters": total[1]} if total else {}
+    found = {"parameters": total[1]} if total else {}
+    with contextlib.suppress(OSError, ValueError):  # one that is damaged, or was just removed
+        meta = read_meta(folder / FOLDER / str(saved[-1])) if saved else {}
+        found |= {f"version of {name}": v for name, v in meta.get("versions", {}).items()}
+    return found
 
 
 def _skips(steps: np.ndarray, skipped: np.ndarray | None) -> list[Event]:
