@@ -89,7 +89,8 @@ def plot(rows, path):
     """FID and class agreement against evaluations of the network."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    names = sorted({row["solver"] for row in rows})
     for key in dict.fromkeys((row["objective"], row["solver"]) for row in rows):
         of = sorted(
             (row for row in rows if (row["objective"], row["solver"]) == key),
@@ -99,12 +100,14 @@ def plot(rows, path):
         for axis, name, scale in zip(axes, ("fid", "agreement"), (1, 100), strict=True):
             x = [row["evaluations"] for row in of]
             axis.plot(x, [scale * row[name] for row in of], style, label=f"{key[0]}, {key[1]}",
-                      markersize=3, linewidth=1)  # fmt: skip
+                      markersize=3, linewidth=1, color=f"C{names.index(key[1])}")  # fmt: skip
     for axis, name in zip(axes, ("FID (classifier's features)", "class agreement, %"), strict=True):
         axis.set(xscale="log", xlabel="evaluations of the network", ylabel=name)
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
-    axes[1].legend(fontsize=6, ncols=2)
+    figure.legend(
+        *axes[1].get_legend_handles_labels(), fontsize=7, ncols=7, loc="outside lower center"
+    )
     figure.savefig(path, dpi=110)
 
 
