@@ -136,6 +136,7 @@ class Run:
             "checkpoint": f"{self.workdir / FOLDER / str(step)}",
             "grid": f"{grids[-1]}" if grids else "",
             "metrics": f"{self.workdir / 'metrics.jsonl'}; tensorboard --logdir={folder}",
+            "page": f"python -m dico_jax.report {folder}",
             "next": f"python -m dico_jax.sample --ckpt={folder} --out={folder}/out",
         }
         first = f"{done}: step {step} of {self.config.training.num_steps}"
