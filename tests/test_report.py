@@ -121,6 +121,7 @@ def test_of_a_long_file_losses_are_read_whole_and_the_rest_in_part(tmp_path, mon
     lines[4001] = lines[4001][:30]
     folder = make_run(tmp_path / "run", lines)
     monkeypatch.setattr(runs, "_WHOLE", 50_000)
+    monkeypatch.setattr(runs, "_CHUNK", 60_000)  # a line is in two of them
     run = read(folder)
     assert len(run.steps) == 4998
     assert np.isfinite(run.values["loss"]).all()
@@ -432,3 +433,17 @@ def test_live_serves_until_ctrl_c(tmp_path):
     finally:
         server.kill()
         server.communicate()
+
+
+def test_at_the_end_of_a_run_a_report_never_fails(tmp_path, monkeypatch):
+    from dico_jax import reporting
+
+    folder = make_run(tmp_path / "run", lines_of([100]))
+    assert reporting.report_at_end(folder).startswith(f"report of 1 run in {folder}/report.html")
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()
+    said = reporting.report_at_end(folder)
+    assert said.startswith("warning: no report was written")
+    assert said.endswith(f"python -m dico_jax.report {folder}")
+    monkeypatch.setattr(reporting.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'dico_jax[report]'" in reporting.report_at_end(str(folder))

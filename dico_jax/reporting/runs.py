@@ -1,5 +1,6 @@
 """What runs have left in their workdirs, read while they may still be written."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -9,6 +10,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterable, Sequence
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,12 @@ from dico_jax.errors import UsageError
 from dico_jax.files import as_path, check_bucket, is_remote, names_in, opened, size_of
 
 _CHUNK = 8 << 20  # bytes of metrics.jsonl at a time
-_WHOLE = 16 << 20  # bytes, about, of which all numbers are read
+_WHOLE = 8 << 20  # bytes, about, of which all numbers are read
 _BOTH = "step", "loss"
-_LOSS = re.compile(rb'\{"step": (\d+),[^{}]*?"loss": ([\d.e+-]+)[,}]')  # as training writes it
+_FEW = 64  # lines that are read whole
+_STEP = re.compile(rb'\{"step": (\d+),')  # as training writes it
+_LOSS = re.compile(rb' "loss": ([\d.e+-]+)[,}]')
+_MANY = 128 << 20  # bytes of several runs, from which on each has a process that reads it
 _SILENT = 600  # seconds without a line, after which a run of another machine is said to be silent
 
 
@@ -86,14 +91,20 @@ def find_workdir(path: str) -> Any:
 
 def read_runs(folders: Sequence[Any], results: Iterable[str] = ()) -> tuple[list[Run], list[str]]:
     """All runs in these workdirs, and what is to be said of those that have none."""
-    runs, notes = [], []
+    notes, jobs = [], []
     given = [*{str(f).rstrip("/"): f for f in folders}.values()]  # one that is named twice, once
     for folder, name in zip(given, _short_names(given), strict=True):
         names = set(names_in(folder))
-        if "config.json" not in names and "metrics.jsonl" not in names:
+        if "config.json" in names or "metrics.jsonl" in names:
+            jobs.append((folder, name, names))
+        else:
             notes.append(f"{folder} has no run (yet): neither config.json nor metrics.jsonl")
-            continue
-        runs.append(_read_run(folder, name, names))
+    files = [folder / "metrics.jsonl" for folder, _, names in jobs if "metrics.jsonl" in names]
+    if len(jobs) > 1 and not any(map(is_remote, given)) and sum(map(size_of, files)) > _MANY:
+        with concurrent.futures.ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            runs = [*pool.map(_read_run, *zip(*jobs, strict=True))]
+    else:
+        runs = [_read_run(*job) for job in jobs]
     for file in results:
         if not (found := _read_results(as_path(file))):
             raise UsageError("--results", file, "is no result of evaluate --out")
@@ -195,16 +206,11 @@ def read_metrics(file: Any, notes: list[str]) -> dict[tuple[str, ...], np.ndarra
     are broken are left out, which is noted. A run in hand may be writing the last.
     """
     found: dict[tuple[str, ...], list[list[float]]] = {}
-    broken, rest, short, every = 0, b"", [], max(1, size_of(file) // _WHOLE)
+    broken, rest, short, every = 0, b"", list[np.ndarray](), max(1, size_of(file) // _WHOLE)
     with opened(file) as stream:
         while chunk := stream.read(_CHUNK):
             *lines, rest = (rest + chunk).split(b"\n")
-            for i, line in enumerate(lines):
-                match = _LOSS.match(line) if i % every and not _is_special(line) else None
-                if match:
-                    short.append((int(match[1]), float(match[2])))
-                elif line.strip():
-                    broken += _parse(line, found)
+            broken += _take(lines, every, found, short)
     if rest.strip():
         cut = _parse(rest, found)
         notes += ["the last line of metrics.jsonl is cut, and left out"] * cut
@@ -214,12 +220,22 @@ def read_metrics(file: Any, notes: list[str]) -> dict[tuple[str, ...], np.ndarra
         notes.append(f"metrics.jsonl is long: but for the loss, one in {every} lines is read")
     tables = {names: np.array(rows) for names, rows in found.items()}
     more = [tables[_BOTH]] if _BOTH in tables else []
-    return tables | ({_BOTH: np.concatenate([*more, np.array(short)])} if short else {})
+    return tables | ({_BOTH: np.concatenate([*more, *short])} if short else {})
 
 
-def _is_special(line: bytes) -> bool:
-    skipped = b'"skipped_steps": ' in line and b'"skipped_steps": 0.0' not in line
-    return skipped or b'"eval/' in line or line[-1:] != b"}"
+def _take(lines: list[bytes], every: int, found: Any, short: list[np.ndarray]) -> int:
+    """Reads one in so many lines, and of others step and loss; how many are broken."""
+    if every == 1 or len(lines) <= _FEW:
+        return sum(_parse(line, found) for line in lines if line.strip())
+    text, skipped = b"\n".join(lines) + b"\n", b'"skipped_steps": '
+    special = b'"eval/' in text or text.count(skipped) != text.count(skipped + b"0.0")
+    numbers = [] if special else [_STEP.findall(text), _LOSS.findall(text)]
+    if special or {text.count(b"}\n"), *map(len, numbers)} != {len(lines)}:  # look closer
+        half = len(lines) // 2
+        return sum(_take(part, every, found, short) for part in (lines[:half], lines[half:]))
+    rest = np.arange(len(lines)) % every > 0
+    short.append(np.array(numbers, "S24").astype(float).T[rest])
+    return sum(_parse(line, found) for line in lines[::every])
 
 
 def _parse(line: bytes, found: dict[tuple[str, ...], list[list[float]]]) -> int:
