@@ -39,7 +39,8 @@ def test_a_build_has_the_configs_and_says_its_version(tmp_path):
         return {p.relative_to(folder) for p in folder.glob("dico_jax/**/*.py")}
 
     assert python_files(built) >= python_files(checkout)
-    for name in ("py.typed", "models/imagenet_classes.txt"):
+    page = [f"reporting/{name}" for name in ("page.html", "page.css", "page.js", "published.json")]
+    for name in ("py.typed", "models/imagenet_classes.txt", *page):
         assert (built / "dico_jax" / name).exists()
     assert (built / "dico_jax" / "configs" / "default.py").exists()
     code = "from dico_jax.configs import xl256; print(xl256.get_config().model.name)"

@@ -112,6 +112,8 @@ def _loss_by_compute(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
                       label=f"{published.name}, released", **_DASHED)  # fmt: skip
     if logged:
         axes.set(xscale="log", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend()
         yield "loss_by_compute", figure
 
