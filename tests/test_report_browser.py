@@ -287,6 +287,7 @@ def test_live_follows_a_run_and_says_what_happened_to_it(tmp_path):
         server.server_close()
 
 
+@pytest.mark.slow  # it trains
 def test_the_page_of_a_digits_run(tmp_path):
     """A run as it is trained, not as a test writes it."""
     small = ["--config.training.num_steps=20", "--config.training.checkpoint_every_steps=10"]
