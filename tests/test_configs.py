@@ -220,7 +220,7 @@ def test_ranges_are_of_fields():
     ranged = {field for fields in default.RANGES.values() for field in fields.split()}
     assert ranged <= FIELDS
     paths = {name for names in default.PATHS.values() for name in names.split() if "." in name}
-    assert paths <= FIELDS | {"sample.ckpt", "evaluate.ckpt", "export.ckpt"}
+    assert paths <= FIELDS | {"sample.ckpt", "evaluate.ckpt", "export.ckpt", "show.file"}
 
 
 def test_paths_are_expanded_everywhere(monkeypatch):
