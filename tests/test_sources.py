@@ -339,8 +339,11 @@ def test_zip_in_a_bucket(bucket, tmp_path):
 @pytest.mark.parametrize("name", ["folder", "zip"])
 def test_buckets_need_gcsfs(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    known = importlib.import_module("fsspec.registry")._registry  # of a test before
-    monkeypatch.delitem(known, "gs", raising=False)
+    # Of a test before, which has read a bucket.
+    importlib.import_module(
+        "etils.epath.backend"
+    )._FileSystemSpecBackend._get_filesystem.cache_clear()
+    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "gcs", raising=False)
     with pytest.raises(UsageError, match="pip install gcsfs"):
         open_source(name, path=f"gs://bucket/{name}")
 
