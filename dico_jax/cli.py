@@ -57,6 +57,21 @@ def _write(write: Callable[[str], int], text: str) -> int:
     return write(_ESCAPES.sub(lambda match: ascii(match[0])[1:-1], text))
 
 
+def name_arguments(flag: str, most: int = sys.maxsize) -> None:
+    """Gives a flag what stands on the command line without a name, but for the values of flags.
+
+    Of more than `most` the others stay, and are refused.
+    """
+    value = False
+    for i, arg in enumerate(sys.argv[1:], 1):
+        name = arg.lstrip("-")
+        if value or arg.startswith("-"):
+            known = name in flags.FLAGS and not flags.FLAGS[name].boolean
+            value = not value and known  # "--out FILE"
+        elif most > 0:
+            sys.argv[i], most = f"--{flag}={arg}", most - 1
+
+
 def read_flagfiles() -> None:
     """Puts what files of --flagfile hold in their place: ml_collections reads it on import."""
     try:

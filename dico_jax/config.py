@@ -47,9 +47,13 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 def flatten(tree: Mapping) -> dict[str, Any]:
     """Nested dicts as one, with keys such as "model.name"."""
-    from flax.traverse_util import flatten_dict  # late: commands answer --help before JAX is there
-
-    return flatten_dict(tree, sep=".")
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{name}": part for name, part in flatten(value).items()}
+        else:
+            found[key] = value
+    return found
 
 
 def check_fields(config: ConfigDict) -> None:

@@ -253,8 +253,9 @@ def new_folder(path: str | os.PathLike) -> Iterator[Any]:
         try:
             yield (target := as_path(path))
         except BaseException:
-            with contextlib.suppress(Exception):
-                target.rmtree()
+            with contextlib.suppress(Exception):  # no rmtree: at its root it removes the bucket
+                for name in files_below(target):
+                    (target / name).unlink()
             raise
         return
     with _appearing(path) as temporary:

@@ -75,18 +75,6 @@ def main() -> None:
     print(write_page(runs, notes, out))
 
 
-def _name_runs(argv: list[str]) -> None:
-    """Writes what stands there without a name as --run=..., but for the values of flags."""
-    value = False
-    for i, arg in enumerate(argv[1:], 1):
-        name = arg.lstrip("-")
-        if value or arg.startswith("-"):
-            known = name in flags.FLAGS and not flags.FLAGS[name].boolean
-            value = not value and known  # "--out FILE"
-        else:
-            argv[i] = f"--run={arg}"
-
-
 if __name__ == "__main__":
-    _name_runs(sys.argv)
+    cli.name_arguments("run")
     cli.run(main)

@@ -45,7 +45,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    names = [i for i, arg in enumerate(sys.argv) if i and not arg.startswith("-")]
-    for i in names[:1]:
-        sys.argv[i] = f"--file={sys.argv[i]}"
+    cli.name_arguments("file", most=1)
     cli.run(main)

@@ -71,7 +71,8 @@ def test_files_are_there_whole_or_not_at_all(bucket, root):
     append(file, b" and more")
     assert file.read_bytes() == b"whole and more"
     with contextlib.suppress(ZeroDivisionError), new_folder(f"{root}/b") as folder:
-        (folder / "1").write_text("one")
+        for name in ("1", "deep/2"):
+            (folder / name).write_text("one")
         raise ZeroDivisionError
     assert names_in(root) == ["a"]
 

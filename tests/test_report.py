@@ -433,17 +433,3 @@ def test_live_serves_until_ctrl_c(tmp_path):
     finally:
         server.kill()
         server.communicate()
-
-
-def test_at_the_end_of_a_run_a_report_never_fails(tmp_path, monkeypatch):
-    from dico_jax import reporting
-
-    folder = make_run(tmp_path / "run", lines_of([100]))
-    assert reporting.report_at_end(folder).startswith(f"report of 1 run in {folder}/report.html")
-    (folder / "report.html").unlink()
-    (folder / "report.html").mkdir()
-    said = reporting.report_at_end(folder)
-    assert said.startswith("warning: no report was written")
-    assert said.endswith(f"python -m dico_jax.report {folder}")
-    monkeypatch.setattr(reporting.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'dico_jax[report]'" in reporting.report_at_end(str(folder))

@@ -317,7 +317,9 @@ def test_a_guide_is_a_weaker_network_of_the_same_latents(checkpoint, sampler, tm
     itself = Sampler.from_pretrained(checkpoint, guide=checkpoint)
     asked = {"classes": [1, 2], "seed": 3}
     plain = sampler(**asked, cfg_scale=1.0)
-    assert (guided(**asked, cfg_scale=3.0) != plain).any()
+    assert ((images := guided(**asked, cfg_scale=3.0)) != plain).any()
+    *_, (_, streamed) = guided.stream(**asked, cfg_scale=3.0)
+    assert np.abs(np.int32(streamed) - np.int32(images)).max() <= 1
     np.testing.assert_array_equal(guided(**asked, cfg_scale=1.0), plain)
     # Away from itself leads nowhere else.
     assert np.abs(np.int32(itself(**asked, cfg_scale=3.0)) - np.int32(plain)).max() <= 1

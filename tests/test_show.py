@@ -202,6 +202,7 @@ def test_the_command(workdir, tmp_path):
     shutil.rmtree(workdir / "checkpoints" / "5" / "ema_params")
     assert_refused(call("dico_jax.show", workdir), str(workdir), "is missing", "restore it")
     assert_refused(call("dico_jax.show"), "what to show is missing")
+    assert_refused(call("dico_jax.show", "--file", "none.pt"), "none.pt: no such file or folder")
     assert_refused(call("dico_jax.show", "a", "b"), "unexpected argument 'b'")
     (tmp_path / "a.npz").write_bytes(b"PK\3\4")
     assert_refused(call("dico_jax.show", tmp_path / "a.npz"), "a.npz is damaged", "save it again")

@@ -29,11 +29,11 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 from PIL import Image
 
-from dico_jax.config import DEFAULTS
+from dico_jax.config import DEFAULTS, flatten
 from dico_jax.files import new_file, opened
 from dico_jax.reporting import curves
 from dico_jax.reporting.curves import Published
-from dico_jax.reporting.runs import Run, flat
+from dico_jax.reporting.runs import Run
 
 # Of middling brightness: they are seen on white as on black.
 COLORS = ("#2f81d8", "#e0731d", "#2c9f5b", "#c8457f", "#8d68d6", "#a07a34", "#1b98a8", "#d3463a")
@@ -359,7 +359,7 @@ def _sweeps(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _config_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A row per field: what each run has, whether they differ, whether one is no default."""
-    presets = flat(json.loads(json.dumps(DEFAULTS)))
+    presets = flatten(json.loads(json.dumps(DEFAULTS)))
     rows = []
     for field in sorted({key for run in runs for key in run.config}):
         values = [json.dumps(run.config[field]) if field in run.config else "" for run in runs]
@@ -379,6 +379,6 @@ def _environment_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 **result.get("versions", {}),
                 **of,
             }
-        found.append({k: v for k, v in flat(of).items() if v is not None})
+        found.append({k: v for k, v in flatten(of).items() if v is not None})
     names = dict.fromkeys(key for of in found for key in of)
     return [{"name": n, "values": [of.get(n, "-") for of in found]} for n in names]

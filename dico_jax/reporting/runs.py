@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event as EventProto
 
 from dico_jax.checkpoints.steps import FOLDER, read_meta, saved_steps
-from dico_jax.config import SCHEMES, expanded
+from dico_jax.config import expanded, flatten
 from dico_jax.errors import UsageError
 from dico_jax.files import as_path, check_bucket, is_remote, names_in, opened, size_of
 
@@ -82,7 +82,7 @@ class Run:
 
 def find_workdir(path: str) -> Any:
     """The folder that a user names; UsageError where there is none."""
-    path = expanded("WORKDIR", "workdir" if "workdir" in SCHEMES else "out", path)
+    path = expanded("WORKDIR", "workdir", path)
     check_bucket("WORKDIR", path, write=False)
     if not (folder := as_path(path)).is_dir():
         raise UsageError("WORKDIR", path, ": there is no such folder")
@@ -145,7 +145,7 @@ def _short_names(folders: Sequence[Any]) -> list[str]:
 
 def _read_run(folder: Any, name: str, names: set[str]) -> Run:
     notes: list[str] = []
-    config = flat(_json_of(folder / "config.json", notes) or {})
+    config = flatten(_json_of(folder / "config.json", notes) or {})
     rows = read_metrics(folder / "metrics.jsonl", notes) if "metrics.jsonl" in names else {}
     steps, values, evaluations = _tables(rows)
     results = [r for n in sorted(names) if n.endswith(".json") for r in _read_results(folder / n)]
@@ -168,15 +168,6 @@ def _read_run(folder: Any, name: str, names: set[str]) -> Run:
     environment = _environment(folder, names, saved)
     return Run(name, folder, config, steps, values, evaluations, results, sorted(grids), saved,
                events, bad, environment, state, ended, notes)  # fmt: skip
-
-
-def flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """As `config.flatten`, which is flax's and imports JAX."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        is_tree = isinstance(value, dict) and value
-        found |= flat(value, f"{before}{key}.") if is_tree else {f"{before}{key}": value}
-    return found
 
 
 def _json_of(file: Any, notes: list[str]) -> dict[str, Any] | None:

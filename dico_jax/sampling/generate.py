@@ -54,22 +54,22 @@ def make_latents_fn(
     """
     own = options.scales(objective)
     check_guidance(model, guided_steps(own), options.cfg_scale, guide)
-    parts = _path_fn(model, objective, latent_shape, options, guide)
-    how: Any = {"sampler": options.sampler, "eta": options.ddim_eta}
+    encode, model_fn = _network_fns(model, latent_shape, options, guide)
 
     def sample_latents(
         params, indices, conditions, seed=None, scales=None, steps=None, guide_params=None
     ):
         scales, steps = (own, guided_steps(own)) if scales is None else (scales, steps)
-        seed = options.seed if seed is None else seed
-        path, noise = parts(params, indices, conditions, seed, scales, steps, guide_params)
+        keys = diffusion.image_keys(options.seed if seed is None else seed, indices)
+        told = encode(params, conditions, guide_params, steps)
         samples = diffusion.sample_loop(
             objective,
-            path.model_fn,
-            noise(None),
-            noise,
-            **how,
-            scales=path.scales,
+            model_fn(params, told, guide_params, scales, steps),
+            diffusion.initial_noise(keys, latent_shape),
+            lambda i: diffusion.step_noise(keys, i, latent_shape),
+            sampler=options.sampler,
+            eta=options.ddim_eta,
+            scales=None if steps == "none" else scales,
             return_trajectory=return_trajectory,
         )
         return (samples[0], samples[1].pred_x0) if return_trajectory else samples
@@ -77,42 +77,35 @@ def make_latents_fn(
     return sample_latents
 
 
-def _path_fn(model, objective, latent_shape, options, guide) -> Callable[..., Any]:
-    """The function of what `sample_latents` takes, that gives the path and the noise of a step.
+def _network_fns(model, latent_shape, options, guide) -> tuple[Callable[..., Any], ...]:
+    """What follows from the conditions alone, and with that the network as solvers call it."""
 
-    The noise of None is x_T.
-    """
-
-    def parts(params, indices, conditions, seed, scales, steps, guide_params):
-        keys = diffusion.image_keys(seed, indices)
-        plain, weak_fn = steps == "none", None
+    def encode(params, conditions, guide_params, steps):
+        plain, of_guide = steps == "none", None
         if guide is not None and not plain:
-            told = guide.encode_condition(guide_params, conditions)
-            weak_fn = functools.partial(_apply, guide, guide_params, condition=told)
+            of_guide = guide.encode_condition(guide_params, conditions)
         null = None if plain or guide is not None else model.null_condition(1)
         told, nothing = (None if c is None else model.encode_condition(params, c)
                          for c in (conditions, null))  # fmt: skip
-        model_fn = diffusion.guided_model_fn(
+        return told, nothing, of_guide
+
+    def model_fn(params, encoded, guide_params, scales, steps):
+        (told, nothing, of_guide), weak_fn = encoded, None
+        if of_guide is not None:
+            weak_fn = functools.partial(_apply, guide, guide_params, condition=of_guide)
+        return diffusion.guided_model_fn(
             functools.partial(_apply, model, params),
             told,
             nothing,
-            1 if plain else scales,
+            1 if steps == "none" else scales,
             num_channels=latent_shape[-1],
             cfg_channels=options.cfg_channels,
             rescale=options.cfg_rescale,
             weak_fn=weak_fn,
             always=steps == "all",
         )
-        scales = None if plain else jnp.asarray(scales)
 
-        def noise(i):
-            if i is None:
-                return diffusion.initial_noise(keys, latent_shape)
-            return diffusion.step_noise(keys, i, latent_shape)
-
-        return diffusion.Path(objective, model_fn, scales=scales), noise
-
-    return parts
+    return encode, model_fn
 
 
 class Steps(NamedTuple):
@@ -129,31 +122,37 @@ def make_steps(
 ) -> Steps:  # fmt: skip
     """What shows images while they are made.
 
-    `begin` gives the carry of the loop, `step`, which takes it and i from T - 1 to 0 after all
-    else, the next one and the images as they are predicted, `end`, which takes it, the images: as
-    `make_generate_fn` gives them, but that programs of one step may round otherwise. All else is
-    (decoder_params, params, indices (N,), conditions, seed (), scales (T + 1,), guide_params).
+    Their first arguments are (decoder_params, params, indices (N,), seed (), scales (T + 1,),
+    guide_params). `begin` takes the conditions after these and gives the carry of the loop; `step`
+    the carry and i, from T - 1 to 0, and gives the next carry and the images as they are predicted;
+    `end` the carry, and gives the images: those of `make_generate_fn`, but that programs of one
+    step may round otherwise.
     """
     kind = guided_steps(options.scales(objective))
     check_guidance(model, kind, options.cfg_scale, guide)
-    parts = _path_fn(model, objective, latent_shape, options, guide)
+    encode, model_fn = _network_fns(model, latent_shape, options, guide)
 
-    def loop(params, indices, conditions, seed, scales, guide_params):
-        path, noise = parts(params, indices, conditions, seed, scales, kind, guide_params)
-        return diffusion.solver_loop(path, noise, options.sampler, options.ddim_eta), noise
+    def loop(told, params, indices, seed, scales, guide_params):
+        keys = diffusion.image_keys(seed, indices)
+        network = model_fn(params, told, guide_params, scales, kind)
+        path = diffusion.Path(objective, network, scales=None if kind == "none" else scales)
+        noise_fn = functools.partial(diffusion.step_noise, keys, shape=latent_shape)
+        return keys, diffusion.solver_loop(path, noise_fn, options.sampler, options.ddim_eta)
 
-    def begin(decoder_params, *given):
-        solver, noise = loop(*given)
-        return solver.begin(noise(None))
+    def begin(decoder_params, *given_conditions):
+        *given, conditions = given_conditions
+        told = encode(given[0], conditions, given[-1], kind)
+        keys, solver = loop(told, *given)
+        return told, solver.begin(diffusion.initial_noise(keys, latent_shape))
 
     def step(decoder_params, *given_carry_i):
-        *given, carry, i = given_carry_i
-        carry, point = loop(*given)[0].step(carry, i)
-        return carry, _images(autoencoder, decoder_params, point.pred_x0)
+        *given, (told, x), i = given_carry_i
+        x, point = loop(told, *given)[1].step(x, i)
+        return (told, x), _images(autoencoder, decoder_params, point.pred_x0)
 
     def end(decoder_params, *given_carry):
-        *given, carry = given_carry
-        return _images(autoencoder, decoder_params, loop(*given)[0].end(carry))
+        *given, (told, x) = given_carry
+        return _images(autoencoder, decoder_params, loop(told, *given)[1].end(x))
 
     how: Any = {"compiler_options": compiler_options(jax.devices()[0].platform)}
     return Steps(*(jax.jit(part, **how) for part in (begin, step, end)))

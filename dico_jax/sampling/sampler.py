@@ -120,28 +120,21 @@ class Sampler:
             return np.concatenate([*batches]).view(Images)
 
     def stream(
-        self,
-        classes: str | int | Sequence[str | int] | None = None,
-        *,
-        prompts: str | Sequence[str] | None = None,
-        num_images: int | None = None,
-        per_class: int | None = None,
-        seed: int = 0,
-        every: int = 1,
-        **options: Any,
+        self, classes: Any = None, *, seed: int = 0, every: int = 1, **asked: Any
     ) -> Iterator[tuple[int, Images]]:
         """The images of a call with these arguments while they are made, all at once.
 
-        Yields how many steps are done, after every so many, and the images as the network then
-        predicts them; at last the images themselves, some bits of which may be rounded otherwise.
+        All but `batch_size` can be asked for. Yields how many steps are done, after every so many,
+        and the images as the network then predicts them; at last the images themselves, some bits
+        of which may be rounded otherwise.
         """
         with _arguments(classes=classes):
             check_whole("seed", seed, 0, 2**32 - 1)
             check_whole("every", every, 1, _MOST)
-            config = self._config(options, None)
-            told = self._model.as_condition(
-                self._conditions(classes, prompts, num_images, per_class, seed)
-            )
+            prompts, *counts = (asked.pop(n, None) for n in ("prompts", "num_images", "per_class"))
+            told = self._conditions(classes, prompts, counts[0], counts[1], seed)
+            told = self._model.from_read(self._model.as_condition(told))
+            config = self._config(asked, None)
             made, scales = self.pretrained.steps(config)
             key = _key(config) + guided_steps(scales)
             begin, step, end = self._steps.setdefault(key, made)
@@ -149,9 +142,8 @@ class Sampler:
             decoder = jax.device_put(experiment.autoencoder.params, replicated(mesh))
             indices = np.arange(len(jax.tree.leaves(told)[0]), dtype=np.int32)
             guide = self.pretrained.guide and self.pretrained.guide.params
-            given: Any = decoder, self.pretrained.params, indices, self._model.from_read(told)
-            given += np.uint32(seed), scales, guide
-            carry, count = begin(*given), len(scales) - 1
+            given = decoder, self.pretrained.params, indices, np.uint32(seed), scales, guide
+            carry, count = begin(*given, told), len(scales) - 1
             for done in range(1, count + 1):
                 carry, (images, _) = step(*given, carry, np.int32(count - done))
                 if done % every == 0 and done < count:
