@@ -17,6 +17,7 @@ from PIL import Image
 
 pytest.importorskip("bokeh")
 
+from dico_jax.config import flatten
 from dico_jax.reporting import curves, runs
 from tests.commands import ROOT, assert_refused, call
 
@@ -226,18 +227,18 @@ def test_losses_are_compared_with_the_landmarks_of_the_released_run(tmp_path):
     ],
 )
 def test_losses_of_another_kind_have_no_landmarks(sections):
-    assert curves.published_of(runs.flat(changed(**sections))).losses == {}
+    assert curves.published_of(flatten(changed(**sections))).losses == {}
 
 
 def test_what_differs_from_the_published_recipe_is_said():
-    found = curves.published_of(runs.flat(changed(data={"batch_size": 64})))
+    found = curves.published_of(flatten(changed(data={"batch_size": 64})))
     assert found.losses
     assert found.caveats == ["batch_size 64 (published 256)"]
-    assert curves.published_of(runs.flat(changed(model={"name": "DiCo"}))) is None
+    assert curves.published_of(flatten(changed(model={"name": "DiCo"}))) is None
 
 
 def test_a_published_row_is_as_in_the_paper():
-    rows = curves.published_of(runs.flat(changed(model={"name": "DiCo-XL"}))).rows
+    rows = curves.published_of(flatten(changed(model={"name": "DiCo-XL"}))).rows
     assert rows[-1] == [3_750_000, "guidance 1.4", 2.05, None, 282.17, 0.83, 0.59]
 
 
