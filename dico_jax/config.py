@@ -150,7 +150,9 @@ def expanded(said: str, name: str, path: str) -> str:
 
 
 def without_gone(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of an older run, flat, without the fields that are `GONE`."""
+    """The config of an older run, flat, without the fields that are `GONE`; or ValueError."""
+    if not isinstance(config, Mapping):
+        raise ValueError("it is no config")
     return {k: v for k, v in flatten(config).items() if k not in default.GONE}
 
 

@@ -1,5 +1,6 @@
 """Bars on a terminal and in a log."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -73,6 +74,15 @@ def test_what_does_not_stay_is_said_when_it_lasts(capfd, clock):
         clock[0] += 40.0
         bar.update(1)
     assert capfd.readouterr().err == "samples: 33% 1/3 [00:00<?, ?it/s]\n"
+
+
+def test_what_ends_before_its_delay_says_nothing(capfd, clock):
+    for seconds in (1.0, 3.0):
+        with contextlib.suppress(ValueError), Bar(total=3, desc="checksums", delay=2) as bar:
+            bar.update(1)
+            clock[0] += seconds
+            raise ValueError
+    assert capfd.readouterr().err == "checksums: 33% 1/3 [00:03<00:06,  3.00s/it]\n"
 
 
 def test_iterables_and_disabled_bars(capfd):

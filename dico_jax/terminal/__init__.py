@@ -19,7 +19,7 @@ _WIDTH, _HEIGHT = 72, 48  # pixels at most; a character shows two, one above the
 class Bar(tqdm.tqdm):
     """tqdm on stderr, as wide as the terminal; a log gets a line every `INTERVAL` seconds.
 
-    The arguments are tqdm's, and `compiles`, where what comes first takes the time of a
+    The arguments are tqdm's, `delay` among them (seconds before anything is said), and `compiles`, where what comes first takes the time of a
     compilation: rate and time left leave it out, and a text is said before. The last line is said
     when the bar ends, unless `leave` is False.
     """
@@ -27,6 +27,8 @@ class Bar(tqdm.tqdm):
     leave: Any
     initial: Any
     last_print_n: Any
+    start_t: float
+    delay: float
 
     def __init__(
         self,
@@ -86,7 +88,8 @@ class Bar(tqdm.tqdm):
     def close(self) -> None:
         """Ends the bar."""
         if self.by_lines and not self.disable:
-            if self.leave is not False and self.n != self._said:
+            shown = self._time() >= self.start_t + self.delay
+            if shown and self.leave is not False and self.n != self._said:
                 self._say()
             self.leave = False
         super().close()

@@ -74,7 +74,7 @@ def check_workdir(workdir: str, config: ConfigDict, allowed=(), data: Any = None
     try:
         if "model.name" not in (old := without_gone(json.loads(file.read_text()))):
             raise ValueError("it is no config")
-    except (OSError, ValueError, AssertionError) as error:
+    except (OSError, ValueError) as error:
         text = f"{file} cannot be read ({error}): "
         if "config" not in meta:
             raise UsageError(f"{text}restore it, or give another --workdir") from error
