@@ -10,10 +10,10 @@ import pathlib
 import sys
 
 BARS = {
-    "lines of dico_jax/": 24_600,  # 15,000, then text, ways to sample, buckets, plans, pages
+    "lines of dico_jax/": 26_300,  # 15,000, then text, solvers, buckets, plans, pages, evidence
     "lines of the longest file": 400,
-    "files": 156,
-    "modules at the top": 16,
+    "files": 170,
+    "modules at the top": 18,
 }
 
 
