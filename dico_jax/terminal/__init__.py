@@ -19,9 +19,9 @@ _WIDTH, _HEIGHT = 72, 48  # pixels at most; a character shows two, one above the
 class Bar(tqdm.tqdm):
     """tqdm on stderr, as wide as the terminal; a log gets a line every `INTERVAL` seconds.
 
-    The arguments are tqdm's, `delay` among them (seconds before anything is said), and `compiles`, where what comes first takes the time of a
-    compilation: rate and time left leave it out, and a text is said before. The last line is said
-    when the bar ends, unless `leave` is False.
+    The arguments are tqdm's, `delay` among them (seconds before anything is said), and `compiles`,
+    where what comes first takes the time of a compilation: rate and time left leave it out, and a
+    text is said before. The last line is said when the bar ends, unless `leave` is False.
     """
 
     leave: Any
