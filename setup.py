@@ -68,7 +68,7 @@ setuptools.setup(
         "hub": ["huggingface_hub>=0.30"],
         "text": ["tokenizers>=0.21"],  # prompts, captions, the CLIP score
         "export": ["flatbuffers>=24.3"],  # jax.export's files
-        "plot": ["matplotlib>=3.9"],  # evaluate --sweep_cfg
+        "plot": ["matplotlib>=3.9"],  # dico_jax.analyze, evaluate --sweep_cfg
         "viz": ["tensorboard>=2.16"],  # shows the events of a run
         "report": ["bokeh>=3.8", "matplotlib>=3.9"],  # dico_jax.report
         "wandb": ["wandb>=0.17"],  # config.logging.wandb_project

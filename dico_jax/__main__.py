@@ -13,6 +13,7 @@ COMMANDS = {
     "benchmark": "measures speed and memory",
     "show": "says what a file or folder is",
     "plan": "says whether a run fits a slice, how long it takes and what it costs",
+    "analyze": "measures what a network does inside, and what its stages cost",
     "report": "writes the page of a run, or of several",
 }
 

@@ -166,7 +166,7 @@ def text_table_text(rows: Iterable[Mapping[str, Any]]) -> str:
         macs = (f"{row[f'multiply_adds_{of}'] / 1e9:.2f}G" for of in which)
         counts = (f"{row[of]:,}" for of in ("parameters", "parameters_of_fusion"))
         cells.append((row["model"], row["text_fusion"], *counts, *macs))
-    return _markdown(cells)
+    return markdown(cells)
 
 
 def table_text(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -177,10 +177,10 @@ def table_text(rows: Iterable[Mapping[str, Any]]) -> str:
         parameters, macs = (text or "" for text in published)
         counted = f"{row['parameters']:,}", f"{row['multiply_adds_per_image'] / 1e9:.2f}G"
         cells.append((row["model"], counted[0], parameters, counted[1], macs))
-    return _markdown(cells)
+    return markdown(cells)
 
 
-def _markdown(cells: Sequence[Sequence[str]]) -> str:
+def markdown(cells: Sequence[Sequence[str]]) -> str:
     head, *lines = _padded(cells)
     rule = ["-" * len(head[0]), *("-" * (len(cell) - 1) + ":" for cell in head[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))

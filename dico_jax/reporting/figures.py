@@ -1,6 +1,6 @@
 """Figures of runs in a paper's style, each as PDF and PNG."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ _STYLE: Any = {
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
     "figure.constrained_layout.use": True, "pdf.fonttype": 42, "lines.linewidth": 1.3,
 }  # fmt: skip
-_WIDTH, _HEIGHT = 3.4, 2.5  # inches: a column of a paper
+WIDTH, HEIGHT = 3.4, 2.5  # inches: a column of a paper
 _DASHED: dict[str, Any] = {"color": "0.5", "ls": "--", "marker": "D", "ms": 3}
 
 
@@ -31,17 +31,23 @@ def draw(runs: Sequence[Run], out: str) -> list[str]:
 
     UsageError where they have nothing to draw.
     """
-    folder, said = as_path(out), []
+    folder = as_path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    if names := save_figures(_figures(runs), folder):
+        return [f"{folder / name}.pdf and .png" for name in names]
+    raise UsageError("--out", out, ": the runs have no losses, evaluations or samples yet")
+
+
+def save_figures(figures: Iterable[tuple[str, Figure]], folder: Any) -> list[str]:
+    """Writes figures, made while this goes on, in a paper's style as PDF and PNG; their names."""
+    names = []
     with rc_context(_STYLE):
-        for name, figure in _figures(runs):
+        for name, figure in figures:
             for suffix in ("pdf", "png"):
                 with new_file(folder / f"{name}.{suffix}") as stream:
                     figure.savefig(stream, dpi=300, format=suffix)
-            said.append(f"{folder / name}.pdf and .png")
-    if not said:
-        raise UsageError("--out", out, ": the runs have no losses, evaluations or samples yet")
-    return said
+            names.append(name)
+    return names
 
 
 def _figures(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
@@ -54,7 +60,7 @@ def _figures(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(_WIDTH, _HEIGHT))
+    figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     return figure, axes
@@ -143,7 +149,7 @@ def _sheet(run: Run) -> Figure:
     step, file = run.grids[-1]
     with opened(file) as stream:
         image = Image.open(stream).convert("RGB")
-    figure = Figure(figsize=(2 * _WIDTH, 2 * _WIDTH * image.height / image.width + 0.3))
+    figure = Figure(figsize=(2 * WIDTH, 2 * WIDTH * image.height / image.width + 0.3))
     axes = figure.subplots()
     axes.imshow(np.asarray(image), interpolation="none")
     axes.set_axis_off()
