@@ -1,5 +1,5 @@
 "use strict";
-(() => {
+(async () => {
   const at = (id) => document.getElementById(id);
   const grids = JSON.parse(at("grids").textContent);
   const shown = new URLSearchParams(location.hash.slice(1));
@@ -121,6 +121,9 @@
       const models = Bokeh.documents.flatMap((document) => [...document._all_models.values()]);
       figures = models.filter((model) => model.type === "Figure");
       renderers = figures.flatMap((figure) => figure.renderers).map((one) => [one, one.glyph.tags]);
+      // The published curves do not make the axes longer.
+      const drawn = renderers.filter(([, tags]) => tags.includes("run")).map(([one]) => one);
+      for (const figure of figures) figure.x_range.renderers = drawn;
       if (matchMedia("(pointer: fine)").matches) {
         for (const tool of models) if (tool.type === "BoxZoomTool") tool.active = true;
       }
@@ -172,16 +175,13 @@
   for (const form of document.forms) form.addEventListener("submit", (event) => event.preventDefault());
   if (document.body.dataset.stamp) follow();
   const scroll = sessionStorage.getItem("scroll");
-  let tries = 0;
-  const wait = setInterval(() => {
-    tries += 1;
-    const drawn = !window.Bokeh || Bokeh.documents.length > 0;
-    if (!drawn && tries < 200) return;
-    clearInterval(wait);
-    start();
-    if (scroll !== null && document.body.dataset.stamp) {
-      sessionStorage.removeItem("scroll");
-      requestAnimationFrame(() => scrollTo(0, Number(scroll)));
-    }
-  }, 50);
+  if (at("figures")) {
+    const [page, roots] = ["figures", "roots"].map((id) => JSON.parse(at(id).textContent));
+    await Bokeh.embed.embed_items({ page }, [{ docid: "page", roots, root_ids: Object.keys(roots) }]);
+  }
+  start();
+  if (scroll !== null && document.body.dataset.stamp) {
+    sessionStorage.removeItem("scroll");
+    requestAnimationFrame(() => scrollTo(0, Number(scroll)));
+  }
 })();

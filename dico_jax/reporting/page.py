@@ -12,18 +12,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import markupsafe
 import numpy as np
 from bokeh.document import Document
-from bokeh.embed import components
 from bokeh.models import (
     BasicTicker,
     BoxZoomTool,
     ColumnDataSource,
     DataRange1d,
     HoverTool,
+    Line,
     NumeralTickFormatter,
     Range1d,
+    Scatter,
+    VArea,
 )
 from bokeh.plotting import figure
 from bokeh.resources import Resources
@@ -48,6 +49,7 @@ _SPEED = {
     "images_per_second": "images per second", "mfu": "MFU", "memory_gb": "memory of a device, GB",
     "data_wait": "share of time waiting for data",
 }  # fmt: skip
+_PAPER: Any = {"color": "#888888", "tags": ["paper"]}
 _OTHER = {"learning_rate", "finite", "rollbacks", "skipped_steps", "loss"}
 
 
@@ -72,7 +74,6 @@ def make_page(runs: Sequence[Run], notes: Sequence[str], live: str = "") -> str:
     with document.models.freeze():  # or each would go through the models of all
         for fig in figures.values():
             document.add_root(fig)
-    script, divs = components(figures) if figures else ("", {})
     grids, left_out = _grids(runs)
     notes = [*notes, *(f"{run.name}: {note}" for run in runs for note in run.notes)]
     if len(drawn) > 1:
@@ -85,9 +86,10 @@ def make_page(runs: Sequence[Run], notes: Sequence[str], live: str = "") -> str:
     return environment.from_string((folder / "page.html").read_text()).render(
         runs=[_about(i, run) for i, run in enumerate(runs)], notes=notes, live=live,
         css=(folder / "page.css").read_text(), js=(folder / "page.js").read_text(),
-        bokeh=bokeh, script=script,
-        groups=[group.shown(f"g{g}_", divs) for g, group in enumerate(drawn)],
-        grids=json.dumps(grids).replace("<", "\\u003c"), has_grids=any(grids), left_out=left_out,
+        bokeh=bokeh, document=_json(document.to_json(deferred=False)) if figures else "",
+        roots=_json({fig.id: name for name, fig in figures.items()}),
+        groups=[group.shown(f"g{g}_") for g, group in enumerate(drawn)],
+        grids=_json(grids), has_grids=any(grids), left_out=left_out,
         sweeps=_sweeps(runs), config=_config_rows(runs),
         environments=_environment_rows(runs), many=any(len(run.steps) > 100 for run in runs),
         events=[(run, e) for run in runs for e in sorted(run.events, key=lambda e: e.step or 0)],
@@ -95,11 +97,15 @@ def make_page(runs: Sequence[Run], notes: Sequence[str], live: str = "") -> str:
     )  # fmt: skip
 
 
+def _json(value: Any) -> str:
+    return json.dumps(value).replace("<", "\\u003c")
+
+
 def _about(i: int, run: Run) -> dict[str, Any]:
     """What the overview says of a run."""
     loss, speed = (run.values.get(n, np.zeros(0)) for n in ("loss", "images_per_second"))
     last = loss[np.isfinite(loss)][-max(1, len(loss) // 50) :]
-    rest = float(run.config.get("training.num_steps") or 0) - max(run.steps, default=0)
+    rest = float(run.config.get("training.num_steps") or 0) - run.last
     rate = np.nanmedian(speed[-20:]) if np.isfinite(speed[-20:]).any() else math.nan
     left = rest * run.batch_size / rate / 3600 if not run.ended and rate > 0 and rest > 0 else None
     best = [f"{n} {v[-1]:.4g} at {s[-1]:,.0f}" for n, (s, v) in run.evaluations.items()
@@ -110,8 +116,8 @@ def _about(i: int, run: Run) -> dict[str, Any]:
     return {
         "i": i, "name": run.name, "color": COLORS[i % len(COLORS)], "folder": str(run.folder),
         "model": curves.model_title(run.config), "state": run.state, "ended": run.ended,
-        "step": f"{max(run.steps, default=0):,.0f}",
-        "images": curves.short(max(run.images, default=0)),
+        "step": f"{run.last:,.0f}",
+        "images": curves.short(run.last * run.batch_size),
         "hours": f"{run.hours[-1]:.3g}" if len(run.steps) and np.isfinite(run.hours[-1]) else "-",
         "loss": f"{last.mean():.4f}" if len(last) else "-",
         "speed": "-" if math.isnan(rate) else f"{rate:,.4g}", "left": left and f"{left:.3g} h left",
@@ -128,7 +134,6 @@ class _Group:
         self.runs, self.title = runs, curves.model_title(runs[0][1].config)
         self.published = next(filter(None, (curves.published_of(r.config) for _, r in runs)), None)
         self.range = DataRange1d(range_padding=0.02)
-        self.drawn: list[Any] = []  # of runs: the published curves do not make the axes longer
         most = min(_MOST_POINTS, _OF_ALL // total)
         self.sources = {i: _source(run, most) for i, run in runs}
         self.merged = max((len(r.steps) / most for _, r in runs), default=0)
@@ -148,12 +153,11 @@ class _Group:
                 self.figures[f"eval_{name}"] = self._evaluation(name)
         if any(run.events for _, run in runs):
             self.figures["events"] = self._events()
-        self.range.renderers = self.drawn
 
     def _add(self, kind: str, of: Mapping[str, str]) -> None:
         self.figures |= {f"{kind}_{key}": self._curve(key, title) for key, title in of.items()}
 
-    def shown(self, prefix: str, divs: Mapping[str, str]) -> dict[str, Any]:
+    def shown(self, prefix: str) -> dict[str, Any]:
         """The parts of its section: headings, explanations and figures."""
         parts = []
         for kind, title in (
@@ -161,8 +165,8 @@ class _Group:
             ("eval", "Evaluation"), ("norm", "Norms"), ("speed", "Speed, memory, data"),
             ("rate", "Learning rate"), ("events", "What happened"),
         ):  # fmt: skip
-            found = [(self.figures[k].title.text, markupsafe.Markup(divs[prefix + k]))
-                     for k in self.figures if k.split("_")[0] == kind]  # fmt: skip
+            found = [(fig.title.text, prefix + k) for k, fig in self.figures.items()
+                     if k.split("_")[0] == kind]  # fmt: skip
             if found:
                 parts.append({"kind": kind, "title": title, "figures": found})
         more = self.merged > 1 and f"A point is the mean of about {self.merged:.0f} logged steps."
@@ -187,7 +191,6 @@ class _Group:
         return fig
 
     def _hover(self, fig: Any, renderers: list[Any], rows: list[tuple[str, str]]) -> None:
-        self.drawn += [one for one in renderers if "run" in one.glyph.tags]
         more = [("run", "$name"), ("step", "@step{0,0}"), *rows]
         fig.add_tools(HoverTool(renderers=renderers, tooltips=more, mode="mouse"))
 
@@ -199,14 +202,14 @@ class _Group:
             source, color = self.sources[i], COLORS[i % len(COLORS)]
             if key not in source.data:
                 continue
+            how: Any = {"source": source, "color": color, "name": run.name}
+            raw = ["raw", "run", i]
             if f"{key}_least" in source.data:
-                fig.varea("step", f"{key}_least", f"{key}_most", source=source, color=color,
-                          alpha=0.16, tags=["raw", "run", i])  # fmt: skip
-            fig.line("step", key, source=source, color=color, alpha=0.4, line_width=1,
-                     tags=["raw", "run", i], name=run.name)  # fmt: skip
-            smooth = fig.line("step", key, source=source, color=color, line_width=2,
-                              tags=["smooth", "run", i, key], name=run.name)  # fmt: skip
-            hovered.append(smooth)
+                ends = {"y1": f"{key}_least", "y2": f"{key}_most"}
+                _add(fig, VArea, tags=raw, alpha=0.16, **ends, **how)
+            _add(fig, Line, tags=raw, alpha=0.4, y=key, **how)
+            smooth = ["smooth", "run", i, key]
+            hovered.append(_add(fig, Line, tags=smooth, y=key, line_width=2, **how))
         means = [self.sources[i].data[key] for i, _ in self.runs if key in self.sources[i].data]
         self._fit(fig, np.concatenate(means), tall)
         number = "0.000000" if key == "learning_rate" else "0.0000"
@@ -229,14 +232,14 @@ class _Group:
         batch = 256  # the landmarks' own
         more = {"low": line * (1 - curves.BAND), "high": line * (1 + curves.BAND)}
         x = {"step": steps, "images": steps * batch, "hours": np.full(len(steps), np.nan)}
-        source = ColumnDataSource(x | {"loss": line} | more)
-        fig.varea("step", "low", "high", source=source, color="#888888", alpha=0.22, tags=["paper"])
-        fig.line("step", "loss", source=source, color="#888888", line_dash="dashed", tags=["paper"])
+        how: Any = {"source": ColumnDataSource(x | {"loss": line} | more), **_PAPER}
+        _add(fig, VArea, y1="low", y2="high", alpha=0.22, **how)
+        _add(fig, Line, y="loss", line_dash="dashed", **how)
         at = np.array([*published.losses])
         x = {"step": at, "images": at * batch, "hours": np.full(len(at), np.nan)}
         marks = ColumnDataSource(x | {"loss": [*published.losses.values()]})
-        dots = fig.scatter("step", "loss", source=marks, size=9, marker="diamond", color="#888888",
-                           tags=["paper"], name=f"{published.name}, released")  # fmt: skip
+        dots = _add(fig, Scatter, y="loss", source=marks, size=9, marker="diamond",
+                    name=f"{published.name}, released", **_PAPER)  # fmt: skip
         self._hover(fig, [dots], [("loss", "@loss{0.0000}")])
 
     def _evaluation(self, name: str) -> Any:
@@ -245,17 +248,18 @@ class _Group:
         if self.published and len((found := self.published.numbers(metric))[0]):
             steps, numbers = found
             x = {"step": steps, "images": 256 * steps, "hours": np.full(len(steps), np.nan)}
-            how = {"source": ColumnDataSource(x | {"value": numbers}), "color": "#888888"}
-            fig.line("step", "value", line_dash="dashed", tags=["paper"], **how)
-            hovered.append(fig.scatter("step", "value", size=8, marker="diamond", tags=["paper"],
-                                       name=f"{self.published.name}, paper", **how))  # fmt: skip
+            how = {"source": ColumnDataSource(x | {"value": numbers}), "y": "value", **_PAPER}
+            how["name"] = f"{self.published.name}, paper"
+            _add(fig, Line, line_dash="dashed", **how)
+            hovered.append(_add(fig, Scatter, size=8, marker="diamond", **how))
         for i, run in self.runs:
             if name in run.evaluations:
                 steps, numbers = run.evaluations[name]
                 source = ColumnDataSource(_axes(run, steps) | {"value": numbers})
                 how = {"source": source, "color": COLORS[i % len(COLORS)], "name": run.name}
-                fig.line("step", "value", line_width=2, tags=["run", i], **how)
-                hovered.append(fig.scatter("step", "value", size=7, tags=["run", i], **how))
+                how |= {"tags": ["run", i], "y": "value"}
+                _add(fig, Line, line_width=2, **how)
+                hovered.append(_add(fig, Scatter, size=7, **how))
         all_numbers = [run.evaluations[name][1] for _, run in self.runs if name in run.evaluations]
         self._fit(fig, np.concatenate(all_numbers), False)
         self._hover(fig, hovered, [(name, "@value{0.0000}")])
@@ -270,10 +274,18 @@ class _Group:
             x = _axes(run, np.array([e.step for e in known], float))
             more: Any = {"kind": [e.kind for e in known], "text": [e.text for e in known]}
             how = {"source": ColumnDataSource(x | more), "color": COLORS[i % len(COLORS)]}
-            hovered.append(fig.scatter("step", "kind", size=11, marker="triangle", name=run.name,
-                                       tags=["run", i], **how))  # fmt: skip
+            hovered.append(_add(fig, Scatter, y="kind", size=11, marker="triangle", name=run.name,
+                                tags=["run", i], **how))  # fmt: skip
         self._hover(fig, hovered, [("", "@text")])
         return fig
+
+
+def _add(fig: Any, kind: Any, source: Any, color: str, name: str = "", alpha: float = 1, **of: Any):
+    """A glyph over steps. It is drawn in one way: fig.line() and others make it in three."""
+    parts = [part for part in ("line", "fill") if hasattr(kind, f"{part}_color")]
+    looks = {f"{part}_color": color for part in parts} | {f"{part}_alpha": alpha for part in parts}
+    more = {"nonselection_glyph": None, "selection_glyph": None, "muted_glyph": None}
+    return fig.add_glyph(source, kind(x="step", **looks, **of), name=name, **more)
 
 
 def _axes(run: Run, steps: np.ndarray) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -14,8 +15,6 @@ from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
-from tensorboardX.proto.event_pb2 import Event as EventProto
 
 from dico_jax.checkpoints.steps import FOLDER, read_meta, saved_steps
 from dico_jax.config import expanded, flatten
@@ -27,7 +26,8 @@ _WHOLE = 8 << 20  # bytes, about, of which all numbers are read
 _BOTH = "step", "loss"
 _FEW = 64  # lines that are read whole
 _STEP = re.compile(rb'\{"step": (\d+),')  # as training writes it
-_LOSS = re.compile(rb' "loss": ([\d.e+-]+)[,}]')
+_LOSS = re.compile(rb' "loss": (-?\d+\.?\d*(?:e[+-]?\d+)?)[,}]')
+_SESSION = re.compile(rb"(?s)\x09(.{8})\x10([\x80-\xff]*[\0-\x7f])\x3a")
 _MANY = 128 << 20  # bytes of several runs, from which on each has a process that reads it
 _SILENT = 600  # seconds without a line, after which a run of another machine is said to be silent
 
@@ -66,10 +66,14 @@ class Run:
         return int(self.config.get("data.batch_size") or 1)
 
     @property
+    def last(self) -> int:
+        return int(self.steps[-1]) if len(self.steps) else 0
+
+    @property
     def images(self) -> np.ndarray:
         return self.steps * self.batch_size
 
-    @property
+    @functools.cached_property
     def hours(self) -> np.ndarray:
         """Of training alone (n,), by the throughput: no samples, saves and pauses."""
         speed = self.values.get("images_per_second", np.full(len(self.steps), np.nan))
@@ -150,7 +154,7 @@ def _read_run(folder: Any, name: str, names: set[str]) -> Run:
     steps, values, evaluations = _tables(rows)
     results = [r for n in sorted(names) if n.endswith(".json") for r in _read_results(folder / n)]
     bad = [b for n in sorted(names) if n.startswith("bad_examples") for b in _lines(folder / n)]
-    last, total = int(max(steps, default=0)), int(config.get("training.num_steps") or 0)
+    last, total = int(steps[-1]) if len(steps) else 0, int(config.get("training.num_steps") or 0)
     state, ended = _state(folder, last, total)
     grids = [(int(found[1]), folder / "samples" / n) for n in names_in(folder / "samples")
              if (found := re.fullmatch(r"step_(\d+)\.png", n))]  # fmt: skip
@@ -197,49 +201,61 @@ def read_metrics(file: Any, notes: list[str]) -> dict[tuple[str, ...], np.ndarra
     are broken are left out, which is noted. A run in hand may be writing the last.
     """
     found: dict[tuple[str, ...], list[list[float]]] = {}
-    broken, rest, short, every = 0, b"", list[np.ndarray](), max(1, size_of(file) // _WHOLE)
+    broken, cut, short, every = 0, 0, list[np.ndarray](), max(1, size_of(file) // _WHOLE)
     with opened(file) as stream:
-        while chunk := stream.read(_CHUNK):
-            *lines, rest = (rest + chunk).split(b"\n")
-            broken += _take(lines, every, found, short)
-    if rest.strip():
-        cut = _parse(rest, found)
-        notes += ["the last line of metrics.jsonl is cut, and left out"] * cut
+        while text := stream.read(_CHUNK) + stream.readline():
+            last = text[text.rfind(b"\n") + 1 :]  # what has no end yet
+            broken += _take(text.removesuffix(last) if last else text, every, found, short)
+            if last:
+                cut = _parse([last], found)
+                break
+    notes += ["the last line of metrics.jsonl is cut, and left out"] * cut
     if broken:
         notes.append(f"{broken} broken lines of metrics.jsonl are left out")
     if short:
         notes.append(f"metrics.jsonl is long: but for the loss, one in {every} lines is read")
     tables = {names: np.array(rows) for names, rows in found.items()}
-    more = [tables[_BOTH]] if _BOTH in tables else []
-    return tables | ({_BOTH: np.concatenate([*more, *short])} if short else {})
+    short += [tables.pop(_BOTH)] if _BOTH in tables else []
+    return ({_BOTH: np.concatenate(short)} if short else {}) | tables  # of one step the last counts
 
 
-def _take(lines: list[bytes], every: int, found: Any, short: list[np.ndarray]) -> int:
-    """Reads one in so many lines, and of others step and loss; how many are broken."""
-    if every == 1 or len(lines) <= _FEW:
-        return sum(_parse(line, found) for line in lines if line.strip())
-    text, skipped = b"\n".join(lines) + b"\n", b'"skipped_steps": '
+def _take(text: bytes, every: int, found: Any, short: list[np.ndarray]) -> int:
+    """Reads one in so many lines, and of all step and loss; how many are broken."""
+    if every == 1 or (count := text.count(b"\n")) <= _FEW:
+        return _parse([line for line in text.split(b"\n") if line.strip()], found)
+    skipped = b'"skipped_steps": '
     special = b'"eval/' in text or text.count(skipped) != text.count(skipped + b"0.0")
-    numbers = [] if special else [_STEP.findall(text), _LOSS.findall(text)]
-    if special or {text.count(b"}\n"), *map(len, numbers)} != {len(lines)}:  # look closer
+    columns = [] if special else [_STEP.findall(text), _LOSS.findall(text)]
+    if special or {text.count(b"}\n"), *map(len, columns)} != {count}:  # look closer
+        half = text.find(b"\n", len(text) // 2, -1) + 1 or text.rfind(b"\n", 0, -1) + 1
+        return sum(_take(part, every, found, short) for part in (text[:half], text[half:]))
+    short.append(np.stack([np.fromiter(map(float, of), float, count) for of in columns], axis=1))
+    start, lines = 0, list[bytes]()
+    while start < len(text):
+        lines.append(text[start : (end := text.index(b"\n", start))])
+        after = text.find(b"\n", max(end, start + len(text) * every // count)) + 1
+        start = after or len(text)
+    return _parse(lines, found)
+
+
+def _parse(lines: list[bytes], found: dict[tuple[str, ...], list[list[float]]]) -> int:
+    """Adds the numbers of lines to those found; how many are broken."""
+    parsed = []
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        parsed = [_numbers(row) for row in json.loads(b"[%s]" % b",".join(lines))]
+    if len(parsed) != len(lines):
         half = len(lines) // 2
-        return sum(_take(part, every, found, short) for part in (lines[:half], lines[half:]))
-    rest = np.arange(len(lines)) % every > 0
-    short.append(np.array(numbers, "S24").astype(float).T[rest])
-    return sum(_parse(line, found) for line in lines[::every])
-
-
-def _parse(line: bytes, found: dict[tuple[str, ...], list[list[float]]]) -> int:
-    """Adds the numbers of a line to those found; 1 if it is broken."""
-    try:
-        values = dict(json.loads(line))
-        row = [float("nan" if v is None else v) for v in values.values()]
-        if not math.isfinite(float(values["step"])):
-            return 1
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return 1
-    found.setdefault(tuple(values), []).append(row)
+        return sum(_parse(part, found) for part in (lines[:half], lines[half:])) if half else 1
+    for names, numbers in parsed:
+        found.setdefault(names, []).append(numbers)
     return 0
+
+
+def _numbers(row: Any) -> tuple[tuple[str, ...], list[float]]:
+    values = dict(row)
+    if not math.isfinite(float(values["step"])):
+        raise ValueError
+    return tuple(values), [float("nan" if v is None else v) for v in values.values()]
 
 
 def _tables(rows: dict[tuple[str, ...], np.ndarray]) -> Any:
@@ -304,13 +320,14 @@ def _starts(folder: Any, names: set[str], rollbacks: Any, steps: np.ndarray) -> 
         try:
             with opened(folder / name) as stream:
                 head = stream.read(512)
-            first = struct.unpack("<Q", head[:8])[0] + 16  # a length, its sum, an event, its sum
-            length = struct.unpack("<Q", head[first : first + 8])[0]
-            event = EventProto.FromString(head[first + 12 : first + 12 + length])
-        except (OSError, struct.error, DecodeError):  # of a killed run
+            second = struct.unpack("<Q", head[:8])[0] + 16  # a length, its sum, an event, its sum
+        except (OSError, struct.error):  # of a killed run
             continue
-        if event.HasField("session_log"):  # further files of a bucket have none
-            starts.append((event.wall_time, max(event.step - 1, 0)))
+        # Tags 1, 2 and 7 of the event are time, step and session_log, which further files of a
+        # bucket have not. TensorBoard's own reader takes half a second to import.
+        if found := _SESSION.match(head, second + 12):
+            step = sum((byte & 127) << 7 * i for i, byte in enumerate(found[2]))
+            starts.append((*struct.unpack("<d", found[1]), max(step - 1, 0)))
     count = np.zeros(len(steps)) if rollbacks is None else np.nan_to_num(rollbacks)
     for when, step in starts[1:]:
         after = np.searchsorted(steps, step, side="right")
