@@ -1,4 +1,4 @@
-"""Seconds, seconds of CPU, and bytes of a report: of a run with 400,000 logged steps, and of eight such runs.
+"""Seconds and bytes of a report of a run with 400,000 logged steps, and of eight such runs.
 
 python benchmarks/report_speed.py
 """
@@ -50,9 +50,8 @@ def main() -> int:
             seconds, size = time.perf_counter() - started, out.stat().st_size
             bars = f"at most {most_seconds:.0f} s, {most_bytes / 1e6:.0f} MB"
             cpu = cpu_seconds() - before
-            print(
-                f"{count} x {STEPS:,} steps: {seconds:.1f} s, {cpu:.1f} s of CPU, {size / 1e6:.2f} MB ({bars})"
-            )
+            took = f"{seconds:.1f} s, {cpu:.1f} s of CPU, {size / 1e6:.2f} MB"
+            print(f"{count} x {STEPS:,} steps: {took} ({bars})")
             missed += seconds > most_seconds or size > most_bytes
     return int(missed > 0)
 
