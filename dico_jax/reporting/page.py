@@ -273,7 +273,7 @@ class _Group:
             known = [e for e in run.events if e.step is not None]
             x = _axes(run, np.array([e.step for e in known], float))
             more: Any = {"kind": [e.kind for e in known], "text": [e.text for e in known]}
-            how = {"source": ColumnDataSource(x | more), "color": COLORS[i % len(COLORS)]}
+            how: Any = {"source": ColumnDataSource(x | more), "color": COLORS[i % len(COLORS)]}
             hovered.append(_add(fig, Scatter, y="kind", size=11, marker="triangle", name=run.name,
                                 tags=["run", i], **how))  # fmt: skip
         self._hover(fig, hovered, [("", "@text")])
