@@ -1,7 +1,7 @@
 """Says what a file or folder is: python -m dico_jax.show FILE|DIR
 
 Weights, checkpoints, workdirs, prepared latents, statistics, samples, results, pictures: network
-and sizes, steps, versions, norms, NaN counts, shapes. It reads for about a second, and writes
+and sizes, steps, versions, norms, NaN counts, shapes. It reads for about half a second, and writes
 nothing.
 """
 
