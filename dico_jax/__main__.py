@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "says whether a run fits a slice, how long it takes and what it costs",
     "analyze": "measures what a network does inside, and what its stages cost",
     "report": "writes the page of a run, or of several",
+    "app": "serves a page to try checkpoints",
 }
 
 

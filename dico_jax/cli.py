@@ -221,15 +221,18 @@ def _check_flag(command: str, flag: flags.Flag) -> None:
 
     given: Any = flag.value
     said, bounds = f"--{flag.name}", RANGE.get(_FIELDS.get(flag.name, ""), (None, 2**32 - 1))
-    for value in given if isinstance(given, list) else [given]:
+    values = given if isinstance(given, list) else [given]
+    for value in values:
         check_item(said, value, *bounds)
     name = f"{pathlib.Path(command).stem}.{flag.name}"
     if (name := name if name in SCHEMES else flag.name) in SCHEMES:
-        flag.value = expanded(said, name, given)
-        if flag.value.startswith(_BUCKETS):  # before anything is loaded or compiled
-            from dico_jax.files import check_bucket
+        paths = [expanded(said, name, path) for path in values]
+        flag.value = paths if isinstance(given, list) else paths[0]
+        for path in paths:
+            if path.startswith(_BUCKETS):  # before anything is loaded or compiled
+                from dico_jax.files import check_bucket
 
-            check_bucket(said, flag.value, write=flag.name in _WRITTEN)
+                check_bucket(said, path, write=flag.name in _WRITTEN)
 
 
 @functools.cache

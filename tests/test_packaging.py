@@ -40,6 +40,7 @@ def test_a_build_has_the_configs_and_says_its_version(tmp_path):
 
     assert python_files(built) >= python_files(checkout)
     page = [f"reporting/{name}" for name in ("page.html", "page.css", "page.js", "published.json")]
+    page.append("playground/page.css")
     for name in ("py.typed", "models/imagenet_classes.txt", *page):
         assert (built / "dico_jax" / name).exists()
     assert (built / "dico_jax" / "configs" / "default.py").exists()

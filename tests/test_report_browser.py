@@ -23,13 +23,14 @@ pytestmark = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="needs Chromium: apt install chromium chromium-driver"
 )
 
+READY = "return document.body.dataset.ready === 'true'"
 MODELS = "Bokeh.documents.flatMap((d) => [...d._all_models.values()])"
 FIGURES = f"{MODELS}.filter((m) => m.type === 'Figure')"
 CURVES = f"{FIGURES}.flatMap((f) => f.renderers)"
 
 
 @contextlib.contextmanager
-def opened(address, width=1280, dark=False):
+def opened(address, width=1280, dark=False, until=READY):
     options = selenium.ChromeOptions()
     options.binary_location = BROWSER
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
@@ -42,7 +43,7 @@ def opened(address, width=1280, dark=False):
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
         driver.get(address)
-        wait(driver, "return document.body.dataset.ready === 'true'")
+        wait(driver, until)
         yield driver
     finally:
         driver.quit()

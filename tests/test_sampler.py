@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dico_jax import Sampler
+from dico_jax import Sampler, diffusion
 from dico_jax.checkpoints.reader import FOLDER
 from dico_jax.checkpoints.writer import StepWriter
 from dico_jax.config import DEFAULTS
@@ -20,6 +20,7 @@ from dico_jax.errors import UsageError
 from dico_jax.experiment import model_from_config
 from dico_jax.pytorch.conversion import from_pytorch, to_pytorch
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
+from dico_jax.sampling.generate import Noise
 from dico_jax.sampling.image_folder import save
 from dico_jax.sampling.pretrained import weights_size
 from dico_jax.sampling.sampler import Images
@@ -111,6 +112,76 @@ def test_images_while_they_are_made(sampler, compilations, options):
     assert (again != images).any()
     with pytest.raises(UsageError, match=r"^every=0 must be"):
         next(sampler.stream(**asked, every=0))
+
+
+@pytest.mark.parametrize("seeds", [(4, 4), (4, 9)])
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_a_walk_goes_from_one_image_to_another(sampler, compilations, seeds, cfg_scale):
+    how = {"cfg_scale": cfg_scale, "steps": 4}
+    parts = list(sampler.walk(2, "kind 5", seeds=seeds, num_images=5, every=2, **how))
+    assert [(step, images.shape) for step, images in parts] == [
+        (2, (5, 8, 8, 1)),
+        (4, (5, 8, 8, 1)),
+    ]
+    walked = parts[-1][1].astype(int)
+    for place, of, seed in ((0, 2, seeds[0]), (-1, 5, seeds[1])):
+        assert np.abs(walked[place] - sampler([of], seed=seed, **how)[0]).max() <= 1
+    if seeds[0] != seeds[1]:  # each step of the way is shorter than all of it
+        apart = np.abs(np.diff(walked, axis=0)).mean(axis=(1, 2, 3))
+        assert (apart > 0).all()
+        assert apart.max() < np.abs(walked[-1] - walked[0]).mean()
+    before = compilations()
+    list(sampler.walk(3, 7, seeds=[seed + 1 for seed in seeds], num_images=5, **how))
+    assert compilations() == before
+
+
+def test_a_mixture_of_classes_is_one_of_their_embeddings(sampler):
+    model, params = sampler.pretrained.experiment.model, sampler.pretrained.params
+    x, t, _ = model.example_inputs(3, side=8)
+    x = x + np.float32(0.5)
+
+    @jax.jit
+    def of_mixture(shares):
+        ends = ({"label": jnp.full(n, of)} for n, of in ((3, 2), (1, 5)))
+        return model.apply({"params": params}, x, t, model.mixed_conditions(*ends, shares))
+
+    def of_row(row):
+        table = params["y_embedder"]["embedding_table"]["embedding"].at[0].set(row)
+        changed = {**params, "y_embedder": {"embedding_table": {"embedding": table}}}
+        return model.apply({"params": changed}, x[:1], t[:1], np.zeros(1, np.int32))[0]
+
+    table = params["y_embedder"]["embedding_table"]["embedding"]
+    wanted = [of_row(table[2]), of_row(0.75 * table[2] + 0.25 * table[5]), of_row(table[5])]
+    found = of_mixture(np.float32([0, 0.25, 1]))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert np.abs(wanted[0] - wanted[1]).max() > 1e-4
+
+
+def test_noise_on_the_way_is_as_normal_as_its_ends():
+    noise = Noise(np.uint32(1), np.arange(64), np.uint32(2), np.linspace(0, np.pi / 2, 64))
+    shape = (16, 16, 4)
+    drawn = np.asarray(noise.draw(lambda keys: diffusion.initial_noise(keys, shape)))
+    assert drawn.std(axis=(1, 2, 3)) == pytest.approx(1, abs=0.1)
+    for place, seed in ((0, 1), (-1, 2)):
+        keys = diffusion.image_keys(np.uint32(seed), np.arange(64))
+        of_end = np.asarray(diffusion.initial_noise(keys, shape))[place]
+        np.testing.assert_allclose(drawn[place], of_end, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"num_images": 1}, "^num_images=1 must be at least 2"),
+        ({"seeds": (0, -1)}, "^seed=-1 must be"),
+        ({"end": "kind 99"}, "the model has no class kind 99"),
+        ({"every": 0}, "^every=0"),
+        ({"steps": 0}, "^steps=0"),
+        ({"colour": 1}, "^colour=1 is no option of a sampler"),
+    ],
+)
+def test_wrong_walks_are_refused(sampler, wrong, said):
+    with pytest.raises(UsageError, match=said):
+        next(sampler.walk(**{"start": 1, "end": 2} | wrong))
 
 
 @pytest.mark.parametrize(("classes", "asked"), [(["kind 3", 7], "3,7"), ("all", "all")])

@@ -144,6 +144,18 @@ class Denoiser(nn.Module):
         """
         return condition
 
+    def mixed_conditions(self, start: Condition, end: Condition, shares: Any) -> Condition:
+        """Encoded conditions between two, such as (N, ...): `shares` (N,) from 0 to 1 of the end.
+
+        A condition of one, as the null one, is mixed as if it were N.
+        """
+
+        def mixed(a, b):
+            share = jnp.reshape(shares, (-1, *[1] * (a.ndim - 1))).astype(a.dtype)
+            return (1 - share) * a + share * b
+
+        return jax.tree.map(mixed, start, end)
+
     def read_condition(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The condition of one example of a source, without a batch axis; or UsageError."""
         condition = {}
@@ -222,8 +234,13 @@ class ClassConditional(Denoiser):
 
     def embed_labels(self, condition: Condition, tables: tuple[tuple[str, int], ...]):
         """A vector (N, width) of the labels from every table (name, width)."""
-        rows = self.num_classes + (self.class_dropout_prob > 0)
-        return LabelEmbedder(rows, tables, self.wide_dtype, name="y_embedder")(condition["label"])
+        embed = LabelEmbedder(self.num_rows, tables, self.wide_dtype, name="y_embedder")
+        return embed(condition["label"])
+
+    @property
+    def num_rows(self) -> int:
+        """Of the tables of labels: the classes, and the null class where there is one."""
+        return self.num_classes + (self.class_dropout_prob > 0)
 
     @property
     def null_class(self) -> int | None:
@@ -236,6 +253,8 @@ class ClassConditional(Denoiser):
 
     def as_condition(self, condition):
         labels = condition["label"] if isinstance(condition, Mapping) else condition
+        if isinstance(labels, jax.core.Tracer) and labels.ndim == 2:  # of `mixed_conditions`
+            return {"label": labels}
         if not isinstance(labels, jax.core.Tracer):  # a table has no row for others
             labels, last = np.asarray(labels), self.num_classes - (self.null_class is None)
             right = labels.ndim == 1 and labels.dtype.kind in "iu" and labels.size
@@ -243,6 +262,11 @@ class ClassConditional(Denoiser):
                 found = f"labels, {labels.dtype}{list(labels.shape)}, are {str(labels)[:100]}"
                 raise UsageError(f"{found}: integers (N,) from 0 to {last} are expected")
         return {"label": labels.astype(np.int32)}
+
+    def mixed_conditions(self, start, end, shares):
+        """Weights of the rows of the tables, float (N, rows), in place of labels."""
+        first, last = ({"label": jax.nn.one_hot(c["label"], self.num_rows)} for c in (start, end))
+        return super().mixed_conditions(first, last, shares)
 
     def zero_condition(self, n):
         return {"label": np.zeros(n, np.int32)}

@@ -128,7 +128,10 @@ def embed_times(t, width, dtype, name):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (N,) to one vector (N, width) per table (name, width) of N(0, 0.02)."""
+    """Labels (N,) to one vector (N, width) per table (name, width) of N(0, 0.02).
+
+    In place of labels there may be weights of the tables' rows, float (N, rows).
+    """
 
     num_rows: int
     tables: tuple[tuple[str, int], ...]
@@ -137,7 +140,11 @@ class LabelEmbedder(nn.Module):
     @nn.compact
     def __call__(self, y):
         embed = functools.partial(nn.Embed, self.num_rows, dtype=self.dtype)
-        return [embed(width, embedding_init=normal_002, name=n)(y) for n, width in self.tables]
+        tables = [embed(width, embedding_init=normal_002, name=n) for n, width in self.tables]
+        if y.ndim == 1:
+            return [table(y) for table in tables]
+        y = y.astype(self.dtype)
+        return [jnp.matmul(y, table.embedding, precision="highest") for table in tables]
 
 
 class TextEmbedder(nn.Module):

@@ -114,6 +114,35 @@ class Steps(NamedTuple):
     begin: Callable[..., Any]
     step: Callable[..., Any]
     end: Callable[..., Any]
+    decode: Callable[..., Any]
+
+
+class Walk(NamedTuple):
+    """Of N images the way from conditions and noise to others, as arguments of `Steps.begin`."""
+
+    conditions: Any  # of the end, as those of the start
+    shares: Any  # (N,), 0 at the start and 1 at the end
+
+
+class Noise(NamedTuple):
+    """What the noise of N images follows from: a draw, or the mixture of two.
+
+    cos(angle) and sin(angle) of two draws make one that is as normal as they are.
+    """
+
+    seed: Any  # ()
+    indices: Any  # (N,)
+    other_seed: Any = None
+    angles: Any = None  # (N,) in radians
+
+    def draw(self, of: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The noise (N, H, W, C) that a function of the images' keys draws."""
+        noise = of(diffusion.image_keys(self.seed, self.indices))
+        if self.other_seed is None:
+            return noise
+        other = of(diffusion.image_keys(self.other_seed, self.indices))
+        angles = jnp.reshape(self.angles, (-1, 1, 1, 1))
+        return jnp.cos(angles) * noise + jnp.sin(angles) * other
 
 
 def make_steps(
@@ -122,40 +151,49 @@ def make_steps(
 ) -> Steps:  # fmt: skip
     """What shows images while they are made.
 
-    Their first arguments are (decoder_params, params, indices (N,), seed (), scales (T + 1,),
-    guide_params). `begin` takes the conditions after these and gives the carry of the loop; `step`
-    the carry and i, from T - 1 to 0, and gives the next carry and the images as they are predicted;
-    `end` the carry, and gives the images: those of `make_generate_fn`, but that programs of one
-    step may round otherwise.
+    The first arguments of three are (params, `Noise`, scales (T + 1,), guide_params). `begin` takes
+    the conditions after these, and None or a `Walk`, and gives the carry of the loop; `step` the
+    carry and i, from T - 1 to 0, and gives the next carry and the latents as they are predicted;
+    `end` the carry, and gives the latents. `decode`, of (decoder_params, latents), gives the images
+    and which are finite: those of `make_generate_fn`, but that programs of one step may round
+    otherwise.
     """
     kind = guided_steps(options.scales(objective))
     check_guidance(model, kind, options.cfg_scale, guide)
     encode, model_fn = _network_fns(model, latent_shape, options, guide)
 
-    def loop(told, params, indices, seed, scales, guide_params):
-        keys = diffusion.image_keys(seed, indices)
+    def solver(told, params, noise, scales, guide_params):
         network = model_fn(params, told, guide_params, scales, kind)
         path = diffusion.Path(objective, network, scales=None if kind == "none" else scales)
-        noise_fn = functools.partial(diffusion.step_noise, keys, shape=latent_shape)
-        return keys, diffusion.solver_loop(path, noise_fn, options.sampler, options.ddim_eta)
 
-    def begin(decoder_params, *given_conditions):
-        *given, conditions = given_conditions
-        told = encode(given[0], conditions, given[-1], kind)
-        keys, solver = loop(told, *given)
-        return told, solver.begin(diffusion.initial_noise(keys, latent_shape))
+        def noise_fn(i):
+            return noise.draw(lambda keys: diffusion.step_noise(keys, i, latent_shape))
 
-    def step(decoder_params, *given_carry_i):
+        return diffusion.solver_loop(path, noise_fn, options.sampler, options.ddim_eta)
+
+    def begin(params, noise, scales, guide_params, conditions, walk):
+        told = encode(params, conditions, guide_params, kind)
+        if walk is not None:
+            ends = encode(params, walk.conditions, guide_params, kind)
+            told = tuple(
+                None if start is None else of.mixed_conditions(start, end, walk.shares)
+                for of, start, end in zip((model, model, guide), told, ends, strict=True)
+            )
+        x = noise.draw(lambda keys: diffusion.initial_noise(keys, latent_shape))
+        return told, solver(told, params, noise, scales, guide_params).begin(x)
+
+    def step(*given_carry_i):
         *given, (told, x), i = given_carry_i
-        x, point = loop(told, *given)[1].step(x, i)
-        return (told, x), _images(autoencoder, decoder_params, point.pred_x0)
+        x, point = solver(told, *given).step(x, i)
+        return (told, x), point.pred_x0
 
-    def end(decoder_params, *given_carry):
+    def end(*given_carry):
         *given, (told, x) = given_carry
-        return _images(autoencoder, decoder_params, loop(told, *given)[1].end(x))
+        return solver(told, *given).end(x)
 
     how: Any = {"compiler_options": compiler_options(jax.devices()[0].platform)}
-    return Steps(*(jax.jit(part, **how) for part in (begin, step, end)))
+    decode = functools.partial(_images, autoencoder)
+    return Steps(*(jax.jit(part, **how) for part in (begin, step, end, decode)))
 
 
 def _images(autoencoder: Any, decoder_params: Any, latents: jax.Array) -> tuple[jax.Array, ...]:

@@ -15,10 +15,12 @@ from PIL import Image
 from dico_jax.config import check_values, check_whole
 from dico_jax.errors import UsageError
 from dico_jax.models.class_names import ClassNames
-from dico_jax.parallel.mesh import replicated
+from dico_jax.parallel.mesh import batch_sharding, replicated
 from dico_jax.sampling.generate import (
     GenerateFn,
+    Noise,
     Steps,
+    Walk,
     check_finite,
     generate_images,
     guided_steps,
@@ -130,27 +132,68 @@ class Sampler:
         """
         with _arguments(classes=classes):
             check_whole("seed", seed, 0, 2**32 - 1)
-            check_whole("every", every, 1, _MOST)
             prompts, *counts = (asked.pop(n, None) for n in ("prompts", "num_images", "per_class"))
             told = self._conditions(classes, prompts, counts[0], counts[1], seed)
-            told = self._model.from_read(self._model.as_condition(told))
-            config = self._config(asked, None)
-            made, scales = self.pretrained.steps(config)
-            key = _key(config) + guided_steps(scales)
-            begin, step, end = self._steps.setdefault(key, made)
-            experiment, mesh = self.pretrained.experiment, self.pretrained.mesh
-            decoder = jax.device_put(experiment.autoencoder.params, replicated(mesh))
             indices = np.arange(len(jax.tree.leaves(told)[0]), dtype=np.int32)
-            guide = self.pretrained.guide and self.pretrained.guide.params
-            given = decoder, self.pretrained.params, indices, np.uint32(seed), scales, guide
-            carry, count = begin(*given, told), len(scales) - 1
-            for done in range(1, count + 1):
-                carry, (images, _) = step(*given, carry, np.int32(count - done))
-                if done % every == 0 and done < count:
-                    yield done, np.asarray(images).view(Images)
-            images, finite = end(*given, carry)
-            check_finite(np.flatnonzero(~np.asarray(finite)), len(indices))
-            yield count, np.asarray(images).view(Images)
+            noise = Noise(np.uint32(seed), indices)
+            yield from self._stream(self._config(asked, None), every, noise, self._told(told))
+
+    def walk(
+        self, start: str | int, end: str | int, *, seeds: tuple[int, int] = (0, 0),
+        num_images: int = 10, every: int = 1, **asked: Any,
+    ) -> Iterator[tuple[int, Images]]:  # fmt: skip
+        """Images on the way from a class, or prompt, and seed to others, yielded as by `stream`.
+
+        The first and the last are image 0 of each. Between them embeddings are mixed linearly, and
+        noise on a circle, where the mixture is as normal as its parts.
+        """
+        with _arguments(classes=[start, end]):
+            for seed in seeds:
+                check_whole("seed", seed, 0, 2**32 - 1)
+            check_whole("num_images", num_images, 2, _MOST)
+            shares = np.linspace(0, 1, num_images, dtype=np.float32)
+            ends: Any = {"classes": None, "prompts": None, self._model.asked_by: [start, end]}
+            told = self._conditions(**ends, num_images=2, per_class=None, seed=0)
+            first, last = (
+                self._told(jax.tree.map(lambda leaf, i=i: leaf[[i] * num_images], told))
+                for i in (0, 1)
+            )
+            other = None if seeds[0] == seeds[1] else np.uint32(seeds[1])
+            angles = None if other is None else shares * np.float32(np.pi / 2)
+            noise = Noise(np.uint32(seeds[0]), np.zeros(num_images, np.int32), other, angles)
+            way = None if start == end else Walk(last, shares)
+            yield from self._stream(self._config(asked, None), every, noise, first, way)
+
+    def _told(self, conditions: Any) -> Any:
+        return self._model.from_read(self._model.as_condition(conditions))
+
+    def _stream(
+        self, config: ConfigDict, every: int, noise: Noise, told: Any, walk: Walk | None = None
+    ) -> Iterator[tuple[int, Images]]:
+        check_whole("every", every, 1, _MOST)
+        made, scales = self.pretrained.steps(config)
+        steps = self._steps.setdefault(_key(config) + guided_steps(scales), made)
+        mesh, guide, number = self.pretrained.mesh, self.pretrained.guide, len(noise.indices)
+        rows = np.minimum(np.arange(-(-number // mesh.size) * mesh.size), number - 1)
+
+        def spread(tree: Any) -> Any:  # over the devices, which share the images
+            split = batch_sharding(mesh)
+            return jax.tree.map(lambda a: jax.device_put(a[rows], split) if a.ndim else a, tree)
+
+        def images(latents: jax.Array) -> tuple[Images, np.ndarray]:
+            pictures, finite = (np.asarray(a)[:number] for a in steps.decode(decoder, latents))
+            return pictures.view(Images), finite
+
+        decoder = jax.device_put(self.pretrained.experiment.autoencoder.params, replicated(mesh))
+        given = self.pretrained.params, spread(noise), scales, guide and guide.params
+        carry, count = steps.begin(*given, spread(told), spread(walk)), len(scales) - 1
+        for done in range(1, count + 1):
+            carry, predicted = steps.step(*given, carry, np.int32(count - done))
+            if done % every == 0 and done < count:
+                yield done, images(predicted)[0]
+        pictures, finite = images(steps.end(*given, carry))
+        check_finite(np.flatnonzero(~finite), number)
+        yield count, pictures
 
     def _config(self, given: dict[str, Any], batch_size: int | None) -> ConfigDict:
         config = self.pretrained.config.copy_and_resolve_references()
