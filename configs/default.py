@@ -367,6 +367,9 @@ def get_config():
     # Project of Weights & Biases (which needs the extra `wandb`) to log to, besides metrics.jsonl
     # and TensorBoard; "" for none.
     config.logging.wandb_project = ""
+    # Write WORKDIR/report.html, the page of the run, when all steps are taken (which needs the
+    # extra `report`; without it the last lines of the run name the command).
+    config.logging.report = True
 
     config.lock()
     return config

@@ -31,6 +31,7 @@ def main() -> None:
     """Parses flags and trains."""
     cli.load_config(config := _CONFIG.value)
     # Late imports: --help answers before JAX is imported.
+    from dico_jax.reporting import page_at_end
     from dico_jax.training.loop import train
     from dico_jax.training.speed import run_fits
 
@@ -44,7 +45,7 @@ def main() -> None:
         from dico_jax.planning.runs import dry_run
 
         return dry_run(config, _WORKDIR.value, _ALLOW.value)
-    train(config, _WORKDIR.value, _ALLOW.value)
+    train(config, _WORKDIR.value, _ALLOW.value, page_at_end)
 
 
 if __name__ == "__main__":

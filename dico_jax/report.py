@@ -10,7 +10,6 @@ python -m dico_jax.report figures WORKDIR [WORKDIR2 ...] --out=DIR
 docs/report.md shows a page. Needs pip install 'dico_jax[report]'.
 """
 
-import importlib.util
 import sys
 from typing import Any
 
@@ -18,6 +17,7 @@ from absl import flags
 
 from dico_jax import cli
 from dico_jax.errors import UsageError
+from dico_jax.reporting import missing
 
 _RUNS = flags.DEFINE_multi_string("run", [], "Workdir of a run; it needs no name.")
 _OUT = flags.DEFINE_string(
@@ -39,9 +39,8 @@ def main() -> None:
     drawn = paths[:1] == ["figures"]
     if not paths[drawn:]:
         raise UsageError("what to report is missing: python -m dico_jax.report WORKDIR")
-    for package in ("matplotlib",) if drawn else ("bokeh", "jinja2"):
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(f"a report needs {package}: pip install 'dico_jax[report]'")
+    if fix := missing(*(("matplotlib",) if drawn else ("bokeh", "jinja2"))):
+        raise UsageError(f"a report {fix}")
     # Late imports: --help answers before NumPy and bokeh are there.
     from dico_jax.files import check_new, result_path
     from dico_jax.reporting.runs import find_workdir, read_runs

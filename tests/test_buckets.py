@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import pathlib
@@ -47,6 +48,7 @@ FIELDS = {
     "sampling.grid_every_steps": 3,
     "sampling.grid_columns": 2,
     "eval.class_agreement_samples": 0,
+    "logging.report": False,
 }
 RUN = ["--config=configs/digits.py", *(f"--config.{name}={v}" for name, v in FIELDS.items())]
 
@@ -309,8 +311,15 @@ def test_a_killed_run_goes_on_to_the_bit(bucket, root, tmp_path):
     run = f"{root}/run"
     killed_in(bucket, run, lambda names: any("/checkpoints/4/params/" in name for name in names))
     assert max(saved_steps(run)) == 2
-    done = call("dico_jax.main", *RUN, f"--workdir={run}")
+    done = call("dico_jax.main", *RUN, f"--workdir={run}", "--config.logging.report=True")
     assert done.returncode == 0, done.stderr
+    if importlib.util.find_spec("bokeh"):
+        assert f"\npage        {run}/report.html\n" in done.stdout
+        assert b"finished: step 6 of 6" in bucket.read(f"{inside(run)}/report.html")
+    seen = [call("dico_jax.show", path).stdout.splitlines() for path in (run, tmp_path / "run")]
+    assert seen[0][0] == f"{run}: a workdir"
+    assert seen[0][1] == seen[1][1]  # the network
+    assert seen[0][-2:-1] == seen[1][-2:-1]  # the norm
     assert "waiting" not in done.stderr
     assert_same_run(tmp_path / "run", run, 6)
     names = bucket.names(inside(run))

@@ -33,6 +33,7 @@ _QUICK = [
     "--config.sampling.batch_size=10",
     "--config.sampling.grid_every_steps=0",
     "--config.eval.class_agreement_samples=0",
+    "--config.logging.report=False",
 ]
 QUICK_DICO = [*_QUICK, "--config.model.hidden_size=8"]
 # A DiT of one block compiles several times as fast.
@@ -52,9 +53,17 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "digits"
     averages = ["--config.training.ema_widths=(0.1,)"]
     averages += ["--config.training.ema_snapshot_every_steps=2"]
-    done = call("dico_jax.main", *QUICK, *averages, f"--workdir={path}")
+    page = "--config.logging.report=True"
+    done = call("dico_jax.main", *QUICK, *averages, page, f"--workdir={path}")
     assert done.returncode == 0, done.stderr
+    (path / "said.txt").write_text(done.stdout)
     return path
+
+
+def test_main_writes_the_page_of_the_run(workdir):
+    pytest.importorskip("bokeh")
+    assert "finished: step 4 of 4" in (workdir / "report.html").read_text()
+    assert f"\npage        {workdir / 'report.html'}\n" in (workdir / "said.txt").read_text()
 
 
 @pytest.mark.parametrize("module", COMMANDS)

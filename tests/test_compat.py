@@ -75,6 +75,7 @@ def test_a_run_goes_on(old, tmp_path, name):
     workdir = tmp_path / "run"
     shutil.copytree(old / name, workdir)
     flags = [*RUN, *MODELS[name], "--config.training.num_steps=3", f"--workdir={workdir}"]
+    flags.append("--config.logging.report=False")
     done = call("dico_jax.main", *flags)
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

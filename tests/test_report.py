@@ -18,7 +18,7 @@ from PIL import Image
 pytest.importorskip("bokeh")
 
 from dico_jax.config import flatten
-from dico_jax.reporting import curves, runs
+from dico_jax.reporting import curves, page_at_end, runs
 from tests.commands import ROOT, assert_refused, call
 
 CONFIG = {
@@ -161,6 +161,23 @@ def test_what_is_wrong_with_the_command_is_one_line(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         assert_refused(report(folder, "--live", f"--port={port}"), f"--port={port}", "another")
+
+
+def test_the_page_at_the_end_of_a_run_never_makes_it_fail(tmp_path, monkeypatch, capsys):
+    folder, command = tmp_path / "a run", f"python -m dico_jax.report '{tmp_path}/a run'"
+    assert page_at_end(make_run(folder, lines_of([100]))) == f"{folder}/report.html"
+    assert "step 100 of 400,000" in (folder / "report.html").read_text()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dico_jax.reporting.page.make_page", full)
+    assert page_at_end(folder) == command
+    said = f"warning: {folder}/report.html is not written ([Errno 28] No space left on device)\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    fix = "needs bokeh and jinja2: pip install 'dico_jax[report]'"
+    assert page_at_end(folder) == f"{command} ({fix})"
 
 
 def test_a_run_without_a_line_yet(tmp_path):

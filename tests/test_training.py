@@ -47,6 +47,7 @@ def tiny_config(seed=0):
     config.sampling.grid_every_steps = 3
     config.sampling.grid_columns = 2
     config.eval.class_agreement_samples = 20
+    config.logging.report = False  # it takes longer than all steps
     return config
 
 
@@ -218,6 +219,30 @@ def test_a_run_in_parts_equals_a_run_in_one(tmp_path, capfd):
         pictures = [(tmp_path / run / "samples" / name).read_bytes() for run in ("whole", "parts")]
         assert pictures[0] == pictures[1]
     assert list((tmp_path / "whole").glob("events.out.tfevents.*"))
+
+
+def test_the_page_is_made_once_and_in_the_end(tmp_path, capfd):
+    config = tiny_config()
+    config.eval.class_agreement_samples = config.sampling.grid_every_steps = 0
+    made = []
+
+    def page(workdir):
+        assert read_metrics(tmp_path)[-1]["step"] == 7  # all is there
+        (workdir / "report.html").write_text("page")
+        made.append(workdir)
+        return "the page"
+
+    train(config, str(tmp_path), page=page)
+    assert not made
+    assert f"page        python -m dico_jax.report {tmp_path}\n" in capfd.readouterr().out
+    config.logging.report, config.training.num_steps = True, 7
+    train(config, str(tmp_path), page=page)
+    said = capfd.readouterr().out
+    assert said.index("writing the page of the run ...") < said.index("done: step 7 of 7")
+    assert "page        the page\n" in said
+    train(config, str(tmp_path), page=page)
+    assert made == [tmp_path]
+    assert f"page        {tmp_path / 'report.html'}\n" in capfd.readouterr().out
 
 
 def read_metrics(workdir):

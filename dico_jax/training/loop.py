@@ -31,11 +31,17 @@ from dico_jax.training.watch import NanWatch, Preempted, Preemption, StallWatch,
 from dico_jax.training.workdir import open_workdir, workdir_lock
 
 
-def train(config: ConfigDict, workdir: str, allowed: Sequence[str] = ()) -> ClassAgreement | None:
+def train(
+    config: ConfigDict,
+    workdir: str,
+    allowed: Sequence[str] = (),
+    page: Callable[[Any], str] | None = None,
+) -> ClassAgreement | None:
     """Trains what `config` describes in `workdir`, from its newest checkpoint if it has one.
 
     Fields that are `allowed` may differ from its config. Returns what the classifier says of the
-    final samples, where `config.eval` asks for it.
+    final samples, where `config.eval` asks for it. In the end `page` is given the workdir, unless
+    `config.logging.report` is off, and returns what the last lines say of a page of the run.
 
     Raises:
       UsageError: something in the config or the workdir cannot work; nothing is changed then.
@@ -56,7 +62,7 @@ def train(config: ConfigDict, workdir: str, allowed: Sequence[str] = ()) -> Clas
         multihost_utils.sync_global_devices("the workdir is open")
         trainer = _Trainer(run, stack)
         stack.push(lambda kind, error, _: error and heartbeat.__exit__(kind, error, _))
-        return trainer.train()
+        return trainer.train(page)
 
 
 class _Trainer:
@@ -88,7 +94,7 @@ class _Trainer:
         state, self.start = (self.run.initial_state(), 0) if found is None else found
         self.state = stack_blocks(state, self.run.experiment.model.stacked_stages, consume=True)
 
-    def train(self) -> ClassAgreement | None:
+    def train(self, page: Callable[[Any], str] | None) -> ClassAgreement | None:
         """Takes all steps that are left, and judges the samples of the final state."""
         self.log.say(self.run.describe(self.start))
         overview, params = parameter_overview.get_parameter_overview, self.run.target.params
@@ -107,7 +113,12 @@ class _Trainer:
         if result is not None:
             self.log.scalars(self.start, {f"eval/{k}": v for k, v in vars(result).items()})
         self.saver.wait()
-        self.log.say(self.run.result(self.start, result))
+        said = ""
+        if page and self.config.logging.report and jax.process_index() == 0:
+            self.log.flush()
+            self.log.say("writing the page of the run ...")
+            said = page(self.run.workdir)
+        self.log.say(self.run.result(self.start, result, page=said))
         return result
 
     def _take_steps(self) -> None:
