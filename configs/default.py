@@ -38,9 +38,9 @@ PATHS = {
     "": "data.cache_dir config",
     "gs s3": "data.path data.captions training.compilation_cache training.init_from "
     "eval.reference eval.features eval.inception path captions samples reference features workdir "
-    "ckpt out npz inception calibrate plan",
-    "gs s3 hf": "sample.ckpt app.ckpt evaluate.ckpt export.ckpt show.file guide autoencoder.path "
-    "text.path vae text_encoder clip input text",
+    "images ckpt out npz inception calibrate plan",
+    "gs s3 hf": "sample.ckpt app.ckpt evaluate.ckpt export.ckpt analyze.ckpt show.file guide "
+    "autoencoder.path text.path vae text_encoder clip input text",
 }
 # Fields that are one of some words.
 CHOICES = {

@@ -1,5 +1,7 @@
 r"""What a trained network does inside: the paper's evidence, measured on any checkpoint.
 
+python -m dico_jax.analyze channels --ckpt=DIR [--ckpt=DIR2 ...] --out=DIR
+    How redundant channels are, block by block, and the spectrum of the predicted noise.
 python -m dico_jax.analyze cost --out=DIR [--models=DiCo-S,DiT-S/2 --image_sizes=256,512,1024]
     Parameters, multiply-adds and activation bytes by stage.
 
@@ -15,28 +17,50 @@ from absl import flags
 
 from dico_jax import cli
 from dico_jax.errors import UsageError
+from dico_jax.sampling import flags as sampler_flags
 
 _OUT = flags.DEFINE_string("out", None, "New or empty folder for the result and its figures.")
+_CKPTS = flags.DEFINE_multi_string(
+    "ckpt", [],
+    "Workdir of a run, a converted checkpoint, or a file of PyTorch weights; also hf://OWNER/REPO.",
+)  # fmt: skip
+_IMAGES = flags.DEFINE_string(
+    "images", "samples",
+    "What is noised: 'samples' of the checkpoint, 'data' of its config, or a folder of pictures "
+    "with a subfolder for each of its classes.",
+)  # fmt: skip
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 32, "Number of images.", 1, 100_000)
+_NUM_TIMES = flags.DEFINE_integer("num_times", 8, "Times, from clean data to noise.", 1, 1000)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images at a time.", lower_bound=1)
+_LAYERS = flags.DEFINE_list("layers", [], "Blocks to look at, such as latent/0,latent/3 [all].")
 _MODELS = flags.DEFINE_list(
     "models", ["DiCo-S", "DiT-S/2", "DiCo-XL", "DiT-XL/2"], "cost: published sizes."
 )
 _IMAGE_SIZES = flags.DEFINE_list(
     "image_sizes", ["256", "512", "1024"], "cost: sides of the images in pixels."
 )
-flags.adopt_module_key_flags(cli)  # so that --help shows it
+for _module in (cli, sampler_flags):
+    flags.adopt_module_key_flags(_module)  # so that --help shows them
 
-_ACTIONS = {"cost": ("out", "models image_sizes")}
+_LOOK = f"images num_images num_times batch_size layers {' '.join(sampler_flags.NAMES)}"
+_ACTIONS = {"channels": ("ckpt out", _LOOK), "cost": ("out", "models image_sizes")}
+_OF_NETWORKS = {"step", "weights", "ema_width", "vae", "text_encoder", "seed"}
 
 
 def main(action: str) -> None:
     """Parses flags, measures, prints and writes."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(f"{action} draws with matplotlib: pip install 'dico_jax[plot]'")
+    for name in sorted({*sampler_flags.NAMES} - _OF_NETWORKS) if _IMAGES.value != "samples" else ():
+        if flags.FLAGS[name].present:
+            raise UsageError(f"--{name} is for --images=samples, not for --images={_IMAGES.value}")
+    if flags.FLAGS["layers"].present and not _LAYERS.value:
+        raise UsageError("--layers", "", "is empty: name blocks, or leave it out for all")
     # Late imports: --help answers before JAX is imported.
     from dico_jax.files import check_new
 
     check_new(str(_OUT.value), 0)
-    result, figures = _cost()
+    result, figures = _cost() if action == "cost" else _channels()
     _write(action, result, figures)
 
 
@@ -47,6 +71,33 @@ def _cost() -> Any:
     rows = cost.measure(names, cost.check_sizes(_IMAGE_SIZES.value, names))
     print(cost.table(rows))
     return {"models": rows}, cost.figures(rows)
+
+
+def _channels() -> Any:
+    results, sheets = {}, {}
+    for name, subject in _subjects().items():
+        from dico_jax.analysis import channels
+
+        found, sheets[name] = channels.measure(subject)
+        results[name] = {"network": subject.about(_IMAGES.value), **found}
+    for text in channels.rank_warnings(results):
+        print(f"warning: {text}", file=sys.stderr)
+    return {"networks": results}, channels.figures(results, sheets)
+
+
+def _subjects() -> dict[str, Any]:
+    """The networks of --ckpt with their images, by names that differ."""
+    sampler_flags.use_all_cores(*_CKPTS.value)
+    from dico_jax.analysis.subjects import give_images, open_subjects
+
+    how, asked = sampler_flags.sampler_arguments(_BATCH_SIZE.value), sampler_flags.asked()
+    given = _CKPTS.value, _IMAGES.value, _NUM_TIMES.value, _LAYERS.value, how
+    subjects = open_subjects(*given)
+    for subject in subjects:
+        give_images(subject, _IMAGES.value, _NUM_IMAGES.value, asked)
+    short = [subject.ckpt.rstrip("/").rpartition("/")[2] for subject in subjects]
+    names = short if len({*short}) == len(short) else [s.ckpt for s in subjects]
+    return dict(zip(names, subjects, strict=True))
 
 
 def _write(action: str, result: dict[str, Any], figures: Any) -> None:

@@ -57,13 +57,13 @@ _WHICH = _CLASSES, _PROMPTS, _TEXT_ENCODER, _STEP, _WEIGHTS, _EMA_WIDTH, _VAE, _
 NAMES = tuple(flag.name for flag in (*_WHICH, _SEED, *_OVERRIDES.values()))
 
 
-def use_all_cores(ckpt: str | None) -> None:
-    """Does what --cpu_tuning says, before JAX is used, for the weights of a checkpoint."""
+def use_all_cores(*ckpts: str | None) -> None:
+    """Does what --cpu_tuning says, before JAX is used, for the weights of checkpoints."""
     from dico_jax.ops.cpu import copies_fit  # late: --help answers before JAX
     from dico_jax.sampling.pretrained import weights_size
 
-    both = (ckpt, _STEP.value), (_GUIDE.value, _GUIDE_STEP.value)
-    _USE_ALL_CORES(functools.partial(copies_fit, sum(weights_size(*given) for given in both)))
+    given = *((ckpt, _STEP.value) for ckpt in ckpts), (_GUIDE.value, _GUIDE_STEP.value)
+    _USE_ALL_CORES(functools.partial(copies_fit, sum(weights_size(*one) for one in given)))
 
 
 def asked() -> dict[str, str]:
