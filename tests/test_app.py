@@ -77,6 +77,16 @@ def test_pictures_become_those_of_the_sampler(player):
     assert re.findall(r"<span>(.*?)</span>", shown[-1]) == ["kind 3", "kind 7", "kind 3"]
 
 
+def test_a_kept_file_says_how_it_was_made(player, tmp_path):
+    html = made(player, told=[3], number=1)
+    data = re.search('src="data:image/png;base64,([^"]+)', html)[1]
+    (tmp_path / "one.png").write_bytes(base64.b64decode(data))
+    done = call("dico_jax.show", tmp_path / "one.png")
+    assert done.returncode == 0
+    assert '"checkpoint": "one"' in done.stdout
+    assert '"seed": 0' in done.stdout
+
+
 def test_checkpoints_side_by_side_start_from_the_same_noise(player):
     asked = {"do": "compare", "number": 2, "checkpoint_2": "one"}
     _, images = files_in(made(player, **asked))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from dico_jax.errors import UsageError
+from dico_jax.errors import UsageError, one_line
 from dico_jax.files import Deferred
 from dico_jax.planning.report import plan_text
 from dico_jax.pytorch.tensors import AGAIN, refusing, shown
@@ -130,7 +130,9 @@ def describe_picture(path: str, stream: Any = None) -> Found:
         frames = getattr(image, "n_frames", 1)
         text = f"{image.width} x {image.height}, {image.mode}" + f", {frames} frames" * (frames > 1)
         picture = np.asarray(image.convert("RGB"))
-        return Found(f"a picture ({image.format})", [("size", text)], picture, path)
+        texts = list(getattr(image, "text", {}).items())[:_LISTED]  # of a PNG, such as an app's
+        rows = [(one_line(name)[:20], one_line(said)[: 4 * _TEXT]) for name, said in texts]
+        return Found(f"a picture ({image.format})", [("size", text), *rows], picture, path)
 
 
 def describe_npy(path: str, full: bool) -> Found:
