@@ -135,7 +135,7 @@ def test_readers():
 def test_the_next_good_example_takes_the_place_of_a_bad_one(tmp_path):
     bad, file = {3, 4, 19}, tmp_path / "bad_examples.jsonl"
     source, read = Numbers(skipped=["notes.txt"]), SomeBad({3, 4, 19})
-    log = BadExampleLog(source, read, 0.2, file)
+    log = BadExampleLog(source, read, 0.2, file, start_step=70)
     plain = labels_of(5)
     expected = plain.copy()
     for instead, of in ((5, 3), (5, 4), (0, 19)):
@@ -148,6 +148,9 @@ def test_the_next_good_example_takes_the_place_of_a_bad_one(tmp_path):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert {line["id"] for line in lines} == {"notes.txt"} | {f"number/{i}" for i in bad}
     assert {line["reason"] for line in lines if line["id"] == "number/3"} == {"3 is bad"}
+    first = {k: 71 + int(np.flatnonzero((plain == k).any(axis=1))[0]) for k in bad}
+    steps = {"notes.txt": 70} | {f"number/{k}": step for k, step in first.items()}
+    assert {line["id"]: line["step"] for line in lines} == steps
     # A run that goes on knows them, and writes nothing twice.
     again = BadExampleLog(source, read, 0.2, file)
     assert again.bad.keys() == log.bad.keys()

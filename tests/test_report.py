@@ -287,6 +287,7 @@ def test_events_are_found_in_what_a_run_leaves(tmp_path):
         log.rewind(200)
         for step in (300, 400):
             log.scalars(step, {"loss": 0.1, "rollbacks": 1.0})
+        log.preempted(400, "SIGTERM")
     with Logger(folder, 400, 500) as log:
         log.scalars(500, {"loss": 0.1, "rollbacks": 1.0})
     text = "no step has ended for {} seconds after step 450"
@@ -294,13 +295,16 @@ def test_events_are_found_in_what_a_run_leaves(tmp_path):
     (folder / "stall.txt").write_text("Thread 0x1:\n" + stall)
     change = {"step": 400, "change": "config.data.batch_size was 64, is 32"}
     (folder / "config_changes.jsonl").write_text(json.dumps(change) + "\n")
-    bad = [{"id": f"{k}.png", "reason": "cut"} for k in range(3)]
+    bad = [{"id": f"{k}.png", "reason": "cut"} for k in range(3)]  # as older runs have them
+    bad += [{"id": f"{k}.png", "reason": "cut", "step": 150} for k in (7, 8)]
     (folder / "bad_examples.jsonl").write_text("".join(json.dumps(b) + "\n" for b in bad))
     run = read(folder)
     assert [(e.kind, e.step) for e in run.events] == [
         ("rollback", 200), ("restart", 400), ("stall", 450), ("config change", 400),
-        ("bad examples", None),
+        ("preemption", 400), ("bad examples", None), ("bad examples", 150),
     ]  # fmt: skip
+    assert run.events[4].text.startswith("SIGTERM came, 20")
+    assert [event.text.split()[0] for event in run.events[5:]] == ["3", "2"]
     assert run.bad == bad
     assert "for 4 seconds" in run.events[2].text
 

@@ -178,3 +178,5 @@ def test_sigterm_is_heeded_between_batches_of_samples(tmp_path, monkeypatch):
     assert ended.value.code == options.training.preemption_exit_status
     assert seen == [16]  # of 64
     assert saved_steps(tmp_path) == {2, 3}  # 3 was not due
+    (entry,) = map(json.loads, (tmp_path / "preemptions.jsonl").read_text().splitlines())
+    assert (entry["step"], entry["signal"]) == (3, "SIGTERM")

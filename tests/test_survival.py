@@ -192,6 +192,7 @@ def digits_run(workdir):
         "--config.sampling.num_steps=2", "--config.training.log_every_steps=1",
         f"--config.training.num_steps={NUM_STEPS}",
         "--config.sampling.grid_every_steps=0", "--config.eval.class_agreement_samples=0",
+        "--config.logging.report=False",
     ]  # fmt: skip
     env = os.environ | {
         "PYTHONPATH": str(ROOT),

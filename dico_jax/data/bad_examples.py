@@ -29,16 +29,21 @@ def check_bad(bad: Mapping[str, str], num_examples: int, fraction: float, *field
 
 
 class BadExampleLog:
-    """The bad examples met so far, in a file with one JSON object {"id", "reason"} a line."""
+    """The bad examples met so far, in a file with one JSON object {"id", "reason", "step"} a line.
 
-    def __init__(self, source, read, max_bad_fraction: float, file=None, read_condition=None):
+    "step" is the one that the first batch without the example is for, or the start of the run.
+    """
+
+    def __init__(self, source, read, max_bad_fraction: float, file=None, read_condition=None,
+                 start_step: int = 0):  # fmt: skip
         """Takes up what the file already has, and what the source skipped when it was opened.
 
-        `read` and `read_condition` are the readers of its examples. More bad ones than the fraction
-        are a UsageError, here and later. The file is made when there is something to write.
+        `read` and `read_condition` are the readers of its examples, `start_step` the steps before
+        the first batch. More bad ones than the fraction are a UsageError, here and later. The file
+        is made when there is something to write.
         """
         self._source, self._fraction, self._file = source, max_bad_fraction, file
-        self._read, self._read_condition = read, read_condition
+        self._read, self._read_condition, self._step = read, read_condition, start_step
         self.bad: dict[str, str] = {}
         if file is not None:
             entries = json_lines(file, lambda entry: {entry["id"]: entry["reason"]})
@@ -49,6 +54,7 @@ class BadExampleLog:
 
     def add_skipped(self, index: np.ndarray, skipped: np.ndarray) -> None:
         """Notes the `skipped[i]` examples before example `index[i]`, for every i of a batch."""
+        self._step += 1
         for at in np.flatnonzero(skipped):
             for back in range(1, int(skipped[at]) + 1):
                 self._examine(int(index[at] - back) % len(self._source))
@@ -67,7 +73,8 @@ class BadExampleLog:
         if name not in self.bad:
             self.bad[name] = reason
             if self._file is not None:
-                append(self._file, (json.dumps({"id": name, "reason": reason}) + "\n").encode())
+                entry = {"id": name, "reason": reason, "step": self._step}
+                append(self._file, (json.dumps(entry) + "\n").encode())
 
     def _check(self) -> None:
         check_bad(self.bad, len(self._source) + len(self._source.skipped), self._fraction)

@@ -1,5 +1,6 @@
 """What runs have left in their workdirs, read while they may still be written."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -29,6 +30,7 @@ _STEP = re.compile(rb'\{"step": (\d+),')  # as training writes it
 _LOSS = re.compile(rb' "loss": (-?\d+\.?\d*(?:e[+-]?\d+)?)[,}]')
 _SESSION = re.compile(rb"(?s)\x09(.{8})\x10([\x80-\xff]*[\0-\x7f])\x3a")
 _MANY = 128 << 20  # bytes of several runs, from which on each has a process that reads it
+_EVENTS = 100  # of a kind, at most
 _SILENT = 600  # seconds without a line, after which a run of another machine is said to be silent
 
 
@@ -163,11 +165,13 @@ def _read_run(folder: Any, name: str, names: set[str]) -> Run:
         *_skips(steps, values.get("skipped_steps")),
         *(Event("stall", step, text) for n in sorted(names) if re.fullmatch(r"stall.*\.txt", n)
           for step, text in _stalls(folder / n)),
-        *(Event("config change", int(c.get("step", 0)), str(c.get("change")))
+        *(Event("config change", _step_of(c), str(c.get("change")))
           for c in _lines(folder / "config_changes.jsonl")),
+        *(Event("preemption", _step_of(p), f"{p.get('signal')} came, {p.get('time')}")
+          for p in _lines(folder / "preemptions.jsonl")),
     ]  # fmt: skip
-    if bad:
-        events.append(Event("bad examples", None, f"{len(bad)} pictures could not be read"))
+    for step, count in [*collections.Counter(map(_step_of, bad)).items()][-_EVENTS:]:
+        events.append(Event("bad examples", step, f"{count} pictures could not be read"))
     saved = sorted(saved_steps(folder))
     environment = _environment(folder, names, saved)
     return Run(name, folder, config, steps, values, evaluations, results, sorted(grids), saved,
@@ -192,6 +196,11 @@ def _lines(file: Any) -> list[dict[str, Any]]:
         except (ValueError, TypeError):  # one that is being written
             continue
     return found
+
+
+def _step_of(entry: dict[str, Any]) -> int | None:
+    step = entry.get("step")  # bad examples of older runs have none
+    return step if isinstance(step, int) else None
 
 
 def read_metrics(file: Any, notes: list[str]) -> dict[tuple[str, ...], np.ndarray]:
@@ -309,7 +318,7 @@ def _environment(folder: Any, names: set[str], saved: list[int]) -> dict[str, An
 def _skips(steps: np.ndarray, skipped: np.ndarray | None) -> list[Event]:
     found = np.zeros(len(steps)) if skipped is None else np.nan_to_num(skipped)
     text = "{:.0f} steps up to here were not finite, and skipped"
-    at = np.flatnonzero(found > 0)[-100:]
+    at = np.flatnonzero(found > 0)[-_EVENTS:]
     return [Event("skipped steps", int(steps[i]), text.format(found[i])) for i in at]
 
 

@@ -108,6 +108,15 @@ class Logger(contextlib.AbstractContextManager):
             self._wandb = None
             self.say(f"warning: Weights & Biases gets no more numbers ({error}); training goes on")
 
+    def preempted(self, step: int, name: str) -> None:
+        """Records the signal that ends the run, of which `step` is saved."""
+        if self._is_main:
+            file = self._workdir / "preemptions.jsonl"
+            entry = {"step": step, "signal": name, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+            log = (_Held if is_remote(file) else _Appended)(lambda: file, self.say)
+            log.add((json.dumps(entry) + "\n").encode())
+            log.flush()
+
     def rewind(self, step: int) -> None:
         """Drops what was recorded after `step`, which the run has returned to."""
         self._open(step)

@@ -230,6 +230,7 @@ class _Trainer:
         self.saver.wait()
         by_hand = multihost_utils.process_allgather(np.bool_(self.preemption.interrupted)).any()
         name, saved = "^C" if by_hand else "SIGTERM", max(self.saver.steps(), default=0)
+        self.log.preempted(saved, name)
         self.log.say(f"{name}: step {saved} is saved; the same command goes on")
         raise Preempted(130 if by_hand else self.config.training.preemption_exit_status)
 
