@@ -1,9 +1,11 @@
 """`show`: what files and folders are, also damaged ones, without JAX."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -227,3 +229,126 @@ def test_half_blocks():
     assert "38;5;196;48;5;16" in half_blocks(image, 256)
     wide = half_blocks(np.zeros((100, 1000, 3), np.uint8), 256)
     assert len(wide.splitlines()[0].split("\u2580")) <= 73
+
+
+def made(scale, fid):
+    sampling = {"cfg_scale": scale}
+    samples = {"count": 9, "ckpt": "runs/a", "step": 4, "weights": "ema", "sampling": sampling}
+    features, reference = {"name": "inception"}, {"path": "r.npz"}
+    about = {"samples": samples, "features": features, "reference": reference}
+    return {"metrics": {"fid": fid, "kid": None}, **about}
+
+
+def test_a_sweep(tmp_path):
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps({"sweep": [made(1.5, 3.25), made(1.0, 20.0)]}))
+    title, found = rows(file)
+    assert title == "results of a sweep over guidance (dico_jax.evaluate)"
+    assert (found["samples.ckpt"], found["samples.count"]) == ("runs/a", "9")
+    assert list(found.items())[-2:] == [("guidance 1", "fid 20"), ("guidance 1.5", "fid 3.25")]
+    for bent in ([], [{}], "x", [{"samples": 1, "metrics": 2}]):
+        file.write_text(json.dumps({"sweep": bent}))
+        with pytest.raises(UsageError, match="sweep.json is not what its fields say"):
+            describe(str(file))
+
+
+def zipped(file, names):
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            picture = Image.new("RGB", (4, 2), "red")
+            picture.save(data := io.BytesIO(), "PNG")
+            archive.writestr(name, data.getvalue())
+    return file
+
+
+def test_zips(tmp_path):
+    names = ["train/", "train/cat/1.png", "train/cat/2.png", "train/dog/1.png", "readme.txt"]
+    file = zipped(tmp_path / "pictures.zip", names)
+    title, found = rows(file)
+    assert title == "pictures in a zip"
+    assert (found["classes"], found["pictures"]) == ("2: train/cat 2, train/dog 1", "3")
+    assert describe(str(file)).picture.shape == (2, 4, 3)
+    assert rows(zipped(tmp_path / "a.zip", ["a.doc"]))[0] == "a zip without pictures"
+    with pytest.raises(UsageError, match=r"b.zip is a zip of nothing"):
+        describe(str(zipped(tmp_path / "b.zip", [])))
+    file.write_bytes(file.read_bytes().replace(b"IDAT", b"XXXX"))
+    with pytest.raises(UsageError, match=r"pictures.zip.* is damaged .*; download or save it"):
+        describe(str(file))
+
+
+def export_to(folder):
+    folder.mkdir()
+    made_of = {"ckpt": "runs/a", "step": 4}
+    meta = {"made_of": made_of, "platforms": ["cpu"], "batch_size": 8, "versions": {"jax": "1"}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "sampler.stablehlo").write_bytes(b"ML\xefR")
+    (folder / "run.py").write_text("import jax")
+    np.savez(folder / "weights.npz", kernel=np.full(4, 2.0, np.float32))
+    return folder
+
+
+def test_an_export(tmp_path):
+    folder = export_to(tmp_path / "exported")
+    title, found = rows(folder)
+    assert title == "an exported sampler"
+    assert (found["batch_size"], found["made_of.step"]) == ("8", "4")
+    assert found["norm"] == "4, no NaN, none infinite"
+    assert "show its folder" in rows(folder / "sampler.stablehlo")[0]
+    (folder / "weights.npz").unlink()
+    with pytest.raises(UsageError, match=r"exported lacks weights.npz: copy all"):
+        describe(str(folder))
+
+
+def test_what_lies_in_a_bucket(bucket, root, workdir, tmp_path):
+    from dico_jax.files import as_path, upload
+
+    export_to(tmp_path / "exported")
+    write_safetensors(tmp_path / "exported" / "a.safetensors", {"a.b": np.ones(4, np.float32)}, {})
+    (tmp_path / "exported" / "r.json").write_text(json.dumps({"sweep": [made(1.0, 2.0)]}))
+    Image.new("RGB", (8, 4)).save(tmp_path / "exported" / "a.png")
+    (tmp_path / "exported" / "events.out.tfevents.1").write_bytes(b"\0")
+    for folder in (tmp_path / "exported", workdir):
+        upload(folder, as_path(f"{root}/{folder.name}"))
+        names = ["", *(f"/{file.name}" for file in folder.iterdir() if file.name != "run.py")]
+        for name in names:
+            here, there = describe(f"{folder}{name}"), describe(f"{root}/{folder.name}{name}")
+            assert there.title == here.title
+            local = [row for row in here.rows if row[0] != "metrics"]
+            assert [row for row in there.rows if row[0] != "metrics"] == local, name
+            assert there.file == (here.file and here.file.replace(str(folder.parent), root))
+    with pytest.raises(UsageError, match=f"{root}/exported/run.py.* is of no kind that is known"):
+        describe(f"{root}/exported/run.py")
+    with pytest.raises(UsageError, match=f"{root}/none.pt cannot be read"):
+        describe(f"{root}/none.pt")
+
+
+def test_what_lies_on_the_hub(tmp_path, monkeypatch):
+    write_pt(tmp_path / "a.pt", {"latent.0.conv1.weight": np.ones((2, 2), np.float32)})
+    (tmp_path / "r.json").write_text(json.dumps({"sweep": [made(1.0, 2.0)]}))
+    (tmp_path / "cut.safetensors").write_bytes(b"\0" * 8)
+
+    class Hub:
+        @staticmethod
+        def hf_hub_download(repo, name):
+            if not (tmp_path / name).exists():
+                raise OSError("404 Client Error.\n\nEntry not found")
+            return str(tmp_path / name)
+
+        @staticmethod
+        def list_repo_files(repo, revision=None):
+            return ["a.pt", "r.json"] if repo == "a/b" else []
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    assert rows("hf://a/b/a.pt")[1]["norm"] == "2, no NaN, none infinite"
+    assert rows("hf://a/b") == rows("hf://a/b/") == rows("hf://a/b/a.pt")
+    assert rows("hf://a/b/r.json")[1]["guidance 1"] == "fid 2"
+    for name, said in (
+        ("hf://a/b/cut.safetensors", "hf://a/b/cut.safetensors"),
+        ("hf://a/b/none.pt", "hf://a/b/none.pt: none.pt of a/b cannot be downloaded: 404"),
+        ("hf://c/d", "hf://c/d has neither files of weights"),
+        ("hf://a", "hf://a: write hf://OWNER/REPO/FILE"),
+    ):
+        with pytest.raises(UsageError) as raised:
+            describe(name)
+        assert str(raised.value).startswith(said)
+        assert str(tmp_path) not in str(raised.value)

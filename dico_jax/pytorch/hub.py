@@ -20,17 +20,19 @@ _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _SHARD = re.compile(r"(.*)-\d+-of-\d+(\.\w+)")  # of what NAME.SUFFIX.index.json lists
 
 
-def local_file(name: str | os.PathLike) -> str:
+def local_file(name: str | os.PathLike, shards: bool = True) -> str:
     """The path of a file: `name`, or where hf://OWNER/REPO[@REVISION]/FILE or gs://FILE was put.
 
-    Of an index of sharded .safetensors, the shards are fetched too. What was in a bucket stays on
-    the local disk as long as the process lives.
+    A .json is the index of weights whose `shards` are fetched too, or none. What was in a bucket
+    stays on the local disk as long as the process lives.
     """
     name = os.fspath(name)
     if not is_remote(name):
         return name
     path = _download(name)
-    for shard in dict.fromkeys(weight_map(path).values()) if name.endswith(".json") else ():
+    for shard in (
+        dict.fromkeys(weight_map(path).values()) if shards and name.endswith(".json") else ()
+    ):
         _download(name, shard)
     return path
 

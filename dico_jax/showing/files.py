@@ -18,6 +18,7 @@ from dico_jax.pytorch.tensors import AGAIN, refusing, shown
 from dico_jax.showing.tensors import Row, numbers, size
 
 _BESIDE, _LISTED, _TEXT = 8, 12, 300  # pictures side by side; lines; characters
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 _ROWS = 64 << 20  # bytes of an array that are read at once
 
 
@@ -34,7 +35,8 @@ _OF_PLAN = ("run", "memory per device", "time", "cost")  # sections that are sho
 # Fields by which a JSON file is known, what it is, and what is shown of it; "*" stands for all.
 _JSON = (
     ("sections topology", "a plan (dico_jax.plan)", ""),
-    ("sweep", "results of a sweep over guidance (dico_jax.evaluate)", "sweep"),
+    ("sweep", "results of a sweep over guidance (dico_jax.evaluate)",
+     "samples.ckpt samples.step samples.weights samples.count reference.path features.name"),
     ("metrics features samples", "a result (dico_jax.evaluate)",
      "metrics.* samples.count reference.path features.name versions date"),
     ("settings versions", "how images were made (dico_jax.sample)",
@@ -49,6 +51,13 @@ _JSON = (
 )  # fmt: skip
 
 
+def class_rows(counts: Mapping[str, int]) -> list[Row]:
+    """What is said of pictures in folders, of which these have so many."""
+    some = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())[:8])
+    return [("classes", f"{len(counts):,}: {some}{' ...' * (len(counts) > 8)}"),
+            ("pictures", f"{sum(counts.values()):,}")]  # fmt: skip
+
+
 def describe_json(path: str) -> Found:
     """A result, a plan, a config, or what an unknown JSON file has at its top."""
     with refusing(path, "is not JSON, or cut short"), open(path, "rb") as stream:
@@ -56,6 +65,8 @@ def describe_json(path: str) -> Found:
     for needed, title, wanted in _JSON if isinstance(value, dict) else ():
         if set(needed.split()) <= value.keys():
             with refusing(path, "is not what its fields say"):
+                if needed == "sweep":
+                    return Found(title, [*_fields(value["sweep"][0], wanted), *_by_scale(value)])
                 if wanted:
                     return Found(title, list(_fields(value, wanted)))
                 of = {name: value["sections"].get(name, {}) for name in _OF_PLAN}
@@ -77,6 +88,12 @@ def _fields(value: Any, wanted: str) -> Iterator[Row]:
             found = found.get(part) if isinstance(found, dict) else None
         else:
             yield name.removeprefix("settings."), _short(found)
+
+
+def _by_scale(value: Any) -> Iterator[Row]:
+    for result in sorted(value["sweep"], key=lambda r: r["samples"]["sampling"]["cfg_scale"]):
+        said = [f"{name} {v:.6g}" for name, v in result["metrics"].items() if v is not None]
+        yield f"guidance {result['samples']['sampling']['cfg_scale']:g}", ", ".join(said)
 
 
 def _short(value: Any) -> str:

@@ -12,12 +12,12 @@ from dico_jax.checkpoints import steps
 from dico_jax.checkpoints.steps import DamagedCheckpointError
 from dico_jax.errors import UsageError
 from dico_jax.files import Deferred, as_path, files_below, is_remote, names_in, opened
+from dico_jax.pytorch.hub import local_file
 from dico_jax.pytorch.tensors import refusing
 from dico_jax.showing import files
 from dico_jax.showing.files import Found
 from dico_jax.showing.tensors import Row, numbers, size, weights
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 _READ_RECORDS = 64  # of prepared latents, without --full
 _SHOWN = ("hidden_size", "depth", "num_heads", "patch_size", "dtype",
           "source", "path", "image_size", "batch_size")  # fmt: skip
@@ -39,13 +39,13 @@ def describe_folder(path: str, full: bool) -> Found | None:
     if {"meta.json", "sampler.stablehlo"} & names:
         return _export(folder, names, full)
     if index := sorted(name for name in names if name.endswith(".safetensors.index.json")):
-        return Found(*weights(str(folder / index[0]), full))
+        return Found(*weights(local_file(folder / index[0]), full))
     if "sampling.json" in names:
-        rows = files.describe_json(str(folder / "sampling.json")).rows
+        rows = _rows_of(folder / "sampling.json")
         count = sum(name.endswith(".png") and name[0].isdigit() for name in names)
         rows.insert(0, ("images", f"{count:,}"))
         return _with_picture("samples", rows, folder, {"grid.png"} & names or names)
-    if pictures := [name for name in names if name.lower().endswith(_PICTURES)]:
+    if pictures := [name for name in names if name.lower().endswith(files.PICTURES)]:
         return _with_picture("pictures", [("pictures", f"{len(pictures):,}")], folder, names)
     return _classes(folder, names)
 
@@ -69,7 +69,7 @@ def _workdir(folder: Any, names: set[str], full: bool) -> Found:
         title = "a converted checkpoint" if dict(newest).get("made of") else title
         rows = newest[:2] + rows + newest[2:]
     elif config:
-        rows = files.describe_json(str(folder / "config.json")).rows + rows
+        rows = _rows_of(folder / "config.json") + rows
     grids = names_in(folder / "samples") if "samples" in names else []
     return _with_picture(title, rows, folder / "samples", grids)
 
@@ -170,25 +170,26 @@ def _export(folder: Any, names: set[str], full: bool) -> Found:
     for name in ("meta.json", "sampler.stablehlo", "weights.npz", "run.py"):
         if name not in names:
             raise UsageError(f"{folder} lacks {name}: copy all of the export, or export again")
-    rows = files.describe_json(str(folder / "meta.json")).rows
-    return Found("an exported sampler",
-                 rows + files.describe_npz(str(folder / "weights.npz"), full).rows)  # fmt: skip
+    arrays = files.describe_npz(local_file(folder / "weights.npz"), full).rows
+    return Found("an exported sampler", _rows_of(folder / "meta.json") + arrays)
+
+
+def _rows_of(file: Any) -> list[Row]:
+    return files.describe_json(local_file(file, shards=False)).rows
 
 
 def _classes(folder: Any, names: set[str]) -> Found | None:
-    there = {name: [n for n in names_in(folder / name) if n.lower().endswith(_PICTURES)]
+    there = {name: [n for n in names_in(folder / name) if n.lower().endswith(files.PICTURES)]
              for name in sorted(names)}  # fmt: skip
     if not (there := {name: pictures for name, pictures in there.items() if pictures}):
         return None
-    some = ", ".join(f"{name} {len(pictures):,}" for name, pictures in list(there.items())[:8])
-    rows = [("classes", f"{len(there):,}: {some}{' ...' * (len(there) > 8)}"),
-            ("pictures", f"{sum(map(len, there.values())):,}")]  # fmt: skip
+    rows = files.class_rows({name: len(pictures) for name, pictures in there.items()})
     return _with_picture("pictures in class folders", rows, folder / min(there), there[min(there)])
 
 
 def _with_picture(title: str, rows: list[Row], folder: Any, names: Any) -> Found:
     """With the last picture of a folder by name, as of the grids of a run."""
-    pictures = [name for name in names if name.lower().endswith(_PICTURES)]
+    pictures = [name for name in names if name.lower().endswith(files.PICTURES)]
     if not pictures:
         return Found(title, rows)
     file = folder / max(pictures)
