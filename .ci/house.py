@@ -10,9 +10,9 @@ import pathlib
 import sys
 
 BARS = {
-    "lines of dico_jax/": 26_300,  # 15,000, then text, solvers, buckets, plans, pages, evidence
+    "lines of dico_jax/": 27_400,  # 15,000, then text, solvers, buckets, plans, pages, evidence
     "lines of the longest file": 400,
-    "files": 170,
+    "files": 178,
     "modules at the top": 18,
 }
 
