@@ -125,15 +125,8 @@ def _loss_by_compute(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
 
 
 def _flops_per_image(run: Run) -> int | None:
-    tree: dict[str, Any] = {}
-    for key, value in run.config.items():
-        *sections, name = key.split(".")
-        at = tree
-        for section in sections:
-            at = at.setdefault(section, {})
-        at[name] = value
     try:
-        config = ConfigDict(with_defaults(tree))
+        config = ConfigDict(with_defaults(run.config))
         if config.model.num_classes is None:  # as the data says; tables are not multiplied
             config.model.num_classes = 1
         model = model_from_config(config)

@@ -8,24 +8,13 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
+from bokeh import models as bk
 from bokeh.document import Document
-from bokeh.models import (
-    BasicTicker,
-    BoxZoomTool,
-    ColumnDataSource,
-    DataRange1d,
-    HoverTool,
-    Line,
-    NumeralTickFormatter,
-    Range1d,
-    Scatter,
-    VArea,
-)
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 from PIL import Image
@@ -41,8 +30,8 @@ COLORS = ("#2f81d8", "#e0731d", "#2c9f5b", "#c8457f", "#8d68d6", "#a07a34", "#1b
 _MOST_POINTS, _OF_ALL = 2_000, 8_000  # of a curve, and of one of each run
 _MOST_GRIDS, _GRID_BYTES, _SIDES = 32, 1_800_000, (768, 512, 384, 256)
 _QUARTERS = {
-    "mse_t0_25": "least noise", "mse_t25_50": "second quarter",
-    "mse_t50_75": "third quarter", "mse_t75_100": "most noise",
+    "mse_t0_25": "mse, least noise", "mse_t25_50": "mse, second quarter",
+    "mse_t50_75": "mse, third quarter", "mse_t75_100": "mse, most noise",
 }  # fmt: skip
 _NORMS = {"grad_norm": "gradient", "param_norm": "parameters", "update_norm": "update"}
 _SPEED = {
@@ -50,7 +39,8 @@ _SPEED = {
     "data_wait": "share of time waiting for data",
 }  # fmt: skip
 _PAPER: Any = {"color": "#888888", "tags": ["paper"]}
-_OTHER = {"learning_rate", "finite", "rollbacks", "skipped_steps", "loss"}
+_RATE = {"learning_rate": "learning rate"}
+_OTHER = {"finite", "rollbacks", "skipped_steps", "loss"}
 
 
 def write_page(runs: Sequence[Run], notes: Sequence[str], out: Any) -> str:
@@ -114,7 +104,7 @@ def _about(i: int, run: Run) -> dict[str, Any]:
     if published:
         found = curves.compared(published, run.steps, run.values.get("loss", np.zeros(0)))
     return {
-        "i": i, "name": run.name, "color": COLORS[i % len(COLORS)], "folder": str(run.folder),
+        "i": i, **_looks(i, run), "folder": str(run.folder),
         "model": curves.model_title(run.config), "state": run.state, "ended": run.ended,
         "step": f"{run.last:,.0f}",
         "images": curves.short(run.last * run.batch_size),
@@ -133,29 +123,22 @@ class _Group:
     def __init__(self, runs: Sequence[tuple[int, Run]], total: int):
         self.runs, self.title = runs, curves.model_title(runs[0][1].config)
         self.published = next(filter(None, (curves.published_of(r.config) for _, r in runs)), None)
-        self.range = DataRange1d(range_padding=0.02)
+        self.range = bk.DataRange1d(range_padding=0.02)
         most = min(_MOST_POINTS, _OF_ALL // total)
         self.sources = {i: _source(run, most) for i, run in runs}
         self.merged = max((len(r.steps) / most for _, r in runs), default=0)
         keys = {key: None for _, run in runs for key in run.values}
-        self.figures: dict[str, Any] = {}
-        if "loss" in keys:
-            self.figures["loss"] = self._curve("loss", "loss", tall=True)
-        self._add("quarter", {k: f"mse, {t}" for k, t in _QUARTERS.items() if k in keys})
-        known = {*_QUARTERS, *_NORMS, *_SPEED, *_OTHER}
-        self._add("term", {k: k for k in keys if k not in known})
-        self._add("norm", {k: t for k, t in _NORMS.items() if k in keys})
-        self._add("speed", {k: t for k, t in _SPEED.items() if k in keys})
-        self._add("rate", {"learning_rate": "learning rate"} if "learning_rate" in keys else {})
+        known = {*_QUARTERS, *_NORMS, *_SPEED, *_RATE, *_OTHER}
+        terms = {"term": {k: k for k in keys if k not in known}, "norm": _NORMS, "speed": _SPEED}
+        self.figures = {"loss": self._curve("loss", "loss", tall=True)} if "loss" in keys else {}
+        for kind, of in {"quarter": _QUARTERS, **terms, "rate": _RATE}.items():
+            self.figures |= {f"{kind}_{k}": self._curve(k, t) for k, t in of.items() if k in keys}
         names = dict.fromkeys(n for _, run in runs for n in run.evaluations)
         for name in names:
             if not name.endswith(("num_samples", "bad_pictures", "_std")):
                 self.figures[f"eval_{name}"] = self._evaluation(name)
         if any(run.events for _, run in runs):
             self.figures["events"] = self._events()
-
-    def _add(self, kind: str, of: Mapping[str, str]) -> None:
-        self.figures |= {f"{kind}_{key}": self._curve(key, title) for key, title in of.items()}
 
     def shown(self, prefix: str) -> dict[str, Any]:
         """The parts of its section: headings, explanations and figures."""
@@ -183,33 +166,32 @@ class _Group:
             background_fill_color=None, border_fill_color=None, outline_line_color=None,
             output_backend="canvas", **more,
         )  # fmt: skip
-        fig.add_tools(BoxZoomTool(description="box zoom"))
+        fig.add_tools(bk.BoxZoomTool(description="box zoom"))
         fig.toolbar.logo, fig.toolbar.autohide = None, False
-        fig.xaxis.formatter = NumeralTickFormatter(format="0.[0]a")
-        fig.xaxis.ticker = BasicTicker(desired_num_ticks=5)
+        fig.xaxis.formatter = bk.NumeralTickFormatter(format="0.[0]a")
+        fig.xaxis.ticker = bk.BasicTicker(desired_num_ticks=5)
         fig.grid.grid_line_color, fig.grid.grid_line_alpha = "#888888", 0.25
         return fig
 
     def _hover(self, fig: Any, renderers: list[Any], rows: list[tuple[str, str]]) -> None:
         more = [("run", "$name"), ("step", "@step{0,0}"), *rows]
-        fig.add_tools(HoverTool(renderers=renderers, tooltips=more, mode="mouse"))
+        fig.add_tools(bk.HoverTool(renderers=renderers, tooltips=more, mode="mouse"))
 
     def _curve(self, key: str, title: str, tall: bool = False) -> Any:
         fig, hovered = self._figure(title, tall), []
         if key == "loss" and self.published and self.published.losses:
             self._landmarks(fig, self.published)
         for i, run in self.runs:
-            source, color = self.sources[i], COLORS[i % len(COLORS)]
+            source, raw = self.sources[i], ["raw", "run", i]
             if key not in source.data:
                 continue
-            how: Any = {"source": source, "color": color, "name": run.name}
-            raw = ["raw", "run", i]
+            how = _looks(i, run) | {"source": source}
             if f"{key}_least" in source.data:
                 ends = {"y1": f"{key}_least", "y2": f"{key}_most"}
-                _add(fig, VArea, tags=raw, alpha=0.16, **ends, **how)
-            _add(fig, Line, tags=raw, alpha=0.4, y=key, **how)
+                _add(fig, bk.VArea, tags=raw, alpha=0.16, **ends, **how)
+            _add(fig, bk.Line, tags=raw, alpha=0.4, y=key, **how)
             smooth = ["smooth", "run", i, key]
-            hovered.append(_add(fig, Line, tags=smooth, y=key, line_width=2, **how))
+            hovered.append(_add(fig, bk.Line, tags=smooth, y=key, line_width=2, **how))
         means = [self.sources[i].data[key] for i, _ in self.runs if key in self.sources[i].data]
         self._fit(fig, np.concatenate(means), tall)
         number = "0.000000" if key == "learning_rate" else "0.0000"
@@ -221,7 +203,7 @@ class _Group:
         if tall and len(values) and min(values) < max(values):
             # The first steps would leave no room for all that follows.
             low, high = min(values), np.quantile(values, 0.98)
-            fig.y_range = Range1d(low - 0.1 * (high - low), high + 0.1 * (high - low))
+            fig.y_range = bk.Range1d(low - 0.1 * (high - low), high + 0.1 * (high - low))
         elif len(values):
             fig.y_range.default_span = 0.2 * float(np.abs(values).max()) or 1.0  # of a constant
 
@@ -229,16 +211,13 @@ class _Group:
         first, last = min(published.losses), max(published.losses)
         steps = np.unique(np.append(np.geomspace(first, last, 60), [*published.losses]))
         line = published.loss_at(steps)
-        batch = 256  # the landmarks' own
-        more = {"low": line * (1 - curves.BAND), "high": line * (1 + curves.BAND)}
-        x = {"step": steps, "images": steps * batch, "hours": np.full(len(steps), np.nan)}
-        how: Any = {"source": ColumnDataSource(x | {"loss": line} | more), **_PAPER}
-        _add(fig, VArea, y1="low", y2="high", alpha=0.22, **how)
-        _add(fig, Line, y="loss", line_dash="dashed", **how)
-        at = np.array([*published.losses])
-        x = {"step": at, "images": at * batch, "hours": np.full(len(at), np.nan)}
-        marks = ColumnDataSource(x | {"loss": [*published.losses.values()]})
-        dots = _add(fig, Scatter, y="loss", source=marks, size=9, marker="diamond",
+        ends = {"low": line * (1 - curves.BAND), "high": line * (1 + curves.BAND)}
+        how: Any = {"source": _published(steps, loss=line, **ends), **_PAPER}
+        _add(fig, bk.VArea, y1="low", y2="high", alpha=0.22, **how)
+        _add(fig, bk.Line, y="loss", line_dash="dashed", **how)
+        losses = [*published.losses.values()]
+        marks = _published(np.array([*published.losses]), loss=losses)
+        dots = _add(fig, bk.Scatter, y="loss", source=marks, size=9, marker="diamond",
                     name=f"{published.name}, released", **_PAPER)  # fmt: skip
         self._hover(fig, [dots], [("loss", "@loss{0.0000}")])
 
@@ -246,20 +225,17 @@ class _Group:
         fig, hovered = self._figure(name), []
         metric = name.rsplit("/", 1)[-1]
         if self.published and len((found := self.published.numbers(metric))[0]):
-            steps, numbers = found
-            x = {"step": steps, "images": 256 * steps, "hours": np.full(len(steps), np.nan)}
-            how = {"source": ColumnDataSource(x | {"value": numbers}), "y": "value", **_PAPER}
+            how = {"source": _published(found[0], value=found[1]), "y": "value", **_PAPER}
             how["name"] = f"{self.published.name}, paper"
-            _add(fig, Line, line_dash="dashed", **how)
-            hovered.append(_add(fig, Scatter, size=8, marker="diamond", **how))
+            _add(fig, bk.Line, line_dash="dashed", **how)
+            hovered.append(_add(fig, bk.Scatter, size=8, marker="diamond", **how))
         for i, run in self.runs:
             if name in run.evaluations:
                 steps, numbers = run.evaluations[name]
-                source = ColumnDataSource(_axes(run, steps) | {"value": numbers})
-                how = {"source": source, "color": COLORS[i % len(COLORS)], "name": run.name}
-                how |= {"tags": ["run", i], "y": "value"}
-                _add(fig, Line, line_width=2, **how)
-                hovered.append(_add(fig, Scatter, size=7, **how))
+                source = bk.ColumnDataSource(_axes(run, steps) | {"value": numbers})
+                how = _looks(i, run) | {"source": source, "tags": ["run", i], "y": "value"}
+                _add(fig, bk.Line, line_width=2, **how)
+                hovered.append(_add(fig, bk.Scatter, size=7, **how))
         all_numbers = [run.evaluations[name][1] for _, run in self.runs if name in run.evaluations]
         self._fit(fig, np.concatenate(all_numbers), False)
         self._hover(fig, hovered, [(name, "@value{0.0000}")])
@@ -273,9 +249,8 @@ class _Group:
             known = [e for e in run.events if e.step is not None]
             x = _axes(run, np.array([e.step for e in known], float))
             more: Any = {"kind": [e.kind for e in known], "text": [e.text for e in known]}
-            how: Any = {"source": ColumnDataSource(x | more), "color": COLORS[i % len(COLORS)]}
-            hovered.append(_add(fig, Scatter, y="kind", size=11, marker="triangle", name=run.name,
-                                tags=["run", i], **how))  # fmt: skip
+            how = _looks(i, run) | {"source": bk.ColumnDataSource(x | more), "tags": ["run", i]}
+            hovered.append(_add(fig, bk.Scatter, y="kind", size=11, marker="triangle", **how))
         self._hover(fig, hovered, [("", "@text")])
         return fig
 
@@ -288,13 +263,23 @@ def _add(fig: Any, kind: Any, source: Any, color: str, name: str = "", alpha: fl
     return fig.add_glyph(source, kind(x="step", **looks, **of), name=name, **more)
 
 
+def _looks(i: int, run: Run) -> dict[str, Any]:
+    return {"color": COLORS[i % len(COLORS)], "name": run.name}
+
+
 def _axes(run: Run, steps: np.ndarray) -> dict[str, np.ndarray]:
     """The three positions of steps (n,) on the axis of a run."""
     hours = np.interp(steps, run.steps, run.hours) if len(run.steps) else np.full(len(steps), 0.0)
     return {"step": steps, "images": steps * run.batch_size, "hours": hours}
 
 
-def _source(run: Run, most: int) -> ColumnDataSource:
+def _published(steps: np.ndarray, **columns: Any) -> bk.ColumnDataSource:
+    """Columns at steps of the published runs, whose batches had 256 images."""
+    hours = np.full(len(steps), np.nan)
+    return bk.ColumnDataSource({"step": steps, "images": steps * 256, "hours": hours} | columns)
+
+
+def _source(run: Run, most: int) -> bk.ColumnDataSource:
     """The columns of a run, in float32 but for the axes."""
     steps, means, ranges = curves.bucketed(run.steps, run.values, most)
     columns = {name: value.astype(np.float32) for name, value in means.items()}
@@ -302,7 +287,7 @@ def _source(run: Run, most: int) -> ColumnDataSource:
         if name in ranges:
             least, greatest = ranges[name]
             columns |= {f"{name}_least": least.astype("f4"), f"{name}_most": greatest.astype("f4")}
-    return ColumnDataSource(_axes(run, steps) | columns)
+    return bk.ColumnDataSource(_axes(run, steps) | columns)
 
 
 def _grids(runs: Sequence[Run]) -> tuple[list[list[dict[str, Any]]], str]:

@@ -71,10 +71,6 @@ class Run:
     def last(self) -> int:
         return int(self.steps[-1]) if len(self.steps) else 0
 
-    @property
-    def images(self) -> np.ndarray:
-        return self.steps * self.batch_size
-
     @functools.cached_property
     def hours(self) -> np.ndarray:
         """Of training alone (n,), by the throughput: no samples, saves and pauses."""
@@ -83,7 +79,7 @@ class Run:
         if not known.any():
             return np.full(len(self.steps), np.nan)
         at = np.interp(self.steps, self.steps[known], speed[known])
-        return np.cumsum(np.diff(self.images, prepend=0) / at) / 3600
+        return np.cumsum(np.diff(self.steps, prepend=0) * self.batch_size / at) / 3600
 
 
 def find_workdir(path: str) -> Any:
@@ -233,9 +229,9 @@ def _take(text: bytes, every: int, found: Any, short: list[np.ndarray]) -> int:
     if every == 1 or (count := text.count(b"\n")) <= _FEW:
         return _parse([line for line in text.split(b"\n") if line.strip()], found)
     skipped = b'"skipped_steps": '
-    special = b'"eval/' in text or text.count(skipped) != text.count(skipped + b"0.0")
-    columns = [] if special else [_STEP.findall(text), _LOSS.findall(text)]
-    if special or {text.count(b"}\n"), *map(len, columns)} != {count}:  # look closer
+    columns = _STEP.findall(text), _LOSS.findall(text)  # evaluations have no loss
+    whole = {count, text.count(b"}\n"), *map(len, columns)} == {count}
+    if not whole or text.count(skipped) != text.count(skipped + b"0.0"):  # look closer
         half = text.find(b"\n", len(text) // 2, -1) + 1 or text.rfind(b"\n", 0, -1) + 1
         return sum(_take(part, every, found, short) for part in (text[:half], text[half:]))
     short.append(np.stack([np.fromiter(map(float, of), float, count) for of in columns], axis=1))

@@ -163,10 +163,8 @@ class Run:
         batches = training_batches(self.source, self.read, read_condition, **how)
         part = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
         file = self.workdir / f"bad_examples{part}.jsonl"
-        readers: Any = {"read": self.read, "read_condition": read_condition}
         most = data.max_bad_fraction
-        log = BadExampleLog(self.source, **readers, max_bad_fraction=most, file=file,
-                            start_step=start_step)  # fmt: skip
+        log = BadExampleLog(self.source, self.read, most, file, read_condition, start_step)
         return DeviceBatches(batches, lambda batch: meshes.to_global(batch, sharding), log)
 
     def samples(self, state: Any, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
