@@ -24,7 +24,7 @@ RANGES = {
     (1, 1000): "sampling.grid_rows sampling.grid_columns model.depth model.text_length "
     "model.text_layers",
     (1, 2**14): "data.image_size model.in_channels model.patch_size model.num_heads "
-    "model.text_width",
+    "model.text_width model.window_size",
     (1, 2**20): "model.hidden_size model.num_classes sampling.batch_size sampling.num_steps",
     (1, 2**31 - 1): "training.num_steps training.accumulation_steps training.log_every_steps "
     "training.checkpoint_every_steps training.keep_checkpoints profile.num_steps",
@@ -47,6 +47,18 @@ CHOICES = {
     "data.crop": ("adm", "lanczos"),
     "diffusion.time_sampling": ("uniform", "logit_normal"),
     "model.text_fusion": ("dwc", "cross_attention"),
+    "model.attention": ("auto", "xla", "cudnn"),
+    "model.layout": ("u", "isotropic", "isotropic_skip"),
+    "model.mixer": ("conv", "attention", "window_attention"),
+    "model.channel_attention": (
+        "compact",
+        "squeeze_excite",
+        "self_attention",
+        "response_norm",
+        "none",
+    ),
+    "model.kernel_size": (3, 5, 7),
+    "model.activation": ("gelu", "relu"),
     "text.encoder": ("clip", "words"),
     "optimizer.name": ("adamw", "lion"),
     "optimizer.schedule": ("constant", "cosine"),
@@ -57,15 +69,16 @@ CHOICES = {
 # row by its output channels over "tensor", the second by its input channels, so that only the
 # second's output is summed over devices. The other channels are split over "fsdp".
 RULES = (
-    (r"/(conv[14]|ca/1|qkv|fc1|adaLN_modulation/1)/kernel$", ("fsdp", "tensor")),
-    (r"/(conv[14]|ca/1|qkv|fc1|adaLN_modulation/1)/bias$", ("tensor",)),
-    (r"/(conv[35]|proj|fc2)/kernel$", ("tensor", "fsdp")),
+    (r"/(conv[14]|ca/1|qkv|fc1|pwconv1|adaLN_modulation/1)/kernel$", ("fsdp", "tensor")),
+    (r"/(conv[14]|ca/1|qkv|fc1|pwconv1|adaLN_modulation/1)/bias$", ("tensor",)),
+    (r"/(conv[35]|ca/3|proj|fc2|pwconv2)/kernel$", ("tensor", "fsdp")),
     (r"/conv2/kernel$", (None, None, None, "tensor")),
-    (r"/conv2/bias$", ("tensor",)),
+    (r"/(conv2/bias|grn/(gamma|beta))$", ("tensor",)),
+    (r"/dwconv/kernel$", (None, None, None, "fsdp")),
     (r"/body/0/kernel$", (None, None, "fsdp", "tensor")),
     (r"embedding_table[^/]*/embedding$", (None, "fsdp")),
-    (r"(reduce_chan_level\d|mlp/[02]|linear)/kernel$", ("fsdp", "tensor")),
-    (r"out_proj/kernel$", (None, None, "fsdp", None)),
+    (r"(reduce_chan_level\d|mlp/[02]|linear(_\d+)?)/kernel$", ("fsdp", "tensor")),
+    (r"(out_proj|output_layer)/kernel$", (None, None, "fsdp", None)),
 )
 
 
@@ -157,8 +170,8 @@ def get_config():
     config.autoencoder.tile_size = 0
 
     config.model = config_dict.ConfigDict()
-    # A published size such as "DiCo-XL" or "DiT-XL/2", or "DiCo", "DiT" or "IsoDiCo" (the blocks of
-    # the first, as those of the second) with the sizes below.
+    # A published size such as "DiCo-XL", "DiT-XL/2" or "FCDM-XL", or "DiCo", "DiT", "FCDM" or
+    # "IsoDiCo" ("DiCo" of an isotropic layout) with the sizes below.
     config.model.name = "DiCo-S"
     # Sizes of "DiCo" and "DiT"; published sizes have their own (leave these unset).
     config.model.hidden_size = config_dict.placeholder(int)
@@ -166,8 +179,25 @@ def get_config():
     config.model.mlp_ratio = config_dict.placeholder(float)
     config.model.num_heads = config_dict.placeholder(int)  # DiT only
     config.model.patch_size = config_dict.placeholder(int)  # DiT and IsoDiCo
-    # DiT, and cross-attention to a text: its implementation, "auto", "xla" or "cudnn".
+    # Attention of positions, and to a text: its implementation, "auto", "xla" or "cudnn".
     config.model.attention = config_dict.placeholder(str)
+
+    # The papers' ablations (docs/ablations.md); unset for the published networks. How blocks
+    # follow: "u" (DiCo's), "isotropic" (DiT's), or "isotropic_skip" with long skips.
+    config.model.layout = config_dict.placeholder(str)
+    # What mixes positions: "conv" (DiCo's), or "attention" (DiT's) or "window_attention" in the
+    # place of DiCo's conv module.
+    config.model.mixer = config_dict.placeholder(str)
+    # Side of the windows of "window_attention", in positions of every stage; 8 where unset.
+    config.model.window_size = config_dict.placeholder(int)
+    # Of DiCo's conv module: "compact" (DiCo's), "squeeze_excite", "self_attention" (of channels to
+    # each other), "response_norm" (FCDM's) or "none".
+    config.model.channel_attention = config_dict.placeholder(str)
+    # Of the depthwise convolution: 3 (DiCo's), 5 or 7 (FCDM's).
+    config.model.kernel_size = config_dict.placeholder(int)
+    # Inside the blocks: "gelu" or "relu".
+    config.model.activation = config_dict.placeholder(str)
+
     # Channels of the latents (or pixels) that the network sees.
     config.model.in_channels = 4
     # Unset (None) to take it from the source.

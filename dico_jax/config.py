@@ -23,7 +23,7 @@ _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: 
 _KINDS[tuple] = "a tuple, such as () or ('a', 'b')"
 
 # By family, the sizes that names of models stand for: paper table 1 (DiCo-H: table 5), the DiT
-# paper's table 1. For those told a text the paper gives none; these are those of table 1.
+# paper's table 1, FCDM's release. For those told a text the paper gives none: these are table 1's.
 _DICO: dict[str, dict[str, Any]] = {
     "DiCo-S": {"hidden_size": 128, "depth": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
     "DiCo-B": {"hidden_size": 256, "depth": (5, 4, 4, 4, 4), "mlp_ratio": 2.0},
@@ -42,6 +42,12 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "DiT": {f"{name}/{p}": sizes | {"patch_size": p} for name, sizes in _DIT.items()
             for p in (2, 4, 8)},
     "TextDiCo": {f"Text{name}": sizes for name, sizes in _DICO.items()},
+    "FCDM": {
+        "FCDM-S": {"hidden_size": 128, "depth": (2, 4, 8, 4, 2)},
+        "FCDM-B": {"hidden_size": 256, "depth": (2, 4, 8, 4, 2)},
+        "FCDM-L": {"hidden_size": 512, "depth": (2, 4, 8, 4, 2)},
+        "FCDM-XL": {"hidden_size": 512, "depth": (3, 6, 12, 6, 3)},
+    },
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def model_from_config(config: ConfigDict) -> Denoiser:
     check_values(config, "model")
     defaults = DEFAULTS["model"]
     with within("config."):
-        known = {*model_options(config.model.name), "name"}
+        known = {*model_options(config.model.name, config.model.layout), "name"}
         options = {  # but for those of other networks that nobody has set
             name: value
             for name, value in config.model.items()
@@ -118,7 +118,8 @@ def experiment_from_config(
         if image_size < step or image_size % step:
             below = image_size // step * step
             fix = f"must be a multiple of {step} (the autoencoder shrinks images by {shrinks}, the"
-            fix += f" network's input must divide by {model.size_divisor}): use "
+            why = f", {model.size_reason}" * bool(model.windows)
+            fix += f" network's input must divide by {model.size_divisor}{why}): use "
             fix += f"{f'{below} or ' * (below > 0)}{below + step}"
             raise UsageError("data.image_size", image_size, fix)
     shape = image_size // shrinks, image_size // shrinks, model.in_channels

@@ -10,7 +10,7 @@ import pytest
 
 from dico_jax.diffusion.guidance import classifier_free_guidance
 from dico_jax.models import create_model
-from dico_jax.ops.conv import depthwise_conv3x3
+from dico_jax.ops.conv import depthwise_conv
 from dico_jax.ops.pointwise import gelu, layer_norm
 from tests import golden
 from tests.golden import TINY, TINY_DRAWS, TOLERANCE, distance, nhwc
@@ -89,7 +89,7 @@ def fused_parts(outputs, params):
         {k: v for k, v in outputs.items() if k.startswith("latent/0")},
     )
     conv2 = params["latent"]["0"]["conv2"]
-    features = depthwise_conv3x3(block["latent/0/conv1"][:1], conv2["kernel"], conv2["bias"])
+    features = depthwise_conv(block["latent/0/conv1"][:1], conv2["kernel"], conv2["bias"])
     h, mean = (value[:1] for value in block["latent/0/conv2"])
     assert distance(h, gelu(features)) < 1e-6
     assert distance(mean, h.mean((1, 2))) < 1e-6

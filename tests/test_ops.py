@@ -9,7 +9,7 @@ import pytest
 
 from dico_jax.ops import cpu
 from dico_jax.ops.attention import attention
-from dico_jax.ops.conv import conv3x3, conv_gelu_mean, depthwise_conv3x3
+from dico_jax.ops.conv import conv3x3, conv_gelu_mean, depthwise_conv
 from dico_jax.ops.cpu import apart, stored, winograd_conv3x3, winograd_pays, with_sums
 from dico_jax.ops.linear import gated_linear, linear, linear_gelu
 from dico_jax.ops.plain import Operation, plain_ops
@@ -62,21 +62,21 @@ def test_depthwise_conv_and_its_gradient_are_those_of_the_grouped_convolution(sh
         def grouped(x, kernel, bias):
             return convolution(x, kernel, groups=shape[-1]) + bias
 
-        assert_same(depthwise_conv3x3, grouped, args, weights, rtol=1e-12, atol=1e-12)
+        assert_same(depthwise_conv, grouped, args, weights, rtol=1e-12, atol=1e-12)
 
 
 def test_depthwise_sums_in_float32_when_activations_are_bfloat16():
     shape = (4, 32, 32, 8)
     exact = operands(shape, jnp.float32)
     rounded = [a.astype(jnp.bfloat16) for a in exact]
-    out = depthwise_conv3x3(*rounded)
-    reference = depthwise_conv3x3(*[a.astype(jnp.float32) for a in rounded])
+    out = depthwise_conv(*rounded)
+    reference = depthwise_conv(*[a.astype(jnp.float32) for a in rounded])
     assert out.dtype == jnp.bfloat16
     # One rounding at the end: half a unit in the last of 8 bits.
     np.testing.assert_allclose(out.astype(jnp.float32), reference, rtol=2**-8, atol=1e-30)
 
     def bias_gradient(x, kernel, bias):
-        return jax.grad(lambda b: depthwise_conv3x3(x, kernel, b).astype(jnp.float32).sum())(bias)
+        return jax.grad(lambda b: depthwise_conv(x, kernel, b).astype(jnp.float32).sum())(bias)
 
     # 4096 ones: a sum in bfloat16 would stop at 256.
     np.testing.assert_array_equal(bias_gradient(*rounded).astype(jnp.float32), 4096.0)
@@ -172,7 +172,7 @@ def test_gelu_is_the_exact_one():
 def test_conv_gelu_mean_is_its_parts():
     args = operands((2, 6, 5, 3), jnp.bfloat16)
     h, mean = conv_gelu_mean(*args)
-    np.testing.assert_array_equal(h, gelu(depthwise_conv3x3(*args)))
+    np.testing.assert_array_equal(h, gelu(depthwise_conv(*args)))
     assert (h.dtype, mean.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(mean, h.astype(jnp.float32).mean((1, 2)), rtol=1e-5, atol=1e-6)
 
@@ -361,7 +361,7 @@ OPERATIONS = {
     "norm_modulate": (norm_modulate, [(2, 4, 8, 16), (2, 16), (2, 16)]),
     "add_vector": (add_vector, [(2, 4, 8, 16), (2, 16)]),
     "multiply_vector": (multiply_vector, [(2, 4, 8, 16), (16,)]),
-    "depthwise": (depthwise_conv3x3, [(2, 4, 8, 16), (3, 3, 1, 16), (16,)]),
+    "depthwise": (depthwise_conv, [(2, 4, 8, 16), (3, 3, 1, 16), (16,)]),
     "winograd": (winograd_conv3x3, [(2, 4, 8, 16), (3, 3, 16, 20)]),
     "conv3x3": (conv3x3, [(2, 4, 8, 16), (3, 3, 16, 20)]),
     "conv3x3 to few channels": (conv3x3, [(2, 4, 8, 40), (3, 3, 40, 4)]),

@@ -16,6 +16,7 @@ _DOWNSAMPLING = 8  # of Stable Diffusion's autoencoder, whose latents the publis
 SOURCES = {
     "DiCo": "DiCo, arXiv 2505.11196, and the README of its release",
     "DiT": "DiT, arXiv 2212.09748, table 1 (patches of 4), and the README of its release (XL/2)",
+    "FCDM": "FCDM, arXiv 2603.09408",
 }
 # What papers say: parameters, and by the side of the images multiply-adds, which they call FLOPs.
 PUBLISHED: dict[str, tuple[str | None, dict[int, str]]] = {
@@ -29,6 +30,7 @@ PUBLISHED: dict[str, tuple[str | None, dict[int, str]]] = {
     "DiT-L/4": (None, {256: "19.7G"}),
     "DiT-XL/4": (None, {256: "29.1G"}),
     "DiT-XL/2": (None, {256: "119G", 512: "525G"}),
+    "FCDM-XL": (None, {256: "64.6G"}),
 }
 
 

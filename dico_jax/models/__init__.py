@@ -15,6 +15,7 @@ from dico_jax.errors import UsageError
 from dico_jax.models.denoiser import Denoiser
 from dico_jax.models.dico import DiCo
 from dico_jax.models.dit import DiT
+from dico_jax.models.fcdm import FCDM
 from dico_jax.models.iso_dico import IsoDiCo
 from dico_jax.models.text_dico import TextDiCo
 from dico_jax.ops.plain import check_float64
@@ -23,29 +24,39 @@ from dico_jax.ops.plain import check_float64
 MODELS: dict[str, tuple[type[Denoiser], Mapping[str, Any]]] = {
     **{
         name: (cls, sizes)
-        for cls in (DiCo, DiT, TextDiCo)
+        for cls in (DiCo, DiT, TextDiCo, FCDM)
         for name, sizes in SIZES[cls.__name__].items()
     },
     "DiCo": (DiCo, {}),
     "TextDiCo": (TextDiCo, {}),
     "DiT": (DiT, {}),
     "IsoDiCo": (IsoDiCo, {}),
+    "FCDM": (FCDM, {}),
+}
+# A class of another layout than that a name's own, by both.
+LAYOUTS: dict[tuple[type[Denoiser], str], type[Denoiser]] = {
+    (DiCo, "isotropic"): IsoDiCo,
+    (DiCo, "isotropic_skip"): IsoDiCo,
 }
 
 _DTYPES = ("float32", "bfloat16", "float64")
 
 
-def find_model(name: str) -> tuple[type[Denoiser], Mapping[str, Any]]:
-    """The class of model `name`, and the sizes that the name stands for; or UsageError."""
+def find_model(name: str, layout: str | None = None) -> tuple[type[Denoiser], Mapping[str, Any]]:
+    """The class of model `name` in a layout, and the sizes of the name; or UsageError."""
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4) or list(MODELS)
         raise UsageError("model.name", name, f"is unknown: use {' or '.join(map(repr, close))}")
-    return MODELS[name]
+    cls, sizes = MODELS[name]
+    if sizes and (cls, layout) in LAYOUTS:
+        fix = f"is not that of model.name={name!r}: use model.name={cls.__name__!r}"
+        raise UsageError("model.layout", layout, f"{fix} with sizes of your own")
+    return LAYOUTS.get((cls, layout or ""), cls), sizes
 
 
-def model_options(name: str) -> dict[str, Any]:
+def model_options(name: str, layout: str | None = None) -> dict[str, Any]:
     """The options of model `name` with their defaults: sizes, in_channels, dtype, ..."""
-    cls, sizes = find_model(name)
+    cls, sizes = find_model(name, layout)
     fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
     return {name: fields[name] for name in fields if name not in ("parent", "name")} | dict(sizes)
 
@@ -55,17 +66,19 @@ def create_model(name: str, **options) -> Denoiser:
 
     Args:
       name: a key of `MODELS`.
-      **options: attributes of `DiCo` or `DiT`. The sizes of a published model are fixed: give
-        hidden_size, depth, mlp_ratio (DiT: num_heads, patch_size) with the names "DiCo" and "DiT".
+      **options: attributes of `DiCo` (of `IsoDiCo`, with another `layout`), `DiT`, ... The sizes of
+        a published model are fixed: give hidden_size, depth, mlp_ratio (DiT: num_heads, patch_size)
+        with the names "DiCo" and "DiT".
         `dtype` is "float32" (default), "bfloat16" or "float64" (which needs jax_enable_x64).
     """
-    known = model_options(name)
-    cls, sizes = MODELS[name]
+    layout = options.get("layout")
+    known, (cls, sizes) = model_options(name, layout), find_model(name, layout)
     for option, value in options.items():
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
-            fix = f": model {name!r} has no such option; {hint}"
+            of = f" of layout {layout!r}" * (layout is not None)
+            fix = f": model {name!r}{of} has no such option; {hint}"
             raise UsageError(f"model.{option}", value, fix)
         if value != sizes.get(option, value):
             fix = f"contradicts model.name={name!r}, which has {sizes[option]!r}: use "

@@ -32,6 +32,7 @@ class Stage(nn.Module):
 
     A block maps (x, c) to the next x, and has nothing but parameters, which it uses in `dtype`; c
     is a tree of arrays. Where `own` is given, a tree for each block, it maps (x, c, that tree).
+    X passes `enter`, if it is given, before each block, and then blocks run one by one.
     With `scan` one `jax.lax.scan` runs all, and stacked parameters are taken, too. What blocks
     compute inside can be captured only with `scan` off and `remat` "none".
     """
@@ -43,13 +44,13 @@ class Stage(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, x, c, own=None):
+    def __call__(self, x, c, own=None, enter=lambda x: x):
         names = [str(i) for i in range(self.depth)]
         owns = [()] * self.depth if own is None else [(tree,) for tree in own]
         captured = self.is_mutable_collection("intermediates")
         if self.is_initializing() or (captured and not self.scan and self.remat == "none"):
             for name, more in zip(names, owns, strict=True):
-                x = self.block(name=name)(x, c, *more)
+                x = self.block(name=name)(enter(x), c, *more)
             return x
         params, run = self.variables["params"], self._pure_block()
         if self.scan:
@@ -57,7 +58,7 @@ class Stage(nn.Module):
             return jax.lax.scan(lambda x, e: (run(e[0], x, c, *e[1]), None), x, each)[0]
         run = jax.jit(run)  # traced once for all of them
         for name, more in zip(names, owns, strict=True):
-            x = run(params[name], x, c, *more)
+            x = run(params[name], enter(x), c, *more)
         return x
 
     def _stacked(self, params, names):

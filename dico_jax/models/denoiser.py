@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dico_jax.configs.default import CHOICES
 from dico_jax.errors import UsageError
 from dico_jax.models.block_stacks import REMAT_POLICIES
 from dico_jax.models.class_names import ClassNames
@@ -57,6 +58,8 @@ class Denoiser(nn.Module):
     condition_parts: ClassVar[tuple[str, ...]] = ()  # which networks told something else lack
     condition_dropout = 0.0  # the probability with which training replaces a condition by the null
     asked_by = "classes"  # the flag that asks for conditions, see `parse_conditions`
+    variants: ClassVar[tuple[str, ...]] = ()  # options of which published weights have the default
+    windows = 0  # side of the windows, in positions, that it cuts its input into; 0 for none
     may_be_zero: ClassVar[tuple[str, ...]] = ()  # of the whole numbers among the options
 
     def __post_init__(self):
@@ -71,8 +74,27 @@ class Denoiser(nn.Module):
             least = int(field not in self.may_be_zero)
             good = isinstance(value := getattr(self, field), int) and value >= least
             yield field, good, f"must be at least {least}"
-        known = f"is unknown: use one of {', '.join(REMAT_POLICIES)}"
-        yield "remat", self.remat in REMAT_POLICIES, known
+        choices = {f.partition(".")[2]: c for f, c in CHOICES.items() if f.startswith("model.")}
+        for name, known in {"remat": tuple(REMAT_POLICIES), **choices}.items():
+            fix = f"is unknown: use one of {', '.join(map(str, known))}"
+            yield name, getattr(self, name, known[0]) in known, fix
+
+    def without_effect(self, idle: Mapping[str, bool], because: str):
+        """Checks of options that have none with the value of another, where they are set."""
+        fix = f"has no effect with model.{because}={getattr(self, because)!r}: leave it unset"
+        for name, is_idle in idle.items():
+            yield name, not is_idle or name not in self.changed, fix
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The options whose values are not the defaults of this kind of network."""
+        options = (f for f in dataclasses.fields(self) if f.name not in ("parent", "name"))
+        return tuple(f.name for f in options if getattr(self, f.name) != f.default)
+
+    @property
+    def variant(self) -> str:
+        """The first of its `variants` that is no default; "" for a network as it was published."""
+        return next((name for name in self.variants if name in self.changed), "")
 
     def __call__(self, x, t, condition):
         self.check_input(x.shape)
@@ -96,8 +118,15 @@ class Denoiser(nn.Module):
         """Raises UsageError where height or width of (..., H, W, C) do not divide."""
         height, width = shape[-3:-1]
         if height % self.size_divisor or width % self.size_divisor or not height * width:
-            fix = f"multiples of {self.size_divisor}, which the network shrinks them by"
+            fix = f"multiples of {self.size_divisor}, {self.size_reason}"
             raise UsageError(f"input of {height}x{width} positions: both must be {fix}")
+
+    @property
+    def size_reason(self) -> str:
+        """Why height and width of the input must divide."""
+        if not self.windows:
+            return "which the network shrinks them by"
+        return f"{self.size_divisor // self.windows} times model.window_size={self.windows}"
 
     @property
     def stacked_stages(self) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """DiT, the Diffusion Transformer (arXiv 2212.09748), which the DiCo paper compares itself with."""
 
 import functools
-from typing import get_args
 
 import flax.linen as nn
 import jax
@@ -12,7 +11,8 @@ from dico_jax.models import layers
 from dico_jax.models.block_stacks import Stage
 from dico_jax.models.denoiser import ClassConditional
 from dico_jax.models.layers import Dense
-from dico_jax.ops.attention import Implementation, attention
+from dico_jax.models.mixers import Attention, attend, attention_macs, long_skips, num_skips
+from dico_jax.ops.attention import Implementation
 from dico_jax.ops.pointwise import add_vector, multiply_vector, norm_modulate
 
 
@@ -48,33 +48,17 @@ class PatchConv(nn.Module):
         return add_vector(y, bias).reshape(x.shape[0], -1, self.width)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over (N, T, C)."""
-
-    num_heads: int
-    dtype: jnp.dtype
-    implementation: Implementation = "auto"
-
-    @nn.compact
-    def __call__(self, x):
-        n, tokens, width = x.shape
-        head = width // self.num_heads
-        dense = functools.partial(Dense, dtype=self.dtype)
-        qkv = dense(3 * width, name="qkv")(x).reshape(n, tokens, 3, self.num_heads, head)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        out = attention(q, k, v, implementation=self.implementation)
-        return dense(width, name="proj")(out.reshape(n, tokens, width))
-
-
 class Mlp(nn.Module):
-    """Linear, tanh GELU, Linear."""
+    """Linear, tanh GELU (or ReLU), Linear."""
 
     hidden: int
     dtype: jnp.dtype
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x):
-        h = jax.nn.gelu(Dense(self.hidden, self.dtype, name="fc1")(x), approximate=True)
+        h = Dense(self.hidden, self.dtype, name="fc1")(x)
+        h = jax.nn.relu(h) if self.activation == "relu" else jax.nn.gelu(h, approximate=True)
         return Dense(x.shape[-1], self.dtype, name="fc2")(h)
 
 
@@ -86,16 +70,35 @@ class DiTBlock(nn.Module):
     mlp_ratio: float
     dtype: jnp.dtype
     attention: Implementation = "auto"
+    activation: str = "gelu"
+    windows: tuple[int, int, int] | None = None  # rows, columns, side of a window
 
     @nn.compact
     def __call__(self, x, c):  # x (N, T, width), c (N, width)
         shift1, scale1, gate1, shift2, scale2, gate2 = layers.modulation(self, 6, self.width, c)
         h = norm_modulate(x, shift1, scale1)
         attention = Attention(self.num_heads, self.dtype, self.attention, name="attn")
-        x = x + multiply_vector(attention(h), gate1)
+        if self.windows is None:
+            h = attention(h)
+        else:
+            rows, columns, side = self.windows
+            h = attend(attention, h.reshape(-1, rows, columns, self.width), side).reshape(h.shape)
+        x = x + multiply_vector(h, gate1)
         h = norm_modulate(x, shift2, scale2)
-        mlp = Mlp(int(self.mlp_ratio * self.width), self.dtype, name="mlp")
+        mlp = Mlp(int(self.mlp_ratio * self.width), self.dtype, self.activation, name="mlp")
         return x + multiply_vector(mlp(h), gate2)
+
+
+def isotropic_checks(model):
+    """Checks, see `Denoiser`, of the layout of a network that has one resolution."""
+    fix = "is DiCo's: use model.name='DiCo', with model.mixer='attention' for DiT's"
+    yield "layout", model.layout != "u", fix
+    loops = model.scan_blocks and not model.stages
+    yield (
+        "scan_blocks",
+        not loops,
+        "is for equal blocks, not those of model.layout='isotropic_skip'",
+    )
 
 
 class DiT(ClassConditional):
@@ -106,6 +109,10 @@ class DiT(ClassConditional):
       depth, num_heads, patch_size: blocks, attention heads, side of a patch.
       mlp_ratio: feed-forward width over hidden_size.
       attention: see `dico_jax.ops.attention`.
+      layout: "isotropic", or "isotropic_skip" with long skips, see `dico_jax.models.mixers`.
+      mixer: "attention" of all patches, or "window_attention" inside windows.
+      window_size: side of a window, in patches.
+      activation: "gelu" (of tanh) or "relu".
     """
 
     hidden_size: int = 1152
@@ -114,20 +121,34 @@ class DiT(ClassConditional):
     patch_size: int = 2
     mlp_ratio: float = 4.0
     attention: Implementation = "auto"
+    layout: str = "isotropic"
+    mixer: str = "attention"
+    window_size: int = 8
+    activation: str = "gelu"
 
-    stages = ("blocks",)
+    variants = ("layout", "mixer", "activation")
 
     def checks(self):
         yield from super().checks()
         yield "mlp_ratio", int(self.mlp_ratio * self.hidden_size) > 0, "leaves no feed-forward"
         divides = self.hidden_size % self.num_heads == self.hidden_size % 4 == 0
         yield "hidden_size", divides, f"must divide by model.num_heads={self.num_heads} and by 4"
-        known = get_args(Implementation)
-        yield "attention", self.attention in known, f"is unknown: use one of {', '.join(known)}"
+        yield "mixer", self.mixer != "conv", "is DiCo's: use model.name='IsoDiCo'"
+        yield from self.without_effect({"window_size": not self.windows}, "mixer")
+        yield from isotropic_checks(self)
+
+    @property
+    def stages(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.layout == "isotropic_skip" else ("blocks",)
+
+    @property
+    def windows(self) -> int:  # type: ignore[override]
+        """Side of a window in positions of the input."""
+        return self.patch_size * self.window_size if self.mixer == "window_attention" else 0
 
     @property
     def size_divisor(self) -> int:  # type: ignore[override]
-        return self.patch_size
+        return self.windows or self.patch_size
 
     @nn.compact
     def forward(self, x, t, condition):
@@ -142,9 +163,12 @@ class DiT(ClassConditional):
         x = layers.Named("proj", proj, name="x_embedder")(x)  # (N, T, D)
         # The reference stores the table in float32, whatever it computes in.
         x += jnp.asarray(position_embedding(rows, columns, d).astype(np.float32), x.dtype)
-        options = d, self.num_heads, self.mlp_ratio, dtype, self.attention
+        windows = (rows, columns, self.window_size) if self.windows else None
+        options = d, self.num_heads, self.mlp_ratio, dtype, self.attention, self.activation, windows
         block = functools.partial(DiTBlock, *options)
-        x = Stage(self.depth, block, dtype, self.scan_blocks, self.remat, name="blocks")(x, c)
+        stage = Stage(self.depth, block, dtype, self.scan_blocks, self.remat, name="blocks")
+        skips = {} if self.stages else {"enter": long_skips(self.depth, d, dtype)}
+        x = stage(x, c, **skips)
         linear = functools.partial(Dense, p * p * self.out_channels, dtype)
         x = layers.FinalLayer("linear", linear, dtype, name="final_layer")(x, c)
 
@@ -156,7 +180,7 @@ class DiT(ClassConditional):
         tokens = positions // patch
         vectors = self.time_macs(d) + 2 * d**2  # the last modulation
         ends = tokens * patch * d * (self.in_channels + self.out_channels)
-        per_token = 4 * d**2 + 2 * d * int(self.mlp_ratio * d)  # query, key, value, output; MLP
-        attention = 2 * tokens**2 * d  # query with key, weights with value
-        block = 6 * d**2 + tokens * per_token + attention
-        return vectors + ends + self.depth * block
+        mlp = tokens * 2 * d * int(self.mlp_ratio * d)
+        block = 6 * d**2 + mlp + attention_macs(tokens, d, self.windows // self.patch_size)
+        skips = 0 if self.stages else num_skips(self.depth) * tokens * 2 * d**2
+        return vectors + ends + self.depth * block + skips

@@ -7,30 +7,37 @@ import flax.linen as nn
 from dico_jax.models import layers
 from dico_jax.models.block_stacks import Stage
 from dico_jax.models.denoiser import ClassConditional
-from dico_jax.models.dico import DiCoBlock
-from dico_jax.models.dit import PatchConv
+from dico_jax.models.dico import ConvBlocks, DiCoBlock
+from dico_jax.models.dit import PatchConv, isotropic_checks
 from dico_jax.models.layers import Dense
+from dico_jax.models.mixers import long_skips, num_skips
 
 
-class IsoDiCo(ClassConditional):
+class IsoDiCo(ConvBlocks, ClassConditional):
     """DiCo's blocks in the place of DiT's, without a position table: called as every `Denoiser`.
 
     Attributes:
+      layout: "isotropic", or "isotropic_skip" with long skips, see `dico_jax.models.mixers`.
       hidden_size, depth: width and number of the blocks.
       patch_size: side of the patches that positions are made of.
-      mlp_ratio: feed-forward width over hidden_size.
     """
+
+    layout: str = "isotropic"
 
     hidden_size: int = 1152
     depth: int = 23
     patch_size: int = 1
     mlp_ratio: float = 6.5
 
-    stages = ("blocks",)
+    variants = (*ConvBlocks.variants, "layout")
 
     def checks(self):
         yield from super().checks()
-        yield "mlp_ratio", int(self.mlp_ratio * self.hidden_size) > 0, "leaves no feed-forward"
+        yield from isotropic_checks(self)
+
+    @property
+    def stages(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.layout == "isotropic_skip" else ("blocks",)
 
     @property
     def size_divisor(self) -> int:  # type: ignore[override]
@@ -47,8 +54,11 @@ class IsoDiCo(ClassConditional):
 
         proj = functools.partial(PatchConv, d, p, dtype)
         x = layers.Named("proj", proj, name="x_embedder")(x).reshape(n, rows, columns, d)
-        block = functools.partial(DiCoBlock, d, self.mlp_ratio, dtype)
-        x = Stage(self.depth, block, dtype, self.scan_blocks, self.remat, name="blocks")(x, c)
+        options = self.mlp_ratio, dtype, None, self.mixer_module
+        block = functools.partial(DiCoBlock, d, *options)
+        stage = Stage(self.depth, block, dtype, self.scan_blocks, self.remat, name="blocks")
+        skips = {} if self.stages else {"enter": long_skips(self.depth, d, dtype)}
+        x = stage(x, c, **skips)
         linear = functools.partial(Dense, p * p * self.out_channels, dtype)
         final = layers.FinalLayer("linear", linear, dtype, store_input=True, name="final_layer")
 
@@ -59,6 +69,6 @@ class IsoDiCo(ClassConditional):
         d, patch = self.hidden_size, self.patch_size**2
         size = positions // patch
         ends = size * patch * d * (self.in_channels + self.out_channels)
-        per_position = 2 * d**2 + 9 * d + 2 * d * int(self.mlp_ratio * d)
-        block = 7 * d**2 + size * per_position  # modulation and attention are of vectors
-        return self.time_macs(d) + 2 * d**2 + ends + self.depth * block
+        skips = 0 if self.stages else num_skips(self.depth) * size * 2 * d**2
+        blocks = self.depth * self.block_macs(size, d)
+        return self.time_macs(d) + 2 * d**2 + ends + blocks + skips

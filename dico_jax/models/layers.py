@@ -13,16 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dico_jax.ops.conv import conv3x3, conv_gelu_mean
+from dico_jax.ops.conv import conv3x3, conv_gelu_mean, depthwise_conv
 from dico_jax.ops.cpu import stored
 from dico_jax.ops.linear import gated_linear, linear, linear_gelu
-from dico_jax.ops.pointwise import add_vector, norm_modulate
+from dico_jax.ops.pointwise import add_vector, gelu, norm_modulate
 
 xavier_uniform = nn.initializers.xavier_uniform()
 normal_002 = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros_init()
 
 NUM_TIME_FEATURES = 256
+
+# The GELU is the exact one.
+ACTIVATIONS: dict[str, Callable] = {"gelu": gelu, "relu": jax.nn.relu}
 
 
 def linear_xavier_uniform(key, shape, dtype=jnp.float32):
@@ -65,19 +68,21 @@ def weighted(module, x, kernel_shape, kernel_init=xavier_uniform):
 
 
 class Dense(nn.Module):
-    """A linear layer over channels; then the exact GELU, or times a gate (N, features)."""
+    """A linear layer over channels; then one of `ACTIVATIONS`, or times a gate (N, features)."""
 
     features: int
     dtype: jnp.dtype
     kernel_init: Callable = xavier_uniform
-    with_gelu: bool = False
+    activation: str = ""
 
     @nn.compact
     def __call__(self, x, gate=None):
         args = weighted(self, x, (x.shape[-1], self.features), self.kernel_init)
         if gate is not None:
             return gated_linear(*args, gate)
-        return (linear_gelu if self.with_gelu else linear)(*args)
+        if self.activation == "gelu":
+            return linear_gelu(*args)
+        return ACTIVATIONS.get(self.activation, lambda y: y)(linear(*args))
 
 
 def modulation(module, num, width, c):
@@ -179,14 +184,22 @@ class Conv3x3(nn.Module):
         return add_vector(y, bias.astype(self.dtype))
 
 
-class DepthwiseConvGelu(nn.Module):
-    """GELU of a 3x3 depthwise convolution and its mean over positions; kernel (3, 3, 1, C)."""
+class DepthwiseConv(nn.Module):
+    """A depthwise convolution, with as many zeros around; kernel (K, K, 1, C), K odd.
+
+    With one of `ACTIVATIONS` it gives the result of that, and its mean over positions.
+    """
 
     dtype: jnp.dtype
+    kernel_size: int = 3
+    activation: str = ""
 
     @nn.compact
     def __call__(self, x):
-        return conv_gelu_mean(*weighted(self, x, (3, 3, 1, x.shape[-1])))
+        args = weighted(self, x, (self.kernel_size, self.kernel_size, 1, x.shape[-1]))
+        if not self.activation:
+            return depthwise_conv(*args)
+        return conv_gelu_mean(*args, activation=ACTIVATIONS[self.activation])
 
 
 class Named(nn.Module):

@@ -78,7 +78,7 @@ class EncoderLayer(nn.Module):
         how = {"mask": told[:, None, None], "implementation": "xla"}  # cuDNN takes no such mask
         found = attention(q, k, v, **how).reshape(x.shape)
         x = x + dense(width, name="proj")(found)
-        h = dense(4 * width, with_gelu=True, name="fc1")(norm(name="norm2")(x))
+        h = dense(4 * width, activation="gelu", name="fc1")(norm(name="norm2")(x))
         return x + dense(width, name="fc2")(h)
 
 

@@ -6,21 +6,19 @@ on the text alone, so that sampling computes it once per prompt: `encode_conditi
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import get_args
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from dico_jax.models.dico import Trunk
 from dico_jax.models.layers import Dense, zeros
+from dico_jax.models.mixers import split_heads
 from dico_jax.models.text_conditional import TextConditional
 from dico_jax.ops.attention import Implementation, attention
 from dico_jax.ops.dynamic_conv import add_dynamic_conv
 
 SIDE = 9  # of the kernels; 77 tokens, the last of them repeated, give its 81 entries
-_HEAD = 32  # channels of an attention head, which divide every published width
 
 
 class TextKernel(nn.Module):
@@ -31,7 +29,7 @@ class TextKernel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
-        h = Dense(self.width, self.dtype, with_gelu=True, name="0")(tokens)
+        h = Dense(self.width, self.dtype, activation="gelu", name="0")(tokens)
         h = Dense(self.width, self.dtype, kernel_init=zeros, name="2")(h)
         missing = SIDE**2 - h.shape[1]
         h = jnp.pad(h, ((0, 0), (0, missing), (0, 0)), mode="edge")
@@ -57,7 +55,7 @@ class KeysAndValues(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         both = Dense(2 * self.width, self.dtype, name="kv")(tokens)
-        return tuple(_heads(part) for part in jnp.split(both, 2, axis=-1))
+        return tuple(split_heads(part) for part in jnp.split(both, 2, axis=-1))
 
 
 class CrossAttention(nn.Module):
@@ -70,16 +68,10 @@ class CrossAttention(nn.Module):
     def __call__(self, x, keys_and_values):
         n, height, width, channels = x.shape
         dense = functools.partial(Dense, channels, self.dtype)
-        q = _heads(dense(name="q")(x.reshape(n, height * width, channels)))
+        q = split_heads(dense(name="q")(x.reshape(n, height * width, channels)))
         keys_and_values = (part.astype(q.dtype) for part in keys_and_values)
         found = attention(q, *keys_and_values, implementation=self.attention)
         return x + dense(kernel_init=zeros, name="proj")(found.reshape(x.shape))
-
-
-def _heads(x):
-    """Channels (N, T, C) by head, (N, T, heads, head)."""
-    head = math.gcd(_HEAD, x.shape[-1])
-    return x.reshape(*x.shape[:-1], -1, head)
 
 
 # By the name of a fusion: what a block is given of the tokens, and what it does with that.
@@ -134,10 +126,6 @@ class TextDiCo(Trunk, TextConditional):
 
     def checks(self):
         yield from super().checks()
-        known = f"is unknown: use one of {', '.join(FUSIONS)}"
-        yield "text_fusion", self.text_fusion in FUSIONS, known
-        ways = get_args(Implementation)
-        yield "attention", self.attention in ways, f"is unknown: use one of {', '.join(ways)}"
         long = self.text_fusion == "dwc" and self.text_length > SIDE**2
         yield "text_length", not long, f"must be at most {SIDE**2}, the entries of a kernel"
 

@@ -1,8 +1,11 @@
-"""3x3 convolutions: the dense one, and the depthwise one that mixes positions in a DiCo block.
+"""The dense 3x3 convolution, and the depthwise one that mixes positions in a DiCo block.
 
 XLA lowers grouped convolutions poorly (jax-ml/jax#23713, openxla/xla#34273): the depthwise one is a
-sum of nine shifted products. The gradient that JAX derives of it pads and adds nine full arrays.
+sum of shifted products. The gradient that JAX derives of it pads and adds as many full arrays.
 """
+
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +61,8 @@ def _neighbours(x, taps):
 
 
 def _shifted(padded, taps):
-    height, width = padded.shape[1] - 2, padded.shape[2] - 2
+    ring = math.isqrt(len(taps)) - 1  # of the kernel whose taps they are
+    height, width = padded.shape[1] - ring, padded.shape[2] - ring
     return (padded[:, i : i + height, j : j + width] for i, j in taps)
 
 
@@ -84,9 +88,21 @@ def _shifted_sum(parts, taps):
 
 
 @Operation
-def depthwise_conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Depthwise 3x3 convolution of x (N, H, W, C) by kernel (3, 3, 1, C), plus bias (C,)."""
-    return _depthwise(zero_padded(x), kernel, bias)
+def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Depthwise convolution of x (N, H, W, C) by kernel (K, K, 1, C), plus bias (C,); K is odd.
+
+    Zero padding of K // 2 and stride 1.
+    """
+    return _depthwise(_padded_for(kernel, x), kernel, bias)
+
+
+def _padded_for(kernel, x):
+    return zero_padded(x, kernel.shape[0] // 2)
+
+
+def _taps_of(kernel):
+    side = kernel.shape[0]
+    return [(i, j) for i in range(side) for j in range(side)]
 
 
 def _depthwise(padded, kernel, bias):
@@ -94,22 +110,22 @@ def _depthwise(padded, kernel, bias):
 
 
 def _sum_of_taps(padded, kernel):
-    """Sum over (i, j) of x shifted by (i - 1, j - 1), times kernel[i, j]; float32 or better."""
+    """Sum over (i, j) of x shifted by its tap, times kernel[i, j]; in float32 or better."""
     kernel = kernel.astype(accumulation_dtype(padded.dtype))
-    total = None
-    for shifted, (i, j) in zip(_shifted(padded, TAPS), TAPS, strict=True):
+    total, taps = None, _taps_of(kernel)
+    for shifted, (i, j) in zip(_shifted(padded, taps), taps, strict=True):
         term = shifted * kernel[i, j, 0]
         total = term if total is None else total + term
     return total
 
 
 def _depthwise_fwd(x, kernel, bias):
-    return apart(_depthwise, zero_padded(x), kernel, bias), (x, kernel)
+    return apart(_depthwise, _padded_for(kernel, x), kernel, bias), (x, kernel)
 
 
 def _depthwise_gradients(sums, x, kernel, dy):
-    """Gradients of x, and for every example of the kernel (N, 9, C) and of the bias (N, C)."""
-    padded = zero_padded(dy)
+    """Gradients of x, and for every example of the kernel (N, K * K, C) and of the bias (N, C)."""
+    padded = _padded_for(kernel, dy)
     # The transpose of a zero-padded convolution is the convolution by the rotated kernel.
     dx = _sum_of_taps(padded, kernel[::-1, ::-1]).astype(x.dtype)
 
@@ -118,11 +134,12 @@ def _depthwise_gradients(sums, x, kernel, dy):
 
     # The kernel's gradient shifts dy as well: shifted copies of x would be shared with the forward
     # pass, and kept until here.
-    taps = [sums.over_positions(product, part, x) for part in [*_shifted(padded, TAPS[::-1])]]
+    taps = _shifted(padded, _taps_of(kernel)[::-1])
+    taps = [sums.over_positions(product, part, x) for part in [*taps]]
     return dx, jnp.stack(taps, 1), sums.over_positions(widened, dy)
 
 
-@depthwise_conv3x3.gradient(_depthwise_fwd)
+@depthwise_conv.gradient(_depthwise_fwd)
 def _depthwise_bwd(residuals, dy):
     x, kernel = residuals
     dx, taps, total = with_sums(_depthwise_gradients, x, kernel, dy)
@@ -130,7 +147,16 @@ def _depthwise_bwd(residuals, dy):
     return dx, dkernel, total.sum(0).astype(dy.dtype)
 
 
-def conv_gelu_mean(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """GELU of `depthwise_conv3x3`, and its mean (N, C) over positions, in float32 or better."""
-    h = gelu(depthwise_conv3x3(x, kernel, bias))
+def conv_gelu_mean(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    *,
+    activation: Callable[[jax.Array], jax.Array] = gelu,
+) -> tuple[jax.Array, jax.Array]:
+    """GELU of `depthwise_conv`, and its mean (N, C) over positions, in float32 or better.
+
+    Another `activation` may take GELU's place.
+    """
+    h = activation(depthwise_conv(x, kernel, bias))
     return h, h.mean((1, 2), dtype=accumulation_dtype(x.dtype))

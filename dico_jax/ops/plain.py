@@ -70,10 +70,10 @@ def check_float64(field: str, dtype) -> None:
         raise UsageError(field, "float64", "needs JAX's own switch: set JAX_ENABLE_X64=1")
 
 
-def zero_padded(x: jax.Array) -> jax.Array:
-    """X (N, H, W, C) with a ring of zeros around its positions: (N, H + 2, W + 2, C)."""
+def zero_padded(x: jax.Array, by: int = 1) -> jax.Array:
+    """X (N, H, W, C) with rings of zeros around its positions: (N, H + 2 by, W + 2 by, C)."""
     zero = jnp.zeros((), x.dtype)
-    return lax.pad(x, zero, ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
+    return lax.pad(x, zero, ((0, 0, 0), (by, by, 0), (by, by, 0), (0, 0, 0)))
 
 
 def direct_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:

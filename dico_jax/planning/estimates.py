@@ -135,9 +135,10 @@ def traffic(
         positions = side, side // 4, side // 16, side // 4, side
         stages = zip(model.depth, positions, model.stage_widths, strict=True)
         images = config.data.batch_size / num_batch_shards(mesh)
-        # Two products per block end with a sum, as do their gradients.
-        one = sum(4 * depth * at * width for depth, at, width in stages) * model.dtype.itemsize
-        payload, count = one * images, 4 * sum(model.depth)
+        # Two products per block (of an FCDM, one) end with a sum, as do their gradients.
+        sums = 2 * model.sums_per_block
+        one = sum(sums * depth * at * width for depth, at, width in stages) * model.dtype.itemsize
+        payload, count = one * images, sums * sum(model.depth)
         yield Traffic("tensor", "all-reduce of activations", count, payload, _ring(n, 2 * payload))
 
 

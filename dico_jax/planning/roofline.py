@@ -112,7 +112,7 @@ def stages_of(model: Any, side: int, macs: int, kept: float) -> list[FusedStage]
 
     That one has so many multiply-adds, and reads and writes once the bytes that are kept of it.
     """
-    if not hasattr(model, "stage_widths"):
+    if not getattr(model, "has_conv_modules", False):
         parameters = 0
         return [FusedStage("network", 1, int(kept), int(kept), parameters, macs)]
     fields = ("hidden_size", "depth", "mlp_ratio", "in_channels", "out_channels")

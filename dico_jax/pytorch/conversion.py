@@ -47,6 +47,7 @@ def load_pytorch(path: str | os.PathLike, model: Any, weights: str = "auto") -> 
       UsageError: the file cannot be read, or its tensors are not those of the model; all missing,
         unexpected and misshapen ones are listed.
     """
+    _check_published(model)
     with open_tensors(local_file(path)) as file, about(f"{path}"):
         tensors = select_weights(file, weights).tensors
         check_table(tensors, model.hidden_size)
@@ -162,10 +163,7 @@ def to_pytorch(
     suffix = result_path(out, kinds).suffix.lower()
     saved, health, bar = SavedWeights(ckpt, step), Health(), ByteProgress()
     with about(f"--ckpt={ckpt}"), within("config."):
-        model = model_of(saved.config)
-        if model.two_times or type(model).__name__ not in KEY_MAPS:
-            fix = "cannot be converted with these options: no PyTorch code is known for it"
-            raise UsageError("model.name", saved.config["model"]["name"], fix)
+        _check_published(model := model_of(saved.config), saved.config["model"]["name"])
     table = {}
     if isinstance(model, DiT):
         rows = side_of(saved.config) // model.patch_size
@@ -188,6 +186,16 @@ def to_pytorch(
     health.warn()
     what = "model, ema, opt and args" if training else f"the weights {weights!r}"
     return f"{what} of {saved.config['model']['name']}, step {saved.step}: {out} is written"
+
+
+def _check_published(model: Any, name: str = "") -> None:
+    """Raises UsageError for a network of which no published PyTorch code is known."""
+    known = type(model).__name__ in KEY_MAPS
+    field = model.variant or ("two_times" if model.two_times else "" if known else "name")
+    if field:
+        value = name or type(model).__name__ if field == "name" else getattr(model, field)
+        fix = "cannot be converted: no PyTorch code of such a network is known"
+        raise UsageError(f"model.{field}", value, fix)
 
 
 def _optimizer(tree: object) -> object:

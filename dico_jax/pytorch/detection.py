@@ -200,6 +200,8 @@ def check_table(tensors: Mapping[str, Any], width: int) -> int | None:
 
 
 def _family(shapes: Shapes) -> str:
+    if any(".pwconv1." in key for key in shapes):
+        raise UsageError("these are the weights of an FCDM, whose names are not known here")
     dico = sum(key.startswith(_STAGES) for key in shapes)
     dit = sum(key.startswith("blocks.") for key in shapes)
     if not dico and not dit:

@@ -99,7 +99,8 @@ def _text_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def saved_model(config: Mapping[str, Any]) -> Denoiser:
     """The network of a checkpoint's config, one that does not read texts itself."""
-    given, known = config["model"], model_options(config["model"]["name"])
+    given = config["model"]
+    known = model_options(given["name"], given["layout"])
     told = {k: v for k, v in given.items() if k in known or v != DEFAULTS["model"][k]}
     return create_model(**{k: v for k, v in told.items() if v is not None})
 

@@ -122,7 +122,11 @@ def model_key(config: Mapping[str, Any]) -> str:
 def model_title(config: Mapping[str, Any]) -> str:
     name, size = config.get("model.name", "unknown model"), config.get("data.image_size")
     width = config.get("model.hidden_size")
-    of = f" of width {width}" if width and name in ("DiCo", "DiT", "TextDiCo", "IsoDiCo") else ""
+    of = (
+        f" of width {width}"
+        if width and name in ("DiCo", "DiT", "TextDiCo", "IsoDiCo", "FCDM")
+        else ""
+    )
     at = f" at {size}x{size}" if size else ""
     return f"{name}{of}{at}, {config.get('diffusion.objective', 'unknown objective')}"
 

@@ -19,7 +19,8 @@ from dico_jax.showing.files import Found
 from dico_jax.showing.tensors import Row, numbers, size, weights
 
 _READ_RECORDS = 64  # of prepared latents, without --full
-_SHOWN = ("hidden_size", "depth", "num_heads", "patch_size", "dtype",
+_SHOWN = ("hidden_size", "depth", "num_heads", "patch_size", "dtype", "layout", "mixer",
+          "window_size", "channel_attention", "kernel_size", "activation",
           "source", "path", "image_size", "batch_size")  # fmt: skip
 
 
