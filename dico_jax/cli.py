@@ -178,7 +178,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except Exception as error:  # of a config file, whose lines are in the traceback
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f"--config={path}, line {lines[-1]}: {type(error).__name__}: " if lines else ""
-        _fail(where + re.sub("Traceback .*\n", "", str(error).strip(), flags=re.DOTALL))
+        text = re.sub("Traceback .*\n", "", str(error).strip(), flags=re.DOTALL)
+        _fail(where + text.rpartition(f"{UsageError.__module__}.{UsageError.__name__}: ")[2])
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     return rest

@@ -30,7 +30,7 @@ FIELDS = frozenset(flatten(DEFAULTS))
 NUMBERS = {"model.hidden_size", "model.depth", "model.mlp_ratio", "model.num_heads"}
 NUMBERS |= {"model.patch_size", "model.text_length", "model.text_width", "model.pooled_width"}
 NUMBERS |= {"model.text_layers", "model.text_dropout_prob", "autoencoder.scaling_factor"}
-NUMBERS |= {"data.cache_gb"}
+NUMBERS |= {"data.cache_gb", "model.kernel_size", "model.window_size"}
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem[0] != "_")
@@ -47,7 +47,7 @@ PARAMETERS = {
 
 def test_the_published_sizes_have_configs():
     told_texts = {"worded_digits", "coco256", "coco256_flow", "coco256_uvit"}
-    others = {"digits_flow", "digits_mean_flow", "iso_flow"}
+    others = {"digits_flow", "digits_mean_flow", "iso_flow", "ablation_s256"}
     known = {"default", "digits", "cifar10", "folder", *told_texts, *others, *PARAMETERS}
     assert set(NAMES) == known
 

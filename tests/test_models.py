@@ -260,9 +260,10 @@ def test_wrong_input_size(family, side):
 def test_model_options_list_everything():
     assert set(model_options("DiCo-XL")) == {
         "hidden_size", "depth", "mlp_ratio", "in_channels", "num_classes", "class_dropout_prob",
-        "learn_sigma", "dtype", "scan_blocks", "remat", "plain_ops", "two_times",
+        "learn_sigma", "dtype", "scan_blocks", "remat", "plain_ops", "two_times", "layout", "mixer",
+        "window_size", "attention", "channel_attention", "kernel_size", "activation",
     }  # fmt: skip
-    assert len(MODELS) == 2 * 5 + 4 * 3 + 4
+    assert len(MODELS) == 2 * 5 + 4 * 3 + 4 + 5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

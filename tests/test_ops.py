@@ -23,10 +23,11 @@ def _large(request, monkeypatch):
     jax.clear_caches()
 
 
-def operands(shape, dtype, seed=0):
+def operands(shape, dtype, seed=0, side=3):
     rng = np.random.default_rng(seed)
     width = shape[-1]
-    arrays = rng.normal(size=shape), rng.normal(size=(3, 3, 1, width)), rng.normal(size=width)
+    kernel = rng.normal(size=(side, side, 1, width))
+    arrays = rng.normal(size=shape), kernel, rng.normal(size=width)
     return [jnp.asarray(a, dtype) for a in arrays]
 
 
@@ -53,10 +54,12 @@ def convolution(x, kernel, groups=1):
 SHAPES = [(2, 8, 8, 6), (1, 4, 12, 3), (3, 1, 1, 2), (2, 2, 5, 4), (2, 4, 16, 32)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_depthwise_conv_and_its_gradient_are_those_of_the_grouped_convolution(shape):
+@pytest.mark.parametrize(
+    ("shape", "side"), [*((shape, 3) for shape in SHAPES), (SHAPES[0], 5), (SHAPES[3], 7)]
+)
+def test_depthwise_conv_and_its_gradient_are_those_of_the_grouped_convolution(shape, side):
     with jax.enable_x64(True):
-        args = operands(shape, jnp.float64)
+        args = operands(shape, jnp.float64, side=side)
         weights = jnp.asarray(np.random.default_rng(1).normal(size=shape))
 
         def grouped(x, kernel, bias):

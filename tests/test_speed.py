@@ -73,6 +73,52 @@ def count_products(jaxpr) -> int:
             (8, 12, 4),
             0,
         ),
+        (
+            "DiCo",
+            {
+                "hidden_size": 32,
+                "depth": (1,) * 5,
+                "channel_attention": "squeeze_excite",
+                "kernel_size": 5,
+            },
+            (8, 8, 4),
+            25 * 32 * (64 + 2 * 16 + 4 * 4 + 2 * 16 + 2 * 64),
+        ),
+        (
+            "DiCo",
+            {
+                "hidden_size": 24,
+                "depth": 3,
+                "patch_size": 2,
+                "mlp_ratio": 1.5,
+                "layout": "isotropic_skip",
+                "channel_attention": "self_attention",
+                "kernel_size": 7,
+            },
+            (8, 8, 4),
+            3 * 49 * 16 * 24,
+        ),
+        ("DiCo", {"hidden_size": 8, "depth": (1,) * 5, "mixer": "attention"}, (8, 8, 4), 0),
+        (
+            "DiT",
+            {
+                "hidden_size": 24,
+                "depth": 3,
+                "num_heads": 3,
+                "patch_size": 2,
+                "window_size": 2,
+                "mixer": "window_attention",
+                "layout": "isotropic_skip",
+            },
+            (8, 8, 4),
+            0,
+        ),
+        (
+            "FCDM",
+            {"hidden_size": 8, "depth": (1,) * 5},
+            (8, 8, 4),
+            49 * 8 * (64 + 32 + 16 + 32 + 64),
+        ),
     ],
 )
 def test_multiply_adds_are_those_of_the_program(name, options, shape, depthwise):

@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
     condition_dropout = 0.0  # the probability with which training replaces a condition by the null
     asked_by = "classes"  # the flag that asks for conditions, see `parse_conditions`
     variants: ClassVar[tuple[str, ...]] = ()  # options of which published weights have the default
-    windows = 0  # side of the windows, in positions, that it cuts its input into; 0 for none
+    windows = 0  # side of the windows that it cuts each of its resolutions into; 0 for none
     may_be_zero: ClassVar[tuple[str, ...]] = ()  # of the whole numbers among the options
 
     def __post_init__(self):

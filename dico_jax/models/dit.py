@@ -143,12 +143,11 @@ class DiT(ClassConditional):
 
     @property
     def windows(self) -> int:  # type: ignore[override]
-        """Side of a window in positions of the input."""
-        return self.patch_size * self.window_size if self.mixer == "window_attention" else 0
+        return self.window_size if self.mixer == "window_attention" else 0
 
     @property
     def size_divisor(self) -> int:  # type: ignore[override]
-        return self.windows or self.patch_size
+        return self.patch_size * (self.windows or 1)
 
     @nn.compact
     def forward(self, x, t, condition):
@@ -163,7 +162,7 @@ class DiT(ClassConditional):
         x = layers.Named("proj", proj, name="x_embedder")(x)  # (N, T, D)
         # The reference stores the table in float32, whatever it computes in.
         x += jnp.asarray(position_embedding(rows, columns, d).astype(np.float32), x.dtype)
-        windows = (rows, columns, self.window_size) if self.windows else None
+        windows = (rows, columns, self.windows) if self.windows else None
         options = d, self.num_heads, self.mlp_ratio, dtype, self.attention, self.activation, windows
         block = functools.partial(DiTBlock, *options)
         stage = Stage(self.depth, block, dtype, self.scan_blocks, self.remat, name="blocks")
@@ -181,6 +180,6 @@ class DiT(ClassConditional):
         vectors = self.time_macs(d) + 2 * d**2  # the last modulation
         ends = tokens * patch * d * (self.in_channels + self.out_channels)
         mlp = tokens * 2 * d * int(self.mlp_ratio * d)
-        block = 6 * d**2 + mlp + attention_macs(tokens, d, self.windows // self.patch_size)
+        block = 6 * d**2 + mlp + attention_macs(tokens, d, self.windows)
         skips = 0 if self.stages else num_skips(self.depth) * tokens * 2 * d**2
         return vectors + ends + self.depth * block + skips
