@@ -206,7 +206,8 @@ def test_attention_of_windows_is_its_formula(window):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_skips_that_pass_x_alone_leave_the_network_without_skips(name="dit_skip"):
+def test_skips_that_pass_x_alone_leave_the_network_without_skips():
+    name = "dit_skip"
     joined, plain = kind(name, depth=5), kind(name, depth=5, layout="isotropic")
     params = drawn(abstract_params(joined))
     own = {k: v for k, v in params.items() if not k.startswith("skip_linear_")}
