@@ -16,6 +16,7 @@ from dico_jax.diffusion import create_diffusion, sample_loop
 from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config, model_from_config
 from dico_jax.models import abstract_params, count_parameters, create_model, forward_macs
+from dico_jax.models.fcdm import FCDMBlock
 from dico_jax.models.mixers import (
     Attention,
     ChannelSelfAttention,
@@ -114,13 +115,13 @@ def test_fcdm_has_the_papers_multiply_adds():
     assert count_parameters(model) == 698_754_056
 
 
-def test_fcdm_starts_as_zero():
-    model = create_model("FCDM", **U | {"kernel_size": 3})
-    x, t, y = features(1, 4, 4, 1), np.array([7]), np.array([1])
-    out, params = jax.jit(model.init_with_output)(jax.random.key(0), x, t, y)
-    assert not np.any(out)
-    assert not np.any(params["params"]["latent"]["0"]["grn"]["gamma"])
-    assert np.any(params["params"]["output_layer"]["kernel"])
+def test_blocks_of_fcdm_are_identities_at_first():
+    x, c = features(1, 4, 4, 8), features(1, 8)
+    block = FCDMBlock(8, 3.0, jnp.dtype("float32"), kernel_size=3)
+    out, variables = jax.jit(block.init_with_output)(jax.random.key(0), x, c)
+    np.testing.assert_array_equal(out, x)
+    assert not np.any(variables["params"]["grn"]["gamma"])
+    assert np.any(variables["params"]["pwconv2"]["kernel"])
 
 
 def test_isotropic_layouts_are_names_of_one_network():
