@@ -2,6 +2,8 @@ r"""What a trained network does inside: the paper's evidence, measured on any ch
 
 python -m dico_jax.analyze channels --ckpt=DIR [--ckpt=DIR2 ...] --out=DIR
     How redundant channels are, block by block, and the spectrum of the predicted noise.
+python -m dico_jax.analyze attention --ckpt=DIT --out=DIR
+    How far a DiT's attention looks, and what is left of the output in a window.
 python -m dico_jax.analyze cost --out=DIR [--models=DiCo-S,DiT-S/2 --image_sizes=256,512,1024]
     Parameters, multiply-adds and activation bytes by stage.
 
@@ -43,7 +45,8 @@ for _module in (cli, sampler_flags):
     flags.adopt_module_key_flags(_module)  # so that --help shows them
 
 _LOOK = f"images num_images num_times batch_size layers {' '.join(sampler_flags.NAMES)}"
-_ACTIONS = {"channels": ("ckpt out", _LOOK), "cost": ("out", "models image_sizes")}
+_ACTIONS = {"channels": ("ckpt out", _LOOK), "attention": ("ckpt out", _LOOK)}
+_ACTIONS |= {"cost": ("out", "models image_sizes")}
 _OF_NETWORKS = {"step", "weights", "ema_width", "vae", "text_encoder", "seed"}
 
 
@@ -57,60 +60,50 @@ def main(action: str) -> None:
     if flags.FLAGS["layers"].present and not _LAYERS.value:
         raise UsageError("--layers", "", "is empty: name blocks, or leave it out for all")
     # Late imports: --help answers before JAX is imported.
-    from dico_jax.files import check_new
+    from dico_jax.files import check_new, library_versions, new_folder, write_json
 
     check_new(str(_OUT.value), 0)
-    result, figures = _cost() if action == "cost" else _channels()
-    _write(action, result, figures)
+    if action == "cost":
+        from dico_jax.analysis import cost
+
+        rows = cost.measure(_MODELS.value, cost.check(_MODELS.value, _IMAGE_SIZES.value))
+        print(cost.table(rows))
+        result, figures = {"models": rows}, cost.figures(rows)
+    else:
+        result, figures = _look(action)
+    from dico_jax.reporting.figures import save_figures
+
+    about = {"argv": ["dico_jax.analyze", action, *sys.argv[1:]], "versions": library_versions()}
+    with new_folder(str(_OUT.value)) as folder:  # there whole, or not at all
+        names = save_figures(figures, folder)
+        write_json(folder / f"{action}.json", {"action": action, **about, **result})
+    print(f"{action}.json and {', '.join(names)} (.png, .pdf) are in {_OUT.value}")
 
 
-def _cost() -> Any:
-    from dico_jax.analysis import cost
+def _look(action: str) -> Any:
+    ckpts, images, asked = _CKPTS.value, _IMAGES.value, sampler_flags.asked()
+    sampler_flags.use_all_cores(*ckpts)
+    from dico_jax.analysis import attention, channels
+    from dico_jax.analysis.subjects import give_images, open_subjects
 
-    names = cost.check_models(_MODELS.value)
-    rows = cost.measure(names, cost.check_sizes(_IMAGE_SIZES.value, names))
-    print(cost.table(rows))
-    return {"models": rows}, cost.figures(rows)
-
-
-def _channels() -> Any:
+    how = sampler_flags.sampler_arguments(_BATCH_SIZE.value)
+    subjects = open_subjects(ckpts, images, _NUM_TIMES.value, _LAYERS.value, how)
+    if action == "attention":
+        attention.check(subjects)
+    for subject in subjects:
+        give_images(subject, images, _NUM_IMAGES.value, asked)
+    names = [ckpt.rstrip("/").rpartition("/")[2] for ckpt in ckpts]
+    by_name = dict(zip(names if len({*names}) == len(names) else ckpts, subjects, strict=True))
     results, sheets = {}, {}
-    for name, subject in _subjects().items():
-        from dico_jax.analysis import channels
-
-        found, sheets[name] = channels.measure(subject)
-        results[name] = {"network": subject.about(_IMAGES.value), **found}
+    for name, subject in by_name.items():
+        found = attention.measure(subject) if action == "attention" else channels.measure(subject)
+        sheets[name] = found.pop("maps", None)
+        results[name] = {"network": subject.about(images), **found}
+    if action == "attention":
+        return {"networks": results}, attention.figures(results)
     for text in channels.rank_warnings(results):
         print(f"warning: {text}", file=sys.stderr)
     return {"networks": results}, channels.figures(results, sheets)
-
-
-def _subjects() -> dict[str, Any]:
-    """The networks of --ckpt with their images, by names that differ."""
-    sampler_flags.use_all_cores(*_CKPTS.value)
-    from dico_jax.analysis.subjects import give_images, open_subjects
-
-    how, asked = sampler_flags.sampler_arguments(_BATCH_SIZE.value), sampler_flags.asked()
-    given = _CKPTS.value, _IMAGES.value, _NUM_TIMES.value, _LAYERS.value, how
-    subjects = open_subjects(*given)
-    for subject in subjects:
-        give_images(subject, _IMAGES.value, _NUM_IMAGES.value, asked)
-    short = [subject.ckpt.rstrip("/").rpartition("/")[2] for subject in subjects]
-    names = short if len({*short}) == len(short) else [s.ckpt for s in subjects]
-    return dict(zip(names, subjects, strict=True))
-
-
-def _write(action: str, result: dict[str, Any], figures: Any) -> None:
-    """Writes what was measured, how it was made, and the figures: whole, or not at all."""
-    from dico_jax.benchmarking.report import about
-    from dico_jax.files import new_folder, write_json
-    from dico_jax.reporting.figures import save_figures
-
-    how = {"argv": ["dico_jax.analyze", action, *sys.argv[1:]], **about()}
-    with new_folder(str(_OUT.value)) as folder:
-        names = save_figures(figures, folder)
-        write_json(folder / f"{action}.json", {"action": action, **result, **how})
-    print(f"{action}.json and {', '.join(names)} (.png, .pdf) are in {_OUT.value}")
 
 
 if __name__ == "__main__":

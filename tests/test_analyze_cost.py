@@ -46,7 +46,7 @@ def test_the_stages_add_up_to_the_published_multiply_adds(name, size, published,
 
 def test_a_stage_has_the_multiply_adds_of_its_blocks(without_tracing):
     model = create_model("DiCo", hidden_size=4, depth=(1, 2, 1, 1, 1), num_classes=10)
-    found = cost.by_stage(model, (8, 8, 4))["encoder_level_2"]["multiply_adds"]
+    found = cost.by_stage(model, 8)["encoder_level_2"]["multiply_adds"]
     width, positions = 8, 4 * 4
     products = 2 * width**2 + 9 * width + 4 * width**2
     assert found == 2 * (7 * width**2 + positions * products)
@@ -55,7 +55,7 @@ def test_a_stage_has_the_multiply_adds_of_its_blocks(without_tracing):
 def test_a_stage_has_the_parameters_and_activations_of_its_blocks():
     sizes = {"hidden_size": 16, "num_heads": 2, "patch_size": 2, "num_classes": 10}
     model, shape = create_model("DiT", depth=3, **sizes), (8, 8, 4)
-    found, kept = cost.by_stage(model, shape), kept_activations(model, shape)
+    found, kept = cost.by_stage(model, 8), kept_activations(model, shape)
     activations = {name: stage["activation_bytes"] for name, stage in found.items()}
     assert activations == pytest.approx(kept, abs=1)
     width, hidden = 16, 64
@@ -85,7 +85,7 @@ def test_the_command_writes_a_table_json_and_figures(tmp_path):
 @pytest.mark.parametrize(
     ("models", "sizes", "message"),
     [
-        ([], ["256"], "--models= is empty: name some, such as DiCo-S"),
+        ([], ["256"], "--models= is no published size: use DiCo-"),
         (["DiCo-Z"], ["256"], "--models=DiCo-Z is no published size: use DiCo-S or DiCo-"),
         (["DiCo-S", ""], ["256"], "--models= is no published size"),
         (["DiCo"], ["256"], "--models=DiCo is no published size: use DiCo-"),
@@ -100,7 +100,7 @@ def test_the_command_writes_a_table_json_and_figures(tmp_path):
 )
 def test_models_and_sizes_that_are_none(models, sizes, message):
     with pytest.raises(UsageError, match=f"^{message}"):
-        cost.check_sizes(sizes, cost.check_models(models))
+        cost.check(models, sizes)
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from dico_jax.analysis.measures import (
-    NOTHING,
-    Moments,
-    channel_measures,
-    merged,
-    moments,
-    radial_power,
-)
+from dico_jax.analysis import measures
 from dico_jax.analysis.subjects import Subject
 from dico_jax.errors import UsageError
 from dico_jax.ops.pointwise import multiply_vector
@@ -33,6 +26,7 @@ _MAPS = 36  # channels on a sheet
 
 
 def watch(seen: dict[Any, Any], layer: str, name: str, module: Any, call: Any, args: Any) -> Any:
+    """See `Subject.program`: keeps the features of `PLACES`, (N, ..., C), by layer and place."""
     if name == "conv3" and len(args) > 1:
         if (layer, BEFORE) in seen:
             seen[layer, AFTER] = args[0]
@@ -40,7 +34,7 @@ def watch(seen: dict[Any, Any], layer: str, name: str, module: Any, call: Any, a
         return multiply_vector(seen[layer, OUTPUT], args[1])
     result = call(*args)
     if name == "conv2":
-        seen[layer, "conv2"] = result[0]
+        seen[layer, name] = result[0]
     elif name == "ca":
         seen[layer, BEFORE] = seen[layer, "conv2"]
     elif name == "attn":
@@ -48,53 +42,41 @@ def watch(seen: dict[Any, Any], layer: str, name: str, module: Any, call: Any, a
     return result
 
 
-def measure(subject: Subject) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The result of one network as JSON has it, and maps (H, W, C) of its first block, by place."""
+def measure(subject: Subject) -> dict[str, Any]:
+    """The result of one network as JSON has it, and "maps" of its first block, by place."""
 
     def look(noise, output, seen, weights):
-        features = {key: found for key, found in seen.items() if key[1] in PLACES}
-        maps = {place: f[0] for (layer, place), f in features.items() if layer == subject.layers[0]}
-        return noise, {key: moments(found, weights) for key, found in features.items()}, maps
+        found = {key: measures.moments(of, weights) for key, of in seen.items() if key[1] in PLACES}
+        return noise, found, {p: seen[i, p][0] for i, p in found if i == subject.layers[0]}
 
-    program, params = subject.program(watch, look), subject.sampler.params
+    program, scores, spectra = subject.program(watch, look), [], []
     layers: dict[str, Any] = {}
-    sheet: dict[str, np.ndarray] = {}
-    scores, spectra = [], []
     for point, time in enumerate(subject.times, 1):
         print(f"{subject.ckpt}, time {time:g} ...", file=sys.stderr, flush=True)
-        sums: dict[Any, Moments] = {}
-        power: Any = 0.0
-        for x, told, weights in subject.batches(point):
-            noise, found, maps = program(params, x, told, weights, point)
-            sums = {key: merged(sums.get(key, NOTHING), of) for key, of in found.items()}
+        sums: dict[Any, measures.Moments] = {}
+        power: list[np.ndarray] = []
+        for *given, weights in subject.batches(point):
+            noise, found, first = program(subject.sampler.params, *given, weights, point)
+            nothing = dict.fromkeys(found, measures.NOTHING)
+            sums = {k: measures.merged((sums or nothing)[k], of) for k, of in found.items()}
             kept = np.asarray(noise)[np.asarray(weights) > 0]
-            power = power + len(kept) * radial_power(kept)
-            if point == (len(subject.times) + 1) // 2 and not sheet:
-                sheet = {p: _as_map(np.asarray(maps[p])) for p in PLACES if p in maps}
+            power += [measures.radial_power(image[None]) for image in kept]
+            if point == (len(subject.times) + 1) // 2 and len(power) == len(kept):
+                maps = {place: np.asarray(first[place]) for place in PLACES if place in first}
         for layer, place in ((i, p) for i in subject.layers for p in PLACES if (i, p) in sums):
-            found = sums[layer, place]
-            sizes = {"width": len(found.mean), "rows": int(found.rows)}
+            of = sums[layer, place]
+            sizes = {"width": len(of.mean), "rows": int(of.rows)}
             at = layers.setdefault(layer, {}).setdefault(place, sizes)
-            for name, value in channel_measures(found).items():
+            for name, value in measures.channel_measures(of).items():
                 at.setdefault(name, []).append(value)
-        if (last := [*layers][-1:]) == []:
+        if not layers:
             fix = "has no block with a conv module or attention: give a DiCo or a DiT"
             raise UsageError("--ckpt", subject.ckpt, fix)
-        scores.append(sums[last[0], OUTPUT].score.tolist())
-        spectra.append((power / len(subject.latents)).tolist())
-    result = {
-        "times": subject.times.tolist(),
-        "layers": layers,
-        "score": {"layer": last[0], "values": scores},
-        "noise_spectrum": spectra,
-    }
-    return result, sheet
-
-
-def _as_map(features: np.ndarray) -> np.ndarray:
-    """Features of one image, (H, W, C) or those of tokens (T, C), as (H, W, C)."""
-    side = math.isqrt(features.size // features.shape[-1])
-    return features if features.ndim == 3 else features.reshape(side, side, -1)
+        scores.append(sums[[*layers][-1], OUTPUT].score.tolist())
+        spectra.append(np.mean(power, axis=0).tolist())
+    score = {"layer": [*layers][-1], "values": scores}
+    found = {"times": subject.times.tolist(), "layers": layers, "score": score}
+    return found | {"noise_spectrum": spectra, "maps": maps}
 
 
 def rank_warnings(results: Mapping[str, Any]) -> Iterator[str]:
@@ -102,8 +84,7 @@ def rank_warnings(results: Mapping[str, Any]) -> Iterator[str]:
     for name, result in results.items():
         few = {layer: found[OUTPUT] for layer, found in result["layers"].items()}
         few = {layer: of for layer, of in few.items() if of["rows"] <= of["width"]}
-        if few:
-            layer, of = min(few.items(), key=lambda item: item[1]["rows"] / item[1]["width"])
+        for layer, of in sorted(few.items(), key=lambda i: i[1]["rows"] / i[1]["width"])[:1]:
             what = f"{of['rows']} rows (images x positions) for {of['width']} channels"
             fix = f"its rank is at most {of['rows'] - 1}: give more --num_images"
             yield f"{name}: {len(few)} blocks, such as {layer}, have too few images: {what}, {fix}"
@@ -111,8 +92,7 @@ def rank_warnings(results: Mapping[str, Any]) -> Iterator[str]:
 
 def figures(results: Mapping[str, Any], sheets: Mapping[str, Any]) -> Iterator[Any]:
     """Score, measures by block and time, maps of the first block, and spectrum of the noise."""
-    figure = Figure(figsize=(1.3 * WIDTH, HEIGHT))
-    axes = figure.subplots()
+    axes = (figure := Figure(figsize=(1.3 * WIDTH, HEIGHT))).subplots()
     for name, result in results.items():
         score = np.sort(np.mean(result["score"]["values"], axis=0))[::-1]
         label = f"{name}, {result['score']['layer']}"
@@ -127,22 +107,19 @@ def figures(results: Mapping[str, Any], sheets: Mapping[str, Any]) -> Iterator[A
         tables = {name: _table(result, measured, OUTPUT) for name, result in results.items()}
         most = max(float(table.filled(0).max()) for table in tables.values()) or 1.0
         for axes, (name, table) in zip(row, tables.items(), strict=False):
-            blocks, times = results[name]["layers"], results[name]["times"]
-            drawn = heat_map(axes, table, [*blocks], times, 0.0, most)
+            heat_map(axes, table, results[name]["layers"], results[name]["times"], (0.0, most))
             axes.set(title=name if measured == next(iter(MEASURES)) else "", xlabel="time")
-            figure.colorbar(drawn, ax=axes)
         row[0].set_ylabel(title)
         for place, style in ((OUTPUT, "o-"), (AFTER, "s--"), (BEFORE, "^:")):
             for k, (name, result) in enumerate(results.items()):
-                mean = _table(result, measured, place).mean(axis=1)
-                how = {"color": f"C{k}", "label": f"{name}, {place.replace('_', ' ')}"}
-                if mean.count():
-                    row[-1].plot(mean, style, ms=3, **how)
+                if (mean := _table(result, measured, place).mean(axis=1)).count():
+                    label = f"{name}, {place.replace('_', ' ')}"
+                    row[-1].plot(mean, style, ms=3, color=f"C{k}", label=label)
         row[-1].set(xlabel="block", ylabel=title)
     figure.legend(*panels[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     yield "channel_measures", figure
 
-    for number, (name, maps) in enumerate(sheets.items()):
+    for number, (name, maps) in enumerate(sheets.items(), 1):
         figure = Figure(figsize=(WIDTH * len(maps), 1.15 * WIDTH))
         most = max(np.abs(of).max() for of in maps.values())
         for axes, place in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
@@ -150,33 +127,37 @@ def figures(results: Mapping[str, Any], sheets: Mapping[str, Any]) -> Iterator[A
             axes.set_axis_off()
             axes.set_title(place.replace("_", " "))
         figure.suptitle(f"{name}, {next(iter(results[name]['layers']))}")
-        yield f"feature_maps_{number + 1}", figure
+        yield f"feature_maps_{number}", figure
 
     figure = Figure(figsize=(WIDTH * len(results), 1.1 * HEIGHT))
     panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
     for axes, (name, result) in zip(panels, results.items(), strict=True):
-        times, spectra = result["times"], result["noise_spectrum"]
-        for k, power in enumerate(spectra):
-            label = f"time {times[k]:g}" * (k in (0, len(times) - 1))
-            color = colormaps["viridis"](k / max(1, len(times) - 1))
-            axes.plot(range(1, len(power)), power[1:], color=color, label=label)
+        lines = np.array(result["noise_spectrum"])[:, 1:]
         axes.axhline(1, color="0.5", ls="--", lw=0.8, label="white noise")
+        fan(axes, [f"time {t:g}" for t in result["times"]], range(1, lines.shape[1] + 1), lines)
         axes.set(xlabel="cycles per image", yscale="log", title=name)
-        axes.legend()
-    panels[0].set(ylabel="power of the predicted noise")
+    panels[0].set_ylabel("power of the predicted noise")
     yield "noise_spectrum", figure
 
 
-def heat_map(axes: Any, table: np.ndarray, rows: Sequence[str], columns: Any, *limits: Any) -> Any:
-    """Draws numbers (rows, columns), some of whose names stand beside them."""
-    low, high = limits or (None, None)
+def fan(axes: Any, names: Sequence[str], x: Any, lines: Any) -> None:
+    """Draws lines in colours that rise, the first and the last of which are named."""
+    for k, (name, line) in enumerate(zip(names, lines, strict=True)):
+        color = colormaps["viridis"](k / max(1, len(names) - 1))
+        axes.plot(x, line, color=color, label=name if k in (0, len(names) - 1) else "")
+    axes.legend()
+
+
+def heat_map(axes: Any, table: Any, rows: Any, columns: Any, limits: Any = (None, None)) -> None:
+    """Draws numbers (rows, columns) with a scale, and the names of some rows and columns."""
+    low, high = limits
     drawn = axes.imshow(table, aspect="auto", vmin=low, vmax=high, interpolation="none")
+    axes.figure.colorbar(drawn, ax=axes)
     named = [f"{column:.4g}" for column in columns]
-    for axis, names, most in ((axes.yaxis, rows, 6), (axes.xaxis, named, 4)):
+    for axis, names, most in ((axes.yaxis, [*rows], 6), (axes.xaxis, named, 4)):
         some = np.unique(np.linspace(0, len(names) - 1, most).round().astype(int))
         axis.set_ticks(some, [names[i].replace("_level_", " ") for i in some])
     axes.grid(visible=False)
-    return drawn
 
 
 def _table(result: Mapping[str, Any], measured: str, place: str) -> Any:
@@ -190,10 +171,10 @@ def _table(result: Mapping[str, Any], measured: str, place: str) -> Any:
 
 
 def _tiled(maps: np.ndarray) -> np.ndarray:
-    """At most `_MAPS` channels of maps (H, W, C), spread evenly, beside and below each other."""
+    """At most `_MAPS` channels of maps (H, W, C) or (T, C), spread evenly, as one picture."""
     some = np.unique(np.linspace(0, maps.shape[-1] - 1, _MAPS).round().astype(int))
+    side = math.isqrt(maps[..., 0].size)
+    maps = maps.reshape(side, side, -1)
     beside = math.ceil(len(some) ** 0.5)
-    tiles = np.pad(np.moveaxis(maps[..., some], -1, 0), ((0, 0), (0, 1), (0, 1)))
-    tiles = np.pad(tiles, ((0, -len(tiles) % beside), (0, 0), (0, 0)))
-    return np.concatenate([np.concatenate([*row], axis=1)
-                           for row in tiles.reshape(-1, beside, *tiles.shape[1:])])  # fmt: skip
+    tiles = np.pad(np.moveaxis(maps[..., some], -1, 0), ((0, -len(some) % beside), (0, 1), (0, 1)))
+    return np.vstack([np.hstack(row) for row in tiles.reshape(-1, beside, *tiles.shape[1:])])

@@ -4,15 +4,16 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dico_jax.autoencoders import make_latents_fn
-from dico_jax.data.pictures import BadExample
-from dico_jax.data.pipeline import one_caption
+from dico_jax.data.pipeline import training_batches
 from dico_jax.diffusion import Objective, Path, create_objective, image_keys
 from dico_jax.diffusion.paths import alpha_sigma
 from dico_jax.errors import UsageError
@@ -70,15 +71,15 @@ class Subject:
     def program(self, watch: Callable[..., Any], look: Callable[..., Any]) -> Callable[..., Any]:
         """The jitted (params, x, condition, weights, point) -> look(noise, output, seen, weights).
 
-        `seen` is a dict that `watch(seen, layer, name, module, call, args)` fills, which stands for
-        every call of a module inside of a block of `layers` and gives what that returns. `noise` is
-        what the network predicts.
+        `seen` is a dict, at first of what a sixth argument may give. For every call of a module
+        inside of a block of `layers`, `watch(seen, layer, name, module, call, args)` notes there
+        what it wants and gives what that call returns. `noise` is what the network predicts.
         """
         model = self.sampler.experiment.model.clone(scan_blocks=False, remat="none")
+        process = self.process
 
-        def program(params, x, condition, weights, point):
-            seen: dict[Any, Any] = {}
-            outputs = []
+        def program(params, x, condition, weights, point, given=MappingProxyType({})):
+            seen = dict(given)
 
             def intercept(call, args, kwargs, context):
                 path = context.module.path if context.method_name == "__call__" else ()
@@ -90,11 +91,11 @@ class Subject:
             def model_fn(x, t):
                 how: Any = {"mutable": ["intermediates"]}  # with which blocks run one by one
                 with nn.intercept_methods(intercept):
-                    outputs.append(model.apply({"params": params}, x, t, condition, **how)[0])
-                return outputs[0]
+                    return model.apply({"params": params}, x, t, condition, **how)[0]
 
-            noise = Path(self.process, model_fn).estimate(x, point).noise
-            return look(noise, outputs[0], seen, weights)
+            output = Path(process, model_fn).output(x, point)
+            noise = process.estimate(output, x, jnp.asarray(process.times)[point]).noise
+            return look(noise, output, seen, weights)
 
         return jax.jit(program)
 
@@ -116,13 +117,12 @@ def open_subjects(
     """
     subjects = [_open(ckpt, images, num_times, dict(how)) for ckpt in ckpts]
     for subject in subjects:
-        (was, _), (now, latents) = first, size = _sizes(subjects[0]), _sizes(subject)
-        if first != size:
-            what = (
-                f"has images of {now} pixels a side (latents of {latents}), and --ckpt={ckpts[0]}"
-            )
-            fix = f"{what} of {was} ({first[1]}): compare checkpoints of one size"
-            raise UsageError("--ckpt", subject.ckpt, fix)
+        both = [one.sampler for one in (subjects[0], subject)]
+        was, now = ((s.config.data.image_size, s.experiment.latent_shape[0]) for s in both)
+        if was != now:
+            what = "has images of {} pixels a side (latents of {}), and --ckpt={} of {} ({})"
+            said = what.format(*now, ckpts[0], *was)
+            raise UsageError("--ckpt", subject.ckpt, f"{said}: compare checkpoints of one size")
         for layer in layers:
             if layer not in subject.layers:
                 close = difflib.get_close_matches(layer, subject.layers, n=2, cutoff=0)
@@ -130,11 +130,6 @@ def open_subjects(
                 raise UsageError("--layers", layer, fix)
         subject.layers = tuple(x for x in subject.layers if x in layers or not layers)
     return subjects
-
-
-def _sizes(subject: Subject) -> tuple[int, int]:
-    sampler = subject.sampler
-    return sampler.config.data.image_size, sampler.experiment.latent_shape[0]
 
 
 def _open(ckpt: str, images: str, num_times: int, how: dict[str, Any]) -> Subject:
@@ -165,31 +160,25 @@ def give_images(subject: Subject, images: str, count: int, asked: Mapping[str, s
 
 
 def _read(sampler: CheckpointSampler, images: str, count: int) -> tuple[np.ndarray, Any]:
-    """Latents (count, H, W, C) and conditions of examples that are spread over a source."""
-    config, experiment, mesh = sampler.config, sampler.experiment, sampler.mesh
+    """Latents (count, H, W, C) and conditions of examples that the seed draws from a source."""
+    config, experiment, size = sampler.config, sampler.experiment, sampler.mesh.size
     if images != DATA:
         config.data.update(source="folder", path=images)
     try:
         source = source_from_config(config)
         read = reader_from_config(config, experiment, source)
-        if count > len(source):
-            raise UsageError("--num_images", count, f": {source!r} has {len(source)}")
-        if sampler.class_names and images != DATA and source.class_names != sampler.class_names:
-            few = ", ".join(sampler.class_names[:5])
-            raise UsageError("--images", images, f"has other classes than the checkpoint ({few}..)")
-        rng = np.random.default_rng(config.seed)
-        indices = np.linspace(0, len(source) - 1, count).round().astype(int)
-        examples = [one_caption(source[int(index)], rng) for index in indices]
-        pictures = np.stack([read(example["image"], False) for example in examples])
-    except BadExample as error:
-        raise UsageError("--images", images, f"has one that cannot be read: {error}") from error
     except UsageError as error:
-        if images == DATA:
-            raise
-        raise UsageError(str(error).replace("config.data.path", "--images")) from error
-    rows, _ = next(_parts(count, count, mesh.size))
-    how: Any = {"latent_sampling": "mean", "seed": 0, "mesh": mesh}
-    encode = make_latents_fn(source.kind, experiment.autoencoder, **how)
-    latents = np.asarray(encode({"image": pictures[rows], "condition": {}}, 0)["x"])[:count]
-    told = [experiment.model.read_condition(example) for example in examples]
-    return latents, jax.tree.map(lambda *leaves: np.stack(leaves), *told)
+        said = str(error) if images == DATA else str(error).replace("config.data.path", "--images")
+        raise UsageError(said) from error
+    if count > len(source):
+        raise UsageError("--num_images", count, f": {source!r} has {len(source)}")
+    if sampler.class_names and images != DATA and source.class_names != sampler.class_names:
+        few = ", ".join(sampler.class_names[:5])
+        raise UsageError("--images", images, f"has other classes than the checkpoint ({few}, ...)")
+    how: Any = {"batch_size": -(-count // size) * size, "seed": config.seed}
+    how["max_bad_fraction"] = config.data.max_bad_fraction
+    batches = training_batches(source, read, experiment.model.read_condition, **how)
+    how = {"latent_sampling": "mean", "seed": 0, "mesh": sampler.mesh}
+    made = make_latents_fn(source.kind, experiment.autoencoder, **how)(next(iter(batches)), 0)
+    found = jax.tree.map(lambda leaf: np.asarray(leaf)[:count], made)
+    return found["x"], found["condition"]
