@@ -35,12 +35,8 @@ _NUM_IMAGES = flags.DEFINE_integer("num_images", 32, "Number of images.", 1, 100
 _NUM_TIMES = flags.DEFINE_integer("num_times", 8, "Times, from clean data to noise.", 1, 1000)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images at a time.", lower_bound=1)
 _LAYERS = flags.DEFINE_list("layers", [], "Blocks to look at, such as latent/0,latent/3 [all].")
-_MODELS = flags.DEFINE_list(
-    "models", ["DiCo-S", "DiT-S/2", "DiCo-XL", "DiT-XL/2"], "cost: published sizes."
-)
-_IMAGE_SIZES = flags.DEFINE_list(
-    "image_sizes", ["256", "512", "1024"], "cost: sides of the images in pixels."
-)
+_MODELS = flags.DEFINE_list("models", "DiCo-S,DiT-S/2,DiCo-XL,DiT-XL/2", "cost: published sizes.")
+_IMAGE_SIZES = flags.DEFINE_list("image_sizes", "256,512,1024", "cost: pixels of a side.")
 for _module in (cli, sampler_flags):
     flags.adopt_module_key_flags(_module)  # so that --help shows them
 
@@ -94,16 +90,13 @@ def _look(action: str) -> Any:
         give_images(subject, images, _NUM_IMAGES.value, asked)
     names = [ckpt.rstrip("/").rpartition("/")[2] for ckpt in ckpts]
     by_name = dict(zip(names if len({*names}) == len(names) else ckpts, subjects, strict=True))
-    results, sheets = {}, {}
-    for name, subject in by_name.items():
-        found = attention.measure(subject) if action == "attention" else channels.measure(subject)
-        sheets[name] = found.pop("maps", None)
-        results[name] = {"network": subject.about(images), **found}
-    if action == "attention":
-        return {"networks": results}, attention.figures(results)
-    for text in channels.rank_warnings(results):
-        print(f"warning: {text}", file=sys.stderr)
-    return {"networks": results}, channels.figures(results, sheets)
+    looking: Any = attention if action == "attention" else channels
+    measured = {name: looking.measure(subject) for name, subject in by_name.items()}
+    drawn = looking.figures({name: dict(found) for name, found in measured.items()})
+    for name, found in measured.items():
+        found.pop("maps", None)  # are pictures alone
+        measured[name] = {"network": by_name[name].about(images), **found}
+    return {"networks": measured}, drawn
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def plain(features):
     return {
         "dead_share": np.mean(~alive),
         "mean_abs_correlation": off.mean(),
-        "effective_rank": np.exp(-np.sum(share * np.log(share + 1e-300))),
+        "effective_rank": (rank := np.exp(-np.sum(share * np.log(share + 1e-300)))),
+        "effective_rank_share": rank / features.shape[-1],
         "score_entropy": -np.sum(p * np.log(p + 1e-300)) / np.log(len(p)),
     }, score
 
@@ -126,6 +127,7 @@ def test_layers_without_signal_have_numbers_or_none():
         "dead_share": pytest.approx(0.8),
         "mean_abs_correlation": None,
         "effective_rank": pytest.approx(1),
+        "effective_rank_share": pytest.approx(0.2),
         "score_entropy": pytest.approx(0),
     }
 
@@ -260,14 +262,16 @@ def test_noise_is_not_that_of_the_sampler(subject):
     np.testing.assert_array_equal(x, again)
 
 
-def test_too_few_images_are_warned_of_with_the_number():
-    def found(rows):
-        return {"n": {"layers": {"latent/0": {"output": {"rows": rows, "width": 32}}}}}
-
-    (text,) = channels.rank_warnings(found(8))
-    assert "8 rows (images x positions) for 32 channels" in text
-    assert "rank is at most 7: give more --num_images" in text
-    assert not [*channels.rank_warnings(found(33))]
+def test_too_few_images_are_warned_of_with_the_number(capsys):
+    layers = {"a/0": {"output": {"rows": 64, "width": 32}}}
+    channels.warn_of_rank("net", layers)
+    assert capsys.readouterr().err == ""
+    channels.warn_of_rank("net", layers | {"b/0": {"output": {"rows": 8, "width": 32}}})
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "warning: net: too few images, of b/0 8 rows (images x positions) for 32"
+    )
+    assert said.endswith("a rank of at most 7: give more --num_images\n")
 
 
 def repository(monkeypatch, folder):

@@ -88,11 +88,12 @@ def measure(subject: Subject) -> dict[str, Any]:
     errors, radii = [], [0]
     for point, time in enumerate(subject.times, 1):
         print(f"{subject.ckpt}, time {time:g} ...", file=sys.stderr, flush=True)
-        sums: list[Any] = []
+        sums: Any = None
         squares: Any = 0.0
         for *given, weights in subject.batches(point):
             output, found = whole(params, *given, weights, point)
-            sums.append(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), found))
+            found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), found)
+            sums = found if sums is None else jax.tree.map(np.add, sums, found)
             reach = max(of["mass"].shape[1] for of in found.values()) - 1
             radii = [0, *(2**i for i in range(reach.bit_length()) if 2**i < reach), reach]
             windows = (cut(params, *given, weights, point, {"radius": r}) for r in radii)
@@ -100,8 +101,7 @@ def measure(subject: Subject) -> dict[str, Any]:
             off = [full, *(np.asarray(window) - full for window in windows)]
             squares = squares + np.square(off)[:, kept].sum((1, 2, 3, 4))
         errors.append(np.sqrt(squares[1:] / squares[0]).tolist())
-        means = jax.tree.map(lambda *leaves: sum(leaves) / len(subject.latents), *sums)
-        for layer, of in means.items():
+        for layer, of in jax.tree.map(lambda leaf: leaf / len(subject.latents), sums).items():
             for name in ("mean_distance", "mass"):
                 layers[layer].setdefault(name, []).append(of[name].tolist())
             if point == (len(subject.times) + 1) // 2:

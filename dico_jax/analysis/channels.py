@@ -20,7 +20,7 @@ from dico_jax.reporting.figures import HEIGHT, WIDTH
 PLACES = OUTPUT, BEFORE, AFTER = "output", "before_gate", "after_gate"
 MEASURES = {
     "dead_share": "near-dead channels", "mean_abs_correlation": "mean |correlation|",
-    "effective_rank": "effective rank / width", "score_entropy": "entropy of the score",
+    "effective_rank_share": "effective rank / width", "score_entropy": "entropy of the score",
 }  # fmt: skip
 _MAPS = 36  # channels on a sheet
 
@@ -74,23 +74,25 @@ def measure(subject: Subject) -> dict[str, Any]:
             raise UsageError("--ckpt", subject.ckpt, fix)
         scores.append(sums[[*layers][-1], OUTPUT].score.tolist())
         spectra.append(np.mean(power, axis=0).tolist())
+    warn_of_rank(subject.ckpt, layers)
     score = {"layer": [*layers][-1], "values": scores}
     found = {"times": subject.times.tolist(), "layers": layers, "score": score}
     return found | {"noise_spectrum": spectra, "maps": maps}
 
 
-def rank_warnings(results: Mapping[str, Any]) -> Iterator[str]:
-    """Says which blocks have fewer rows than channels, whose rank is then that of the data."""
-    for name, result in results.items():
-        few = {layer: found[OUTPUT] for layer, found in result["layers"].items()}
-        few = {layer: of for layer, of in few.items() if of["rows"] <= of["width"]}
-        for layer, of in sorted(few.items(), key=lambda i: i[1]["rows"] / i[1]["width"])[:1]:
-            what = f"{of['rows']} rows (images x positions) for {of['width']} channels"
-            fix = f"its rank is at most {of['rows'] - 1}: give more --num_images"
-            yield f"{name}: {len(few)} blocks, such as {layer}, have too few images: {what}, {fix}"
+def warn_of_rank(ckpt: str, layers: Mapping[str, Any]) -> None:
+    """Says of the block with the fewest rows for its channels when its rank is that of the data."""
+    sizes = {layer: (of[OUTPUT]["rows"], of[OUTPUT]["width"]) for layer, of in layers.items()}
+    layer, (rows, width) = min(sizes.items(), key=lambda item: item[1][0] / item[1][1])
+    if rows <= width:
+        what = (
+            f"{rows} rows (images x positions) for {width} channels, a rank of at most {rows - 1}"
+        )
+        text = f"{ckpt}: too few images, of {layer} {what}: give more --num_images"
+        print(f"warning: {text}", file=sys.stderr)
 
 
-def figures(results: Mapping[str, Any], sheets: Mapping[str, Any]) -> Iterator[Any]:
+def figures(results: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     """Score, measures by block and time, maps of the first block, and spectrum of the noise."""
     axes = (figure := Figure(figsize=(1.3 * WIDTH, HEIGHT))).subplots()
     for name, result in results.items():
@@ -119,14 +121,15 @@ def figures(results: Mapping[str, Any], sheets: Mapping[str, Any]) -> Iterator[A
     figure.legend(*panels[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     yield "channel_measures", figure
 
-    for number, (name, maps) in enumerate(sheets.items(), 1):
+    for number, (name, result) in enumerate(results.items(), 1):
+        maps = result["maps"]
         figure = Figure(figsize=(WIDTH * len(maps), 1.15 * WIDTH))
         most = max(np.abs(of).max() for of in maps.values())
         for axes, place in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
             axes.imshow(_tiled(maps[place]), cmap="RdBu_r", vmin=-most, vmax=most)
             axes.set_axis_off()
             axes.set_title(place.replace("_", " "))
-        figure.suptitle(f"{name}, {next(iter(results[name]['layers']))}")
+        figure.suptitle(f"{name}, {next(iter(result['layers']))}")
         yield f"feature_maps_{number}", figure
 
     figure = Figure(figsize=(WIDTH * len(results), 1.1 * HEIGHT))
@@ -161,13 +164,10 @@ def heat_map(axes: Any, table: Any, rows: Any, columns: Any, limits: Any = (None
 
 
 def _table(result: Mapping[str, Any], measured: str, place: str) -> Any:
-    """A measure of all blocks (blocks, times), masked where there is none; of a rank the share."""
-    rows, none = [], [math.nan] * len(result["times"])
-    for of in result["layers"].values():
-        at = of.get(place, {"width": 1})
-        scale = at["width"] if measured == "effective_rank" else 1
-        rows.append(np.array(at.get(measured, none), float) / scale)
-    return np.ma.masked_invalid(rows)
+    """A measure of all blocks (blocks, times), masked where there is none."""
+    none = {measured: [math.nan] * len(result["times"])}
+    rows = [of.get(place, none)[measured] for of in result["layers"].values()]
+    return np.ma.masked_invalid(np.array(rows, float))
 
 
 def _tiled(maps: np.ndarray) -> np.ndarray:

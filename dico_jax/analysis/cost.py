@@ -70,7 +70,7 @@ def by_stage(model: Denoiser, side: int) -> dict[str, dict[str, int]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The totals of rows as a table of Markdown."""
-    cells = [("model", "pixels", "parameters", "multiply-adds", "activations")]
+    cells = [("model", "pixels", "parameters", "multiply-adds", "activation bytes")]
     for row in rows:
         macs, kept = (f"{row[count] / 1e9:.2f}G" for count in _COUNTS[1:])
         cells.append((row["model"], str(row["image_size"]), f"{row['parameters']:,}", macs, kept))
@@ -78,31 +78,26 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Figure]]:
-    """Totals against the image size, then the parts of the largest one."""
+    """Totals against the image size, and by stage the multiply-adds of the largest one."""
     names, sizes = ([*dict.fromkeys(row[key] for row in rows)] for key in ("model", "image_size"))
-    titles = ("parameters (M)", "multiply-adds (G)", "kept for the backward pass (GB)")
-    figure = Figure(figsize=(2.6 * WIDTH, HEIGHT + 0.6))
-    for axes, count, title in zip(figure.subplots(1, 2), _COUNTS[1:], titles[1:], strict=True):
+    titles = ("multiply-adds (G)", "kept for the backward pass (GB)")
+    figure = Figure(figsize=(3.6 * WIDTH, HEIGHT + 0.3 * len(names)))
+    *by_size, by_stage = figure.subplots(1, 3)
+    for axes, count, title in zip(by_size, _COUNTS[1:], titles, strict=True):
         for name in names:
             values = [row[count] / 1e9 for row in rows if row["model"] == name]
             axes.plot(sizes, values, "o--" if "DiT" in name else "o-", ms=3, label=name)
-        axes.set(xscale="log", yscale="log", xlabel="pixels a side", ylabel=title)
+        axes.set(xscale="log", yscale="log", xlabel="pixels a side", title=title)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-    yield "cost_by_size", figure
-    figure = Figure(figsize=(2.6 * WIDTH, 0.3 * len(names) + 1.9))
+    by_size[0].legend()
     largest = [row["stages"] for row in rows if row["image_size"] == sizes[-1]]
-    stages = sorted(dict.fromkeys(stage for row in largest for stage in row), key=REST.__eq__)
-    panels = zip(figure.subplots(1, 3, sharey=True), _COUNTS, titles, (1e6, 1e9, 1e9), strict=True)
-    for axes, count, title, scale in panels:
-        left = np.zeros(len(names))
-        for stage in stages:
-            of = [row.get(stage, {}).get(count, 0) / scale for row in largest]
-            axes.barh(names, of, left=left, label=stage.replace("_", " "), height=0.7)
-            left += of
-        axes.set(xlabel=title)
-    axes.invert_yaxis()
-    figure.suptitle(f"by stage, at {sizes[-1]}x{sizes[-1]} pixels")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    yield "cost_by_stage", figure
+    left = np.zeros(len(names))
+    for stage in sorted(dict.fromkeys(s for row in largest for s in row), key=REST.__eq__):
+        of = [row.get(stage, {}).get("multiply_adds", 0) / 1e9 for row in largest]
+        by_stage.barh(names, of, left=left, label=stage.replace("_", " "), height=0.7)
+        left += of
+    by_stage.set(title=f"{titles[0]} at {sizes[-1]} pixels")
+    by_stage.invert_yaxis()
+    figure.legend(*by_stage.get_legend_handles_labels(), loc="outside lower right", ncols=4)
+    yield "cost", figure

@@ -53,12 +53,14 @@ def channel_measures(found: Moments) -> dict[str, float | None]:
     deviation = np.sqrt(np.diag(covariance))
     alive = deviation > DEAD * np.sqrt(np.mean(deviation**2))
     live = deviation[alive]
+    rank = math.exp(_entropy(np.linalg.eigvalsh(covariance))) if len(live) else 0.0
     correlation = np.abs(covariance[np.ix_(alive, alive)]) / np.outer(live, live)
     pairs = len(live) * (len(live) - 1)
     return {
         "dead_share": float(1 - alive.mean()),
         "mean_abs_correlation": float((correlation.sum() - len(live)) / pairs) if pairs else None,
-        "effective_rank": math.exp(_entropy(np.linalg.eigvalsh(covariance))) if len(live) else 0.0,
+        "effective_rank": rank,
+        "effective_rank_share": rank / len(alive),
         "score_entropy": _entropy(found.score) / max(math.log(len(alive)), 1e-9),
     }
 

@@ -62,7 +62,11 @@ class Subject:
             shape = self.latents.shape[1:]
             return jax.random.normal(jax.random.fold_in(key, np.uint32(_NOISE + point)), shape)
 
-        for rows, weights in _parts(len(self.latents), config.sampling.batch_size, mesh.size):
+        count = len(self.latents)
+        size = -(-min(config.sampling.batch_size, count) // mesh.size) * mesh.size
+        for first in range(0, count, size):
+            rows = np.minimum(np.arange(first, first + size), count - 1)
+            weights = (first + np.arange(size) < count).astype(np.float32)
             noise = np.asarray(jax.vmap(draw)(image_keys(config.seed, rows)))
             told = jax.tree.map(lambda leaf, rows=rows: leaf[rows], self.condition)
             x = alpha * self.latents[rows] + sigma * noise
@@ -98,14 +102,6 @@ class Subject:
             return look(noise, output, seen, weights)
 
         return jax.jit(program)
-
-
-def _parts(count: int, size: int, devices: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Numbers of images (B,), the last one again to fill up a batch, and their weights 1 or 0."""
-    size = -(-min(size, count) // devices) * devices
-    for first in range(0, count, size):
-        rows = np.arange(first, first + size)
-        yield np.minimum(rows, count - 1), (rows < count).astype(np.float32)
 
 
 def open_subjects(
