@@ -226,21 +226,19 @@ def read_metrics(file: Any, notes: list[str]) -> dict[tuple[str, ...], np.ndarra
 
 def _take(text: bytes, every: int, found: Any, short: list[np.ndarray]) -> int:
     """Reads one in so many lines, and of all step and loss; how many are broken."""
-    if every == 1 or (count := text.count(b"\n")) <= _FEW:
+    codes = np.frombuffer(text, np.uint8)
+    ends = np.flatnonzero(codes == ord("\n"))
+    if every == 1 or len(ends) <= _FEW:
         return _parse([line for line in text.split(b"\n") if line.strip()], found)
-    skipped = b'"skipped_steps": '
-    columns = _STEP.findall(text), _LOSS.findall(text)  # evaluations have no loss
-    whole = {count, text.count(b"}\n"), *map(len, columns)} == {count}
+    columns, skipped = (_STEP.findall(text), _LOSS.findall(text)), b'"skipped_steps": '
+    whole = {*map(len, columns)} == {len(ends)} and (codes[ends - 1] == ord("}")).all()
     if not whole or text.count(skipped) != text.count(skipped + b"0.0"):  # look closer
-        half = text.find(b"\n", len(text) // 2, -1) + 1 or text.rfind(b"\n", 0, -1) + 1
+        half = ends[len(ends) // 2] + 1
         return sum(_take(part, every, found, short) for part in (text[:half], text[half:]))
-    short.append(np.stack([np.fromiter(map(float, of), float, count) for of in columns], axis=1))
-    start, lines = 0, list[bytes]()
-    while start < len(text):
-        lines.append(text[start : (end := text.index(b"\n", start))])
-        after = text.find(b"\n", max(end, start + len(text) * every // count)) + 1
-        start = after or len(text)
-    return _parse(lines, found)
+    short.append(np.stack([np.fromiter(map(float, of), float) for of in columns], axis=1))
+    starts = np.append(0, ends[:-1] + 1)
+    cuts = zip(starts[::every], ends[::every], strict=True)
+    return _parse([text[start:end] for start, end in cuts], found)
 
 
 def _parse(lines: list[bytes], found: dict[tuple[str, ...], list[list[float]]]) -> int:
