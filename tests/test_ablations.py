@@ -402,8 +402,10 @@ def test_an_unknown_row_is_refused_in_one_line():
         ("isotropic_skip", "layout='isotropic_skip'"),
         ("dit_windows", "mixer='window_attention'"),
         ("fcdm", "channel_attention='compact'"),
+        (create_model("FCDM-S"), "name='FCDM'"),
+        (create_model("DiCo", **BLOCK), "layout='isotropic'"),
     ],
 )
 def test_weights_of_what_nobody_has_published_are_refused(name, field):
     with pytest.raises(UsageError, match=f"^model.{field} cannot be converted: no PyTorch code"):
-        load_pytorch("nowhere.pt", kind(name))
+        load_pytorch("nowhere.pt", kind(name) if isinstance(name, str) else name)

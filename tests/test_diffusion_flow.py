@@ -243,5 +243,5 @@ def test_a_run_of_mean_flow_goes_on_as_if_never_stopped(tmp_path):
         (tmp_path / name / "samples/step_0000004.png").read_bytes() for name in ("whole", "parts")
     ]
     assert grids[0] == grids[1]
-    with pytest.raises(UsageError, match=r"config.model.name='DiT' cannot be converted"):
+    with pytest.raises(UsageError, match=r"config.model.two_times=True cannot be converted"):
         to_pytorch(tmp_path / "whole", tmp_path / "out.pt")

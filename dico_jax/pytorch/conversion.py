@@ -190,8 +190,9 @@ def to_pytorch(
 
 def _check_published(model: Any, name: str = "") -> None:
     """Raises UsageError for a network of which no published PyTorch code is known."""
-    known = type(model).__name__ in KEY_MAPS
-    field = model.variant or ("two_times" if model.two_times else "" if known else "name")
+    field = model.variant or "two_times" * model.two_times
+    if not field and type(model).__name__ not in KEY_MAPS:
+        field = "layout" if hasattr(model, "layout") else "name"
     if field:
         value = name or type(model).__name__ if field == "name" else getattr(model, field)
         fix = "cannot be converted: no PyTorch code of such a network is known"
