@@ -53,7 +53,8 @@ def main() -> None:
         pretrained = Pretrained(source, **how)
         pretrained.config.sampling.update(overrides)
         sampling_from_config(pretrained.config)  # which refuses what is none
-        pretrained.params  # noqa: B018  reads them
+        # Read now: a run that goes on deletes its older checkpoints.
+        pretrained.params, pretrained.settings  # noqa: B018
         samplers[name] = Sampler(pretrained)
     player = Player(samplers, _MAX_IMAGES.value, seed, **asked)
     from dico_jax.playground.page import serve

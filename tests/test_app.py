@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -223,6 +224,26 @@ def test_checkpoints_of_one_page_are_told_the_same(checkpoints, tmp_path):
         Player({"one": one}, most=4, classes="random")
 
 
+def test_each_checkpoint_begins_with_its_own_solver_and_scale(checkpoints, tmp_path):
+    how = {"two_times": True, "plain_ops": True, "learn_sigma": False}
+    how["sections"] = {"diffusion": {"objective": "mean_flow"}}
+    path = write_checkpoint(tmp_path / "mean", **how)
+    mean, one = Sampler.from_pretrained(path), Sampler.from_pretrained(checkpoints[0])
+    mean.pretrained.config.sampling.update(sampler="jump", num_steps=1, cfg_scale=25.0)
+    player = Player({"mean": mean, "one": one}, most=4)
+    assert (player.first["solver"], player.first["steps"], player.first["steps_2"]) == (
+        "jump",
+        1,
+        3,
+    )
+    assert player.checked(player.first)["cfg_scale"] == 25
+    both = player.checked(player.first | {"do": "compare"})
+    assert (both["solver"], both["solver_2"], both["cfg_scale_2"]) == ("jump", "ddpm", 2)
+    for wrong in ({"checkpoint": "one"}, {"do": "compare", "solver_2": "jump"}):
+        with pytest.raises(UsageError, match="^solver.*='jump' is not for one: use one of ddpm"):
+            player.checked(player.first | wrong)
+
+
 def test_names_of_checkpoints_are_short_and_each_another():
     sources = ["/a/run", "/b/run/", "hf://me/net", "run (2)", "/"]
     assert checkpoint_names(sources) == ["run", "run (2)", "net", "run (2) (2)", "/"]
@@ -244,7 +265,7 @@ def served(*args):
     )
     try:
         line = process.stdout.readline()
-        assert line.startswith("http://127.0.0.1:"), line
+        assert line.startswith(("http://127.0.0.1:", "http://[::1]:")), line
         assert "this machine alone can see it" in line
         yield line.split()[0]
         assert process.poll() is None
@@ -332,6 +353,7 @@ def test_long_requests_and_files_are_refused(address):
         ("gradio_api/upload", b"file", 404),
         ("gradio_api/file=/etc/passwd", None, 404),
         ("gradio_api/proxy=http://127.0.0.1/", None, 404),
+        ("gradio_api/deep_link?session_hash=alone", None, 404),  # which keeps files
     ):
         request = urllib.request.Request(address + path, data)
         with pytest.raises(urllib.error.HTTPError) as error:
@@ -354,12 +376,27 @@ def test_long_requests_and_files_are_refused(address):
 
 def test_wrong_usage_of_the_command(checkpoints, tmp_path):
     pytest.importorskip("gradio")
+    from dico_jax.playground import page
+
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = call("dico_jax.app", f"--ckpt={checkpoints[0]}", f"--port={port}")
         assert_refused(done, f"--port={port} cannot be used on 127.0.0.1")
+    for host in ("no.such.invalid", "a..b", "192.0.2.1"):
+        with pytest.raises(UsageError, match=f"^--host={host} is no address of this machine"):
+            page.serve(None, "", host, 0)
     assert_refused(call("dico_jax.app"), "--ckpt is missing")
     assert_refused(call("dico_jax.app", f"--ckpt={tmp_path}/no"), "--ckpt=", "no such folder")
     assert_refused(call("dico_jax.app", "--ckpt="), "--ckpt= is empty")
     wrong = call("dico_jax.app", f"--ckpt={checkpoints[0]}", "--cfg_schedule=no")
     assert_refused(wrong, "cfg_schedule=", "is unknown")
+
+
+def test_a_checkpoint_may_be_deleted_while_its_page_is_up(checkpoints, tmp_path):
+    pytest.importorskip("gradio")
+    path = shutil.copytree(checkpoints[0], tmp_path / "gone")
+    with served(f"--ckpt={path}", "--host=::1") as address:
+        assert address.startswith("http://[::1]:")
+        shutil.rmtree(path)
+        messages = asked(address, "after", told=[3], number=1)
+        assert "kind 3" in json.dumps(messages[-1]), messages[-1]

@@ -1,5 +1,6 @@
 """The page of checkpoints in gradio, and what serves it."""
 
+import errno
 import pathlib
 import random
 import re
@@ -14,13 +15,15 @@ import uvicorn
 
 from dico_jax.errors import TrainingStopped, UsageError
 from dico_jax.playground import pictures
-from dico_jax.playground.player import MODES, MOST_SCALE, SETTINGS, Player, Values
+from dico_jax.playground.player import MODES, SETTINGS, Player, Values
 
 _CSS = pathlib.Path(__file__).with_name("page.css")
 _HINT = "Make shows pictures here, which become clear while they are made."
 _LONGEST_QUEUE = 64
 _MOST_BYTES, _MOST_READ = 1 << 16, 1 << 24  # of a request; those of the page have some hundreds
-_CLOSED = re.compile("/(upload|file=|proxy=|stream)")  # gradio's ways to files and other servers
+# gradio's ways to files and other servers.
+_CLOSED = re.compile("/(upload|file=|proxy=|stream|deep_link)")
+_NO_HOST = socket.gaierror, UnicodeError
 # What controls are called: of a mode but "walk", of that one, and of the end of a walk.
 _LABELS = {
     "classes": ("Classes (none: all in turn)", "From class", "To class"),
@@ -99,7 +102,7 @@ def _settings(player: Player, end: str) -> dict[str, Any]:
     first, names, found = player.first, [*player.samplers], {}
     kinds: dict[str, Callable[..., Any]] = {
         "checkpoint": lambda **how: gr.Dropdown(names, visible=len(names) > 1, **how),
-        "cfg_scale": lambda **how: gr.Slider(0, MOST_SCALE, step=0.05, **how),
+        "cfg_scale": lambda **how: gr.Slider(0, player.most_scale, step=0.05, **how),
         "solver": lambda **how: gr.Dropdown(player.solvers, **how),
         "steps": lambda **how: gr.Slider(1, player.most_steps, step=1, **how),
     }
@@ -204,7 +207,10 @@ def serve(player: Player, title: str, host: str, port: int) -> None:
     """Serves until ^C; UsageError where the port or the address is not to be had."""
     try:
         made = socket.create_server((host, port), family=_family(host), backlog=128)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, _NO_HOST) or error.errno == errno.EADDRNOTAVAIL:
+            fix = "is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all of them"
+            raise UsageError("--host", host, fix) from error
         fix = f"cannot be used on {host} ({error.strerror}): give another, or 0 for a free one"
         raise UsageError("--port", port, fix) from error
     page = make_page(player, title)
@@ -221,7 +227,8 @@ def serve(player: Player, title: str, host: str, port: int) -> None:
     alone = "this machine alone can see it" if host in ("127.0.0.1", "::1", "localhost") else (
         "whoever reaches this machine can see it"
     )  # fmt: skip
-    print(f"http://{host}:{config_of[1]}/ until ^C; {alone}", flush=True)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{config_of[1]}/ until ^C; {alone}", flush=True)
     uvicorn.Server(config).run(sockets=[made])
 
 

@@ -65,7 +65,7 @@ class Player:
     Attributes:
       asked_by: "classes" or "prompts", what all of them are told.
       choices: the classes, each as (its number and name, its number).
-      solvers: those that fit all checkpoints.
+      solvers: those that fit a checkpoint.
       first: what the page's controls show at first.
     """
 
@@ -85,7 +85,7 @@ class Player:
         self.samplers, self.most = samplers, most
         name, sampler = next(iter(samplers.items()))
         model = sampler.pretrained.experiment.model
-        self.asked_by, options = model.asked_by, sampler.pretrained.config.sampling
+        self.asked_by = model.asked_by
         for other, its in samplers.items():
             if its.pretrained.experiment.model.asked_by != self.asked_by:
                 raise UsageError("--ckpt", other, f"is not told {self.asked_by}, as {name} is")
@@ -96,17 +96,19 @@ class Player:
             self._names = ClassNames(model.num_classes, sampler.pretrained.class_names)
             titles = enumerate(map(self._names.title, range(model.num_classes)))
             self.choices = [(t if t == str(n) else f"{n} {t}", n) for n, t in titles]
-        self.solvers = [s for s in SOLVERS if all(_fits(s, x) for x in samplers.values())]
-        self.most_steps = max(MOST_STEPS, options.num_steps)
-        settings = name, options.cfg_scale, options.sampler, options.num_steps
-        last = [*samplers][-1]
+        self._fitting = {n: [s for s in SOLVERS if _fits(s, x)] for n, x in samplers.items()}
+        self.solvers = [s for s in SOLVERS if any(s in fit for fit in self._fitting.values())]
+        options = {n: x.pretrained.config.sampling for n, x in samplers.items()}
+        own = [(n, o.cfg_scale, o.sampler, o.num_steps) for n, o in options.items()]
+        self.most_scale = max(MOST_SCALE, *(o.cfg_scale for o in options.values()))
+        self.most_steps = max(MOST_STEPS, *(o.num_steps for o in options.values()))
         self.first: Values = {
             "do": "make",
             "told": self._first_told(classes, prompts),
             "number": min(most, len(self.choices) or 4, 10),
             "seed": seed,
-            **dict(zip(SETTINGS, settings, strict=True)),
-            **dict(zip((f"{s}_2" for s in SETTINGS), (last, *settings[1:]), strict=True)),
+            **dict(zip(SETTINGS, own[0], strict=True)),
+            **dict(zip((f"{s}_2" for s in SETTINGS), own[-1], strict=True)),
             "frames": min(most, 10),
             "to": len(self.choices) - 1 if self.choices else "",
             "to_seed": 1,
@@ -131,7 +133,13 @@ class Player:
     def checked(self, values: Mapping[str, Any]) -> Values:
         """What decides, as it is to be; UsageError with the name of a control for what is not."""
         mode = _one_of("do", values.get("do"), MODES)
-        return {"do": mode} | {n: self._value(n, values.get(n)) for n in self.names(mode)}
+        found = {"do": mode} | {n: self._value(n, values.get(n)) for n in self.names(mode)}
+        for end in ("", "_2") if mode == "compare" else ("",):
+            name, solver = found[f"checkpoint{end}"], found[f"solver{end}"]
+            if solver not in (fit := self._fitting[name]):
+                fix = f"is not for {name}: use one of {', '.join(fit)}"
+                raise UsageError(f"solver{end}", solver, fix)
+        return found
 
     def _value(self, name: str, value: Any) -> Any:
         kind = name.removesuffix("_2")
@@ -145,8 +153,8 @@ class Player:
         if not right or not -(2**53) < value < 2**53:  # which NaN is not, either
             raise UsageError(name, one_line(value)[:40], "must be a number")
         if kind == "cfg_scale":
-            if not 0 <= value <= MOST_SCALE:
-                raise UsageError(name, value, f"must be from 0 to {MOST_SCALE:g}")
+            if not 0 <= value <= self.most_scale:
+                raise UsageError(name, value, f"must be from 0 to {self.most_scale:g}")
             return float(value)
         most = {"number": self.most, "frames": max(2, self.most), "steps": self.most_steps}
         low, high = (1 + (kind == "frames"), most[kind]) if kind in most else (0, _SEEDS)

@@ -29,6 +29,7 @@ from dico_jax.sampling.pretrained import Pretrained
 
 _ARGUMENTS = {"num_steps": "steps", "sampler": "solver"}  # of fields that are named otherwise here
 _LEFT_OUT = ("grid_rows", "grid_columns", "grid_every_steps", "batch_size")  # of config.sampling
+_MOST_STEPS = 32  # whose programs are kept, those used last: each has some MB
 _MOST = 1_000_000  # images of a call, which are all in memory
 
 
@@ -172,8 +173,11 @@ class Sampler:
     ) -> Iterator[tuple[int, Images]]:
         check_whole("every", every, 1, _MOST)
         made, scales = self.pretrained.steps(config)
-        steps = self._steps.setdefault(_key(config) + guided_steps(scales), made)
         mesh, guide, number = self.pretrained.mesh, self.pretrained.guide, len(noise.indices)
+        key = f"{_key(config)} {guided_steps(scales)} {number}"
+        steps = self._steps[key] = self._steps.pop(key, made)
+        if len(self._steps) > _MOST_STEPS:
+            del self._steps[next(iter(self._steps))]
         rows = np.minimum(np.arange(-(-number // mesh.size) * mesh.size), number - 1)
 
         def spread(tree: Any) -> Any:  # over the devices, which share the images
