@@ -1,6 +1,7 @@
 """The page of checkpoints in gradio, and what serves it."""
 
 import errno
+import os
 import pathlib
 import random
 import re
@@ -23,7 +24,6 @@ _LONGEST_QUEUE = 64
 _MOST_BYTES, _MOST_READ = 1 << 16, 1 << 24  # of a request; those of the page have some hundreds
 # gradio's ways to files and other servers.
 _CLOSED = re.compile("/(upload|file=|proxy=|stream|deep_link)")
-_NO_HOST = socket.gaierror, UnicodeError
 # What controls are called: of a mode but "walk", of that one, and of the end of a walk.
 _LABELS = {
     "classes": ("Classes (none: all in turn)", "From class", "To class"),
@@ -208,10 +208,11 @@ def serve(player: Player, title: str, host: str, port: int) -> None:
     try:
         made = socket.create_server((host, port), family=_family(host), backlog=128)
     except (OSError, UnicodeError) as error:
-        if isinstance(error, _NO_HOST) or error.errno == errno.EADDRNOTAVAIL:
+        number = getattr(error, "errno", None) or -1
+        if number < 0 or number == errno.EADDRNOTAVAIL:  # below 0: of a name that is none
             fix = "is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all of them"
             raise UsageError("--host", host, fix) from error
-        fix = f"cannot be used on {host} ({error.strerror}): give another, or 0 for a free one"
+        fix = f"cannot be used on {host} ({os.strerror(number)}): give another, or 0 for a free one"
         raise UsageError("--port", port, fix) from error
     page = make_page(player, title)
     page.queue(max_size=_LONGEST_QUEUE, default_concurrency_limit=1, api_open=False)
