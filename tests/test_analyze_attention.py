@@ -11,7 +11,7 @@ import pytest
 from dico_jax.analysis import attention
 from dico_jax.analysis.subjects import open_subjects
 from dico_jax.errors import UsageError
-from dico_jax.models import dit as dit_module
+from dico_jax.models import mixers
 from tests.commands import assert_refused, call
 from tests.test_analyze_channels import DICO, HOW, captured, opened
 from tests.test_sampler import write_checkpoint
@@ -77,14 +77,14 @@ def test_a_window_leaves_what_a_network_with_masked_attention_gives(subject, mea
     assert radii == [0, 1, 2, 4, 5]
     far = np.array([[plain_distance(i, j) for j in range(TOKENS)] for i in range(TOKENS)])
     whole = captured(subject, 2)["output"].astype(np.float64)
-    original = dit_module.attention
+    original = mixers.attention
     for radius, error in zip(radii, errors[1], strict=True):
         near = jnp.asarray(far <= radius)
 
         def cut(q, k, v, implementation, near=near):
             return original(q, k, v, mask=near, implementation="xla")
 
-        monkeypatch.setattr(dit_module, "attention", cut)
+        monkeypatch.setattr(mixers, "attention", cut)
         off = captured(subject, 2)["output"] - whole
         expected = np.linalg.norm(off) / np.linalg.norm(whole)
         assert error == pytest.approx(expected, rel=1e-3, abs=1e-6)
@@ -128,3 +128,17 @@ def test_networks_without_attention_are_refused(checkpoint, tmp_path):
     both = open_subjects([str(checkpoint), str(dico)], "samples", 1, [], HOW)
     with pytest.raises(UsageError, match=f"^--ckpt={dico} is one too many: attention looks at one"):
         attention.check(both)
+
+
+@pytest.mark.parametrize("options", [{"mixer": "attention"}, {"mixer": "window_attention"}])
+def test_attention_in_a_u_is_measured_at_each_resolution(tmp_path, options):
+    window = {"window_size": 2} if options["mixer"] == "window_attention" else {}
+    subject = opened(write_checkpoint(tmp_path / "net", **DICO, **options, **window), num_times=1)
+    attention.check([subject])
+    result = attention.measure(subject)
+    assert [*result["layers"]] == [*subject.layers]
+    for layer, found in result["layers"].items():
+        assert np.array(found["mass"])[..., -1] == pytest.approx(1), layer
+        tokens = len(found["anchors"][0])
+        assert tokens == (4 if window or layer == "latent/0" else 64 if "_1/" in layer else 16)
+    assert len([*attention.figures({"net": result})]) == 2

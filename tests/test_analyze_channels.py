@@ -16,6 +16,7 @@ from dico_jax.analysis import channels
 from dico_jax.analysis.measures import NOTHING, channel_measures, merged, moments, radial_power
 from dico_jax.analysis.subjects import give_images, open_subjects
 from dico_jax.errors import UsageError
+from dico_jax.models import abstract_params
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.pytorch.conversion import from_pytorch
 from tests import golden
@@ -219,6 +220,32 @@ def test_blocks_in_a_loop_and_other_batches_change_nothing(subject, measured):
     np.testing.assert_allclose(result["noise_spectrum"], expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("options", "gated"),
+    [
+        ({"name": "FCDM", "mlp_ratio": 2.0}, True),
+        ({"channel_attention": "self_attention"}, True),
+        ({"channel_attention": "none"}, False),
+        ({"name": "IsoDiCo", "layout": "isotropic_skip", "depth": 2, "patch_size": 2}, True),
+    ],
+)
+def test_other_blocks_are_looked_at_in_the_same_places(tmp_path, monkeypatch, options, gated):
+    def draw(model, *_):  # also for networks that no PyTorch code has
+        rng = np.random.default_rng(0)
+        like = abstract_params(model)
+        return jax.tree.map(lambda x: rng.normal(scale=0.05, size=x.shape).astype("f4"), like)
+
+    monkeypatch.setattr(golden, "drawn_params", draw)
+    subject = opened(write_checkpoint(tmp_path / "net", **DICO | options), num_times=1)
+    result = channels.measure(subject)
+    assert [*result["layers"]] == [*subject.layers]
+    places = [*channels.PLACES] if gated else ["output"]
+    for found in result["layers"].values():
+        assert [*found] == places
+        inner = found[places[-1]]["width"] / found["output"]["width"]
+        assert inner == (2 if options.get("name") == "FCDM" else 1)
+
+
 def test_planted_channels_are_found(subject):
     """Of 16 channels 4 are dead, 5 uncorrelated, 4 copies of the first, and 3 its opposites."""
     seen = captured(subject, 1)
@@ -311,6 +338,7 @@ def test_the_command_compares_networks(dico, dit, tmp_path):
     twins = [shutil.copytree(of, tmp_path / name / "ckpt") for name, of in
              (("one", dico), ("two", dit))]  # fmt: skip
     args = [f"--ckpt={twin}" for twin in twins] + ["--num_images=3", "--num_times=1"]
+    args += ["--steps=1", "--cfg_scale=1"]
     done = call("dico_jax.analyze", "channels", *args, f"--out={tmp_path}/out")
     assert done.returncode == 0, done.stderr
     assert "warning: " in done.stderr

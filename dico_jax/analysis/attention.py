@@ -15,6 +15,7 @@ from dico_jax.analysis.subjects import Subject
 from dico_jax.config import flatten
 from dico_jax.errors import UsageError
 from dico_jax.models import abstract_params
+from dico_jax.models.mixers import head_width
 from dico_jax.ops.attention import attention
 from dico_jax.ops.plain import widened
 from dico_jax.reporting.figures import HEIGHT, WIDTH
@@ -54,7 +55,8 @@ def watch(seen: dict[Any, Any], layer: str, name: str, module: Any, call: Any, a
     result = call(*args)
     if name == "attn/qkv":
         n, tokens, _ = result.shape
-        parts = result.reshape(n, tokens, 3, module.parent.num_heads, -1)
+        heads = module.parent.num_heads or args[0].shape[-1] // head_width(args[0].shape[-1])
+        parts = result.reshape(n, tokens, 3, heads, -1)
         q, k, v = (parts[:, :, i] for i in range(3))
         if "radius" in seen:
             near = distances(tokens) <= seen["radius"]
@@ -132,16 +134,18 @@ def figures(results: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     figure = Figure(figsize=(2.4 * WIDTH, 2.2 * HEIGHT))
     (mass, error), (by_time, by_head) = figure.subplots(2, 2)
     lines = [np.mean(of["mass"], axis=(0, 1)) for of in layers.values()]
-    far = distances(maps.shape[-1])
-    uniform = [(far <= r).mean() for r in range(len(lines[-1]))]
+    far = distances(max(len(of["anchors"][0]) for of in layers.values()))
+    uniform = [(far <= r).mean() for r in range(max(map(len, lines)))]
     mass.plot(uniform, color="0.5", ls="--", label="uniform")
     fan(mass, [*layers], range(len(uniform)), lines)
     mass.set(xlabel="radius (tokens)", ylabel="attention inside")
     fan(error, [f"time {t:g}" for t in times], window["radii"], window["relative_error"])
     error.set(xlabel="radius of the window (tokens)", ylabel="relative error of the output")
-    tables = np.array([of["mean_distance"] for of in layers.values()])  # (layers, times, heads)
-    heat_map(by_time, tables.mean(2), layers, times)
-    heat_map(by_head, tables.mean(1), layers, range(tables.shape[2]))
+    found = [np.array(of["mean_distance"]) for of in layers.values()]  # (times, heads) each
+    most = max(of.shape[1] for of in found)
+    heads = [np.append(of.mean(0), [np.nan] * (most - of.shape[1])) for of in found]
+    heat_map(by_time, [of.mean(1) for of in found], layers, times)
+    heat_map(by_head, heads, layers, range(most))
     by_time.set(xlabel="time", title="mean distance (tokens)")
     by_head.set(xlabel="head", title="mean distance (tokens)")
     yield "attention_locality", figure

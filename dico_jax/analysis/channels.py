@@ -22,21 +22,22 @@ MEASURES = {
     "dead_share": "near-dead channels", "mean_abs_correlation": "mean |correlation|",
     "effective_rank_share": "effective rank / width", "score_entropy": "entropy of the score",
 }  # fmt: skip
+_FEATURES, _LAST = ("conv2", "pwconv1"), ("conv3", "pwconv2")  # of a conv module, of FCDM's block
 _MAPS = 36  # channels on a sheet
 
 
 def watch(seen: dict[Any, Any], layer: str, name: str, module: Any, call: Any, args: Any) -> Any:
     """See `Subject.program`: keeps the features of `PLACES`, (N, ..., C), by layer and place."""
-    if name == "conv3" and len(args) > 1:
+    if name in _LAST:
         if (layer, BEFORE) in seen:
             seen[layer, AFTER] = args[0]
         seen[layer, OUTPUT] = call(args[0])
         return multiply_vector(seen[layer, OUTPUT], args[1])
     result = call(*args)
-    if name == "conv2":
-        seen[layer, name] = result[0]
-    elif name == "ca":
-        seen[layer, BEFORE] = seen[layer, "conv2"]
+    if name in _FEATURES:
+        seen[layer, "features"] = result[0] if isinstance(result, tuple) else result
+    elif name in ("ca", "grn"):
+        seen[layer, BEFORE] = seen[layer, "features"]
     elif name == "attn":
         seen[layer, OUTPUT] = result
     return result
@@ -147,7 +148,7 @@ def fan(axes: Any, names: Sequence[str], x: Any, lines: Any) -> None:
     """Draws lines in colours that rise, the first and the last of which are named."""
     for k, (name, line) in enumerate(zip(names, lines, strict=True)):
         color = colormaps["viridis"](k / max(1, len(names) - 1))
-        axes.plot(x, line, color=color, label=name if k in (0, len(names) - 1) else "")
+        axes.plot(x[: len(line)], line, color=color, label=name if k in (0, len(names) - 1) else "")
     axes.legend()
 
 

@@ -135,8 +135,9 @@ def _open(ckpt: str, images: str, num_times: int, how: dict[str, Any]) -> Subjec
     sampler = CheckpointSampler(ckpt, with_latents=True, **how)
     model, options = sampler.experiment.model, sampler.config.diffusion
     process = create_objective(options, learn_sigma=model.learn_sigma, num_steps=num_times)
-    depths = zip(model.stages, np.ravel(model.depth) if model.stages else (), strict=True)
-    layers = tuple(f"{stage}/{i}" for stage, depth in depths for i in range(depth))
+    depths = np.ravel(getattr(model, "depth", ()))  # of networks whose blocks differ, too
+    stages = zip(model.stages or ["blocks"] * len(depths), depths, strict=True)
+    layers = tuple(f"{stage}/{i}" for stage, depth in stages for i in range(depth))
     return Subject(ckpt, sampler, process, layers)
 
 
