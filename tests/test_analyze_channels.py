@@ -40,15 +40,16 @@ def dit(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("made") / "dit", depth=2, num_heads=2)
 
 
-def opened(ckpt, layers=(), num_times=2, count=12):
-    (subject,) = open_subjects([str(ckpt)], "samples", num_times, layers, HOW)
+def opened(ckpt, layers=(), num_times=2, count=12, devices=1):
+    how = HOW | {"mesh": create_mesh(jax.devices()[:devices])}
+    (subject,) = open_subjects([str(ckpt)], "samples", num_times, layers, how)
     give_images(subject, "samples", count, {})
     return subject
 
 
 @pytest.fixture(scope="module")
 def subject(dico):
-    return opened(dico)
+    return opened(dico, devices=8)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +225,6 @@ def test_blocks_in_a_loop_and_other_batches_change_nothing(subject, measured):
     ("options", "gated"),
     [
         ({"name": "FCDM", "mlp_ratio": 2.0}, True),
-        ({"channel_attention": "self_attention"}, True),
         ({"channel_attention": "none"}, False),
         ({"name": "IsoDiCo", "layout": "isotropic_skip", "depth": 2, "patch_size": 2}, True),
     ],
@@ -334,15 +334,26 @@ def test_converted_golden_checkpoints_from_a_repository(tmp_path, monkeypatch):
     assert (about["num_images"], about["seed"], about["sampling"]["num_steps"]) == (2, 3, 2)
 
 
-def test_the_command_compares_networks(dico, dit, tmp_path):
+def test_figures_show_the_gate_where_there_is_one(measured):
+    found = dict(channels.figures({"net": measured, "other": measured}))
+    names = ["channel_score", "channel_measures", "feature_maps_1", "feature_maps_2"]
+    assert [*found] == [*names, "noise_spectrum"]
+    (legend,) = found["channel_measures"].legends
+    places = [
+        f"{n}, {p}" for p in ("output", "after gate", "before gate") for n in ("net", "other")
+    ]
+    assert [text.get_text() for text in legend.get_texts()] == places
+
+
+def test_the_command_compares_networks(dit, tmp_path):
     twins = [shutil.copytree(of, tmp_path / name / "ckpt") for name, of in
-             (("one", dico), ("two", dit))]  # fmt: skip
-    args = [f"--ckpt={twin}" for twin in twins] + ["--num_images=3", "--num_times=1"]
+             (("one", dit), ("two", dit))]  # fmt: skip
+    args = [f"--ckpt={twin}" for twin in twins] + ["--num_images=2", "--num_times=1"]
     args += ["--steps=1", "--cfg_scale=1"]
     done = call("dico_jax.analyze", "channels", *args, f"--out={tmp_path}/out")
     assert done.returncode == 0, done.stderr
     assert "warning: " in done.stderr
-    assert "12 rows (images x positions) for 32 channels" in done.stderr
+    assert "8 rows (images x positions) for 8 channels" in done.stderr
     names = ["channel_measures", "channel_score", "feature_maps_1", "feature_maps_2"]
     names = sorted(
         f"{name}.{kind}" for name in [*names, "noise_spectrum"] for kind in ("pdf", "png")
@@ -351,7 +362,7 @@ def test_the_command_compares_networks(dico, dit, tmp_path):
     result = json.loads((tmp_path / "out" / "channels.json").read_text())
     assert [*result["networks"]] == [str(twin) for twin in twins]  # as both are called ckpt
     network = result["networks"][str(twins[1])]["network"]
-    assert (network["images"], network["num_images"], network["classes"]) == ("samples", 3, "all")
+    assert (network["images"], network["num_images"], network["classes"]) == ("samples", 2, "all")
     assert {"weights_digest", "seed", "sampling", "model"} <= network.keys()
     assert {"argv", "versions"} <= result.keys()
 
