@@ -16,6 +16,7 @@ COMMANDS = {
     "analyze": "measures what a network does inside, and what its stages cost",
     "report": "writes the page of a run, or of several",
     "app": "serves a page to try checkpoints",
+    "sweep": "trains variants with several seeds, and compares them",
 }
 
 
