@@ -47,7 +47,7 @@ PARAMETERS = {
 
 def test_the_published_sizes_have_configs():
     told_texts = {"worded_digits", "coco256", "coco256_flow", "coco256_uvit"}
-    others = {"digits_flow", "digits_mean_flow", "iso_flow", "ablation_s256"}
+    others = {"digits_flow", "digits_mean_flow", "iso_flow", "ablation_s256", "ablation_digits"}
     known = {"default", "digits", "cifar10", "folder", *told_texts, *others, *PARAMETERS}
     assert set(NAMES) == known
 
@@ -220,7 +220,8 @@ def test_ranges_are_of_fields():
     ranged = {field for fields in default.RANGES.values() for field in fields.split()}
     assert ranged <= FIELDS
     paths = {name for names in default.PATHS.values() for name in names.split() if "." in name}
-    assert paths <= FIELDS | {"sample.ckpt", "evaluate.ckpt", "export.ckpt", "show.file"}
+    commands = ("sample", "evaluate", "export", "app", "analyze")
+    assert paths <= FIELDS | {"show.file", *(f"{name}.ckpt" for name in commands)}
 
 
 def test_paths_are_expanded_everywhere(monkeypatch):
