@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -147,9 +152,33 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
 def test_a_sweep_stops_with_its_run(tmp_path, monkeypatch):
     plan = plan_of(tmp_path)
 
-    def interrupted(*_, **__):
-        return type("Done", (), {"returncode": 130})
-
-    monkeypatch.setattr(sweep.subprocess, "run", interrupted)
+    monkeypatch.setattr(sweep, "_ended", lambda process: process.kill() or 130)
     with pytest.raises(sweep.TrainingStopped, match="base/0 was told to stop: the same command"):
         sweep.run(plan, str(tmp_path / "w"))
+
+
+SAVES = """
+import signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: time.sleep(1) or sys.exit(7))  # as if it saved
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_may_save_before_its_sweep_ends(number):
+    before = signal.getsignal(number)
+    process = subprocess.Popen([sys.executable, "-c", SAVES], stdout=subprocess.PIPE, text=True)
+
+    def stop():
+        assert process.stdout.readline() == "up\n"
+        os.kill(os.getpid(), number)
+        if number == signal.SIGINT:  # a terminal sends it to both
+            process.send_signal(number)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert sweep._ended(process) == 7
+    thread.join()
+    assert signal.getsignal(number) == before

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -138,7 +138,7 @@ def _train(plan: Plan, variant: Variant, seed: int, folder: Any) -> str:
     for command, *args in commands:
         with log.open("ab") as stream:
             whole = [sys.executable, "-m", f"dico_jax.{command}", *args]
-            status = subprocess.run(whole, stdout=stream, stderr=stream, check=False).returncode
+            status = _ended(subprocess.Popen(whole, stdout=stream, stderr=stream))
         if status in (130, stopping, -signal.SIGINT, -signal.SIGTERM):
             raise TrainingStopped(f"{folder} was told to stop: the same command goes on with it")
         if status:
@@ -147,6 +147,30 @@ def _train(plan: Plan, variant: Variant, seed: int, folder: Any) -> str:
     metrics = _metrics(folder) | (_inside(out) if looks else {})
     write_json(folder / RESULT, {"config": _digest(variant, seed), "metrics": metrics})
     return ""
+
+
+class _LeftToRun:
+    """Leaves signals to a run, which saves and ends: a kill is passed on, ^C reaches it anyway."""
+
+    at_once: ClassVar[dict[int, int]] = {}  # see `dico_jax.cli`
+
+    def __init__(self, process: subprocess.Popen):
+        self._process = process
+
+    def __call__(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGTERM:
+            self._process.terminate()
+
+
+def _ended(process: subprocess.Popen) -> int:
+    """The exit status of a run, once it has ended."""
+    left = _LeftToRun(process)
+    before = {n: signal.signal(n, left) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _inside(folder: Any) -> dict[str, float]:

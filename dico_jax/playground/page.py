@@ -23,7 +23,7 @@ _HINT = "Make shows pictures here, which become clear while they are made."
 _LONGEST_QUEUE = 64
 _MOST_BYTES, _MOST_READ = 1 << 16, 1 << 24  # of a request; those of the page have some hundreds
 # gradio's ways to files and other servers.
-_CLOSED = re.compile("/(upload|file=|proxy=|stream|deep_link)")
+_CLOSED = re.compile("/(upload|file=|proxy=|stream|deep_link|openapi)")
 # What controls are called: of a mode but "walk", of that one, and of the end of a walk.
 _LABELS = {
     "classes": ("Classes (none: all in turn)", "From class", "To class"),
