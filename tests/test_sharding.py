@@ -346,9 +346,11 @@ def test_parameters_have_the_paths_that_the_rules_name():
     """A rule that no parameter matches would be a mistake."""
     import re
 
-    paths = []
-    for name in ("DiCo-S", "DiT-S/2"):
-        tree = jax.tree_util.tree_leaves_with_path(abstract_params(create_model(name)))
+    paths, sizes = [], {"hidden_size": 32, "depth": (1, 1, 1, 1, 1), "num_classes": 10}
+    kinds = [{"channel_attention": kind} for kind in ("squeeze_excite", "self_attention")]
+    variants = [create_model("DiCo", **sizes, **kind) for kind in kinds]
+    for model in (*map(create_model, ("DiCo-S", "DiT-S/2", "FCDM-S")), *variants):
+        tree = jax.tree_util.tree_leaves_with_path(abstract_params(model))
         paths += ["/".join(key.key for key in path) for path, _ in tree]
     for pattern, _ in DEFAULT_RULES:
         assert any(re.search(pattern, path) for path in paths), pattern
