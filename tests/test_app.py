@@ -256,14 +256,15 @@ def test_names_of_checkpoints_are_short_and_each_another():
 def served(*args):
     """The address of a page of a process of its own."""
     command = [sys.executable, "-m", "dico_jax.app", *map(str, args), "--port=0"]
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # by a shell, perhaps
     process = subprocess.Popen(
         command,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may ignore it
     )
+    signal.signal(signal.SIGINT, ignored)
     try:
         line = process.stdout.readline()
         assert line.startswith(("http://127.0.0.1:", "http://[::1]:")), line
