@@ -89,19 +89,35 @@ class DiTBlock(nn.Module):
         return x + multiply_vector(mlp(h), gate2)
 
 
-def isotropic_checks(model):
-    """Checks, see `Denoiser`, of the layout of a network that has one resolution."""
-    fix = "is DiCo's: use model.name='DiCo', with model.mixer='attention' for DiT's"
-    yield "layout", model.layout != "u", fix
-    loops = model.scan_blocks and not model.stages
-    yield (
-        "scan_blocks",
-        not loops,
-        "is for equal blocks, not those of model.layout='isotropic_skip'",
-    )
+class Isotropic(ClassConditional):
+    """Base of networks of one resolution.
+
+    Attributes:
+      layout: "isotropic", or "isotropic_skip" with long skips, see `dico_jax.models.mixers`.
+    """
+
+    layout: str = "isotropic"
+
+    def checks(self):
+        yield from super().checks()
+        fix = "is DiCo's: use model.name='DiCo', with model.mixer='attention' for DiT's"
+        yield "layout", self.layout != "u", fix
+        fix = "is for equal blocks, not those of model.layout='isotropic_skip'"
+        yield "scan_blocks", bool(self.stages) or not self.scan_blocks, fix
+
+    @property
+    def stages(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.layout == "isotropic_skip" else ("blocks",)
+
+    def pass_blocks(self, block, x, c):
+        """What x is after `depth` blocks, called as block()(x, c); inside `forward`."""
+        stage = Stage(self.depth, block, self.dtype, self.scan_blocks, self.remat, name="blocks")
+        long = not self.stages
+        skips = {"enter": long_skips(self.depth, self.hidden_size, self.dtype)} if long else {}
+        return stage(x, c, **skips)
 
 
-class DiT(ClassConditional):
+class DiT(Isotropic):
     """A DiT network, called as every `Denoiser`. `create_model` makes the published sizes.
 
     Attributes:
@@ -109,7 +125,6 @@ class DiT(ClassConditional):
       depth, num_heads, patch_size: blocks, attention heads, side of a patch.
       mlp_ratio: feed-forward width over hidden_size.
       attention: see `dico_jax.ops.attention`.
-      layout: "isotropic", or "isotropic_skip" with long skips, see `dico_jax.models.mixers`.
       mixer: "attention" of all patches, or "window_attention" inside windows.
       window_size: side of a window, in patches.
       activation: "gelu" (of tanh) or "relu".
@@ -121,7 +136,6 @@ class DiT(ClassConditional):
     patch_size: int = 2
     mlp_ratio: float = 4.0
     attention: Implementation = "auto"
-    layout: str = "isotropic"
     mixer: str = "attention"
     window_size: int = 8
     activation: str = "gelu"
@@ -135,11 +149,6 @@ class DiT(ClassConditional):
         yield "hidden_size", divides, f"must divide by model.num_heads={self.num_heads} and by 4"
         yield "mixer", self.mixer != "conv", "is DiCo's: use model.name='IsoDiCo'"
         yield from self.without_effect({"window_size": not self.windows}, "mixer")
-        yield from isotropic_checks(self)
-
-    @property
-    def stages(self) -> tuple[str, ...]:  # type: ignore[override]
-        return () if self.layout == "isotropic_skip" else ("blocks",)
 
     @property
     def windows(self) -> int:  # type: ignore[override]
@@ -165,9 +174,7 @@ class DiT(ClassConditional):
         windows = (rows, columns, self.windows) if self.windows else None
         options = d, self.num_heads, self.mlp_ratio, dtype, self.attention, self.activation, windows
         block = functools.partial(DiTBlock, *options)
-        stage = Stage(self.depth, block, dtype, self.scan_blocks, self.remat, name="blocks")
-        skips = {} if self.stages else {"enter": long_skips(self.depth, d, dtype)}
-        x = stage(x, c, **skips)
+        x = self.pass_blocks(block, x, c)
         linear = functools.partial(Dense, p * p * self.out_channels, dtype)
         x = layers.FinalLayer("linear", linear, dtype, name="final_layer")(x, c)
 

@@ -5,24 +5,19 @@ import functools
 import flax.linen as nn
 
 from dico_jax.models import layers
-from dico_jax.models.block_stacks import Stage
-from dico_jax.models.denoiser import ClassConditional
 from dico_jax.models.dico import ConvBlocks, DiCoBlock
-from dico_jax.models.dit import PatchConv, isotropic_checks
+from dico_jax.models.dit import Isotropic, PatchConv
 from dico_jax.models.layers import Dense
-from dico_jax.models.mixers import long_skips, num_skips
+from dico_jax.models.mixers import num_skips
 
 
-class IsoDiCo(ConvBlocks, ClassConditional):
+class IsoDiCo(ConvBlocks, Isotropic):
     """DiCo's blocks in the place of DiT's, without a position table: called as every `Denoiser`.
 
     Attributes:
-      layout: "isotropic", or "isotropic_skip" with long skips, see `dico_jax.models.mixers`.
       hidden_size, depth: width and number of the blocks.
       patch_size: side of the patches that positions are made of.
     """
-
-    layout: str = "isotropic"
 
     hidden_size: int = 1152
     depth: int = 23
@@ -30,14 +25,6 @@ class IsoDiCo(ConvBlocks, ClassConditional):
     mlp_ratio: float = 6.5
 
     variants = (*ConvBlocks.variants, "layout")
-
-    def checks(self):
-        yield from super().checks()
-        yield from isotropic_checks(self)
-
-    @property
-    def stages(self) -> tuple[str, ...]:  # type: ignore[override]
-        return () if self.layout == "isotropic_skip" else ("blocks",)
 
     @property
     def size_divisor(self) -> int:  # type: ignore[override]
@@ -56,9 +43,7 @@ class IsoDiCo(ConvBlocks, ClassConditional):
         x = layers.Named("proj", proj, name="x_embedder")(x).reshape(n, rows, columns, d)
         options = self.mlp_ratio, dtype, None, self.mixer_module
         block = functools.partial(DiCoBlock, d, *options)
-        stage = Stage(self.depth, block, dtype, self.scan_blocks, self.remat, name="blocks")
-        skips = {} if self.stages else {"enter": long_skips(self.depth, d, dtype)}
-        x = stage(x, c, **skips)
+        x = self.pass_blocks(block, x, c)
         linear = functools.partial(Dense, p * p * self.out_channels, dtype)
         final = layers.FinalLayer("linear", linear, dtype, store_input=True, name="final_layer")
 
