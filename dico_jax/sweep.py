@@ -8,8 +8,6 @@ DIR/VARIANT/SEED. The same command goes on where it was. In the end DIR has swee
 figures.
 """
 
-import sys
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -31,8 +29,7 @@ def main() -> None:
     from dico_jax.analysis import sweep  # late: --help answers before JAX is imported
 
     path = config_flags.get_config_filename(flags.FLAGS["config"])
-    overrides = [arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config.")]
-    plan = sweep.make_plan(path, config, overrides, _VARIANTS.value)
+    plan = sweep.make_plan(path, config, _VARIANTS.value)
     failed = sweep.run(plan, _WORKDIR.value)
     print(sweep.report(plan, _WORKDIR.value))
     if failed:

@@ -40,7 +40,7 @@ def write(path, given):
 
 
 def plan_of(path, given=None, only=None):
-    return sweep.make_plan(write(path, SWEEP if given is None else given), tiny_config(), (), only)
+    return sweep.make_plan(write(path, SWEEP if given is None else given), tiny_config(), only)
 
 
 def test_a_plan_has_every_variant_with_its_cost(tmp_path):

@@ -52,7 +52,6 @@ class Plan:
     """What a sweep trains: the first variant is what the others are compared with."""
 
     file: str
-    overrides: tuple[str, ...]  # flags of the command line, of all runs
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
     metrics: tuple[str, ...]  # in the order of the table; () for all
@@ -64,15 +63,12 @@ class Plan:
                 yield variant, seed, f"{variant.name}/{seed}"
 
 
-def make_plan(
-    path: str, config: ConfigDict, overrides: Sequence[str] = (), only: Sequence[str] | None = None
-) -> Plan:
+def make_plan(path: str, config: ConfigDict, only: Sequence[str] | None = None) -> Plan:
     """The plan of a config file, whose every variant is checked; UsageError for what is wrong.
 
     Args:
       path: of the config file.
-      config: what its get_config() gives, with the overrides of the command line.
-      overrides: these, as flags.
+      config: what its get_config() gives, with what the command line changes.
       only: names of variants to take; all if None.
     """
     given = runpy.run_path(path).get("get_sweep")
@@ -90,7 +86,7 @@ def make_plan(
             raise UsageError("--variants", name, f"is unknown: use some of {','.join(variants)}")
     made = [_variant(name, fields, config) for name, fields in variants.items()
             if only is None or name in only]  # fmt: skip
-    return Plan(path, tuple(overrides), tuple(made), seeds, tuple(found["metrics"]))
+    return Plan(path, tuple(made), seeds, tuple(found["metrics"]))
 
 
 def _variant(name: str, fields: Mapping[str, Any], config: ConfigDict) -> Variant:
@@ -127,10 +123,13 @@ def run(plan: Plan, workdir: str) -> list[str]:
 def _train(plan: Plan, variant: Variant, seed: int, folder: Any) -> str:
     """Runs `dico_jax.main`, which goes on where it was; "" or how it failed."""
     folder.mkdir(parents=True, exist_ok=True)
-    fields = {**variant.fields, "seed": seed}
-    changes = [f"--config.{field}={value}" for field, value in fields.items()]
-    out, log = folder / "channels", folder.parent / f"{seed}.log"
-    commands = [["main", f"--config={plan.file}", *plan.overrides, *changes, f"--workdir={folder}"]]
+    config, log, out = (
+        folder.parent / f"{seed}.json",
+        folder.parent / f"{seed}.log",
+        folder / "channels",
+    )
+    write_json(config, _config_of(variant, seed))
+    commands = [["main", f"--config={config}", f"--workdir={folder}"]]
     looks = any(name.startswith(_INSIDE) for name in plan.metrics)
     if looks and not out.exists():
         commands.append(["analyze", "channels", f"--ckpt={folder}", f"--out={out}"])
@@ -184,9 +183,13 @@ def _inside(folder: Any) -> dict[str, float]:
     return found
 
 
+def _config_of(variant: Variant, seed: int) -> dict[str, Any]:
+    return config_to_dict(variant.config) | {"seed": seed}
+
+
 def _digest(variant: Variant, seed: int) -> str:
-    config = {**config_to_dict(variant.config), "seed": seed}
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    config = json.dumps(_config_of(variant, seed), sort_keys=True)
+    return hashlib.sha256(config.encode()).hexdigest()
 
 
 def result_of(folder: Any, variant: Variant, seed: int) -> dict[str, Any] | None:
