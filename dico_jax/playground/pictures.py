@@ -75,24 +75,24 @@ def column(
     return f'<div class="column{small}">{heading}{state}{shown}</div>'
 
 
-def page(columns: Sequence[str], said: str, link: str = "", walk: bool = False) -> str:
-    """Columns side by side, below what is said; `walk` adds a slider along the pictures."""
+def slider(images: np.ndarray) -> str:
+    """A slider along the pictures below it, which shows one of them large."""
+    middle, small = len(images) // 2, " small" * (max(images.shape[1:3]) <= _SMALL)
+    span = f'min="0" max="{len(images) - 1}" value="{middle}"'
+    url = _url("png", png(images[middle], {}))
+    return (
+        f'<div class="scrub{small}"><img class="large" src="{url}" alt="on the way">'
+        f'<label>Along the way <input type="range" {span} oninput="{_SCRUB}"></label></div>'
+    )
+
+
+def page(columns: Sequence[str], said: str, link: str = "", above: str = "") -> str:
+    """Columns side by side, below what is said and what else stands `above` them."""
     again = (
         f' <a class="again" href="{html.escape(link)}">Link to these pictures</a>' if link else ""
     )
     state = f'<p role="status">{html.escape(said)}{again}</p>' if said else ""
-    scrub = ""
-    if walk:
-        count = columns[0].count("<figure>")
-        middle = columns[0].split('<img src="')[1 + count // 2].partition('"')[0]
-        range_of = f'min="0" max="{count - 1}" value="{count // 2}"'
-        slider = f'<input type="range" {range_of} oninput="{_SCRUB}">'
-        small = " small" if "column small" in columns[0] else ""
-        scrub = (
-            f'<div class="scrub{small}"><img class="large" src="{middle}" alt="on the way">'
-            f"<label>Along the way {slider}</label></div>"
-        )
-    return f'<div class="made">{state}{scrub}<div class="columns">{"".join(columns)}</div></div>'
+    return f'<div class="made">{state}{above}<div class="columns">{"".join(columns)}</div></div>'
 
 
 def wrong(text: str) -> str:

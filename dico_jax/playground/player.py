@@ -211,15 +211,18 @@ class Player:
         """Makes what is asked for; HTML of all of it, again and again while it becomes clearer."""
         asked, started = self.checked(values), time.monotonic()
         columns = self._columns(asked)
-        yield pictures.page(columns_html(columns), "Started: what is asked for first compiles.")
+        yield pictures.page(
+            [one.html() for one in columns], "Started: what is asked for first compiles."
+        )
         for which in itertools.cycle(range(len(columns))):
             columns[which].look()
             if all(column.done == column.count for column in columns):
                 break
             if which == len(columns) - 1:
-                yield pictures.page(columns_html(columns), "")
+                yield pictures.page([one.html() for one in columns], "")
         said = f"{time.monotonic() - started:.1f} s."
-        yield pictures.page(columns_html(columns), said, self.link(asked), asked["do"] == "walk")
+        above = pictures.slider(columns[0].images) if asked["do"] == "walk" else ""
+        yield pictures.page([one.html() for one in columns], said, self.link(asked), above)
 
     def _columns(self, asked: Values) -> list[_Column]:
         if asked["do"] != "compare":
@@ -274,11 +277,6 @@ class Player:
     def title(self, told: Any) -> str:
         """What a class or a prompt is called below its picture."""
         return self._names.title(told) if self.choices else told
-
-
-def columns_html(columns: Sequence[_Column]) -> list[str]:
-    """Each as it is now."""
-    return [column.html() for column in columns]
 
 
 def checkpoint_names(sources: Sequence[str]) -> list[str]:
