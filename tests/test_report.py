@@ -174,10 +174,12 @@ def test_the_page_at_the_end_of_a_run_never_makes_it_fail(tmp_path, monkeypatch,
     monkeypatch.setattr("dico_jax.reporting.page.make_page", full)
     assert page_at_end(folder) == command
     said = f"warning: {folder}/report.html is not written ([Errno 28] No space left on device)\n"
-    assert capsys.readouterr().err == said
+    out, err = capsys.readouterr()
+    assert (out, err) == (2 * "writing the page of the run ...\n", said)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     fix = "needs bokeh and jinja2: pip install 'dico_jax[report]'"
     assert page_at_end(folder) == f"{command} ({fix})"
+    assert capsys.readouterr().out == ""  # it is not written
 
 
 def test_a_run_without_a_line_yet(tmp_path):

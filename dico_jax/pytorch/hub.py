@@ -30,10 +30,9 @@ def local_file(name: str | os.PathLike, shards: bool = True) -> str:
     if not is_remote(name):
         return name
     path = _download(name)
-    for shard in (
-        dict.fromkeys(weight_map(path).values()) if shards and name.endswith(".json") else ()
-    ):
-        _download(name, shard)
+    if shards and name.endswith(".json"):
+        for shard in dict.fromkeys(weight_map(path).values()):
+            _download(name, shard)
     return path
 
 

@@ -19,6 +19,7 @@ def page_at_end(workdir: Any) -> str:
     command, out = f"python -m dico_jax.report {shlex.quote(str(workdir))}", workdir / "report.html"
     if fix := missing("bokeh", "jinja2"):
         return f"{command} ({fix})"
+    print("writing the page of the run ...", flush=True)
     try:
         from dico_jax.reporting.page import write_page
         from dico_jax.reporting.runs import read_runs

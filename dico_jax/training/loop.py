@@ -116,7 +116,6 @@ class _Trainer:
         said = ""
         if page and self.config.logging.report and jax.process_index() == 0:
             self.log.flush()
-            self.log.say("writing the page of the run ...")
             said = page(self.run.workdir)
         self.log.say(self.run.result(self.start, result, page=said))
         return result

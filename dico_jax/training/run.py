@@ -131,13 +131,13 @@ class Run:
     def result(self, step: int, judged: ClassAgreement | None, done="done", page="") -> str:
         """The last lines of a run: what came out, where it is, and what to do next."""
         folder, report = shlex.quote(str(self.workdir)), self.workdir / "report.html"
+        page = page or (str(report) if report.exists() else f"python -m dico_jax.report {folder}")
         grids = sorted((self.workdir / "samples").glob("step_*.png"))
         lines = {
             "checkpoint": f"{self.workdir / FOLDER / str(step)}",
             "grid": f"{grids[-1]}" if grids else "",
             "metrics": f"{self.workdir / 'metrics.jsonl'}; tensorboard --logdir={folder}",
-            "page": page
-            or f"{report if report.exists() else f'python -m dico_jax.report {folder}'}",
+            "page": page,
             "next": f"python -m dico_jax.sample --ckpt={folder} --out={folder}/out",
         }
         first = f"{done}: step {step} of {self.config.training.num_steps}"
