@@ -16,7 +16,12 @@ from dico_jax.evaluation.networks import class_agreement, mean_pairwise_distance
 from dico_jax.models import create_model
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.parallel.sharding import state_sharding
-from dico_jax.sampling.generate import NotFiniteError, generate_images, make_generate_fn
+from dico_jax.sampling.generate import (
+    NotFiniteError,
+    generate_images,
+    make_generate_fn,
+    make_latents_fn,
+)
 from dico_jax.sampling.grids import image_grid, load_png, save_png
 from tests import golden
 
@@ -59,6 +64,31 @@ def test_an_image_is_the_same_whatever_the_batch_and_the_devices():
         np.testing.assert_array_equal(make_images(num_devices, batch_size), images)
     np.testing.assert_array_equal(make_images(1, 10, num_images=10), images)
     assert (make_images(1, 10, seed=1) != images).mean() > 0.3
+
+
+def test_how_far_a_batch_is_can_be_seen():
+    """And what is told of all batches, the last of which is not full, are all images."""
+    mesh = create_mesh(jax.devices()[:2])
+    generate, params = generator(mesh, seed=0)
+    told = []
+    images = generate_images(generate, params, np.arange(10), 4, 2, progress=told.append)
+    assert len(next(images)) == 4
+    assert told == [1.0] * 4  # of 4 images in 4 steps
+    assert sum(map(len, images)) == 6
+    assert told == [1.0] * 8 + [0.5] * 4
+
+
+def test_as_many_parts_as_can_be_seen():
+    model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
+    objective, options = create_diffusion("23"), SamplingOptions(cfg_channels="all")
+    how = autoencoder("identity"), (8, 8, 1), options, create_mesh(jax.devices()[:1])
+    generate, marks = make_generate_fn(model, objective, *how), []
+    params, index = golden.drawn_params(model, 3, "A"), np.zeros(1, np.int32)
+    images, _ = generate(params, index, index, marks=marks)
+    assert len(marks) == 8  # of three steps each, the last of two
+    sample = make_latents_fn(model, objective, (8, 8, 1), options)
+    whole = to_uint8(jax.jit(sample)(params, index, index))
+    assert np.abs(images.astype(int) - np.asarray(whole, int)).max() <= 1
 
 
 @pytest.mark.parametrize("width", [64, 128])

@@ -34,7 +34,7 @@ class Sampler:
     def conditions(self, num_images, classes="all"):
         return self.experiment.model.parse_conditions(classes, num_images, 0)
 
-    def batches(self, conditions, indices):
+    def batches(self, conditions, indices, progress):
         for first in range(0, len(indices), self._n):
             part = np.array(indices[first : first + self._n])
             if self._fails_at in part:
@@ -44,6 +44,7 @@ class Sampler:
                 part[:, None, None, None].astype(np.uint8), (len(part), 8, 8, 1)
             )
             latents = np.broadcast_to(part[:, None, None, None] + 1.0, (len(part), 2, 2, 1))
+            progress(len(part))
             yield part, images, ~np.isin(part, self._bad), *([latents] * self.with_latents)
 
 

@@ -185,11 +185,14 @@ def test_wrong_walks_are_refused(sampler, wrong, said):
 
 
 def test_programs_of_the_settings_used_last_are_kept(checkpoint, monkeypatch):
-    monkeypatch.setattr("dico_jax.sampling.sampler._MOST_STEPS", 2)
+    monkeypatch.setattr("dico_jax.sampling.sampler._MOST_PROGRAMS", 2)
     sampler = Sampler.from_pretrained(checkpoint)
     for steps in (1, 2, 1, 3):
         list(sampler.stream([3], steps=steps))
-    assert [json.loads(key.split("} ")[0] + "}")["num_steps"] for key in sampler._steps] == [1, 3]
+    assert [json.loads(key.split("} ")[0] + "}")["num_steps"] for key in sampler._programs] == [
+        1,
+        3,
+    ]
 
 
 @pytest.mark.parametrize(("classes", "asked"), [(["kind 3", 7], "3,7"), ("all", "all")])

@@ -66,6 +66,18 @@ def test_time_left_is_of_measured_steps_alone(capfd, clock):
     assert "<15:30,  1.00step/s" in third
 
 
+def test_parts_move_the_bar_and_are_not_counted(capfd, clock):
+    with Bar(total=2, unit="image", compiles=True) as bar:
+        for _ in range(20):
+            clock[0] += 10.0
+            bar.update(2 / 20)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("5% 0/2 [00:00<?, ?image/s]")
+    assert "20% 0/2 [00:30<02:40, 100.00s/image]" in lines[1]
+    assert "50% 1/2 " in lines[3]
+    assert "100% 2/2 [03:10<00:00, " in lines[-1]
+
+
 def test_what_does_not_stay_is_said_when_it_lasts(capfd, clock):
     with Bar(total=3, desc="samples", leave=False, compiles=True) as bar:
         bar.update(3)

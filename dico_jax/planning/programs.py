@@ -1,5 +1,6 @@
 """What a run compiles besides the training step: samples, their decoding, and their features."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from dico_jax.experiment import Experiment, sampling_from_config
 from dico_jax.models.block_stacks import whole_where_used
 from dico_jax.parallel.mesh import batch_sharding, num_batch_shards, replicated
 from dico_jax.planning import aot
-from dico_jax.sampling.generate import guided_steps, jit_generate
+from dico_jax.sampling.generate import Noise, guided_steps, make_programs
 
 Program = Callable[[ConfigDict, Experiment, Any, Mesh], aot.Found]
 
@@ -32,16 +33,22 @@ def _shapes(tree: Any) -> Any:
 
 
 def sampler(config: ConfigDict, experiment: Experiment, params: Any, mesh: Mesh) -> aot.Found:
-    """Of a run's grids: all guided steps in a loop, whose body XLA counts once, and the decoder."""
+    """Of a run's grids: guided steps in a loop, whose body XLA counts once."""
     process, options = sampling_from_config(config)
     model, size, scales = experiment.model, _images(config, mesh), options.scales(process)
-    network = experiment.autoencoder, experiment.latent_shape
-    jitted = jit_generate(model, process, *network, options, mesh)
+    network, kind = (experiment.autoencoder, experiment.latent_shape), guided_steps(scales)
+    programs = make_programs(model, process, *network, options, mesh)
     lie = jax.tree.map(lambda leaf: leaf.sharding, params)
-    given = np.zeros(size, np.int32), model.zero_condition(size), np.uint32(0), np.float32(scales)
-    decoder, weights = experiment.autoencoder.shapes(), whole_where_used(params, model, lie)
-    arguments = decoder, weights, None, *_shapes(given), guided_steps(scales)
-    return aot.compile_program(jitted, *arguments)
+    weights, noise = whole_where_used(params, model, lie), Noise(np.uint32(0), np.arange(size))
+    given = weights, *_shapes((noise, np.float32(scales))), None
+    split, whole, step = batch_sharding(mesh), replicated(mesh), np.int32(0)
+    carry = jax.tree.map(
+        lambda a: a.update(sharding=split if a.shape[:1] == (size,) else whole),
+        jax.eval_shape(
+            functools.partial(programs.begin, kind=kind), *given, model.zero_condition(size), None
+        ),
+    )
+    return aot.compile_program(programs.advance, *given, *carry, step, step, kind)
 
 
 def decoder(config: ConfigDict, experiment: Experiment, params: Any, mesh: Mesh) -> aot.Found:

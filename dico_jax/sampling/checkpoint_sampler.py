@@ -87,9 +87,14 @@ class CheckpointSampler(Pretrained):
         """
         return generation.generate_images(*self._given(conditions), start)
 
-    def batches(self, conditions: Any, indices: Any) -> Iterator[tuple[np.ndarray, ...]]:
-        """Of images `indices`, batch by batch, their numbers, themselves, and which are finite."""
-        return generation.generate_batches(*self._given(conditions), indices)
+    def batches(
+        self, conditions: Any, indices: Any, **progress: Any
+    ) -> Iterator[tuple[np.ndarray, ...]]:
+        """Of images `indices`, batch by batch, their numbers, themselves, and which are finite.
+
+        `progress` is that of `generate_batches`.
+        """
+        return generation.generate_batches(*self._given(conditions), indices, **progress)
 
     def trajectory(self, conditions: Any, most: int) -> tuple[np.ndarray, np.ndarray]:
         """Images 0 to N - 1 as they are predicted at `most` steps at most, the first and the last.

@@ -1,4 +1,4 @@
-"""Images from noise: the sampler, the network and the autoencoder in one jitted call per batch.
+"""Images from noise: the sampler, the network and the autoencoder, jitted, batch by batch.
 
 Image i of a seed is the same whatever the batch size, the devices, or an interruption: all its
 noise follows from (seed, i).
@@ -24,6 +24,8 @@ from dico_jax.ops.cpu import compiler_options
 from dico_jax.parallel.mesh import batch_sharding, from_same, replicated
 
 GenerateFn = Callable[..., tuple[jax.Array, ...]]  # of `make_generate_fn`
+_MARKS = 10  # of a batch at most, by which it can be seen how far it is
+_UNSEEN: Callable[[float], object] = lambda _: None  # noqa: E731
 
 
 class NotFiniteError(TrainingStopped):
@@ -108,17 +110,17 @@ def _network_fns(model, latent_shape, options, guide) -> tuple[Callable[..., Any
     return encode, model_fn
 
 
-class Steps(NamedTuple):
-    """Jitted parts of a sampler that runs step by step, see `make_steps`."""
+class Programs(NamedTuple):
+    """Jitted parts of a sampler, see `make_programs`."""
 
     begin: Callable[..., Any]
-    step: Callable[..., Any]
+    advance: Callable[..., Any]
     end: Callable[..., Any]
     decode: Callable[..., Any]
 
 
 class Walk(NamedTuple):
-    """Of N images the way from conditions and noise to others, as arguments of `Steps.begin`."""
+    """Of N images the way from conditions and noise to others, as arguments of `Programs.begin`."""
 
     conditions: Any  # of the end, as those of the start
     shares: Any  # (N,), 0 at the start and 1 at the end
@@ -145,24 +147,25 @@ class Noise(NamedTuple):
         return jnp.cos(angles) * noise + jnp.sin(angles) * other
 
 
-def make_steps(
+def make_programs(
     model: Any, objective: Objective, autoencoder: Any, latent_shape: tuple[int, int, int],
-    options: SamplingOptions, *, guide: Any = None,
-) -> Steps:  # fmt: skip
-    """What shows images while they are made.
+    options: SamplingOptions, mesh: Mesh, *, guide: Any = None,
+) -> Programs:  # fmt: skip
+    """What makes images, some steps at a time: so it can be seen how far it is.
 
-    The first arguments of three are (params, `Noise`, scales (T + 1,), guide_params). `begin` takes
-    the conditions after these, and None or a `Walk`, and gives the carry of the loop; `step` the
-    carry and i, from T - 1 to 0, and gives the next carry and the latents as they are predicted;
-    `end` the carry, and gives the latents. `decode`, of (decoder_params, latents), gives the images
-    and which are finite: those of `make_generate_fn`, but that programs of one step may round
-    otherwise.
+    All but `decode` take (params, `Noise`, scales (T + 1,), guide_params), with arrays (N, ...)
+    split over the mesh, and as their last what `guided_steps` says of the scales. Between these
+    `begin` takes the conditions, and None or a `Walk`, and gives what is told and the carry x;
+    `advance` these with i, from T - 1 to 0, and count: it runs steps i to i - count + 1 and gives
+    the next x, the latents as they were last predicted, and a number that is there when they are;
+    `end` gives the latents (N, H, W, C) of what is told and x. `decode`, of (decoder_params,
+    latents), gives the images, uint8, and which are finite, to every process.
     """
-    kind = guided_steps(options.scales(objective))
-    check_guidance(model, kind, options.cfg_scale, guide)
+    check_guidance(model, guided_steps(options.scales(objective)), options.cfg_scale, guide)
     encode, model_fn = _network_fns(model, latent_shape, options, guide)
+    split, whole = batch_sharding(mesh), replicated(mesh)
 
-    def solver(told, params, noise, scales, guide_params):
+    def solver(params, noise, scales, guide_params, told, kind):
         network = model_fn(params, told, guide_params, scales, kind)
         path = diffusion.Path(objective, network, scales=None if kind == "none" else scales)
 
@@ -171,7 +174,7 @@ def make_steps(
 
         return diffusion.solver_loop(path, noise_fn, options.sampler, options.ddim_eta)
 
-    def begin(params, noise, scales, guide_params, conditions, walk):
+    def begin(params, noise, scales, guide_params, conditions, walk, kind):
         told = encode(params, conditions, guide_params, kind)
         if walk is not None:
             ends = encode(params, walk.conditions, guide_params, kind)
@@ -180,20 +183,35 @@ def make_steps(
                 for of, start, end in zip((model, model, guide), told, ends, strict=True)
             )
         x = noise.draw(lambda keys: diffusion.initial_noise(keys, latent_shape))
-        return told, solver(told, params, noise, scales, guide_params).begin(x)
+        x = solver(params, noise, scales, guide_params, told, kind).begin(x)
+        return told, jax.lax.with_sharding_constraint(x, split)
 
-    def step(*given_carry_i):
-        *given, (told, x), i = given_carry_i
-        x, point = solver(told, *given).step(x, i)
-        return (told, x), point.pred_x0
+    def advance(params, noise, scales, guide_params, told, x, i, count, kind):
+        loop = solver(params, noise, scales, guide_params, told, kind)
 
-    def end(*given_carry):
-        *given, (told, x) = given_carry
-        return solver(told, *given).end(x)
+        def step(done, carry):
+            x, point = loop.step(carry[0], i - done)
+            return x, point.pred_x0
 
-    how: Any = {"compiler_options": compiler_options(jax.devices()[0].platform)}
-    decode = functools.partial(_images, autoencoder)
-    return Steps(*(jax.jit(part, **how) for part in (begin, step, end, decode)))
+        x, predicted = jax.lax.fori_loop(0, count, step, (x, jnp.zeros_like(loop.end(x))))
+        x = jax.lax.with_sharding_constraint(x, split)
+        return x, predicted, predicted[0, 0, 0, 0]
+
+    def end(params, noise, scales, guide_params, told, x, kind):
+        return solver(params, noise, scales, guide_params, told, kind).end(x)
+
+    def jitted(function, *lie, **how):
+        options = compiler_options(mesh.devices.flat[0].platform)
+        return jax.jit(function, in_shardings=lie, compiler_options=options, **how)
+
+    # The network's parameters stay as they lie: a run may share them among devices.
+    given = None, Noise(whole, split, whole, split), whole, None
+    return Programs(
+        jitted(begin, *given, split, split, static_argnums=6),
+        jitted(advance, *given, None, None, whole, whole, static_argnums=8, donate_argnums=5),
+        jitted(end, *given, None, None, static_argnums=6),
+        jitted(functools.partial(_images, autoencoder), whole, split, out_shardings=whole),
+    )
 
 
 def _images(autoencoder: Any, decoder_params: Any, latents: jax.Array) -> tuple[jax.Array, ...]:
@@ -216,30 +234,6 @@ def check_guidance(model: Any, steps: str, cfg_scale: float, guide: Any = None) 
         raise UsageError("sampling.cfg_scale", cfg_scale, fix)
 
 
-def jit_generate(
-    model, objective, autoencoder, latent_shape, options, mesh: Mesh, *, guide=None, latents=False
-) -> jax.stages.Wrapped:
-    """The program of `make_generate_fn`.
-
-    Its arguments are (decoder_params, params, guide_params, indices (N,), conditions, seed (),
-    scales (T + 1,), steps), steps being what `guided_steps` says of the scales.
-    """
-    sample_latents = make_latents_fn(model, objective, latent_shape, options, guide=guide)
-
-    def generate(decoder_params, params, guide_params, indices, conditions, seed, scales, steps):
-        how = seed, scales, steps, guide_params
-        made = sample_latents(params, indices, conditions, *how)
-        images = _images(autoencoder, decoder_params, made)
-        return (*images, made.astype(jnp.float32)) if latents else images
-
-    split, whole = batch_sharding(mesh), replicated(mesh)
-    # The network's parameters stay as they lie: a run may share them among devices.
-    lie = whole, None, None, split, split, whole, whole
-    how: Any = {"compiler_options": compiler_options(mesh.devices.flat[0].platform)}
-    how |= {"in_shardings": lie, "out_shardings": whole}
-    return jax.jit(generate, static_argnums=len(lie), **how)
-
-
 def make_generate_fn(
     model,
     objective,
@@ -257,7 +251,8 @@ def make_generate_fn(
     Those are uint8 (N, H, W, C) and bool (N,). Conditions are a tree of arrays (N, ...), see
     `Denoiser`. N must divide over the mesh, see `generate_batches`. It takes `seed` and `cfg_scale`
     in place of the options' and compiles for neither, but once for a scale of 1 and once for all
-    others; and `guide_params`.
+    others; `guide_params`; and `marks`, a list that gets a number for every tenth of the steps,
+    which is there when these are done.
 
     Args:
       model: the network.
@@ -271,8 +266,8 @@ def make_generate_fn(
       guide: a weaker network for autoguidance, see `make_latents_fn`.
       with_latents: gives the latents as well, float32 (N, H, W, C).
     """
-    how: Any = {"guide": guide, "latents": with_latents}
-    jitted = jit_generate(model, objective, autoencoder, latent_shape, options, mesh, **how)
+    what = model, objective, autoencoder, latent_shape, options, mesh
+    programs = make_programs(*what, guide=guide)
     split, whole = batch_sharding(mesh), replicated(mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     size = images_at_a_time(latent_shape) * mesh.size if on_cpu else None
@@ -281,19 +276,32 @@ def make_generate_fn(
     if load:
         decoder_params()
 
-    def call(params, indices, conditions, *, seed=None, cfg_scale=None, guide_params=None):
+    def call(
+        params, indices, conditions, *, seed=None, cfg_scale=None, guide_params=None, marks=None
+    ):
         changed = {"seed": seed, "cfg_scale": cfg_scale}
         how = dataclasses.replace(options, **{k: v for k, v in changed.items() if v is not None})
         scales = how.scales(objective)
-        check_guidance(model, guided_steps(scales), how.cfg_scale, guide)
+        kind, count = guided_steps(scales), len(scales) - 1
+        check_guidance(model, kind, how.cfg_scale, guide)
         lie = jax.tree.map(lambda leaf: getattr(leaf, "sharding", whole), params)
         params = whole_where_used(params, model, lie)
-        given = indices, model.from_read(model.as_condition(conditions))
-        own = np.uint32(how.seed), np.float32(scales), guided_steps(scales)
+        told = model.from_read(model.as_condition(conditions))
+        some = -(-count // _MARKS)
 
         def part(rows):
-            told = jax.tree.map(lambda leaf: from_same(leaf[rows], split), given)
-            return jitted(decoder_params(), params, guide_params, *told, *own)
+            spread = jax.tree.map(lambda leaf: from_same(leaf[rows], split), (indices, told))
+            noise = Noise(np.uint32(how.seed), spread[0])
+            given = params, noise, np.float32(scales), guide_params
+            of, x = programs.begin(*given, spread[1], None, kind)
+            for i in range(count - 1, -1, -some):
+                steps = np.int32(i), np.int32(min(some, i + 1))
+                x, _, mark = programs.advance(*given, of, x, *steps, kind)
+                if marks is not None:
+                    marks.append(mark)
+            latents = programs.end(*given, of, x, kind)
+            images = programs.decode(decoder_params(), latents)
+            return (*images, latents.astype(jnp.float32)) if with_latents else images
 
         return _in_parts(part, len(indices), size)
 
@@ -317,42 +325,50 @@ def _in_parts(part: Callable[..., Any], count: int, size: int | None) -> Any:
 
 
 def generate_images(
-    generate: GenerateFn, params, conditions: Any, batch_size: int, num_devices: int, start: int = 0
-) -> Iterator[np.ndarray]:
+    generate: GenerateFn, params, conditions: Any, batch_size: int, num_devices: int,
+    start: int = 0, progress: Callable[[float], object] = _UNSEEN,
+) -> Iterator[np.ndarray]:  # fmt: skip
     """Images start, ... of `generate_batches`, uint8 (n, H, W, C); NotFiniteError for bad ones."""
     indices = np.arange(start, len(jax.tree.leaves(conditions)[0]))
-    given = generate, params, conditions, batch_size, num_devices, indices
+    given = generate, params, conditions, batch_size, num_devices, indices, progress
     for part, images, finite in generate_batches(*given):
         check_finite(part[~finite], len(part))
         yield images
 
 
 def generate_batches(
-    generate: GenerateFn, params, conditions: Any, batch_size: int, num_devices: int, indices: Any
-) -> Iterator[tuple[np.ndarray, ...]]:
+    generate: GenerateFn, params, conditions: Any, batch_size: int, num_devices: int, indices: Any,
+    progress: Callable[[float], object] = _UNSEEN,
+) -> Iterator[tuple[np.ndarray, ...]]:  # fmt: skip
     """Of images `indices` (N,), their numbers (n,), uint8 (n, H, W, C), and which are finite (n,).
 
     Then what else `generate` gives. The devices make a batch while the caller has the one before.
 
     `conditions` are a tree of arrays (N, ...), those of every image from 0 on. Every batch has one
-    size on the devices, a multiple of num_devices; what is over at the end is cut off.
+    size on the devices, a multiple of num_devices; what is over at the end is cut off. `progress`
+    is told, after some steps of a batch, how many images more these are worth: a tenth of it.
     """
     count = max(1, len(jax.tree.leaves(conditions)[0]))
     size = -(-min(batch_size, count) // num_devices) * num_devices
-    ahead = collections.deque[tuple[np.ndarray, Any]]()
+    ahead = collections.deque[tuple[np.ndarray, Any, list[jax.Array]]]()
+
+    def finished() -> tuple[np.ndarray, ...]:
+        part, made, marks = ahead.popleft()
+        for mark in marks:
+            mark.block_until_ready()
+            progress(len(part) / len(marks))
+        return part, *(array[: len(part)] for array in jax.device_get(made))
+
     for first in range(0, len(indices), size):
         part = np.asarray(indices[first : first + size], np.int32)
         padded = np.pad(part, (0, size - len(part)), mode="edge")
         told = jax.tree.map(lambda leaf, rows=padded: leaf[rows], conditions)
-        ahead.append((part, generate(params, padded, told)))
+        marks: list[jax.Array] = []
+        ahead.append((part, generate(params, padded, told, marks=marks), marks))
         if len(ahead) > 1:
-            yield _finished(*ahead.popleft())
+            yield finished()
     if ahead:
-        yield _finished(*ahead.popleft())
-
-
-def _finished(part: np.ndarray, made: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
-    return part, *(array[: len(part)] for array in jax.device_get(made))
+        yield finished()
 
 
 def check_finite(bad: Sequence[int] | np.ndarray, count: int) -> None:

@@ -131,7 +131,9 @@ def _make(
     ):
         before: list[concurrent.futures.Future[None]] = []
         hopeless = len(lacking) == len(mine)
-        for part, images, finite, *more in sampler.batches(conditions, lacking):
+        for part, images, finite, *more in sampler.batches(
+            conditions, lacking, progress=bar.update
+        ):
             state[part] = np.where(finite, _MADE, _BAD)
             after = [
                 pool.submit(write, part[i], *(array[i] for array in (images, *more)))
@@ -140,7 +142,6 @@ def _make(
             for written in before:
                 written.result()
             before = after
-            bar.update(len(part))
             hopeless = hopeless and not finite.any()
             if hopeless and np.count_nonzero(state) >= _HOPELESS:  # as those to come, most likely
                 break

@@ -26,7 +26,7 @@ from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.pytorch.file_weights import FileWeights
 from dico_jax.pytorch.hub import local_weights
 from dico_jax.pytorch.safetensors_files import files_of
-from dico_jax.sampling.generate import GenerateFn, Steps, make_generate_fn, make_steps
+from dico_jax.sampling.generate import GenerateFn, Programs, make_generate_fn, make_programs
 
 PREVIEW = "preview"  # of --vae
 # Fields of the autoencoder that say what latents are, and of a diffusion that do not say which.
@@ -192,12 +192,12 @@ class Pretrained:
         generate = make_generate_fn(*parts, with_latents=with_latents, guide=guide)
         return functools.partial(generate, guide_params=self.guide.params)
 
-    def steps(self, config: ConfigDict) -> tuple[Steps, np.ndarray]:
+    def programs(self, config: ConfigDict) -> tuple[Programs, np.ndarray]:
         """What makes images step by step, as `config.sampling` says, and its guidance scales."""
         process, options = sampling_from_config(config)
         made, guide = self.experiment, self.guide and self.guide.experiment.model
-        parts = made.model, process, made.autoencoder, made.latent_shape, options
-        return make_steps(*parts, guide=guide), np.asarray(options.scales(process), np.float32)
+        parts = made.model, process, made.autoencoder, made.latent_shape, options, self.mesh
+        return make_programs(*parts, guide=guide), np.asarray(options.scales(process), np.float32)
 
 
 def _experiment(config: ConfigDict, vae: str | None) -> tuple[Experiment, str | None]:

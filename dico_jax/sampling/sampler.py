@@ -19,7 +19,7 @@ from dico_jax.parallel.mesh import batch_sharding, replicated
 from dico_jax.sampling.generate import (
     GenerateFn,
     Noise,
-    Steps,
+    Programs,
     Walk,
     check_finite,
     generate_images,
@@ -29,7 +29,7 @@ from dico_jax.sampling.pretrained import Pretrained
 
 _ARGUMENTS = {"num_steps": "steps", "sampler": "solver"}  # of fields that are named otherwise here
 _LEFT_OUT = ("grid_rows", "grid_columns", "grid_every_steps", "batch_size")  # of config.sampling
-_MOST_STEPS = 32  # whose programs are kept, those used last: each has some MB
+_MOST_PROGRAMS = 32  # whose programs are kept, those used last: each has some MB
 _MOST = 1_000_000  # images of a call, which are all in memory
 
 
@@ -51,8 +51,8 @@ class Sampler:
     def __init__(self, pretrained: Pretrained):
         """`from_pretrained` makes one."""
         self.pretrained, self._model = pretrained, pretrained.experiment.model
-        self._programs: dict[str, GenerateFn] = {}
-        self._steps: dict[str, Steps] = {}
+        self._generate: dict[str, GenerateFn] = {}
+        self._programs: dict[str, Programs] = {}
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **how: Any) -> "Sampler":
@@ -172,12 +172,13 @@ class Sampler:
         self, config: ConfigDict, every: int, noise: Noise, told: Any, walk: Walk | None = None
     ) -> Iterator[tuple[int, Images]]:
         check_whole("every", every, 1, _MOST)
-        made, scales = self.pretrained.steps(config)
+        made, scales = self.pretrained.programs(config)
         mesh, guide, number = self.pretrained.mesh, self.pretrained.guide, len(noise.indices)
-        key = f"{_key(config)} {guided_steps(scales)} {number}"
-        steps = self._steps[key] = self._steps.pop(key, made)
-        if len(self._steps) > _MOST_STEPS:
-            del self._steps[next(iter(self._steps))]
+        kind = guided_steps(scales)
+        key = f"{_key(config)} {kind} {number}"
+        programs = self._programs[key] = self._programs.pop(key, made)
+        if len(self._programs) > _MOST_PROGRAMS:
+            del self._programs[next(iter(self._programs))]
         rows = np.minimum(np.arange(-(-number // mesh.size) * mesh.size), number - 1)
 
         def spread(tree: Any) -> Any:  # over the devices, which share the images
@@ -185,17 +186,18 @@ class Sampler:
             return jax.tree.map(lambda a: jax.device_put(a[rows], split) if a.ndim else a, tree)
 
         def images(latents: jax.Array) -> tuple[Images, np.ndarray]:
-            pictures, finite = (np.asarray(a)[:number] for a in steps.decode(decoder, latents))
+            pictures, finite = (np.asarray(a)[:number] for a in programs.decode(decoder, latents))
             return pictures.view(Images), finite
 
         decoder = jax.device_put(self.pretrained.experiment.autoencoder.params, replicated(mesh))
         given = self.pretrained.params, spread(noise), scales, guide and guide.params
-        carry, count = steps.begin(*given, spread(told), spread(walk)), len(scales) - 1
-        for done in range(1, count + 1):
-            carry, predicted = steps.step(*given, carry, np.int32(count - done))
-            if done % every == 0 and done < count:
-                yield done, images(predicted)[0]
-        pictures, finite = images(steps.end(*given, carry))
+        (of, x), count = programs.begin(*given, spread(told), spread(walk), kind), len(scales) - 1
+        for left in range(count, 0, -every):
+            steps = np.int32(left - 1), np.int32(min(every, left))
+            x, predicted, _ = programs.advance(*given, of, x, *steps, kind)
+            if left > every:
+                yield count - left + every, images(predicted)[0]
+        pictures, finite = images(programs.end(*given, of, x, kind))
         check_finite(np.flatnonzero(~finite), number)
         yield count, pictures
 
@@ -243,9 +245,9 @@ class Sampler:
 
     def _program(self, config: ConfigDict) -> GenerateFn:
         """The function for these options, which compiles for each number of images."""
-        if (key := _key(config)) not in self._programs:
-            self._programs[key] = self.pretrained.generator(config)
-        return self._programs[key]
+        if (key := _key(config)) not in self._generate:
+            self._generate[key] = self.pretrained.generator(config)
+        return self._generate[key]
 
 
 def _key(config: ConfigDict) -> str:

@@ -16,12 +16,20 @@ _LINE = "{desc}{percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {ra
 _WIDTH, _HEIGHT = 72, 48  # pixels at most; a character shows two, one above the other
 
 
+class _Done(float):
+    """How much is done: text has whole numbers, the bar itself what is begun as well."""
+
+    def __str__(self) -> str:
+        return str(int(self))
+
+
 class Bar(tqdm.tqdm):
     """tqdm on stderr, as wide as the terminal; a log gets a line every `INTERVAL` seconds.
 
     The arguments are tqdm's, `delay` among them (seconds before anything is said), and `compiles`,
     where what comes first takes the time of a compilation: rate and time left leave it out, and a
-    text is said before. The last line is said when the bar ends, unless `leave` is False.
+    text is said before. The last line is said when the bar ends, unless `leave` is False. Parts of
+    what is counted, such as steps of an image, move the bar too.
     """
 
     leave: Any
@@ -40,7 +48,7 @@ class Bar(tqdm.tqdm):
         self.by_lines, self._compiles = not sys.stderr.isatty(), compiles
         self._said_at, self._said = time.time(), how.get("initial", 0)
         if self.by_lines:  # the delay: nothing is said of the start
-            how |= {"mininterval": 0.5, "miniters": 1, "bar_format": _LINE}
+            how |= {"mininterval": 0.5, "miniters": 0, "bar_format": _LINE}
             desc = desc and f"{desc}: "
             how["delay"] = max(how.get("delay", 0), 1e-9)
         else:
@@ -56,6 +64,12 @@ class Bar(tqdm.tqdm):
         if self.n != self._said and msg is None and self._time() - self._said_at >= INTERVAL:
             self._say()
         return False
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What is shown."""
+        found = super().format_dict
+        return found | {"n": _Done(round(found["n"], 6))}
 
     def _say(self) -> None:
         self._said_at, self._said = self._time(), self.n

@@ -214,11 +214,10 @@ class _Trainer:
         style: Any = {"unit": "image", "disable": jax.process_index() > 0, "leave": False}
         count = len(jax.tree.leaves(conditions)[0])
         with Bar(total=count, initial=start, desc="samples", compiles=True, **style) as bar:
-            for images in self.run.samples(self.state, conditions, start):
+            for images in self.run.samples(self.state, conditions, start, bar.update):
                 if self.preemption.requested():
                     self._save(step)
                     self._leave(step)
-                bar.update(len(images))
                 yield images
 
     def _save(self, step: int) -> None:

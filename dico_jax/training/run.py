@@ -167,11 +167,14 @@ class Run:
         log = BadExampleLog(self.source, self.read, most, file, read_condition, start_step)
         return DeviceBatches(batches, lambda batch: meshes.to_global(batch, sharding), log)
 
-    def samples(self, state: Any, conditions: Any, start: int = 0) -> Iterator[np.ndarray]:
-        """Images of the averaged weights, in batches: uint8 (n, H, W, C)."""
+    def samples(
+        self, state: Any, conditions: Any, start: int, progress: Callable[[float], object]
+    ) -> Iterator[np.ndarray]:
+        """Images of the averaged weights, in batches, see `generate_images`: uint8 (n, H, W, C)."""
         weights, size = unstack_blocks(state.ema_params), self.config.sampling.batch_size
         shards = meshes.num_batch_shards(self.mesh)
-        return generate_images(self._generate, weights, conditions, size, shards, start)
+        how = conditions, size, shards, start, progress
+        return generate_images(self._generate, weights, *how)
 
     def save_grid(self, step: int, samples: Callable) -> np.ndarray:
         """Writes samples/step_N.png, a row per condition, and returns it."""
