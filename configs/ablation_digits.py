@@ -41,7 +41,7 @@ def get_sweep():
         },
         "seeds": range(5),
         "metrics": (
-            "fid", "agreement", "spread", "loss", "channels/effective_rank_share",
+            "classifier/fid", "agreement", "spread", "loss", "channels/effective_rank_share",
             "channels/mean_abs_correlation", "channels/dead_share",
         ),
     }  # fmt: skip

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from dico_jax.configs import ablation_s256, default
+from dico_jax.configs import ablation_cifar10, ablation_digits, ablation_s256, default
 from dico_jax.diffusion import create_diffusion, sample_loop
 from dico_jax.errors import UsageError
 from dico_jax.experiment import experiment_from_config, model_from_config
@@ -107,6 +107,20 @@ def test_every_row_is_documented():
         cells = f"{ours[0] / 1e6:.2f}", parameters, f"{ours[1] / 1e9:.3f}", macs, fid, score
         line = " *\\| *".join(re.escape(cell) for cell in cells)
         assert re.search(rf"`{name}`[^|]*\| *{line} *\|", text), (name, cells)
+
+
+@pytest.mark.parametrize(("sweep", "side"), [(ablation_digits, 8), (ablation_cifar10, 32)])
+def test_sweeps_compare_channel_attention_at_equal_cost(sweep, side):
+    found = []
+    for name in ("compact", "squeeze_excite", "none"):
+        config = sweep.get_config()
+        with config.ignore_type():
+            config.update_from_flattened_dict(sweep.get_sweep()["variants"][name])
+        model = model_from_config(config)
+        macs = forward_macs(model, (side, side, config.model.in_channels))
+        found.append((count_parameters(model), macs))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=0.04)
 
 
 def test_fcdm_has_the_papers_multiply_adds():

@@ -47,7 +47,8 @@ PARAMETERS = {
 
 def test_the_published_sizes_have_configs():
     told_texts = {"worded_digits", "coco256", "coco256_flow", "coco256_uvit"}
-    others = {"digits_flow", "digits_mean_flow", "iso_flow", "ablation_s256", "ablation_digits"}
+    others = {"digits_flow", "digits_mean_flow", "iso_flow"}
+    others |= {"ablation_s256", "ablation_digits", "ablation_cifar10"}
     known = {"default", "digits", "cifar10", "folder", *told_texts, *others, *PARAMETERS}
     assert set(NAMES) == known
 

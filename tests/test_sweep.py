@@ -91,7 +91,7 @@ def with_results(plan, folder, values):
 
 
 def test_intervals_are_those_of_students_t(tmp_path):
-    plan, rng = plan_of(tmp_path), np.random.default_rng(0)
+    plan, rng = plan_of(tmp_path, SWEEP | {"metrics": ("loss",)}), np.random.default_rng(0)
     drawn = {name: rng.normal(size=3) for name in ("base", "wide")}
     drawn["wide"] = drawn["base"] + 5 + 0.01 * drawn["wide"]
     values = {(n, s): {"loss": float(v[s])} for n, v in drawn.items() for s in range(3)}
@@ -111,6 +111,15 @@ def test_intervals_are_those_of_students_t(tmp_path):
     assert "*" not in lines["base"] + lines["fast"]
     assert (tmp_path / "w" / "sweep.png").stat().st_size > 1000
     assert json.loads((tmp_path / "w" / "sweep.json").read_text())["sweep_of_variants"]["seeds"]
+
+
+def test_a_metric_that_no_run_has_is_refused(tmp_path):
+    plan = plan_of(tmp_path)
+    assert sweep.summary(plan, str(tmp_path))["metrics"] == ("agreement", "loss")  # no run yet
+    with_results(plan, tmp_path, {("base", 0): {"loss": 1.0, "spread": 2.0}})
+    said = r"a metric of get_sweep\(\)='agreement' is not measured: use some of loss, spread"
+    with pytest.raises(UsageError, match=said):
+        sweep.report(plan, str(tmp_path))
 
 
 def test_a_result_of_another_config_does_not_count(tmp_path):
