@@ -244,6 +244,16 @@ def test_each_checkpoint_begins_with_its_own_solver_and_scale(checkpoints, tmp_p
             player.checked(player.first | wrong)
 
 
+def test_what_a_checkpoint_cannot_is_said_before_anything_is_made(checkpoints, tmp_path):
+    short = {"diffusion": {"diffusion_steps": 20}}
+    few = Sampler.from_pretrained(write_checkpoint(tmp_path / "few", sections=short))
+    player = Player({"one": Sampler.from_pretrained(checkpoints[0]), "few": few}, most=4)
+    asked = player.first | {"steps": 3, "steps_2": 21}
+    assert player.checked(asked)["steps"] == 3
+    with pytest.raises(UsageError, match="^steps_2=21: .*20"):
+        next(player.stream(asked | {"do": "compare"}))
+
+
 def test_names_of_checkpoints_are_short_and_each_another():
     sources = ["/a/run", "/b/run/", "hf://me/net", "run (2)", "/"]
     assert checkpoint_names(sources) == ["run", "run (2)", "net", "run (2) (2)", "/"]

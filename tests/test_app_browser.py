@@ -19,6 +19,7 @@ from selenium.webdriver.common.keys import Keys
 
 from dico_jax.playground.pictures import KEY
 from dico_jax.sampling.sampler import Sampler
+from tests.commands import call
 from tests.test_app import checkpoints, served  # noqa: F401  a fixture
 from tests.test_report_browser import complaints, opened, pytestmark, requests, wait
 
@@ -190,3 +191,42 @@ def test_two_tabs_have_pictures_of_their_own(address):
             driver.switch_to.window(tab)
             wait(driver, DONE, 120)
             assert [one["of"] for one in pictures(driver)[0]] == [of]
+
+
+@pytest.mark.slow  # it trains for two minutes
+def test_the_page_of_a_digits_run(tmp_path):
+    """What is asked for is what a person sees, by a judge of the real digits."""
+    datasets, svm = pytest.importorskip("sklearn.datasets"), pytest.importorskip("sklearn.svm")
+    short = ["training.num_steps=500", "training.checkpoint_every_steps=500"]
+    short += ["sampling.grid_every_steps=0", "eval.class_agreement_samples=0"]
+    options = [f"--config.{field}" for field in short]
+    run = tmp_path / "run"
+    done = call("dico_jax.main", "--config=configs/digits.py", f"--workdir={run}", *options)
+    assert done.returncode == 0, done.stderr
+    real, kinds = datasets.load_digits(return_X_y=True)
+    judge = svm.SVC(C=10.0, gamma="scale").fit(np.round(real / 16 * 255), kinds)
+    with served(f"--ckpt={run}", "--steps=20") as page, opened(page, until=READY) as driver:
+        pick(driver, "told", "3", "8")
+        type_in(driver, "number", 16)
+        make(driver)
+        about, images = pictures(driver)
+        seen = judge.predict(images.reshape(len(images), -1))
+        assert [one["of"] for one in about] == ["3", "8"] * 8
+        assert np.mean(seen == [3, 8] * 8) >= 0.8, seen
+        assert about[0]["step"] == 500
+        mode(driver, "Compare")
+        wait(driver, "return !!document.querySelector('#cfg_scale_2')")
+        type_in(driver, "cfg_scale_2", 1)
+        type_in(driver, "number", 4)
+        make(driver)
+        about, both = pictures(driver)
+        assert [one["sampling"]["cfg_scale"] for one in about] == [1.4] * 4 + [1.0] * 4
+        assert (both[:4] != both[4:]).any()
+        mode(driver, "Walk")
+        wait(driver, "return !!document.querySelector('#to')")
+        pick(driver, "to", "1")
+        make(driver)
+        _, walked = pictures(driver)
+        ends = judge.predict(walked[[0, -1]].reshape(2, -1))
+        assert ends.tolist() == [3, 1]
+        assert complaints(driver) == []

@@ -139,6 +139,12 @@ class Player:
             if solver not in (fit := self._fitting[name]):
                 fix = f"is not for {name}: use one of {', '.join(fit)}"
                 raise UsageError(f"solver{end}", solver, fix)
+            asked = {kind: found[f"{kind}{end}"] for kind in ("cfg_scale", "solver", "steps")}
+            try:
+                self.samplers[name].check(**asked)
+            except UsageError as error:
+                error.field += end
+                raise
         return found
 
     def _value(self, name: str, value: Any) -> Any:

@@ -271,6 +271,7 @@ def make_generate_fn(
     split, whole = batch_sharding(mesh), replicated(mesh)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     size = images_at_a_time(latent_shape) * mesh.size if on_cpu else None
+    keep = jax.jit(lambda latents: latents.astype(jnp.float32), out_shardings=whole)
     # An argument and no constant: XLA would fold and copy 300 MB of constants.
     decoder_params = functools.cache(lambda: jax.device_put(autoencoder.params, whole))
     if load:
@@ -301,7 +302,7 @@ def make_generate_fn(
                     marks.append(mark)
             latents = programs.end(*given, of, x, kind)
             images = programs.decode(decoder_params(), latents)
-            return (*images, latents.astype(jnp.float32)) if with_latents else images
+            return (*images, keep(latents)) if with_latents else images
 
         return _in_parts(part, len(indices), size)
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dico_jax.config import check_values, check_whole
 from dico_jax.errors import UsageError
+from dico_jax.experiment import sampling_from_config
 from dico_jax.models.class_names import ClassNames
 from dico_jax.parallel.mesh import batch_sharding, replicated
 from dico_jax.sampling.generate import (
@@ -121,6 +122,11 @@ class Sampler:
             parts = self.pretrained.params, self._model.as_condition(told), size
             batches = generate_images(generate, *parts, self.pretrained.mesh.size)
             return np.concatenate([*batches]).view(Images)
+
+    def check(self, **asked: Any) -> None:
+        """Raises UsageError for options that a call would refuse, before anything is made."""
+        with _arguments():
+            sampling_from_config(self._config(asked, None))
 
     def stream(
         self, classes: Any = None, *, seed: int = 0, every: int = 1, **asked: Any
