@@ -245,12 +245,12 @@ def test_each_checkpoint_begins_with_its_own_solver_and_scale(checkpoints, tmp_p
 
 
 def test_what_a_checkpoint_cannot_is_said_before_anything_is_made(checkpoints, tmp_path):
-    short = {"diffusion": {"diffusion_steps": 20}}
+    short = {"diffusion": {"diffusion_steps": 30}}
     few = Sampler.from_pretrained(write_checkpoint(tmp_path / "few", sections=short))
     player = Player({"one": Sampler.from_pretrained(checkpoints[0]), "few": few}, most=4)
-    asked = player.first | {"steps": 3, "steps_2": 21}
+    asked = player.first | {"steps": 3, "steps_2": 31}
     assert player.checked(asked)["steps"] == 3
-    with pytest.raises(UsageError, match="^steps_2=21: .*20"):
+    with pytest.raises(UsageError, match="^steps_2=31: .*30"):
         next(player.stream(asked | {"do": "compare"}))
 
 
