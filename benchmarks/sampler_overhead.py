@@ -36,26 +36,32 @@ def seconds(functions, rounds):
 def network(args):
     """Ratios of the network's programs."""
     import jax
+    from ml_collections import ConfigDict
 
     from dico_jax import create_diffusion, create_model
+    from dico_jax.autoencoders import create_autoencoder
+    from dico_jax.config import DEFAULTS
     from dico_jax.diffusion import SamplingOptions
     from dico_jax.diffusion.paths import alpha_sigma
     from dico_jax.models import abstract_params
-    from dico_jax.sampling.generate import make_latents_fn
+    from dico_jax.parallel.mesh import batch_sharding, create_mesh, replicated
+    from dico_jax.sampling.generate import make_generate_fn
 
-    model, shape = create_model(args.model), (args.side, args.side, 4)
+    model, shape, mesh = create_model(args.model), (args.side, args.side, 4), create_mesh()
     params = jax.tree.map(lambda p: np.full(p.shape, 0.01, np.float32), abstract_params(model))
-    params = jax.device_put(params)
-    labels, indices = {"label": np.arange(args.batch) % 1000}, np.arange(args.batch)
+    params = jax.device_put(params, replicated(mesh))
+    pixels = create_autoencoder(ConfigDict(DEFAULTS["autoencoder"] | {"name": "identity"}))
+    told, indices = {"label": np.arange(args.batch) % 1000}, np.arange(args.batch)
     diffusion, few = create_diffusion(str(args.steps)), create_diffusion(str(args.steps // 5))
     alpha, sigma = alpha_sigma(few)
     level = (sigma[1:] / alpha[1:])[few.num_steps // 2]
 
     def sampler(process, **options):
-        fn = jax.jit(make_latents_fn(model, process, shape, SamplingOptions(**options)))
-        return lambda: jax.block_until_ready(fn(params, indices, labels))
+        fn = make_generate_fn(model, process, pixels, shape, SamplingOptions(**options), mesh)
+        return lambda: jax.block_until_ready(fn(params, indices, told))
 
     x, t, _ = model.example_inputs(args.batch, args.side)
+    x, t, labels = jax.device_put((x, t, told), batch_sharding(mesh))
     forward = jax.jit(lambda params, x, t, y: model.apply({"params": params}, x, t, y))
 
     def passes():
