@@ -169,16 +169,18 @@ def test_a_sweep_stops_with_its_run(tmp_path, monkeypatch):
 SAVES = """
 import signal, sys, time
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda *_: time.sleep(1) or sys.exit(7))  # as if it saved
+    signal.signal(number, lambda *_: time.sleep(1) or sys.exit(STATUS))  # as if it saved
 print("up", flush=True)
 time.sleep(60)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_may_save_before_its_sweep_ends(number):
+@pytest.mark.parametrize("status", [7, 0])  # it saves, or was about to end
+def test_a_run_may_save_before_its_sweep_ends(number, status):
     before = signal.getsignal(number)
-    process = subprocess.Popen([sys.executable, "-c", SAVES], stdout=subprocess.PIPE, text=True)
+    code = SAVES.replace("STATUS", str(status))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
     def stop():
         assert process.stdout.readline() == "up\n"
@@ -188,6 +190,6 @@ def test_a_run_may_save_before_its_sweep_ends(number):
 
     thread = threading.Thread(target=stop)
     thread.start()
-    assert sweep._ended(process) == 7
+    assert sweep._ended(process) == 130
     thread.join()
     assert signal.getsignal(number) == before

@@ -158,24 +158,29 @@ def _check_metrics(plan: Plan, measured: Collection[str]) -> None:
 
 
 class _LeftToRun:
-    """Leaves signals to a run, which saves and ends: a kill is passed on, ^C reaches it anyway."""
+    """Leaves signals to a run, which saves and ends: a kill is passed on, ^C reaches it anyway.
+
+    `told` is whether there was one: the sweep ends as well, also where the run was just done.
+    """
 
     at_once: ClassVar[dict[int, int]] = {}  # see `dico_jax.cli`
 
     def __init__(self, process: subprocess.Popen):
-        self._process = process
+        self._process, self.told = process, False
 
     def __call__(self, number: int, _frame: Any) -> None:
+        self.told = True
         if number == signal.SIGTERM:
             self._process.terminate()
 
 
 def _ended(process: subprocess.Popen) -> int:
-    """The exit status of a run, once it has ended."""
+    """The exit status of a run, once it has ended; 130 where it was told to."""
     left = _LeftToRun(process)
     before = {n: signal.signal(n, left) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return process.wait()
+        status = process.wait()
+        return 130 if left.told else status
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
