@@ -6,7 +6,7 @@ r"""Channel attention on CIFAR-10: three variants of a small DiCo of pixels at e
 
 Data: the 50,000 training pictures, in a folder or zip per class: docs/recipes.md; what measures
 samples is made once for all runs, see docs/ablations.md.
-Hardware: two CPU cores, about twenty minutes for each of the 3 runs.
+Hardware: two CPU cores, about ten minutes for each of the 3 runs.
 Slice: v5e:1x1
 Expected: docs/ablations.md; blurred shapes and colours of the classes.
 Chosen here: sizes that two cores train in that time; ratios that leave parameters and multiply-adds
@@ -24,16 +24,16 @@ def get_config():
     config.model.depth = (1, 1, 1, 1, 1)
     config.model.mlp_ratio = 2.0
     config.optimizer.learning_rate = 2e-3
-    config.training.num_steps = 1_200
+    config.training.num_steps = 800
     config.training.ema_decay = 0.99
     config.training.log_every_steps = 20
-    config.training.checkpoint_every_steps = 1_200
+    config.training.checkpoint_every_steps = 800
     config.sampling.sampler = "dpmpp_2m"
     config.sampling.num_steps = 20
     config.sampling.cfg_scale = 1.0
     config.sampling.batch_size = 100
-    config.sampling.grid_every_steps = 1_200
-    config.eval.every_steps = 1_200
+    config.sampling.grid_every_steps = 800
+    config.eval.every_steps = 800
     config.eval.num_samples = 2_000
     config.logging.report = False
     return config
