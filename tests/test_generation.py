@@ -1,8 +1,10 @@
 """Images depend on (seed, index, label) and on nothing else; grids; the digits' judge."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -11,18 +13,15 @@ from dico_jax.autoencoders import Autoencoder, create_autoencoder, to_uint8
 from dico_jax.autoencoders.weights import Weights
 from dico_jax.config import DEFAULTS
 from dico_jax.diffusion import SOLVERS, SamplingOptions, create_diffusion
+from dico_jax.diffusion.solvers import Ddim
 from dico_jax.errors import UsageError
 from dico_jax.evaluation.networks import class_agreement, mean_pairwise_distance
 from dico_jax.models import create_model
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.parallel.sharding import state_sharding
-from dico_jax.sampling.generate import (
-    NotFiniteError,
-    generate_images,
-    make_generate_fn,
-    make_latents_fn,
-)
+from dico_jax.sampling.generate import NotFiniteError, generate_images, make_generate_fn
 from dico_jax.sampling.grids import image_grid, load_png, save_png
+from dico_jax.sampling.programs import make_latents_fn, steps_at_a_time
 from tests import golden
 
 
@@ -78,17 +77,44 @@ def test_how_far_a_batch_is_can_be_seen():
     assert told == [1.0] * 8 + [0.5] * 4
 
 
-def test_as_many_parts_as_can_be_seen():
+def test_steps_are_done_in_equal_parts():
+    found = {count: steps_at_a_time(count) for count in (1, 4, 15, 24, 30, 50, 64, 97, 250)}
+    assert found == {1: 1, 4: 1, 15: 1, 24: 2, 30: 2, 50: 5, 64: 4, 97: 97, 250: 25}
+
+
+def test_parts_of_a_batch_are_shares_of_it():
     model = create_model("DiCo", hidden_size=8, depth=(1,) * 5, in_channels=1, num_classes=10)
-    objective, options = create_diffusion("23"), SamplingOptions(cfg_channels="all")
+    objective, options = create_diffusion("24"), SamplingOptions(cfg_channels="all")
     how = autoencoder("identity"), (8, 8, 1), options, create_mesh(jax.devices()[:1])
     generate, marks = make_generate_fn(model, objective, *how), []
-    params, index = golden.drawn_params(model, 3, "A"), np.zeros(1, np.int32)
-    images, _ = generate(params, index, index, marks=marks)
-    assert len(marks) == 8  # of three steps each, the last of two
+    params, index = golden.drawn_params(model, 3, "A"), np.arange(20, dtype=np.int32)
+    images, _ = generate(params, index, index % 10, mark=lambda *one: marks.append(one))
+    assert [share for _, share in marks] == [1 / 24] * 24  # of 16 images and the rest, 12 times
     sample = make_latents_fn(model, objective, (8, 8, 1), options)
-    whole = to_uint8(jax.jit(sample)(params, index, index))
+    whole = to_uint8(jax.jit(sample)(params, index, index % 10))
     assert np.abs(images.astype(int) - np.asarray(whole, int)).max() <= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(Ddim):
+    """A solver whose carry also has what is no row of an image."""
+
+    def init(self, path, x):
+        return x, jnp.zeros((), jnp.int32)
+
+    def step(self, path, carry, i, noise):
+        x, point = super().step(path, carry[0], i, noise)
+        return (x, carry[1] + 1), point
+
+    def end(self, path, carry):
+        return jnp.where(carry[1] == path.objective.num_steps, carry[0], jnp.nan)
+
+
+def test_a_solver_has_a_carry_of_its_own(monkeypatch):
+    monkeypatch.setitem(SOLVERS, "counting", Counting)
+    for devices in (1, 2):
+        images = make_images(devices, 10, sampler="counting")
+        np.testing.assert_array_equal(images, make_images(devices, 10, sampler="ddim"))
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -107,7 +133,7 @@ def test_an_image_of_a_wide_network_is_the_same_whatever_the_batch_and_the_devic
 def test_an_image_is_the_same_with_every_solver(sampler, cfg_scale, monkeypatch):
     # As users compile: with the tests' hurry one value in thousands is rounded otherwise.
     usual = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": False}
-    monkeypatch.setattr("dico_jax.sampling.generate.compiler_options", lambda platform: usual)
+    monkeypatch.setattr("dico_jax.sampling.programs.compiler_options", lambda platform: usual)
     generator.cache_clear()
     options = {"sampler": sampler, "cfg_scale": cfg_scale, "num_images": 64, "width": 64}
     images = make_images(1, 64, **options)

@@ -20,9 +20,9 @@ from dico_jax.errors import UsageError
 from dico_jax.experiment import model_from_config
 from dico_jax.pytorch.conversion import from_pytorch, to_pytorch
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
-from dico_jax.sampling.generate import Noise
 from dico_jax.sampling.image_folder import save
 from dico_jax.sampling.pretrained import weights_size
+from dico_jax.sampling.programs import Noise
 from dico_jax.sampling.sampler import Images
 from tests import golden
 

@@ -10,7 +10,7 @@ from dico_jax.errors import UsageError
 from dico_jax.models import count_parameters, create_model, forward_macs
 from dico_jax.models.text_conditional import END_ID, Constants
 from dico_jax.models.text_dico import FUSIONS
-from dico_jax.sampling.generate import make_latents_fn
+from dico_jax.sampling.programs import make_latents_fn
 
 SIZES = {"hidden_size": 8, "depth": (1, 1, 2, 1, 1)}
 TEXT = {"text_length": 77, "text_width": 12, "pooled_width": 10}

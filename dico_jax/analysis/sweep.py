@@ -10,7 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -107,8 +107,8 @@ def _variant(name: str, fields: Mapping[str, Any], config: ConfigDict) -> Varian
 def run(plan: Plan, workdir: str) -> list[str]:
     """Trains what has no result yet; a line for every run that failed.
 
-    TrainingStopped where a run was told to stop, as by ^C: so is the sweep. UsageError where a run
-    lacks a metric of the plan.
+    TrainingStopped where a run was told to stop, as by ^C: so is the sweep. UsageError where no
+    run has a metric of the plan.
     """
     folder, failed = as_path(workdir), []
     todo = [one for one in plan.runs() if result_of(folder / one[2], one[0], one[1]) is None]
@@ -117,6 +117,7 @@ def run(plan: Plan, workdir: str) -> list[str]:
             bar.set_postfix_str(name)
             if said := _train(plan, variant, seed, folder / name):
                 failed.append(f"{folder / name}: {said}")
+            summary(plan, workdir)  # which refuses a metric that no run has
             bar.update()
     return failed
 
@@ -146,15 +147,7 @@ def _train(plan: Plan, variant: Variant, seed: int, folder: Any) -> str:
             return f"{command} ended with status {status} ({''.join(last)})"
     metrics = _metrics(folder) | (_inside(out) if looks else {})
     write_json(folder / RESULT, {"config": _digest(variant, seed), "metrics": metrics})
-    _check_metrics(plan, metrics)
     return ""
-
-
-def _check_metrics(plan: Plan, measured: Collection[str]) -> None:
-    for name in plan.metrics:
-        if name not in measured:
-            fix = f"is not measured: use some of {', '.join(sorted(measured))}"
-            raise UsageError(f"{plan.file}: a metric of get_sweep()", name, fix)
 
 
 class _LeftToRun:
@@ -248,8 +241,10 @@ def summary(plan: Plan, workdir: str) -> dict[str, Any]:
         if (result := result_of(folder / name, variant, seed))
     }
     measured = {name for result in results.values() for name in result}
-    if results:
-        _check_metrics(plan, measured)
+    for name in plan.metrics if results else ():
+        if name not in measured:
+            fix = f"is not measured: use some of {', '.join(sorted(measured))}"
+            raise UsageError(f"{plan.file}: a metric of get_sweep()", name, fix)
     metrics = plan.metrics or sorted(measured)
     first = plan.variants[0].name
     for variant in plan.variants:

@@ -17,7 +17,7 @@ from dico_jax.experiment import experiment_from_config, sampling_from_config
 from dico_jax.models import abstract_params, forward_flops, training_flops
 from dico_jax.models.block_stacks import STACK
 from dico_jax.parallel.mesh import batch_sharding, replicated
-from dico_jax.sampling.generate import make_latents_fn
+from dico_jax.sampling.programs import make_latents_fn
 from dico_jax.training.program import training_program
 
 LOOPS_NOTE = "the program has loops, whose bodies XLA counts once"

@@ -221,6 +221,9 @@ def _program(planned: Planned, name: str) -> Figures:
     beside = planned.needed.total_state
     if name == "sample" and not planned.config.model.scan_blocks:
         beside -= planned.needed.state["parameters"]  # the average is sampled where it lies
+    if name == "sample":  # what decodes them afterwards is there already
+        weights = jax.tree.leaves(planned.experiment.autoencoder.shapes())
+        beside += sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
     loops = ", loops' bodies once" * found.has_loops
     return {
         "arguments": compiled(found.arguments, "bytes"),

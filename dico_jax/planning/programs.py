@@ -1,6 +1,5 @@
 """What a run compiles besides the training step: samples, their decoding, and their features."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from dico_jax.experiment import Experiment, sampling_from_config
 from dico_jax.models.block_stacks import whole_where_used
 from dico_jax.parallel.mesh import batch_sharding, num_batch_shards, replicated
 from dico_jax.planning import aot
-from dico_jax.sampling.generate import Noise, guided_steps, make_programs
+from dico_jax.sampling.programs import Noise, guided_steps, make_programs, steps_at_a_time
 
 Program = Callable[[ConfigDict, Experiment, Any, Mesh], aot.Found]
 
@@ -33,7 +32,7 @@ def _shapes(tree: Any) -> Any:
 
 
 def sampler(config: ConfigDict, experiment: Experiment, params: Any, mesh: Mesh) -> aot.Found:
-    """Of a run's grids: guided steps in a loop, whose body XLA counts once."""
+    """Of a run's grids: guided steps in a loop, whose body XLA counts once, without the decoder."""
     process, options = sampling_from_config(config)
     model, size, scales = experiment.model, _images(config, mesh), options.scales(process)
     network, kind = (experiment.autoencoder, experiment.latent_shape), guided_steps(scales)
@@ -41,14 +40,13 @@ def sampler(config: ConfigDict, experiment: Experiment, params: Any, mesh: Mesh)
     lie = jax.tree.map(lambda leaf: leaf.sharding, params)
     weights, noise = whole_where_used(params, model, lie), Noise(np.uint32(0), np.arange(size))
     given = weights, *_shapes((noise, np.float32(scales))), None
-    split, whole, step = batch_sharding(mesh), replicated(mesh), np.int32(0)
+    split, whole = batch_sharding(mesh), replicated(mesh)
     carry = jax.tree.map(
         lambda a: a.update(sharding=split if a.shape[:1] == (size,) else whole),
-        jax.eval_shape(
-            functools.partial(programs.begin, kind=kind), *given, model.zero_condition(size), None
-        ),
+        programs.begin.eval_shape(*given, model.zero_condition(size), None, kind),
     )
-    return aot.compile_program(programs.advance, *given, *carry, step, step, kind)
+    some = np.int32(0), steps_at_a_time(len(scales) - 1), kind
+    return aot.compile_program(programs.advance, *given, *carry, *some)
 
 
 def decoder(config: ConfigDict, experiment: Experiment, params: Any, mesh: Mesh) -> aot.Found:

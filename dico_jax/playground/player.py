@@ -5,7 +5,6 @@ It knows no server. Values are those of the page's controls, by name, whoever se
 
 import dataclasses
 import itertools
-import math
 import os
 import time
 import urllib.parse
@@ -18,6 +17,7 @@ from dico_jax.errors import UsageError, one_line
 from dico_jax.experiment import sampling_from_config
 from dico_jax.models.class_names import ClassNames
 from dico_jax.playground import pictures
+from dico_jax.sampling.programs import steps_at_a_time
 from dico_jax.sampling.sampler import Images, Sampler
 
 Values = dict[str, Any]
@@ -26,7 +26,6 @@ MODES = "make", "compare", "walk"
 SETTINGS = "checkpoint", "cfg_scale", "solver", "steps"
 MOST_STEPS, MOST_SCALE = 250, 20.0
 _LONGEST = 2000  # characters of a prompt
-_PREVIEWS = 10  # of a picture, while it is made
 _SEEDS = 2**32 - 1
 _OF_MODES = {
     "make": ("number",),
@@ -246,7 +245,7 @@ class Player:
         walks, told, seed = asked["do"] == "walk", asked["told"], asked["seed"]
         sampler, count = self.samplers[name], asked["frames" if walks else "number"]
         how: Any = {"cfg_scale": scale, "steps": steps, "solver": solver}
-        how |= {"every": max(1, math.ceil(steps / _PREVIEWS)), "num_images": count}
+        how |= {"every": steps_at_a_time(steps), "num_images": count}
         if walks:
             start = (told or [0])[0] if self.choices else told
             ends: Any = {"seeds": (seed, asked["to_seed"])}

@@ -14,6 +14,7 @@ from dico_jax.errors import UsageError
 from dico_jax.experiment import sampling_from_config
 from dico_jax.sampling import generate as generation
 from dico_jax.sampling.pretrained import Pretrained
+from dico_jax.sampling.programs import make_latents_fn
 from dico_jax.sampling.prompts import read_prompts
 
 
@@ -88,13 +89,13 @@ class CheckpointSampler(Pretrained):
         return generation.generate_images(*self._given(conditions), start)
 
     def batches(
-        self, conditions: Any, indices: Any, **progress: Any
+        self, conditions: Any, indices: Any, progress: generation.Progress | None = None
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """Of images `indices`, batch by batch, their numbers, themselves, and which are finite.
 
         `progress` is that of `generate_batches`.
         """
-        return generation.generate_batches(*self._given(conditions), indices, **progress)
+        return generation.generate_batches(*self._given(conditions), indices, progress)
 
     def trajectory(self, conditions: Any, most: int) -> tuple[np.ndarray, np.ndarray]:
         """Images 0 to N - 1 as they are predicted at `most` steps at most, the first and the last.
@@ -105,7 +106,7 @@ class CheckpointSampler(Pretrained):
         made = self.experiment
         parts = made.model, process, made.latent_shape, options
         guide = self.guide and self.guide.experiment.model
-        sample = generation.make_latents_fn(*parts, guide=guide, return_trajectory=True)
+        sample = make_latents_fn(*parts, guide=guide, return_trajectory=True)
         weak = {"guide_params": self.guide.params} if self.guide else {}
         told = made.model.from_read(made.model.as_condition(conditions))
         indices = np.arange(len(jax.tree.leaves(told)[0]), dtype=np.int32)

@@ -21,7 +21,7 @@ from dico_jax.models.class_names import ClassNames
 from dico_jax.parallel.mesh import create_mesh
 from dico_jax.sampling import run_exported
 from dico_jax.sampling.checkpoint_sampler import CheckpointSampler
-from dico_jax.sampling.generate import guided_steps, make_latents_fn
+from dico_jax.sampling.programs import guided_steps, make_latents_fn
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 SYMBOLIC = "symbolic"

@@ -26,7 +26,8 @@ from dico_jax.parallel.mesh import create_mesh, replicated
 from dico_jax.pytorch.file_weights import FileWeights
 from dico_jax.pytorch.hub import local_weights
 from dico_jax.pytorch.safetensors_files import files_of
-from dico_jax.sampling.generate import GenerateFn, Programs, make_generate_fn, make_programs
+from dico_jax.sampling.generate import GenerateFn, make_generate_fn
+from dico_jax.sampling.programs import Programs, make_programs
 
 PREVIEW = "preview"  # of --vae
 # Fields of the autoencoder that say what latents are, and of a diffusion that do not say which.

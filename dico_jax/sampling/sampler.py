@@ -17,16 +17,9 @@ from dico_jax.errors import UsageError
 from dico_jax.experiment import sampling_from_config
 from dico_jax.models.class_names import ClassNames
 from dico_jax.parallel.mesh import batch_sharding, replicated
-from dico_jax.sampling.generate import (
-    GenerateFn,
-    Noise,
-    Programs,
-    Walk,
-    check_finite,
-    generate_images,
-    guided_steps,
-)
+from dico_jax.sampling.generate import GenerateFn, check_finite, generate_images
 from dico_jax.sampling.pretrained import Pretrained
+from dico_jax.sampling.programs import Noise, Programs, Walk, guided_steps
 
 _ARGUMENTS = {"num_steps": "steps", "sampler": "solver"}  # of fields that are named otherwise here
 _LEFT_OUT = ("grid_rows", "grid_columns", "grid_every_steps", "batch_size")  # of config.sampling
@@ -199,8 +192,9 @@ class Sampler:
         given = self.pretrained.params, spread(noise), scales, guide and guide.params
         (of, x), count = programs.begin(*given, spread(told), spread(walk), kind), len(scales) - 1
         for left in range(count, 0, -every):
-            steps = np.int32(left - 1), np.int32(min(every, left))
-            x, predicted, _ = programs.advance(*given, of, x, *steps, kind)
+            x, predicted, _ = programs.advance(
+                *given, of, x, np.int32(left - 1), min(every, left), kind
+            )
             if left > every:
                 yield count - left + every, images(predicted)[0]
         pictures, finite = images(programs.end(*given, of, x, kind))

@@ -28,7 +28,7 @@ from dico_jax.models import count_parameters
 from dico_jax.models.block_stacks import unstack_blocks
 from dico_jax.parallel import mesh as meshes
 from dico_jax.parallel.sharding import parse_rules, say_unmet
-from dico_jax.sampling.generate import generate_images, make_generate_fn
+from dico_jax.sampling.generate import Progress, generate_images, make_generate_fn
 from dico_jax.sampling.grids import image_grid, save_png
 from dico_jax.training.logging import require_wandb
 from dico_jax.training.optimizer import learning_rate_schedule
@@ -168,7 +168,7 @@ class Run:
         return DeviceBatches(batches, lambda batch: meshes.to_global(batch, sharding), log)
 
     def samples(
-        self, state: Any, conditions: Any, start: int, progress: Callable[[float], object]
+        self, state: Any, conditions: Any, start: int, progress: Progress
     ) -> Iterator[np.ndarray]:
         """Images of the averaged weights, in batches, see `generate_images`: uint8 (n, H, W, C)."""
         weights, size = unstack_blocks(state.ema_params), self.config.sampling.batch_size
