@@ -113,6 +113,14 @@ def test_intervals_are_those_of_students_t(tmp_path):
     assert json.loads((tmp_path / "w" / "sweep.json").read_text())["sweep_of_variants"]["seeds"]
 
 
+def test_a_figure_has_a_panel_for_each_metric_alone():
+    names = ["a", "b", "c", "d"]
+    of = dict.fromkeys(names, {"values": {0: 1.0}, "mean": 1.0, "half_width": math.nan})
+    made = sweep.figure({"metrics": names, "variants": [{"variant": "x", "metrics": of}]})
+    shown = [axes.get_title() for axes in made.axes if axes.get_visible()]
+    assert shown == names
+
+
 def test_a_metric_that_no_run_has_is_refused(tmp_path):
     plan = plan_of(tmp_path)
     assert sweep.summary(plan, str(tmp_path))["metrics"] == ("agreement", "loss")  # no run yet

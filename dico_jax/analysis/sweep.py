@@ -304,14 +304,15 @@ def figure(found: dict[str, Any]) -> Figure:
     height = max(HEIGHT, 0.4 + 0.25 * len(rows))
     made = Figure(figsize=(WIDTH * columns, height * lines))
     panels = made.subplots(lines, columns, squeeze=False, sharey=True).flat
-    for axes, metric in zip(panels, metrics, strict=False):
+    for metric, axes in zip(metrics, panels, strict=False):
         for place, row in enumerate(rows):
             of = row["metrics"][metric]
             seeds = [*of["values"].values()]
             axes.plot(seeds, [place] * len(seeds), ".", color="0.6", ms=4)
             half = np.nan_to_num(of["half_width"])
             axes.errorbar(of["mean"], place, xerr=half, fmt="o", ms=4, color="C0", capsize=3)
-        axes.set(title=metric, yticks=range(len(rows)), yticklabels=[r["variant"] for r in rows])
+        axes.set_title(metric, fontsize="small")
+        axes.set(yticks=range(len(rows)), yticklabels=[r["variant"] for r in rows])
         axes.invert_yaxis() if metric == metrics[0] else None
     for axes in [*panels]:  # that are left
         axes.set_visible(False)
