@@ -115,7 +115,8 @@ def test_intervals_are_those_of_students_t(tmp_path):
 
 def test_a_figure_has_a_panel_for_each_metric_alone():
     names = ["a", "b", "c", "d"]
-    of = dict.fromkeys(names, {"values": {0: 1.0}, "mean": 1.0, "half_width": math.nan})
+    value = {"values": {0: 1.0}, "mean": 1.0, "half_width": math.nan}
+    of = dict.fromkeys(names, value)
     made = sweep.figure({"metrics": names, "variants": [{"variant": "x", "metrics": of}]})
     shown = [axes.get_title() for axes in made.axes if axes.get_visible()]
     assert shown == names

@@ -79,6 +79,11 @@ def make_generate_fn(
     if load:
         decoder_params()
 
+    def landed(found):
+        # XLA for CPU has a thread per core for all programs of all devices that are ready. One that
+        # waits for another device would wait for those that were sent after it, or for ever.
+        return jax.block_until_ready(found) if on_cpu else found
+
     def call(
         params, indices, conditions, *, seed=None, cfg_scale=None, guide_params=None, mark=None
     ):
@@ -104,10 +109,10 @@ def make_generate_fn(
             for i in range(count - 1, -1, -each):
                 x, _, done = programs.advance(*given, of, x, np.int32(i), each, kind)
                 if mark is not None:
-                    mark(done, share)
+                    mark(landed(done), share)
             latents = programs.end(*given, of, x, kind)
-            images = programs.decode(decoder_params(), latents)
-            return (*images, keep(latents)) if with_latents else images
+            images = landed(programs.decode(decoder_params(), latents))
+            return (*images, landed(keep(latents))) if with_latents else images
 
         return _in_parts(part, len(indices), size)
 
@@ -157,7 +162,7 @@ def generate_batches(
     count = max(1, len(jax.tree.leaves(conditions)[0]))
     size = -(-min(batch_size, count) // num_devices) * num_devices
     ahead = collections.deque[tuple[np.ndarray, Any]]()
-    marks = collections.deque[tuple[np.ndarray, jax.Array, float]]()  # with the batch they are of
+    marks = collections.deque[tuple[np.ndarray, Any, float]]()  # with the batch they are of
 
     def wait() -> None:
         _, done, images = marks.popleft()
@@ -166,9 +171,9 @@ def generate_batches(
             progress(images)
 
     def send(part: np.ndarray) -> Any:
-        def mark(done: jax.Array, share: float) -> None:
+        def mark(done: Any, share: float) -> None:
             marks.append((part, done, share * len(part)))
-            if len(marks) > _MOST_AHEAD:
+            while marks and (len(marks) > _MOST_AHEAD or marks[0][1].is_ready()):
                 wait()
 
         padded = np.pad(part, (0, size - len(part)), mode="edge")
