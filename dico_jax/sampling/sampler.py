@@ -128,7 +128,7 @@ class Sampler:
 
         All but `batch_size` can be asked for. Yields how many steps are done, after every so many,
         and the images as the network then predicts them; at last the images themselves, some bits
-        of which may be rounded otherwise.
+        of which may be rounded otherwise. Another `every` compiles.
         """
         with _arguments(classes=classes):
             check_whole("seed", seed, 0, 2**32 - 1)
