@@ -78,6 +78,14 @@ def test_pictures_become_those_of_the_sampler(player):
     assert re.findall(r"<span>(.*?)</span>", shown[-1]) == ["kind 3", "kind 7", "kind 3"]
 
 
+@pytest.mark.parametrize(("steps", "looks"), [(16, range(1, 16)), (17, (4, 8, 12, 16))])
+def test_pictures_are_seen_becoming_whatever_the_steps(player, steps, looks):
+    """Also where no small number divides these."""
+    shown = list(player.stream(player.first | {"told": [3], "number": 1, "steps": steps}))
+    found = [re.findall(r"step (\d+) of", html) for html in shown[1:-1]]
+    assert found == [[str(step)] for step in looks]
+
+
 def test_a_kept_file_says_how_it_was_made(player, tmp_path):
     html = made(player, told=[3], number=1)
     data = re.search('src="data:image/png;base64,([^"]+)', html)[1]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,6 +174,13 @@ def test_a_sweep_stops_with_its_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "_ended", lambda process: process.kill() or 130)
     with pytest.raises(sweep.TrainingStopped, match="base/0 was told to stop: the same command"):
         sweep.run(plan, str(tmp_path / "w"))
+
+
+def test_a_run_that_crashes_is_named_with_its_log(tmp_path, monkeypatch):
+    plan = plan_of(tmp_path, SWEEP | {"seeds": (0,)}, only=["base"])
+    monkeypatch.setattr(sweep, "_ended", lambda process: process.kill() or -signal.SIGABRT)
+    (said,) = sweep.run(plan, str(tmp_path / "w"))
+    assert re.search(r"base/0: main was ended by signal 6: .*base/0\.log may say why$", said)
 
 
 SAVES = """

@@ -125,11 +125,8 @@ def run(plan: Plan, workdir: str) -> list[str]:
 def _train(plan: Plan, variant: Variant, seed: int, folder: Any) -> str:
     """Runs `dico_jax.main`, which goes on where it was; "" or how it failed."""
     folder.mkdir(parents=True, exist_ok=True)
-    config, log, out = (
-        folder.parent / f"{seed}.json",
-        folder.parent / f"{seed}.log",
-        folder / "channels",
-    )
+    config, log = (folder.parent / f"{seed}.{end}" for end in ("json", "log"))
+    out = folder / "channels"
     write_json(config, _config_of(variant, seed))
     commands = [["main", f"--config={config}", f"--workdir={folder}"]]
     looks = any(name.startswith(_INSIDE) for name in plan.metrics)
@@ -143,6 +140,8 @@ def _train(plan: Plan, variant: Variant, seed: int, folder: Any) -> str:
         if status in (130, stopping, -signal.SIGINT, -signal.SIGTERM):
             raise TrainingStopped(f"{folder} was told to stop: the same command goes on with it")
         if status:
+            if status < 0:  # what a crash says last tells nothing
+                return f"{command} was ended by signal {-status}: {log} may say why"
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
             return f"{command} ended with status {status} ({''.join(last)})"
     metrics = _metrics(folder) | (_inside(out) if looks else {})

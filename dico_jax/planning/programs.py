@@ -16,7 +16,13 @@ from dico_jax.experiment import Experiment, sampling_from_config
 from dico_jax.models.block_stacks import whole_where_used
 from dico_jax.parallel.mesh import batch_sharding, num_batch_shards, replicated
 from dico_jax.planning import aot
-from dico_jax.sampling.programs import Noise, guided_steps, make_programs, steps_at_a_time
+from dico_jax.sampling.programs import (
+    Noise,
+    guided_steps,
+    make_programs,
+    shardings,
+    steps_at_a_time,
+)
 
 Program = Callable[[ConfigDict, Experiment, Any, Mesh], aot.Found]
 
@@ -40,11 +46,9 @@ def sampler(config: ConfigDict, experiment: Experiment, params: Any, mesh: Mesh)
     lie = jax.tree.map(lambda leaf: leaf.sharding, params)
     weights, noise = whole_where_used(params, model, lie), Noise(np.uint32(0), np.arange(size))
     given = weights, *_shapes((noise, np.float32(scales))), None
-    split, whole = batch_sharding(mesh), replicated(mesh)
-    carry = jax.tree.map(
-        lambda a: a.update(sharding=split if a.shape[:1] == (size,) else whole),
-        programs.begin.eval_shape(*given, model.zero_condition(size), None, kind),
-    )
+    begun = programs.begin.eval_shape(*given, model.zero_condition(size), None, kind)
+    places = shardings(begun, mesh, size)
+    carry = jax.tree.map(lambda a, place: a.update(sharding=place), begun, places)
     some = np.int32(0), steps_at_a_time(len(scales) - 1), kind
     return aot.compile_program(programs.advance, *given, *carry, *some)
 

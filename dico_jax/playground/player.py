@@ -5,6 +5,7 @@ It knows no server. Values are those of the page's controls, by name, whoever se
 
 import dataclasses
 import itertools
+import math
 import os
 import time
 import urllib.parse
@@ -26,6 +27,7 @@ MODES = "make", "compare", "walk"
 SETTINGS = "checkpoint", "cfg_scale", "solver", "steps"
 MOST_STEPS, MOST_SCALE = 250, 20.0
 _LONGEST = 2000  # characters of a prompt
+_PREVIEWS = 5  # of a picture at least, also where the steps that are left compile once more
 _SEEDS = 2**32 - 1
 _OF_MODES = {
     "make": ("number",),
@@ -245,7 +247,8 @@ class Player:
         walks, told, seed = asked["do"] == "walk", asked["told"], asked["seed"]
         sampler, count = self.samplers[name], asked["frames" if walks else "number"]
         how: Any = {"cfg_scale": scale, "steps": steps, "solver": solver}
-        how |= {"every": steps_at_a_time(steps), "num_images": count}
+        every = min(steps_at_a_time(steps), math.ceil(steps / _PREVIEWS))
+        how |= {"every": every, "num_images": count}
         if walks:
             start = (told or [0])[0] if self.choices else told
             ends: Any = {"seeds": (seed, asked["to_seed"])}

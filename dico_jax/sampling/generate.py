@@ -108,8 +108,9 @@ def make_generate_fn(
             of, x = programs.begin(*given, spread[1], None, kind)
             for i in range(count - 1, -1, -each):
                 x, _, done = programs.advance(*given, of, x, np.int32(i), each, kind)
+                landed(done)
                 if mark is not None:
-                    mark(landed(done), share)
+                    mark(done, share)
             latents = programs.end(*given, of, x, kind)
             images = landed(programs.decode(decoder_params(), latents))
             return (*images, landed(keep(latents))) if with_latents else images

@@ -171,7 +171,8 @@ def make_programs(
             )
         x = noise.draw(lambda keys: diffusion.initial_noise(keys, latent_shape))
         x = solver(params, noise, scales, guide_params, told, kind).begin(x)
-        return told, over_devices(x, mesh, len(noise.indices))
+        lie = shardings(x, mesh, len(noise.indices))
+        return told, jax.lax.with_sharding_constraint(x, lie)
 
     def advance(params, noise, scales, guide_params, told, x, i, count, kind):
         loop = solver(params, noise, scales, guide_params, told, kind)
@@ -182,7 +183,8 @@ def make_programs(
 
         # A loop of so many steps: XLA for GPU asks the host after each where it does not know.
         carry = jax.lax.fori_loop(0, count, step, (x, jnp.zeros_like(loop.end(x))))
-        x, predicted = over_devices(carry, mesh, len(noise.indices))
+        lie = shardings(carry, mesh, len(noise.indices))
+        x, predicted = jax.lax.with_sharding_constraint(carry, lie)
         return x, predicted, predicted[:, 0, 0, 0]
 
     def end(params, noise, scales, guide_params, told, x, kind):
@@ -202,13 +204,10 @@ def make_programs(
     )
 
 
-def over_devices(tree: Any, mesh: Mesh, number: int) -> Any:
-    """Arrays with a row for each of so many images, split; others whole."""
+def shardings(tree: Any, mesh: Mesh, number: int) -> Any:
+    """How arrays lie: split where they have a row for each of so many images, others whole."""
     split, whole = batch_sharding(mesh), replicated(mesh)
-    return jax.tree.map(
-        lambda a: jax.lax.with_sharding_constraint(a, split if a.shape[:1] == (number,) else whole),
-        tree,
-    )
+    return jax.tree.map(lambda a: split if a.shape[:1] == (number,) else whole, tree)
 
 
 def steps_at_a_time(count: int) -> int:
